@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of recorded data: `DEFI_REFERENCE_DIR`, or `../shared/reference` beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "reference"
+    folder = Path(os.environ.get("DEFI_REFERENCE_DIR", default))
+    if not folder.is_dir():
+        pytest.skip(f"no recorded data at {folder}: set DEFI_REFERENCE_DIR")
+    return folder
