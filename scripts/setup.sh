@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Make the virtual environment and install; does nothing when that is already done. Other scripts source it:
+#   . scripts/setup.sh        # installs if need be, then activates
+# DEFI_VENV names another environment (default .venv), PYTHON another interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${DEFI_VENV:-.venv}
+
+find_python() {
+    # 3.11 and 3.10 have PyBullet wheels, so they simulate; 3.12 trains only.
+    local candidate
+    for candidate in ${PYTHON:-} python3.11 python3.10 python3 python3.12; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.10, 3.11 or 3.12 found; install one or set PYTHON=<path>" >&2
+    return 1
+}
+
+stamp=$venv/.installed-$(cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+if [ ! -e "$stamp" ]; then
+    python=$(find_python)
+    echo "Installing into $venv with $("$python" --version) (a few minutes, once) …"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    extras=track,dev
+    if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] >= (3, 12))'; then
+        extras=sim,$extras
+    else
+        echo "Python 3.12 has no PyBullet wheel: training works, simulation needs Python 3.10 or 3.11."
+    fi
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
+    rm -f "$venv"/.installed-*
+    touch "$stamp"
+fi
+. "$venv/bin/activate"

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Stage 3: train the DeFI policy.
+#   scripts/step3_train.sh [key=value …]        settings: configs/step3_train.yaml
+. "$(dirname "$0")/setup.sh"
+exec accelerate launch -m Step3_DeFI.train "$@"
