@@ -1,0 +1,251 @@
+"""Frozen text towers: CLIP for stage 1 and the sentence embedding, T5 for the latent actions.
+
+A tower comes from a Hugging Face folder or hub name (`pretrained`), or is drawn at random from a seed at the
+size of the preset, with a tokenizer built here, so that nothing is downloaded. Either kind is saved as a
+Hugging Face folder. Each distinct string is encoded once: a data set has few instructions and many samples.
+"""
+
+import re
+import string
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from defi.errors import UserError
+
+transformers_logging.disable_progress_bar()  # a bar per small file hides what a command has to say
+
+WORDS = Path(__file__).parent / "assets" / "words.txt"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """One tower. With `pretrained` (folder or hub name) only `tokens` is read besides it.
+
+    tokens: T, the longest text in tokens, special tokens included; longer texts are cut.
+    width, layers, heads: of the random tower. projection: width P of the sentence embedding (CLIP only).
+    seed: of the random weights. cache: how many distinct strings are remembered.
+    """
+
+    pretrained: str | None = None
+    tokens: int = 20
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    projection: int = 64
+    seed: int = 0
+    cache: int = 20_000
+
+
+def build_tokenizer(*, bos: str | None, eos: str, pad: str, tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer for any text: common words of instructions are one token, everything else falls back to bytes.
+
+    WordPiece over byte-level characters: every byte is a piece, at the start of a word and within it, so no
+    text is unknown, and nothing has to be trained or downloaded.
+    """
+    special = [token for token in dict.fromkeys([pad, bos, eos]) if token is not None]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = WORDS.read_text(encoding="utf-8").split()
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=eos, max_input_chars_per_word=1_000_000))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}" if bos else f"$A {eos}",
+        special_tokens=[(token, vocabulary[token]) for token in special],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=tokens
+    )
+
+
+def _seeded(build, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _load(cls, source: str):
+    """Model and tokenizer from a Hugging Face folder or hub name; a `UserError` names what cannot be read."""
+    try:
+        model, report = cls.from_pretrained(source, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: no {cls.__name__} with tokenizer here ({reason})") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+        raise UserError(
+            f"{source}: {len(missing)} tensors of {cls.__name__} are missing or of another shape, first {missing[0]}"
+        )
+    return model, tokenizer
+
+
+class _Tower(nn.Module):
+    """What the two towers share: frozen, one forward per distinct string, saved as a Hugging Face folder."""
+
+    def __init__(self, model: nn.Module, tokenizer, config: TextConfig) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = config
+        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def train(self, mode: bool = True) -> "_Tower":
+        """Frozen: dropout stays off whatever the surrounding model does."""
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, config and tokenizer as one Hugging Face folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _cached(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+        """The encodings of `texts`; unknown ones are computed in one forward and remembered (oldest leave first)."""
+        known = {text: self._cache[text] for text in texts if text in self._cache}
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known |= zip(new, self._encode(new))
+        for text in known:
+            self._cache[text] = known[text]
+            self._cache.move_to_end(text)
+        while len(self._cache) > self.config.cache:
+            self._cache.popitem(last=False)
+        return [known[text] for text in texts]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+class CLIPText(_Tower):
+    """CLIP text tower (ViT-B/32 at full size): token states for the video model, a sentence embedding for the policy."""
+
+    @classmethod
+    def from_config(cls, config: TextConfig) -> "CLIPText":
+        """The pretrained tower the config names, or the random one it describes."""
+        if config.pretrained:
+            return cls(*_load(CLIPTextModelWithProjection, config.pretrained), config)
+        tokenizer = build_tokenizer(
+            bos="<|startoftext|>", eos="<|endoftext|>", pad="<|endoftext|>", tokens=config.tokens
+        )
+        sizes = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=4 * config.width,
+            projection_dim=config.projection,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            max_position_embeddings=config.tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return cls(_seeded(lambda: CLIPTextModelWithProjection(sizes), config.seed), tokenizer, config)
+
+    @classmethod
+    def load(cls, folder: Path, config: TextConfig) -> "CLIPText":
+        """A tower that `save` wrote, used with the settings of `config` (T, cache)."""
+        return cls(*_load(CLIPTextModelWithProjection, str(folder)), config)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the token states."""
+        return self.model.config.hidden_size
+
+    @property
+    def projection(self) -> int:
+        """P, the width of the sentence embedding."""
+        return self.model.config.projection_dim
+
+    def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+        batch = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.config.tokens, return_tensors="pt"
+        ).to(self._device)
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return list(zip(output.last_hidden_state, output.text_embeds))
+
+    def tokens(self, texts: list[str]) -> Float[Tensor, "B T D"]:
+        """Last hidden states after the final LayerNorm, padded to T tokens."""
+        return torch.stack([states for states, _ in self._cached(texts)])
+
+    def sentence(self, texts: list[str]) -> Float[Tensor, "B P"]:
+        """The end-of-text state through the text projection, not normalised."""
+        return torch.stack([sentence for _, sentence in self._cached(texts)])
+
+
+def plain(text: str) -> str:
+    """Lower case, punctuation removed: how instructions reach T5."""
+    return re.sub(f"[{re.escape(string.punctuation)}]", "", text).lower().strip()
+
+
+class T5Text(_Tower):
+    """T5 encoder (T5-base at full size): the states that the latent-action encoder attends to."""
+
+    @classmethod
+    def from_config(cls, config: TextConfig) -> "T5Text":
+        """The pretrained tower the config names, or the random one it describes."""
+        if config.pretrained:
+            return cls(*_load(T5EncoderModel, config.pretrained), config)
+        tokenizer = build_tokenizer(bos=None, eos="</s>", pad="<pad>", tokens=config.tokens)
+        sizes = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=config.width,
+            d_kv=config.width // config.heads,
+            d_ff=4 * config.width,
+            num_layers=config.layers,
+            num_heads=config.heads,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return cls(_seeded(lambda: T5EncoderModel(sizes), config.seed), tokenizer, config)
+
+    @classmethod
+    def load(cls, folder: Path, config: TextConfig) -> "T5Text":
+        """A tower that `save` wrote, used with the settings of `config` (T, cache)."""
+        return cls(*_load(T5EncoderModel, str(folder)), config)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the states."""
+        return self.model.config.d_model
+
+    def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+        batch = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.config.tokens, return_tensors="pt"
+        ).to(self._device)
+        mask = batch["attention_mask"].bool()
+        states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        return [(states[i, keep], keep[keep]) for i, keep in enumerate(mask)]
+
+    def forward(self, texts: list[str]) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
+        """States padded with zeros to the longest text of the batch, and the mask: true where there is a token."""
+        encoded = self._cached([plain(text) for text in texts])
+        states = nn.utils.rnn.pad_sequence([states for states, _ in encoded], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([mask for _, mask in encoded], batch_first=True)
+        return states, mask
