@@ -1,0 +1,235 @@
+"""Action head: a transformer encoder over the context and a σ-conditioned decoder over the noisy actions.
+
+DeFI (arXiv 2604.16391), action policy; the denoiser is MDT's (arXiv 2407.05996) with a second stream of
+latent-action tokens. The context depends neither on σ nor on the noisy actions, so it is encoded once per
+chunk, keys and values of the decoder's cross-attention included.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Memory = list[tuple[Tensor, Tensor]]
+"""Keys and values [B, heads, tokens, D / heads] of the encoded context, one pair per decoder layer."""
+
+
+@dataclass(frozen=True)
+class ActionHeadConfig:
+    """Sizes of the action head. `cross_attention`: `full`, or `causal` as in the published weights, where action
+    i sees the first i + 1 context tokens only. `action_positions`: learned position per action (published: none).
+    `identity_modulation`: start from plain layers (scale and gate 1) instead of nearly closed ones (published)."""
+
+    dim: int
+    encoder_layers: int
+    decoder_layers: int
+    heads: int
+    attention_dropout: float = 0.3
+    residual_dropout: float = 0.1
+    mlp_dropout: float = 0.05
+    cross_attention: str = "full"
+    action_positions: bool = False
+    identity_modulation: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.cross_attention in ("full", "causal"), self.cross_attention
+
+
+class Attention(nn.Module):
+    """Multi-head attention: q, k, v with bias, output without."""
+
+    def __init__(self, config: ActionHeadConfig):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.query = nn.Linear(config.dim, config.dim)
+        self.key = nn.Linear(config.dim, config.dim)
+        self.value = nn.Linear(config.dim, config.dim)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def _split(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N d"]:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+    def keys_values(self, context: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+        return self._split(self.key(context)), self._split(self.value(context))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B M D"],
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "B M D"]:
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        y = F.scaled_dot_product_attention(
+            self._split(self.query(x)),
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.residual_dropout(self.out(rearrange(y, "b h n d -> b n (h d)")))
+
+
+def feed_forward(config: ActionHeadConfig) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(config.dim, 4 * config.dim, bias=False),
+        nn.GELU(),
+        nn.Linear(4 * config.dim, config.dim, bias=False),
+        nn.Dropout(config.mlp_dropout),
+    )
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: ActionHeadConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim, bias=False)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.dim, bias=False)
+        self.feed_forward = feed_forward(config)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention and feed-forward under AdaLN (shift + x·scale, gate); cross-attention without."""
+
+    def __init__(self, config: ActionHeadConfig):
+        super().__init__()
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+        self.attention_norm = nn.LayerNorm(config.dim, bias=False)
+        self.attention = Attention(config)
+        self.cross_norm = nn.LayerNorm(config.dim)
+        self.cross_attention = Attention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.dim, bias=False)
+        self.feed_forward = feed_forward(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B R K D"],
+        keys_values: tuple[Tensor, Tensor],
+        noise_level: Float[Tensor, "B R D"],
+        *,
+        mask: Tensor | None,
+    ) -> Float[Tensor, "B R K D"]:
+        draws = x.shape[:2]
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation(noise_level)[:, :, None].chunk(
+            6, -1
+        )
+        y = shift + self.attention_norm(x) * scale
+        x = x + gate * self.attention(y.flatten(0, 1), causal=True).unflatten(0, draws)
+        # All draws of a sample look at one context: to the cross-attention they are just more queries.
+        y = self.cross_attention(self.cross_norm(x).flatten(1, 2), keys_values, mask=mask)
+        x = x + y.unflatten(1, x.shape[1:3])
+        y = ff_shift + self.feed_forward_norm(x) * ff_scale
+        return x + ff_gate * self.feed_forward(y)
+
+
+class SigmaEmbedding(nn.Module):
+    """ln σ / 4 → sinusoid (sines, then cosines) → Linear → Mish → Linear."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half) / (half - 1))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
+
+    def forward(self, sigma: Float[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        angle = (sigma.log() / 4)[..., None] * self.frequencies
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+
+class ActionDenoiser(nn.Module):
+    """The network inside the preconditioning: context and noisy actions → a 7-D vector per action."""
+
+    def __init__(
+        self,
+        config: ActionHeadConfig,
+        *,
+        sentence_dim: int,
+        video_dim: int,
+        latent_action_dim: int,
+        action_dim: int,
+        chunk: int,
+    ):
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.embed_sentence = nn.Sequential(
+            nn.Linear(sentence_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+        )
+        self.embed_video = nn.Linear(video_dim, dim)
+        self.embed_latent_action = nn.Linear(latent_action_dim, dim)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.encoder_norm = nn.LayerNorm(dim, bias=False)
+        self.embed_sigma = SigmaEmbedding(dim)
+        self.embed_action = nn.Linear(action_dim, dim)
+        self.action_positions = nn.Parameter(torch.randn(chunk, dim)) if config.action_positions else None
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(dim, bias=False)
+        self.predict = nn.Linear(dim, action_dim)
+        self.apply(self._init)
+        if config.identity_modulation:
+            for layer in self.decoder:
+                _, scale, gate, _, ff_scale, ff_gate = layer.modulation[1].bias.data.chunk(6)
+                for part in (scale, gate, ff_scale, ff_gate):
+                    part.fill_(1.0)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def encode(
+        self,
+        *,
+        sentence: Float[Tensor, "B P"],
+        video_tokens: Float[Tensor, "B N Dv"],
+        latent_actions: Float[Tensor, "B Q Dg"],
+    ) -> Memory:
+        """What the decoder looks at, computed once per chunk."""
+        x = torch.cat(
+            [
+                self.embed_sentence(sentence)[:, None],
+                self.embed_video(video_tokens),
+                self.embed_latent_action(latent_actions),
+            ],
+            dim=1,
+        )
+        for layer in self.encoder:
+            x = layer(x)
+        context = self.encoder_norm(x)
+        return [layer.cross_attention.keys_values(context) for layer in self.decoder]
+
+    def decode(
+        self, memory: Memory, noisy: Float[Tensor, "B *R K A"], sigma: Float[Tensor, "B *R"]
+    ) -> Float[Tensor, "B *R K A"]:
+        """One denoising step. With a dimension R, R draws of (σ, noise) share each sample's context."""
+        if noisy.ndim == 3:
+            return self.decode(memory, noisy[:, None], sigma[:, None])[:, 0]
+        x = self.embed_action(noisy)
+        if self.action_positions is not None:
+            x = x + self.action_positions
+        noise_level, mask = self.embed_sigma(sigma), self._cross_mask(memory, x)
+        for layer, keys_values in zip(self.decoder, memory, strict=True):
+            x = layer(x, keys_values, noise_level, mask=mask)
+        return self.predict(self.decoder_norm(x))
+
+    def _cross_mask(self, memory: Memory, x: Float[Tensor, "B R K D"]) -> Tensor | None:
+        """`causal`: action i sees context tokens 0 … i."""
+        if self.config.cross_attention == "full":
+            return None
+        tokens = memory[0][0].shape[2]
+        mask = torch.ones(x.shape[2], tokens, dtype=torch.bool, device=x.device).tril()
+        return mask.repeat(x.shape[1], 1)

@@ -1,0 +1,105 @@
+"""Diffusion of action chunks: EDM preconditioning, noise levels of training, samplers.
+
+Karras et al. 2022 (arXiv 2206.00364, table 1 and algorithm 1); DPM-Solver++ (arXiv 2211.01095).
+Actions are in units of the environment's relative actions, σ in the same units.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Denoiser = Callable[[Float[Tensor, "*B K A"], Float[Tensor, "*B"]], Float[Tensor, "*B K A"]]
+
+
+def scalings(sigma: Float[Tensor, "..."], sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in of EDM, shaped to multiply [..., K, A]."""
+    sigma = sigma[..., None, None]
+    total = sigma**2 + sigma_data**2
+    return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
+
+
+def precondition(network: Denoiser, *, sigma_data: float) -> Denoiser:
+    """D(x, σ) = c_skip·x + c_out·network(c_in·x, σ): the clean actions that the network sees in x."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        c_skip, c_out, c_in = scalings(sigma, sigma_data)
+        return c_skip * x + c_out * network(c_in * x, sigma)
+
+    return denoise
+
+
+def denoising_loss(
+    network: Denoiser, actions: Tensor, *, noise: Tensor, sigma: Tensor, sigma_data: float
+) -> Float[Tensor, ""]:
+    """Mean squared error of the network's raw output, i.e. of D(x, σ) weighted by 1/c_out²."""
+    c_skip, c_out, c_in = scalings(sigma, sigma_data)
+    noisy = actions + noise * sigma[..., None, None]
+    target = (actions - c_skip * noisy) / c_out
+    return (network(c_in * noisy, sigma) - target).square().mean()
+
+
+def log_logistic_cdf(value: float, *, loc: float, scale: float) -> float:
+    return 1 / (1 + math.exp((loc - math.log(value)) / scale))
+
+
+def log_logistic(
+    u: Float[Tensor, "..."], *, loc: float, scale: float, minimum: float, maximum: float
+) -> Float[Tensor, "..."]:
+    """Quantile function of the log-logistic density cut off to [minimum, maximum]: u in [0, 1] → σ (float32)."""
+    low = log_logistic_cdf(minimum, loc=loc, scale=scale)
+    high = log_logistic_cdf(maximum, loc=loc, scale=scale)
+    return (u.double() * (high - low) + low).logit().mul(scale).add(loc).exp().float()
+
+
+def exponential_schedule(
+    steps: int, *, sigma_max: float, sigma_min: float, device: torch.device | str = "cpu"
+) -> Float[Tensor, " S1"]:
+    """`steps` levels, evenly spaced in ln σ from sigma_max to sigma_min, then 0."""
+    levels = torch.linspace(math.log(sigma_max), math.log(sigma_min), steps, device=device).exp()
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
+def ddim(
+    denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
+) -> Float[Tensor, "*B K A"]:
+    """First-order deterministic sampling: x ← (σ'/σ)·x + (1 − σ'/σ)·D(x, σ)."""
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        ratio = following / sigma
+        x = ratio * x + (1 - ratio) * denoise(x, sigma.expand(x.shape[:-2]))
+    return x
+
+
+def dpm_solver_2m(
+    denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
+) -> Float[Tensor, "*B K A"]:
+    """DPM-Solver++(2M): as `ddim`, with D extrapolated from the step before; first order at both ends."""
+    earlier: tuple[Tensor, Tensor] | None = None  # (D, step length in ln σ) of the step before
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        clean = denoise(x, sigma.expand(x.shape[:-2]))
+        ratio, length = following / sigma, sigma.log() - following.log()
+        estimate = clean
+        if earlier is not None and following > 0:
+            estimate = clean + (clean - earlier[0]) * length / (2 * earlier[1])
+        x = ratio * x + (1 - ratio) * estimate
+        earlier = clean, length
+    return x
+
+
+def heun(
+    denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
+) -> Float[Tensor, "*B K A"]:
+    """EDM's algorithm 1: Euler step and trapezoidal correction; two evaluations per step but the last."""
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        slope = (x - denoise(x, sigma.expand(x.shape[:-2]))) / sigma
+        ahead = x + (following - sigma) * slope
+        if following > 0:
+            slope_ahead = (ahead - denoise(ahead, following.expand(x.shape[:-2]))) / following
+            ahead = x + (following - sigma) * (slope + slope_ahead) / 2
+        x = ahead
+    return x
+
+
+SAMPLERS = {"ddim": ddim, "dpm_solver_2m": dpm_solver_2m, "heun": heun}

@@ -1,0 +1,45 @@
+"""GIDM branch: latent actions read off the imagined future instead of off two real frames.
+
+DeFI (arXiv 2604.16391): stage 2's encoder and codebook, fed with the static view's features at two frames.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from Step2_GIDM.latent_action import LatentActions, LatentActionSizes, LatentActionTokenizer
+
+
+class GIDMBranch(nn.Module):
+    """Features at two imagined frames → latent actions. No DINO, no decoder; encoder and codebook are finetuned.
+
+    `frames` are the two frame numbers; `normalise` as in `VideoFormer`. Tokens have stage 2's sinusoidal positions.
+    """
+
+    def __init__(
+        self,
+        sizes: LatentActionSizes,
+        *,
+        feature_channels: int,
+        frames: Sequence[int],
+        normalise: bool = False,
+    ):
+        super().__init__()
+        width = sizes.patch_width
+        self.frames = list(frames)
+        self.norm_in = nn.LayerNorm(feature_channels) if normalise else nn.Identity()
+        self.project = nn.Sequential(nn.Linear(feature_channels, width), nn.GELU(), nn.Linear(width, width))
+        self.frame_embedding = nn.Parameter(torch.randn(len(self.frames), 1, width))
+        self.tokenizer = LatentActionTokenizer(sizes)
+
+    def forward(
+        self,
+        features: Float[Tensor, "B F L C"],
+        states: Float[Tensor, "B T X"] | None,
+        text_mask: Bool[Tensor, "B T"] | None,
+    ) -> LatentActions:
+        """`features` of the static view at all frames; `states` and `text_mask` from the T5 tower."""
+        patches = self.project(self.norm_in(features[:, self.frames])) + self.frame_embedding
+        return self.tokenizer(patches, states, text_mask)
