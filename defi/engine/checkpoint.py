@@ -1,0 +1,257 @@
+"""Checkpoints: folders that are complete or not there, found and read strictly, with no pickle in them.
+
+<run>/checkpoints/step_00000500/
+    (what the model's save_pretrained writes)    weights and config, loadable on their own
+    ema/                                         the same with averaged weights, where EMA is on
+    config.yaml                                  the resolved configuration of the run
+    state/                                       what an exact resume needs besides (see state.py)
+    manifest.json                                stage, step, versions, data, metrics, size of every file
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import defi
+from defi.engine.output import sync
+from defi.errors import UserError
+
+if TYPE_CHECKING:
+    from defi.engine.ema import EMA
+    from defi.engine.model import StageModel
+
+MANIFEST = "manifest.json"
+RUN_CONFIG = "config.yaml"
+PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safetensors")
+Config = TypeVar("Config")
+
+
+# ---------------------------------------------------------------- finding and reading
+
+
+def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
+    """Folder of the newest complete checkpoint at `path`: a run's output folder or a checkpoint itself.
+
+    Raises:
+        UserError: there is none, or (with `stage`) it belongs to another stage.
+    """
+    path = Path(path)
+    found = path if is_complete(path) else next(iter(reversed(list_checkpoints(path))), None)
+    if found is None:
+        what = "damaged or half-copied checkpoint" if (path / MANIFEST).exists() else "no checkpoint here"
+        kind = f"{stage} run" if stage else "training run"
+        raise UserError(f"{path}: {what}; give the output folder of a {kind}, or a checkpoint inside it")
+    if stage is not None:
+        read_manifest(found, stage)
+    return found
+
+
+def find_weights(path: Path | str, stage: str | None = None) -> Path:
+    """Folder to give to `from_pretrained`: the averaged weights if the checkpoint has them, else the weights."""
+    folder = find_checkpoint(path, stage)
+    return folder / "ema" if (folder / "ema").is_dir() else folder
+
+
+def read_manifest(path: Path | str, stage: str | None = None) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path` (a run or a checkpoint), checked to be of `stage` if given.
+
+    Keys: stage, preset, version, step, data {size, fingerprint}, metrics, packages, git_commit, hardware, files.
+    """
+    folder = find_checkpoint(path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if stage is not None and manifest["stage"] != stage:
+        raise UserError(
+            f"{path}: holds a {manifest['stage']} checkpoint, not {stage}; give the folder of a {stage} run"
+        )
+    return manifest
+
+
+def read_run_config(path: Path | str) -> dict[str, Any]:
+    """The resolved configuration that the checkpoint at `path` was trained with."""
+    return OmegaConf.to_container(OmegaConf.load(find_checkpoint(path) / RUN_CONFIG))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return [folder for folder in sorted((run / "checkpoints").glob("step_*")) if is_complete(folder)]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has a manifest and every file in it has its recorded size."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU."""
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; copy the checkpoint folder as a whole") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None
+
+
+def read_config(config_class: type[Config], file: Path) -> Config:
+    """A config dataclass from its JSON file; unknown and missing keys are errors."""
+    try:
+        values = json.loads(file.read_text())
+        known = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(
+                f"{file}: unknown setting {unknown[0]!r}; it was written by another version of this code"
+            )
+        return config_class(**values)
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; copy the checkpoint folder as a whole") from None
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None
+
+
+@torch.no_grad()
+def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Copy `tensors` into `target` in place; names and shapes must agree entirely, else nothing is copied.
+
+    Raises:
+        UserError: names the source, the first tensor that does not fit, and how many do not.
+    """
+    missing = [name for name in target if name not in tensors]
+    extra = [name for name in tensors if name not in target]
+    wrong = [name for name in target if name in tensors and target[name].shape != tensors[name].shape]
+    fix = "use the preset and settings it was trained with"
+    if wrong:
+        name = wrong[0]
+        found, wanted = tuple(tensors[name].shape), tuple(target[name].shape)
+        raise UserError(
+            f"{source}: {name} has shape {found}, the model expects {wanted} ({len(wrong)} such); {fix}"
+        )
+    if missing:
+        raise UserError(f"{source}: lacks {missing[0]} ({len(missing)} tensors missing); {fix}")
+    if extra:
+        raise UserError(
+            f"{source}: has {extra[0]}, which the model lacks ({len(extra)} tensors too many); {fix}"
+        )
+    for name, tensor in target.items():
+        tensor.copy_(tensors[name])
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(
+    model: "StageModel",
+    run: Path,
+    *,
+    step: int,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    ema: "EMA | None" = None,
+    state: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `<run>/checkpoints/step_<step>` as a whole: into a hidden folder, flushed, then renamed.
+
+    Args:
+        model: its `save_pretrained` writes the weights.
+        run: output folder of the run.
+        config: resolved configuration; its `preset_name` goes into the manifest.
+        data: size and fingerprint of the training data.
+        metrics: of the latest evaluation.
+        ema: averaged weights, written beside.
+        state: writes the resume state into the folder it is given; None leaves weights only.
+
+    Returns:
+        The checkpoint folder.
+    """
+    final = run / "checkpoints" / f"step_{step:08d}"
+    folder = final.with_name(f".writing_{final.name}")
+    for leftover in final.parent.glob(".writing_*"):
+        shutil.rmtree(leftover)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    if ema is not None:
+        with ema.applied():
+            model.save_pretrained(folder / "ema")
+    if state is not None:
+        (folder / "state").mkdir()
+        state(folder / "state")
+    (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+    manifest = _provenance() | {
+        "stage": model.stage,
+        "preset": config.get("preset_name"),
+        "step": step,
+        "data": dict(data or {}),
+        "metrics": dict(metrics or {}),
+        "files": {
+            str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(folder, final)
+    sync(final.parent)
+    return final
+
+
+def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
+    """Delete all but the newest `keep` complete checkpoints and the one with the largest `best_metric`."""
+    checkpoints = list_checkpoints(run)
+    kept = set(checkpoints[-keep:])
+    if best_metric is not None:
+        scores = {folder: read_manifest(folder)["metrics"].get(best_metric) for folder in checkpoints}
+        scored = {folder: score for folder, score in scores.items() if score is not None}
+        if scored:
+            kept.add(max(scored, key=lambda folder: (scored[folder], folder.name)))
+    for folder in checkpoints:
+        if folder not in kept:
+            (folder / MANIFEST).unlink()  # first: a half-deleted folder is no checkpoint
+            shutil.rmtree(folder)
+
+
+def _provenance() -> dict[str, Any]:
+    """Where the weights come from: code version, packages, machine."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "version": defi.__version__,
+        "git_commit": _git_commit(),
+        "packages": versions,
+        "hardware": {"device": device, "system": platform.system()},
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this code runs from; None where it was installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,115 @@
+"""The numbers of a training run, as `configs/trainer/*.yaml` states them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from defi.errors import UserError
+
+SCHEDULES = ("constant", "tri_stage")
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """One run of the loop. Steps are optimizer steps; an interval of 0 means never.
+
+    The *global* batch is what the user states: samples per optimizer step over all processes. It is split into
+    processes × micro-batch × accumulation.
+    """
+
+    global_batch: int = 8
+    micro_batch: int | None = None  # samples per process and forward pass; None: global_batch / processes
+    max_steps: int = 1000
+
+    lr: float = 1e-4  # peak
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0  # of all trained parameters
+    clip: float | None = 1.0  # largest gradient norm
+    schedule: str = "constant"
+    warmup: float = 0.0  # constant: share of the steps with linearly rising rate
+    phases: tuple[float, float, float] = (0.02, 0.08, 0.9)  # tri_stage: shares of warm-up, hold, cosine
+    start_scale: float = 0.1  # tri_stage: first rate / lr
+    end_scale: float = 1e-6  # tri_stage: last rate / lr
+
+    ema: float | None = None  # decay of the averaged weights; None: off
+    precision: str = "no"
+    workers: int = 0  # loader processes per training process
+
+    log_every: int = 10
+    save_every: int = 500
+    sample_every: int = 0
+    rollout_every: int = 0
+    keep: int = 2  # newest checkpoints kept
+    best_metric: str | None = (
+        None  # the checkpoint with the largest value of this evaluation metric is kept too
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "phases", tuple(self.phases))
+        for name in ("global_batch", "max_steps", "log_every", "keep"):
+            self._demand(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("workers", "save_every", "sample_every", "rollout_every", "weight_decay"):
+            self._demand(name, getattr(self, name) >= 0, "must not be negative")
+        self._demand("lr", self.lr > 0, "must be positive")
+        self._demand("betas", all(0 <= b < 1 for b in self.betas), "must lie in [0, 1)")
+        self._demand("clip", self.clip is None or self.clip > 0, "must be positive, or null for no clipping")
+        self._demand(
+            "micro_batch", self.micro_batch is None or self.micro_batch >= 1, "must be at least 1, or null"
+        )
+        self._demand("schedule", self.schedule in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}")
+        self._demand("precision", self.precision in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}")
+        self._demand("warmup", 0 <= self.warmup <= 1, "is a share of the steps, in [0, 1]")
+        self._demand(
+            "phases",
+            abs(sum(self.phases) - 1) < 1e-6 and min(self.phases) >= 0,
+            "must be shares that sum to 1",
+        )
+        self._demand("ema", self.ema is None or 0 < self.ema < 1, "must lie in (0, 1), or null for none")
+
+    def _demand(self, name: str, fine: bool, rule: str) -> None:
+        if not fine:
+            raise UserError(f"trainer.{name}={getattr(self, name)}: {rule}")
+
+    @classmethod
+    def from_config(cls, section: Mapping[str, Any]) -> "TrainerConfig":
+        """Build from the `trainer` section of a configuration.
+
+        Raises:
+            UserError: an unknown key or an impossible value.
+        """
+        known = {field.name for field in fields(cls)}
+        for key in section:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                raise UserError(
+                    f"trainer.{key}: no such setting" + (f"; did you mean trainer.{near[0]}?" if near else "")
+                )
+        try:
+            return cls(**{key: section[key] for key in section})
+        except TypeError as error:
+            raise UserError(
+                f"trainer: a value has the wrong type ({error}); see configs/trainer/base.yaml"
+            ) from None
+
+    def split_batch(self, processes: int) -> tuple[int, int]:
+        """(micro-batch, accumulation) such that processes × micro-batch × accumulation = global batch.
+
+        Raises:
+            UserError: the global batch cannot be divided that way.
+        """
+        per_process, rest = divmod(self.global_batch, processes)
+        if rest or per_process == 0:
+            raise UserError(
+                f"trainer.global_batch={self.global_batch}: not divisible by {processes} processes; "
+                f"choose a multiple of {processes}"
+            )
+        micro = min(self.micro_batch or per_process, per_process)
+        if per_process % micro:
+            raise UserError(
+                f"trainer.micro_batch={micro}: does not divide the {per_process} samples per process and step; "
+                f"choose a divisor of {per_process}"
+            )
+        return micro, per_process // micro

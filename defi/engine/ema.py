@@ -1,0 +1,44 @@
+"""Exponential moving average of the trained parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from defi.engine.model import StageModel
+
+
+class EMA:
+    """average ← average + (1 − d)·(weights − average), with d = min(decay, (1 + n)/(10 + n)) at the n-th update.
+
+    The rising decay lets short runs forget their initial weights. Frozen parameters are not averaged.
+    """
+
+    def __init__(self, model: StageModel, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.parameters = [p for _, p in model.trainable()]
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the present weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averaged weights inside this context, and its own again after it."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and the averages."""
+        kept = [p.detach().clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, self.average)
+        torch._foreach_copy_(self.average, kept)

@@ -1,0 +1,94 @@
+"""What the loop trains: a module that turns a batch into a loss and knows its own file format."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from defi.engine.checkpoint import load_strict, read_config, read_tensors
+
+Model = TypeVar("Model", bound="StageModel")
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+class StageModel(nn.Module):
+    """Base of the models of all stages.
+
+    A subclass names its `stage` ("vae", "gfdm", "gidm" or "policy"), its `config_class` (a dataclass, kept as
+    `self.config`) and the sub-networks that stay as they are (`frozen`, dotted names): those are never trained,
+    averaged or saved, and stay in eval mode; call `freeze()` once they exist.
+
+    Several processes: parameters get averaged gradients; buffers are *not* broadcast, so a buffer that
+    accumulates over samples must be reduced over processes inside `forward` or `epoch_end`.
+    """
+
+    stage: ClassVar[str]
+    config_class: ClassVar[type]
+    frozen: ClassVar[tuple[str, ...]] = ()
+    config: Any
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Training loss of one batch.
+
+        Args:
+            batch: tensors with the batch first, lists of B strings, and `seed` [B] int64: one number per sample
+                and epoch, the same in whatever batch or process the sample lands (see `defi.engine.data.normal`).
+
+        Returns:
+            `loss`, a scalar mean over the batch that is differentiated, and further scalars to log.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def epoch_end(self) -> dict[str, float]:
+        """Called in every process after each pass over the data; returns numbers to log."""
+        return {}
+
+    def freeze(self) -> None:
+        """Stop gradients into the frozen sub-networks and put them in eval mode."""
+        for name in self.frozen:
+            self.get_submodule(name).requires_grad_(False).eval()
+
+    def train(self: Model, mode: bool = True) -> Model:
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer moves, in a fixed order."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers outside the frozen sub-networks."""
+        outside = tuple(f"{name}." for name in self.frozen)
+        return {name: t for name, t in self.state_dict().items() if not name.startswith(outside)}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `model.safetensors` and `config.json`; stages with a format of their own override this."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.contiguous() for name, t in self.own_state().items()}, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
+
+    @classmethod
+    def from_pretrained(cls: type[Model], folder: Path) -> Model:
+        """Build the model from its stored config and load its weights, strictly.
+
+        Raises:
+            UserError: a file is missing or damaged, or a tensor's name or shape does not fit.
+        """
+        model = cls(read_config(cls.config_class, folder / CONFIG))
+        model.load_weights(folder)
+        return model
+
+    @torch.no_grad()
+    def load_weights(self, folder: Path) -> None:
+        """Copy the weights that `save_pretrained` wrote into this model, in place and strictly."""
+        file = folder / WEIGHTS
+        load_strict(self.own_state(), read_tensors(file), source=file)
