@@ -20,9 +20,12 @@ Memory = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ActionHeadConfig:
-    """Sizes of the action head. `cross_attention`: `full`, or `causal` as in the published weights, where action
-    i sees the first i + 1 context tokens only. `action_positions`: learned position per action (published: none).
-    `identity_modulation`: start from plain layers (scale and gate 1) instead of nearly closed ones (published)."""
+    """Sizes of the action head.
+
+    cross_attention: `full`, or `causal` as in the published weights: action i sees the first i + 1 tokens.
+    action_positions: a learned position per action (published: none).
+    identity_modulation: begin with plain layers, AdaLN's scale and gate 1 (published: 0, nearly closed).
+    """
 
     dim: int
     encoder_layers: int
@@ -213,9 +216,9 @@ class ActionDenoiser(nn.Module):
         return [layer.cross_attention.keys_values(context) for layer in self.decoder]
 
     def decode(
-        self, memory: Memory, noisy: Float[Tensor, "B *R K A"], sigma: Float[Tensor, "B *R"]
-    ) -> Float[Tensor, "B *R K A"]:
-        """One denoising step. With a dimension R, R draws of (σ, noise) share each sample's context."""
+        self, memory: Memory, noisy: Float[Tensor, "... K A"], sigma: Float[Tensor, "..."]
+    ) -> Float[Tensor, "... K A"]:
+        """One denoising step: noisy [B, K, A], σ [B]; or [B, R, K, A], [B, R]: R draws share one context."""
         if noisy.ndim == 3:
             return self.decode(memory, noisy[:, None], sigma[:, None])[:, 0]
         x = self.embed_action(noisy)

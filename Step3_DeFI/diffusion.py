@@ -48,7 +48,7 @@ def log_logistic_cdf(value: float, *, loc: float, scale: float) -> float:
 def log_logistic(
     u: Float[Tensor, "..."], *, loc: float, scale: float, minimum: float, maximum: float
 ) -> Float[Tensor, "..."]:
-    """Quantile function of the log-logistic density cut off to [minimum, maximum]: u in [0, 1] → σ (float32)."""
+    """Quantile function of the log-logistic density on [minimum, maximum]: u in [0, 1] → σ (float32)."""
     low = log_logistic_cdf(minimum, loc=loc, scale=scale)
     high = log_logistic_cdf(maximum, loc=loc, scale=scale)
     return (u.double() * (high - low) + low).logit().mul(scale).add(loc).exp().float()

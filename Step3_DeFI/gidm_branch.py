@@ -13,9 +13,9 @@ from Step2_GIDM.latent_action import LatentActions, LatentActionSizes, LatentAct
 
 
 class GIDMBranch(nn.Module):
-    """Features at two imagined frames → latent actions. No DINO, no decoder; encoder and codebook are finetuned.
+    """Features at two imagined frames → latent actions. No DINO, no decoder; the rest of stage 2 is finetuned.
 
-    `frames` are the two frame numbers; `normalise` as in `VideoFormer`. Tokens have stage 2's sinusoidal positions.
+    `frames` are the two frame numbers; `normalise` as in `VideoFormer`.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ def without(weights: Mapping[str, Tensor], unused: tuple[str, ...]) -> dict[str,
 def load_published_branch(
     branch: GIDMBranch, weights: Mapping[str, Tensor], *, source: str = "weights"
 ) -> None:
-    """Load `goal_emb`, `time_pos_emb` and `lam.*` (stage 2's encoder and codebook, finetuned) into our branch."""
+    """Load `goal_emb`, `time_pos_emb` and `lam.*` (stage 2's encoder and codebook) into our branch."""
     latent_action = {n.removeprefix("lam."): t for n, t in weights.items() if n.startswith("lam.")}
     load_published(branch.tokenizer, latent_action, tokenizer_names(branch.tokenizer.sizes), source=source)
     own = rename({n: t for n, t in weights.items() if not n.startswith("lam.")}, GIDM_BRANCH)

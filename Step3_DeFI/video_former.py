@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class QueryAttention(nn.Module):
-    """Queries attend to the features and to each other: q from LN(queries), k and v from LN(features) ⊕ LN(queries)."""
+    """Queries attend to features and each other: q from LN(queries), k, v from LN(features) ⊕ LN(queries)."""
 
     def __init__(self, dim: int, *, heads: int, head_dim: int):
         super().__init__()
