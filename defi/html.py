@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-from defi.files import write_text
+from defi.engine.output import write_file
 
 Block = Markup | str
 
@@ -40,8 +40,11 @@ def page(title: str, *blocks: Block, subtitle: str = "") -> Markup:
 
 
 def write_page(path: Path | str, title: str, *blocks: Block, subtitle: str = "") -> Path:
-    """Write a page, replacing an older one in one step."""
-    return write_text(path, page(title, *blocks, subtitle=subtitle))
+    """Write a page, replacing an older one in one step; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, page(title, *blocks, subtitle=subtitle))
+    return path
 
 
 def join(blocks: Iterable[Block]) -> Markup:

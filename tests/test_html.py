@@ -11,7 +11,6 @@ from markupsafe import Markup
 from PIL import Image
 
 from defi import html
-from defi.files import write_text
 
 VOID = {"meta", "img", "line", "circle", "polyline"}
 
@@ -127,10 +126,3 @@ def test_long_curves_are_thinned_but_keep_their_ends():
 @pytest.mark.parametrize("log_y", [False, True])
 def test_charts_of_little_data_still_draw(curves, log_y):
     parse(html.line_chart(curves, log_y=log_y))
-
-
-def test_failed_write_keeps_the_old_file(tmp_path):
-    path = write_text(tmp_path / "a.txt", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "\ud800")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
