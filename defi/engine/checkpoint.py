@@ -60,7 +60,7 @@ def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
 
 
 def find_weights(path: Path | str, stage: str | None = None) -> Path:
-    """Folder to give to `from_pretrained`: the averaged weights if the checkpoint has them, else the weights."""
+    """Folder to give to `from_pretrained`: the averaged weights where the checkpoint has them."""
     folder = find_checkpoint(path, stage)
     return folder / "ema" if (folder / "ema").is_dir() else folder
 
@@ -68,7 +68,8 @@ def find_weights(path: Path | str, stage: str | None = None) -> Path:
 def read_manifest(path: Path | str, stage: str | None = None) -> dict[str, Any]:
     """The manifest of the checkpoint at `path` (a run or a checkpoint), checked to be of `stage` if given.
 
-    Keys: stage, preset, version, step, data {size, fingerprint}, metrics, packages, git_commit, hardware, files.
+    Keys: stage, preset, version, step, data {size, fingerprint}, metrics, packages, git_commit, hardware,
+    files {name: size}.
     """
     folder = find_checkpoint(path)
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -142,13 +143,13 @@ def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, 
         name = wrong[0]
         found, wanted = tuple(tensors[name].shape), tuple(target[name].shape)
         raise UserError(
-            f"{source}: {name} has shape {found}, the model expects {wanted} ({len(wrong)} such); {fix}"
+            f"{source}: {name} has shape {found}, the model wants {wanted} ({len(wrong)} such); {fix}"
         )
     if missing:
         raise UserError(f"{source}: lacks {missing[0]} ({len(missing)} tensors missing); {fix}")
     if extra:
         raise UserError(
-            f"{source}: has {extra[0]}, which the model lacks ({len(extra)} tensors too many); {fix}"
+            f"{source}: has {extra[0]}, unknown to the model ({len(extra)} tensors too many); {fix}"
         )
     for name, tensor in target.items():
         tensor.copy_(tensors[name])

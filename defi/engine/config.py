@@ -15,8 +15,8 @@ PRECISIONS = ("no", "fp16", "bf16")
 class TrainerConfig:
     """One run of the loop. Steps are optimizer steps; an interval of 0 means never.
 
-    The *global* batch is what the user states: samples per optimizer step over all processes. It is split into
-    processes × micro-batch × accumulation.
+    The *global* batch is what the user states: samples per optimizer step over all processes. It is split
+    into processes × micro-batch × accumulation.
     """
 
     global_batch: int = 8
@@ -109,7 +109,7 @@ class TrainerConfig:
         micro = min(self.micro_batch or per_process, per_process)
         if per_process % micro:
             raise UserError(
-                f"trainer.micro_batch={micro}: does not divide the {per_process} samples per process and step; "
+                f"trainer.micro_batch={micro}: does not divide the {per_process} samples per process; "
                 f"choose a divisor of {per_process}"
             )
         return micro, per_process // micro

@@ -9,7 +9,7 @@ from defi.engine.model import StageModel
 
 
 class EMA:
-    """average ← average + (1 − d)·(weights − average), with d = min(decay, (1 + n)/(10 + n)) at the n-th update.
+    """average ← average + (1 − d)·(weights − average), d = min(decay, (1 + n)/(10 + n)) at update n.
 
     The rising decay lets short runs forget their initial weights. Frozen parameters are not averaged.
     """

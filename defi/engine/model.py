@@ -22,8 +22,8 @@ class StageModel(nn.Module):
     """Base of the models of all stages.
 
     A subclass names its `stage` ("vae", "gfdm", "gidm" or "policy"), its `config_class` (a dataclass, kept as
-    `self.config`) and the sub-networks that stay as they are (`frozen`, dotted names): those are never trained,
-    averaged or saved, and stay in eval mode; call `freeze()` once they exist.
+    `self.config`) and the sub-networks that stay as they are (`frozen`, dotted names): those are never
+    trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist.
 
     Several processes: parameters get averaged gradients; buffers are *not* broadcast, so a buffer that
     accumulates over samples must be reduced over processes inside `forward` or `epoch_end`.
@@ -38,8 +38,8 @@ class StageModel(nn.Module):
         """Training loss of one batch.
 
         Args:
-            batch: tensors with the batch first, lists of B strings, and `seed` [B] int64: one number per sample
-                and epoch, the same in whatever batch or process the sample lands (see `defi.engine.data.normal`).
+            batch: tensors with the batch first, lists of B strings, and `seed` [B] int64: one number per
+                sample and epoch, whatever batch or process it lands in (see `defi.engine.data.normal`).
 
         Returns:
             `loss`, a scalar mean over the batch that is differentiated, and further scalars to log.

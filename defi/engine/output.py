@@ -1,4 +1,4 @@
-"""Output folders and atomic writes: nothing of an earlier run is lost by accident, no half-written file is seen."""
+"""Output folders and atomic writes: no earlier run is lost by accident, no half-written file is seen."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = 
     """Refuse an output folder that a run may not write to; change nothing on disk.
 
     Raises:
-        UserError: `resume` and `overwrite` are both set, the path is a file, or the folder is not empty and neither is set.
+        UserError: `resume` and `overwrite` are both set, the path is a file, or the folder is not empty and
+            neither is set.
     """
     output = Path(output)
     if resume and overwrite:
@@ -24,7 +25,7 @@ def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = 
         )
     if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
         raise UserError(
-            f"{output}: exists and is not empty; set overwrite=true to replace it, resume=true to continue it, "
+            f"{output}: exists and is not empty; overwrite=true replaces it, resume=true continues it, "
             "or choose another output="
         )
     return output
@@ -45,7 +46,7 @@ def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool 
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write `content` so that `path` holds either its old bytes or all of the new ones, also after a crash."""
+    """Write `content` so that `path` holds its old bytes or all of the new ones, even after a crash."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(temporary)
