@@ -1,9 +1,9 @@
 """Read `.npy` files that hold pickled dictionaries, without giving the file a way to run code.
 
 CALVIN keeps its language annotations as a pickled dict in a `.npy` file. `numpy.load(allow_pickle=True)`
-calls whatever the pickle names. Here every global that a pickle may name is an inert stand-in: NumPy's constructors
-only record their arguments, arrays are then built by `numpy.frombuffer` from checked types and sizes, and any
-other global is refused by name, without being imported.
+calls whatever the pickle names. Here every global that a pickle may name is an inert stand-in: NumPy's
+constructors only record their arguments, arrays are then built by `numpy.frombuffer` from checked types and
+sizes, and any other global is refused by name, without being imported.
 """
 
 import io

@@ -1,0 +1,230 @@
+"""CALVIN's data format: one compressed `.npz` per frame, index files beside them. Reader and writer.
+
+A data set is a folder with the splits `training` and `validation`; a split holds
+
+    episode_0000123.npz              one frame: pictures, actions, robot and scene state (`FRAME`)
+    ep_start_end_ids.npy             int64 [N, 2]: first and last frame of each recording, both included
+    ep_lens.npy                      int64 [N]
+    scene_info.npy                   {"calvin_scene_A": [first frame, last frame], ...}
+    lang_annotations/auto_lang_ann.npy   {"language": {"ann", "task", "emb"}, "info": {"indx", "episodes"}}
+    .hydra/merged_config.yaml        the simulator's settings
+
+Reading never runs code from a file: pictures and states are plain arrays, the pickled dicts go through
+`defi.npy`. Every fault of a file is a `UserError` that names the file.
+"""
+
+import hashlib
+import io
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from numpy.lib import format as npy_format
+
+from defi.errors import UserError
+from defi.npy import load_npy
+
+TRAINING, VALIDATION = "training", "validation"
+ANNOTATIONS = "lang_annotations/auto_lang_ann.npy"
+EMBEDDING = (1, 384)  # CALVIN's sentence embedding of one annotation
+
+# Key -> (type, shape). Cameras keep their own sizes (CALVIN: static 200x200, gripper 84x84); depth is unused.
+FRAME: dict[str, tuple[type, tuple[int | None, ...]]] = {
+    "rgb_static": (np.uint8, (None, None, 3)),
+    "rgb_gripper": (np.uint8, (None, None, 3)),
+    "rel_actions": (np.float64, (7,)),  # dxyz / 0.02 m, drpy / 0.05 rad, gripper +1 open, -1 closed
+    "actions": (np.float64, (7,)),  # target: TCP xyz in m, TCP Euler angles in rad, gripper
+    "robot_obs": (np.float64, (15,)),
+    "scene_obs": (np.float64, (24,)),
+}
+
+_ARRAY_FAULTS = (ValueError, TypeError, LookupError, EOFError, OSError, SyntaxError, NotImplementedError)
+_FRAME_FAULTS = (*_ARRAY_FAULTS, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A demonstration: frames `start` to `end` (both included), what it shows in words, the task's name."""
+
+    start: int
+    end: int
+    instruction: str
+    task: str
+
+    def positions(self) -> range:
+        """Frames at which training samples start: start ... end - 21, so that every chunk of actions fits."""
+        return range(self.start, self.end - 20)
+
+
+def frame_name(frame: int) -> str:
+    return f"episode_{frame:07d}.npz"
+
+
+def read_frame(path: Path, keys: Iterable[str] = tuple(FRAME)) -> dict[str, np.ndarray]:
+    """The arrays `keys` of one frame's file; the file's other members are not decompressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = {
+                key: npy_format.read_array(io.BytesIO(archive.read(f"{key}.npy")), allow_pickle=False)
+                for key in keys
+            }
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, though the index counts it; copy the data set again") from None
+    except _FRAME_FAULTS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: truncated or damaged frame ({reason}); copy or collect it again") from None
+    for key, array in arrays.items():
+        dtype, shape = FRAME.get(key, (array.dtype, array.shape))
+        if not (_fits(array.shape, shape) and array.dtype.kind == np.dtype(dtype).kind):
+            raise UserError(
+                f"{path}: {key} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
+                f"this is no frame in CALVIN's format"
+            )
+    return arrays
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(e is None or n == e for n, e in zip(shape, expected))
+
+
+class CalvinFolder:
+    """One split of a data set in CALVIN's format, read lazily.
+
+    Raises:
+        UserError: the folder is missing, has no frames, or its index is not one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder}: no such folder; give the data set in CALVIN's format that holds it, "
+                f"or collect one with `python -m defi.sim.collect`"
+            )
+        index = self.folder / "ep_start_end_ids.npy"
+        if not index.is_file():
+            raise UserError(f"{index}: missing, so this is no split of a CALVIN data set; check the path")
+        ids = load_npy(index)
+        if not (isinstance(ids, np.ndarray) and ids.shape[1:] == (2,) and ids.dtype.kind in "iu"):
+            raise UserError(f"{index}: not an integer array of shape [N, 2]; copy the data set again")
+        if len(ids) == 0:
+            raise UserError(f"{index}: no frames in this split; collect or copy the data set again")
+        if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
+            raise UserError(f"{index}: a recording ends before it starts; copy the data set again")
+        self.episodes: list[tuple[int, int]] = [(int(start), int(end)) for start, end in ids]
+
+    def __repr__(self) -> str:
+        return f"CalvinFolder({str(self.folder)!r})"
+
+    @cached_property
+    def frame_ids(self) -> Int64[np.ndarray, " frames"]:
+        """Numbers of all frames, in the order of the recordings."""
+        return np.concatenate([np.arange(start, end + 1) for start, end in self.episodes])
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The annotated demonstrations, in the file's order."""
+        path = self.folder / ANNOTATIONS
+        if not path.is_file():
+            raise UserError(f"{path}: missing annotation; only data with language can be trained on")
+        annotation = load_npy(path)
+        try:
+            texts, tasks = annotation["language"]["ann"], annotation["language"]["task"]
+            bounds = [(int(start), int(end)) for start, end in annotation["info"]["indx"]]
+            spans = [Span(*bound, str(text), str(task)) for bound, text, task in zip(bounds, texts, tasks)]
+            complete = len(spans) == len(bounds) == len(texts) == len(tasks)
+        except (TypeError, KeyError, ValueError, IndexError):
+            complete, spans = False, []
+        if not complete:
+            raise UserError(f"{path}: not CALVIN's annotation (language.ann, language.task, info.indx)")
+        for span in spans:
+            if not any(start <= span.start <= span.end <= end for start, end in self.episodes):
+                raise UserError(
+                    f"{path}: span ({span.start}, {span.end}) lies outside the recordings of "
+                    f"ep_start_end_ids.npy; the two files belong to different data sets"
+                )
+        return spans
+
+    @cached_property
+    def scenes(self) -> dict[str, tuple[int, int]]:
+        """Scene name ("A") -> its first and last frame; empty where the data set does not say."""
+        path = self.folder / "scene_info.npy"
+        if not path.is_file():
+            return {}
+        info = load_npy(path)
+        try:
+            return {str(k).rpartition("_")[2]: (int(first), int(last)) for k, (first, last) in info.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{path}: not a dict of scene -> [first frame, last frame]") from None
+
+    def path(self, frame: int) -> Path:
+        return self.folder / frame_name(frame)
+
+    def frame(self, frame: int, keys: Iterable[str] = tuple(FRAME)) -> dict[str, np.ndarray]:
+        """Arrays of one frame, as stored (pictures uint8 [H, W, 3], states float64)."""
+        return read_frame(self.path(frame), keys)
+
+    def stack(self, key: str, frames: Iterable[int]) -> np.ndarray:
+        """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7]."""
+        return np.stack([self.frame(frame, (key,))[key] for frame in frames])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the data: hash of the index files and of 16 frames spread over the split."""
+        digest = hashlib.sha256()
+        for name in ("ep_start_end_ids.npy", ANNOTATIONS):
+            if (self.folder / name).is_file():
+                digest.update((self.folder / name).read_bytes())
+        for i in np.linspace(0, len(self.frame_ids) - 1, 16).astype(int):
+            frame = self.frame(int(self.frame_ids[i]), ("rgb_static", "rel_actions"))
+            digest.update(frame["rgb_static"].tobytes() + frame["rel_actions"].tobytes())
+        return digest.hexdigest()[:16]
+
+
+def encode_frame(frame: Mapping[str, np.ndarray]) -> bytes:
+    """The `.npz` file of one frame, deflated at zlib's fastest level (measured: see `defi.sim.collect`)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for key, (dtype, shape) in FRAME.items():
+            array = np.ascontiguousarray(frame[key], dtype)
+            assert _fits(array.shape, shape), f"{key}: shape {array.shape}, expected {shape}"
+            member = io.BytesIO()
+            npy_format.write_array(member, array, allow_pickle=False)
+            archive.writestr(f"{key}.npy", member.getvalue())
+    return buffer.getvalue()
+
+
+def _npy(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, value, allow_pickle=True)  # CALVIN's own readers expect pickled dicts
+    return buffer.getvalue()
+
+
+def index_files(
+    episodes: Sequence[tuple[int, int]], spans: Sequence[Span], scenes: Mapping[str, tuple[int, int]]
+) -> dict[str, bytes]:
+    """Relative path -> contents of a split's index files.
+
+    The sentence embeddings, which this project does not use, are zeros of CALVIN's shape.
+    """
+    ids = np.array(episodes, np.int64).reshape(-1, 2)
+    annotation = {
+        "language": {
+            "ann": [span.instruction for span in spans],
+            "task": [span.task for span in spans],
+            "emb": np.zeros((len(spans), *EMBEDDING), np.float32),
+        },
+        "info": {"episodes": [], "indx": [(span.start, span.end) for span in spans]},
+    }
+    return {
+        "ep_start_end_ids.npy": _npy(ids),
+        "ep_lens.npy": _npy(ids[:, 1] - ids[:, 0] + 1),
+        "scene_info.npy": _npy({f"calvin_scene_{name}": list(ends) for name, ends in scenes.items()}),
+        ANNOTATIONS: _npy(annotation),
+    }

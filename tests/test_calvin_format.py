@@ -1,0 +1,141 @@
+"""CALVIN's format: what is written is read back, by this project and by NumPy alone; faults name the file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defi.calvin import ANNOTATIONS, FRAME, CalvinFolder, Span, encode_frame, frame_name, index_files
+from defi.errors import UserError
+
+EPISODES = [(0, 39), (40, 99)]
+SPANS = [Span(0, 30, "open the drawer", "open_drawer"), Span(45, 99, "Schiebe die Tür", "move_slider_left")]
+
+
+def made_up_frame(i: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(i)
+    return {
+        "rgb_static": rng.integers(0, 256, (16, 20, 3), dtype=np.uint8),
+        "rgb_gripper": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+        "rel_actions": rng.uniform(-1, 1, 7),
+        "actions": rng.uniform(-1, 1, 7),
+        "robot_obs": rng.normal(size=15),
+        "scene_obs": rng.normal(size=24),
+    }
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    folder = tmp_path / "training"
+    for name, contents in index_files(EPISODES, SPANS, {"A": (0, 39), "B": (40, 99)}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(contents)
+    for i in range(100):
+        (folder / frame_name(i)).write_bytes(encode_frame(made_up_frame(i)))
+    return folder
+
+
+def test_what_is_written_is_read_back(split: Path) -> None:
+    data = CalvinFolder(split)
+    assert data.episodes == EPISODES
+    assert data.spans == SPANS
+    assert data.scenes == {"A": (0, 39), "B": (40, 99)}
+    assert data.frame_ids.tolist() == list(range(100))
+    for i in (0, 57, 99):
+        frame = data.frame(i)
+        assert set(frame) == set(FRAME)
+        for key, expected in made_up_frame(i).items():
+            assert frame[key].dtype == FRAME[key][0]
+            np.testing.assert_array_equal(frame[key], expected)
+    actions = data.stack("rel_actions", range(10, 20))
+    np.testing.assert_array_equal(actions, [made_up_frame(i)["rel_actions"] for i in range(10, 20)])
+
+
+def test_numpy_alone_reads_it_as_calvins_own_loader_does(split: Path) -> None:
+    frame = np.load(split / "episode_0000042.npz")
+    np.testing.assert_array_equal(frame["rgb_static"], made_up_frame(42)["rgb_static"])
+    annotation = np.load(split / ANNOTATIONS, allow_pickle=True).item()
+    assert annotation["language"]["ann"] == [span.instruction for span in SPANS]
+    assert annotation["language"]["task"] == [span.task for span in SPANS]
+    assert annotation["language"]["emb"].shape == (2, 1, 384)
+    assert annotation["info"]["indx"] == [(0, 30), (45, 99)]
+    np.testing.assert_array_equal(np.load(split / "ep_start_end_ids.npy"), EPISODES)
+    np.testing.assert_array_equal(np.load(split / "ep_lens.npy"), [40, 60])
+    assert np.load(split / "scene_info.npy", allow_pickle=True).item()["calvin_scene_B"] == [40, 99]
+
+
+def test_positions_leave_room_for_the_window() -> None:
+    assert list(Span(5, 28, "", "").positions()) == [5, 6, 7]
+    assert list(Span(5, 20, "", "").positions()) == []
+
+
+def test_only_the_members_asked_for_are_decompressed(split: Path) -> None:
+    path = split / frame_name(3)
+    whole = path.read_bytes()
+    at = whole.index(b"rgb_static.npy") + 200
+    path.write_bytes(whole[:at] + bytes(50) + whole[at + 50 :])  # the picture is damaged, the action is not
+    data = CalvinFolder(split)
+    np.testing.assert_array_equal(
+        data.frame(3, ("rel_actions",))["rel_actions"], made_up_frame(3)["rel_actions"]
+    )
+    with pytest.raises(UserError, match=r"episode_0000003\.npz: truncated or damaged"):
+        data.frame(3)
+
+
+def test_a_frame_cut_anywhere_is_one_clear_line(split: Path) -> None:
+    data, path = CalvinFolder(split), split / frame_name(7)
+    whole = path.read_bytes()
+    for length in [0, 1, 30, *range(100, len(whole), 211), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"episode_0000007\.npz: [^\n]+$"):
+            data.frame(7)
+
+
+def test_a_frame_of_another_format(split: Path) -> None:
+    data = CalvinFolder(split)
+    np.savez(split / frame_name(1), **made_up_frame(1) | {"rel_actions": np.zeros(8)})
+    with pytest.raises(UserError, match=r"episode_0000001\.npz: rel_actions is float64 \(8,\)"):
+        data.frame(1)
+    np.savez(split / frame_name(1), pixels=np.zeros(3))
+    with pytest.raises(UserError, match=r"episode_0000001\.npz.*rgb_static"):
+        data.frame(1)
+    np.savez(split / frame_name(1), **made_up_frame(1) | {"rel_actions": np.array([None] * 7)})
+    with pytest.raises(UserError, match=r"episode_0000001\.npz.*Object arrays"):
+        data.frame(1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda split: (split / "ep_start_end_ids.npy").unlink(), r"ep_start_end_ids\.npy: missing"),
+        (lambda split: (split / ANNOTATIONS).unlink(), r"auto_lang_ann\.npy: missing annotation"),
+        (lambda split: (split / frame_name(99)).unlink(), r"episode_0000099\.npz: missing"),
+        (lambda split: np.save(split / "ep_start_end_ids.npy", np.zeros((0, 2), int)), "no frames"),
+        (lambda split: np.save(split / "ep_start_end_ids.npy", np.zeros((3, 2))), "not an integer array"),
+        (lambda split: np.save(split / "ep_start_end_ids.npy", np.array([[3, 2]])), "ends before it starts"),
+        (lambda split: np.save(split / "ep_start_end_ids.npy", np.array([[0, 50]])), r"span \(45, 99\)"),
+        (lambda split: np.save(split / ANNOTATIONS, {"language": {}}), "not CALVIN's annotation"),
+        (
+            lambda split: (split / ANNOTATIONS).write_bytes(b"\x93NUMPY"),
+            r"auto_lang_ann\.npy: not a readable",
+        ),
+        (lambda split: np.save(split / "scene_info.npy", [1]), r"scene_info\.npy: not a dict"),
+    ],
+)
+def test_damage_is_named(split: Path, damage, message: str) -> None:
+    damage(split)
+    with pytest.raises(UserError, match=message):
+        data = CalvinFolder(split)
+        _ = data.spans, data.scenes, data.fingerprint
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        CalvinFolder(tmp_path / "nowhere")
+
+
+def test_the_fingerprint_follows_the_data(split: Path) -> None:
+    before = CalvinFolder(split).fingerprint
+    assert CalvinFolder(split).fingerprint == before
+    (split / frame_name(0)).write_bytes(encode_frame(made_up_frame(1000)))
+    assert CalvinFolder(split).fingerprint != before
