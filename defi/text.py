@@ -52,7 +52,7 @@ class TextConfig:
 
 
 def build_tokenizer(*, bos: str | None, eos: str, pad: str, tokens: int) -> PreTrainedTokenizerFast:
-    """A tokenizer for any text: common words of instructions are one token, everything else falls back to bytes.
+    """A tokenizer for any text: common words are one token, everything else falls back to bytes.
 
     WordPiece over byte-level characters: every byte is a piece, at the start of a word and within it, so no
     text is unknown, and nothing has to be trained or downloaded.
@@ -93,7 +93,8 @@ def _load(cls, source: str):
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
         raise UserError(
-            f"{source}: {len(missing)} tensors of {cls.__name__} are missing or of another shape, first {missing[0]}"
+            f"{source}: {len(missing)} tensors of {cls.__name__} are missing or of another shape "
+            f"(first {missing[0]}); give a complete folder"
         )
     return model, tokenizer
 
@@ -126,7 +127,7 @@ class _Tower(nn.Module):
 
     @torch.no_grad()
     def _cached(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
-        """The encodings of `texts`; unknown ones are computed in one forward and remembered (oldest leave first)."""
+        """The encodings of `texts`; new ones take one forward and are remembered, oldest out first."""
         known = {text: self._cache[text] for text in texts if text in self._cache}
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
@@ -144,7 +145,7 @@ class _Tower(nn.Module):
 
 
 class CLIPText(_Tower):
-    """CLIP text tower (ViT-B/32 at full size): token states for the video model, a sentence embedding for the policy."""
+    """CLIP text tower (ViT-B/32 at full size): token states for video, a sentence for a policy."""
 
     @classmethod
     def from_config(cls, config: TextConfig) -> "CLIPText":
@@ -244,7 +245,7 @@ class T5Text(_Tower):
         return [(states[i, keep], keep[keep]) for i, keep in enumerate(mask)]
 
     def forward(self, texts: list[str]) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
-        """States padded with zeros to the longest text of the batch, and the mask: true where there is a token."""
+        """States padded with zeros to the longest text of the batch, and the mask: true at tokens."""
         encoded = self._cached([plain(text) for text in texts])
         states = nn.utils.rnn.pad_sequence([states for states, _ in encoded], batch_first=True)
         mask = nn.utils.rnn.pad_sequence([mask for _, mask in encoded], batch_first=True)

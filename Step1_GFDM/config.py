@@ -1,0 +1,96 @@
+"""Sizes and constants of stage 1 (DESIGN section 2); the defaults are those of the published model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defi.config import typed
+from defi.text import TextConfig
+
+
+@dataclass
+class UNetSizes:
+    """Widths of `UNetSpatioTemporalConditionModel`; the rest follows from the other sections."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
+    num_attention_heads: list[int] = field(default_factory=lambda: [5, 10, 20, 20])
+    layers_per_block: int = 2
+    addition_time_embed_dim: int = 256
+
+
+@dataclass
+class VAESizes:
+    """Widths of `AutoencoderKLTemporalDecoder`; each block but the last halves the resolution."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    layers_per_block: int = 2
+    latent_channels: int = 4
+
+
+@dataclass
+class DiffusionConfig:
+    """EDM training: sigma = exp(sigma_mean + sigma_std·n), text zeroed for a share of the samples."""
+
+    sigma_mean: float = 0.7
+    sigma_std: float = 1.6
+    text_dropout: float = 0.05
+    fps: int = 7
+    motion_bucket: int = 127
+
+
+@dataclass
+class SamplingConfig:
+    """Euler steps; guidance rises linearly over the frames."""
+
+    steps: int = 30
+    min_guidance: float = 1.0
+    max_guidance: float = 3.0
+    noise_aug: float = 0.02
+
+
+@dataclass
+class FeatureConfig:
+    """What stage 3 reads: the UNet at the first step of a `steps`-step schedule, with its own time ids."""
+
+    steps: int = 20
+    fps: int = 4
+    motion_bucket: int = 127
+
+
+@dataclass
+class GFDMConfig:
+    """frames: F. image_size: H = W in pixels. pretrained: a diffusers folder or hub name to start from
+    instead of random weights; its sizes then take the place of `unet` and `vae`."""
+
+    frames: int = 16
+    image_size: int = 256
+    pretrained: str | None = None
+    unet: UNetSizes = field(default_factory=UNetSizes)
+    vae: VAESizes = field(default_factory=VAESizes)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    clip: TextConfig = field(default_factory=TextConfig)
+
+    @classmethod
+    def from_preset(cls, cfg: Mapping[str, Any]) -> "GFDMConfig":
+        """From a composed configuration: its sections `gfdm` and `text.clip`."""
+        return typed(cls, {**cfg["gfdm"], "clip": cfg["text"]["clip"]}, "gfdm")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for JSON; `typed(GFDMConfig, …)` reads them back."""
+        return asdict(self)
+
+    @property
+    def latent_size(self) -> int:
+        """h = w in latent pixels."""
+        return self.image_size // 2 ** (len(self.vae.block_out_channels) - 1)
+
+    def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Tensor | list[str]]:
+        """Valid training input: scaled latents [B, F, 4, h, w] of unit deviation and instructions."""
+        size = (batch_size, self.frames, self.vae.latent_channels, self.latent_size, self.latent_size)
+        latents = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        return {"latents": latents, "text": [f"push the block {i} to the left" for i in range(batch_size)]}
