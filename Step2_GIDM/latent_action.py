@@ -16,7 +16,7 @@ from Step2_GIDM.blocks import SpatialBlock, SpatioTemporalBlock, input_projectio
 from Step2_GIDM.quantizer import Quantized, VectorQuantizer
 
 
-@dataclass(frozen=True)
+@dataclass
 class LatentActionSizes:
     """Sizes of encoder and codebook. The defaults are the paper's."""
 
