@@ -1,0 +1,202 @@
+"""Chains of tasks for evaluation, and the states they start from.
+
+`sequences(n)` are the chains of CALVIN's long-horizon protocol, for any n; `chains` makes chains from a subset of
+the tasks by the same conditions.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from defi.errors import UserError
+from defi.sim.tasks import TASK_TABLE, TASKS, Situation, check_tasks
+
+CHAIN_LENGTH = 5
+BLOCK_PLACES = ("table", "slider_right", "slider_left")
+DRAWS = 4096  # shuffles made at a time: about one in 4000 is a feasible chain
+
+ROBOT_START = (
+    0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
+    -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0,
+)  # fmt: skip
+TABLE_PLACES = (
+    (0.0500000896, -0.120000177, 0.459990009),
+    (0.229995412, -0.119995140, 0.459990010),
+)
+SLIDER_PLACES = {
+    "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
+    "slider_right": (0.0703416330, 0.0924044687, 0.460990009),
+}
+SLIDER_LEFT, DRAWER_OPEN, SWITCH_ON = 0.28, 0.22, 0.088
+YAW_RANGE = (np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Tasks to solve one after the other, from `initial_state`."""
+
+    initial_state: Situation
+    tasks: tuple[str, ...]
+
+
+def initial_states() -> list[Situation]:
+    """All situations a chain can start from: one or two blocks on the table, at most one behind each side."""
+    values = {
+        "led": (0, 1),
+        "lightbulb": (0, 1),
+        "slider": ("right", "left"),
+        "drawer": ("closed", "open"),
+        "red_block": BLOCK_PLACES,
+        "blue_block": BLOCK_PLACES,
+        "pink_block": BLOCK_PLACES,
+        "grasped": (0,),
+    }
+
+    def allowed(choice: tuple[int | str, ...]) -> bool:
+        behind = (choice.count("slider_right"), choice.count("slider_left"))
+        return choice.count("table") in (1, 2) and max(behind) < 2
+
+    return [dict(zip(values, choice)) for choice in itertools.product(*values.values()) if allowed(choice)]
+
+
+def sequences(n: int) -> list[Chain]:
+    """The protocol's n chains of five tasks from five categories: the same n gives the same chains."""
+    if n < 1:
+        raise UserError(f"{n}: not a number of sequences; ask for 1 or more")
+    states = initial_states()
+    shares = np.array_split(np.arange(n), len(states))
+    result = [
+        Chain(state, tasks)
+        for seed, (state, share) in enumerate(zip(states, shares))
+        for tasks in _feasible_draws(state, len(share), seed)
+    ]
+    np.random.RandomState(0).shuffle(result)
+    return result
+
+
+@functools.cache
+def _transitions() -> tuple[dict[tuple[int | str, ...], int], Int[np.ndarray, "S N"]]:
+    """Every situation that tasks can lead to, numbered, and where each task leads from it (−1: it cannot be asked
+    for)."""
+    known = initial_states()
+    number = {tuple(state.values()): i for i, state in enumerate(known)}
+    rows = []
+    for state in known:  # grows while it is read
+        row = []
+        for task in TASK_TABLE.values():
+            after = task.outcome(state)
+            if after is None:
+                row.append(-1)
+                continue
+            key = tuple(after.values())
+            if key not in number:
+                number[key] = len(known)
+                known.append(after)
+            row.append(number[key])
+        rows.append(row)
+    return number, np.array(rows)
+
+
+def _feasible_draws(state: Situation, count: int, seed: int) -> list[tuple[str, ...]]:
+    """The first `count` chains that are feasible from `state`, out of the draws of generator `seed`."""
+    number, leads_to = _transitions()
+    category_bit = np.array([1 << task.category for task in TASK_TABLE.values()])
+    rng = np.random.RandomState(seed)
+    found: list[tuple[str, ...]] = []
+    while len(found) < count:
+        swaps = _draw_swaps(rng)
+        situation = np.full(DRAWS, number[tuple(state.values())])
+        used = np.zeros(DRAWS, dtype=np.int64)
+        chain = np.empty((DRAWS, 0), dtype=np.int64)
+        for place in range(CHAIN_LENGTH):
+            task = _undo(swaps, place)
+            after, bit = leads_to[situation, task], category_bit[task]
+            good = np.flatnonzero((after >= 0) & (used & bit == 0))
+            swaps, situation, used = swaps[:, good], after[good], (used | bit)[good]
+            chain = np.column_stack([chain[good], task[good]])
+        found += [tuple(TASKS[task] for task in row) for row in chain]
+    return found[:count]
+
+
+def _draw_swaps(rng: np.random.RandomState) -> UInt8[np.ndarray, "S N"]:
+    """The random numbers of N calls of `rng.choice(TASKS, 5, replace=False)`, in one call.
+
+    NumPy shuffles from the back: for i = len(TASKS) − 1 … 1, item i changes places with item swaps[−i], which is
+    uniform in 0 … i; the chain is what then comes first.
+    """
+    bounds = np.arange(len(TASKS), 1, -1)
+    return rng.randint(0, np.tile(bounds, (DRAWS, 1))).T.astype(np.uint8)
+
+
+def _undo(swaps: UInt8[np.ndarray, "S N"], place: int) -> UInt8[np.ndarray, "N"]:
+    """The task that each shuffle brings to `place`, found by undoing the swaps from the last to the first."""
+    item = np.full(swaps.shape[1], place, dtype=np.uint8)
+    for i in range(1, len(TASKS)):
+        item = np.where(item == i, swaps[-i], np.where(item == swaps[-i], np.uint8(i), item))
+    return item
+
+
+def chains(tasks: Sequence[str], n: int, length: int = CHAIN_LENGTH, seed: int = 0) -> list[Chain]:
+    """n feasible chains of `length` different tasks out of `tasks`, seeded. Categories may repeat.
+
+    Initial states are drawn evenly from those of the protocol that allow such a chain.
+    """
+    tasks = check_tasks(tasks)
+    rng = np.random.default_rng(seed)
+    states = [state for state in initial_states() if _random_chain(state, tasks, length, rng) is not None]
+    if not states:
+        raise UserError(f"{', '.join(tasks)}: no chain of {length} can be made of these tasks; name more")
+    starts = (states[i] for i in rng.integers(len(states), size=n))
+    return [Chain(state, _random_chain(state, tasks, length, rng)) for state in starts]
+
+
+def _random_chain(
+    state: Situation, tasks: Sequence[str], length: int, rng: np.random.Generator
+) -> tuple[str, ...] | None:
+    """A feasible chain in random order, or None: depth first, stepping back from dead ends."""
+    if length == 0:
+        return ()
+    for i in rng.permutation(len(tasks)):
+        after = TASK_TABLE[tasks[i]].outcome(state)
+        if after is not None:
+            rest = _random_chain(after, [*tasks[:i], *tasks[i + 1 :]], length - 1, rng)
+            if rest is not None:
+                return (tasks[i], *rest)
+    return None
+
+
+def fnv1(data: bytes) -> int:
+    """FNV-1 hash, 32 bit, with offset basis 0."""
+    value = 0
+    for byte in data:
+        value = (value * 0x01000193 & 0xFFFFFFFF) ^ byte
+    return value
+
+
+def start_state(state: Situation) -> tuple[Float[np.ndarray, "15"], Float[np.ndarray, "24"]]:
+    """robot_obs and scene_obs of an initial state, in scene D's order of blocks (red, blue, pink).
+
+    The blocks' places on the table and their yaw are drawn with a seed made from the state.
+    """
+    rng = np.random.RandomState(fnv1(str(state.values()).encode("utf-16-le")))
+    free = list(TABLE_PLACES)
+    rng.shuffle(free)
+    red_on_table = state["red_block"] == "table"
+    on_table = {"red_block": free[0], "blue_block": free[1 if red_on_table else 0], "pink_block": free[1]}
+    poses: list[float] = []
+    for block, place in on_table.items():
+        position = SLIDER_PLACES.get(state[block], place)
+        poses += [*position, 0, 0, rng.uniform(*YAW_RANGE)]
+    table = [
+        SLIDER_LEFT if state["slider"] == "left" else 0,
+        DRAWER_OPEN if state["drawer"] == "open" else 0,
+        0,
+        SWITCH_ON if state["lightbulb"] else 0,
+        state["lightbulb"],
+        state["led"],
+    ]
+    return np.array(ROBOT_START), np.array([*table, *poses], dtype=np.float64)
