@@ -32,7 +32,7 @@ transformers_logging.disable_progress_bar()  # a bar per small file hides what a
 WORDS = Path(__file__).parent / "assets" / "words.txt"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextConfig:
     """One tower. With `pretrained` (folder or hub name) only `tokens` is read besides it.
 
