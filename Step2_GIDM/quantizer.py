@@ -88,12 +88,8 @@ class VectorQuantizer(nn.Module):
         self.usage.zero_()
         return len(dead) if used else 0
 
-    def dead(self) -> int:
-        """Codes not used since counting started."""
-        return int((self.usage == 0).sum())
 
-
-def perplexity(counts: Float[Tensor, " N"] | Int[Tensor, " N"]) -> float:
+def perplexity(counts: Int[Tensor, " N"]) -> Float[Tensor, ""]:
     """exp of the entropy of the code histogram: 1 if one code takes all, N if all are equally used."""
-    share = counts.double() / counts.sum().clamp(min=1)
-    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
+    share = counts / counts.sum().clamp(min=1)
+    return torch.special.entr(share).sum().exp()

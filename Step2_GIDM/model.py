@@ -1,0 +1,195 @@
+"""GIDM: the inverse dynamics model as the training engine sees it (pixels and strings in, loss out).
+
+Paper section "General Inverse Dynamics Model": frozen DINOv2 patches of two frames, frozen T5 text, a latent
+action tokenizer and a decoder that predicts the later frame's patches. Actions of a robot are never used.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from defi.config import typed
+from defi.engine.model import CONFIG, StageModel
+from defi.errors import UserError
+from defi.text import T5Text, TextConfig
+from Step2_GIDM.dino import DinoConfig, DinoPatches
+from Step2_GIDM.latent_action import (
+    LatentActionModel,
+    LatentActionOutput,
+    LatentActions,
+    LatentActionSizes,
+    LatentActionTokenizer,
+)
+from Step2_GIDM.quantizer import perplexity
+
+__all__ = ["GIDM", "GIDMConfig", "LatentActionSizes", "LatentActionTokenizer", "LatentActions"]
+
+VARIANTS = ("language", "controllable")
+
+
+@dataclass
+class GIDMConfig:
+    """Sizes of the model; the defaults are the paper's.
+
+    variant: `language` (text beside the frames), or `controllable` (no text; a second set of queries and
+        codes beside those of a first-stage model, whose codebook of `frozen_codes` stays as it is).
+    commitment: weight β of the commitment loss.
+    """
+
+    variant: str = "language"
+    width: int = 768
+    encoder_blocks: int = 12
+    decoder_blocks: int = 12
+    heads: int = 12
+    queries: int = 4
+    codes: int = 16
+    code_width: int = 128
+    frozen_codes: int = 16
+    commitment: float = 0.25
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise UserError(f"gidm.variant={self.variant}: choose one of {', '.join(VARIANTS)}")
+        if self.width % self.heads:
+            raise UserError(f"gidm.width={self.width}: not a multiple of gidm.heads={self.heads}")
+
+    @classmethod
+    def from_preset(cls, cfg: Mapping[str, Any]) -> "GIDMConfig":
+        """From a composed configuration: its sections `gidm` and `text.t5`."""
+        return typed(cls, {**cfg["gidm"], "text": cfg["text"]["t5"]}, "gidm")
+
+    def sizes(self, *, patch_width: int, text_width: int) -> LatentActionSizes:
+        """Of the tokenizer, over patches and text states of these widths."""
+        language = self.variant == "language"
+        return LatentActionSizes(
+            patch_width=patch_width,
+            text_width=text_width if language else None,
+            width=self.width,
+            blocks=self.encoder_blocks,
+            heads=self.heads,
+            queries=self.queries,
+            codes=self.codes,
+            code_width=self.code_width,
+            frozen_codes=None if language else self.frozen_codes,
+        )
+
+    def fake_batch(self, batch_size: int) -> dict[str, Any]:
+        """Valid input of `GIDM.forward`, drawn at random."""
+        side = self.dino.image_size
+        texts = ["open the drawer", "push the red block to the left", ""]
+        return {
+            "frames": torch.rand(batch_size, 2, 3, side, side),
+            "text": [texts[i % len(texts)] for i in range(batch_size)],
+        }
+
+
+class GIDM(StageModel):
+    """Two frames and a text → latent actions, learned by predicting the later frame's features."""
+
+    stage: ClassVar[str] = "gidm"
+    config_class: ClassVar[type] = GIDMConfig
+    frozen: ClassVar[tuple[str, ...]] = ("dino", "text")
+    config: GIDMConfig
+
+    def __init__(
+        self, config: GIDMConfig, *, dino: DinoPatches | None = None, text: T5Text | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dino = dino or DinoPatches.from_config(config.dino)
+        self.text = text or T5Text.from_config(config.text)
+        self.core = LatentActionModel(
+            config.sizes(patch_width=self.dino.width, text_width=self.text.width),
+            decoder_blocks=config.decoder_blocks,
+            commitment=config.commitment,
+        )
+        self.freeze()
+
+    @property
+    def tokenizer(self) -> LatentActionTokenizer:
+        """What stage 3 takes over."""
+        return self.core.tokenizer
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Loss and health of the codes.
+
+        Args:
+            batch: `frames` [B, 2, 3, H, W], now and later, in [0, 1]; `text`, B strings ("" if unknown).
+        """
+        out = self.reconstruct(batch["frames"], batch["text"])
+        codes, quantizer = out.actions.codes, self.tokenizer.quantizer
+        counts = torch.bincount(codes.indices.flatten(), minlength=self.config.codes)
+        return {
+            "loss": out.loss,
+            "mse": out.mse.detach(),
+            "codebook": codes.codebook_loss.detach(),
+            "commitment": codes.commitment_loss.detach(),
+            "perplexity": perplexity(counts),
+            "code_usage": (counts > 0).float().mean(),
+            "dead_codes": (quantizer.usage == 0).sum().float(),
+        }
+
+    def patches(self, frames: Float[Tensor, "B 2 3 H W"]) -> Float[Tensor, "B 2 L C"]:
+        """DINO's patch tokens of both frames."""
+        return self.dino(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+    def reconstruct(self, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> LatentActionOutput:
+        """Latent actions, the later frame's features as predicted from them, and the losses."""
+        return self.core(self.patches(frames), *self._language(texts))
+
+    @torch.no_grad()
+    def label(self, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> LatentActions:
+        """Latent actions only, without the decoder: `indices` [B, Q] name the motion between the frames."""
+        return self.tokenizer(self.patches(frames), *self._language(texts))
+
+    def _language(self, texts: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
+        return self.text(texts) if self.config.variant == "language" else ()
+
+    def epoch_end(self) -> dict[str, float]:
+        """Restart the codes that no pair of the epoch used; counting starts anew."""
+        quantizer = self.tokenizer.quantizer
+        health = {"epoch_perplexity": float(perplexity(quantizer.usage))}
+        return health | {"restarted_codes": float(quantizer.restart_unused())}
+
+    @torch.no_grad()
+    def adopt_first_stage(self, first: "GIDM") -> None:
+        """Controllable variant: take over queries and codebook of a trained `language` model."""
+        if first.config.codes != self.config.frozen_codes or first.config.variant != "language":
+            raise UserError(
+                f"gidm.frozen_codes={self.config.frozen_codes}: the first stage is a {first.config.variant} "
+                f"model of {first.config.codes} codes; set gidm.frozen_codes to that of a language model"
+            )
+        self.tokenizer.frozen_quantizer.codebook.copy_(first.tokenizer.quantizer.codebook)
+        self.tokenizer.encoder.queries[1].copy_(first.tokenizer.encoder.queries[0])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Weights and config; encoders drawn at random go beside them, pretrained ones are loaded by name."""
+        super().save_pretrained(folder)
+        if not self.config.dino.pretrained:
+            self.dino.model.save_pretrained(folder / "dino")
+        if not self.config.text.pretrained:
+            self.text.save(folder / "t5")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "GIDM":
+        """The model that `save_pretrained` wrote."""
+        file = folder / CONFIG
+        if not file.is_file():
+            raise UserError(f"{file}: missing; copy the checkpoint folder as a whole")
+        config = typed(cls.config_class, json.loads(file.read_text()), str(file))
+        dino, text = config.dino, config.text
+        model = cls(
+            config,
+            dino=None if dino.pretrained else DinoPatches.load(folder / "dino", dino.image_size),
+            text=None if text.pretrained else T5Text.load(folder / "t5", text),
+        )
+        model.load_weights(folder)
+        return model
