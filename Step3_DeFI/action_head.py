@@ -6,7 +6,6 @@ chunk, keys and values of the decoder's cross-attention included.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,32 +13,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from Step3_DeFI.config import ActionHeadConfig
+
 Memory = list[tuple[Tensor, Tensor]]
 """Keys and values [B, heads, tokens, D / heads] of the encoded context, one pair per decoder layer."""
-
-
-@dataclass(frozen=True)
-class ActionHeadConfig:
-    """Sizes of the action head.
-
-    cross_attention: `full`, or `causal` as in the published weights: action i sees the first i + 1 tokens.
-    action_positions: a learned position per action (published: none).
-    identity_modulation: begin with plain layers, AdaLN's scale and gate 1 (published: 0, nearly closed).
-    """
-
-    dim: int
-    encoder_layers: int
-    decoder_layers: int
-    heads: int
-    attention_dropout: float = 0.3
-    residual_dropout: float = 0.1
-    mlp_dropout: float = 0.05
-    cross_attention: str = "full"
-    action_positions: bool = False
-    identity_modulation: bool = False
-
-    def __post_init__(self) -> None:
-        assert self.cross_attention in ("full", "causal"), self.cross_attention
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ from Step2_GIDM.latent_action import LatentActions, LatentActionSizes, LatentAct
 
 
 class GIDMBranch(nn.Module):
-    """Features at two imagined frames → latent actions. No DINO, no decoder; the rest of stage 2 is finetuned.
+    """Features at two imagined frames → latent actions. No DINO, no decoder; the rest is finetuned.
 
     `frames` are the two frame numbers; `normalise` as in `VideoFormer`.
     """

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from Step2_GIDM.latent_action import LatentActionSizes
-from Step3_DeFI.action_head import ActionDenoiser, ActionHeadConfig
+from Step3_DeFI.action_head import ActionDenoiser
+from Step3_DeFI.config import ActionHeadConfig
 from Step3_DeFI.diffusion import ddim as sample_ddim
 from Step3_DeFI.diffusion import denoising_loss, exponential_schedule, log_logistic, precondition
 from Step3_DeFI.gidm_branch import GIDMBranch

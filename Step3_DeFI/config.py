@@ -1,0 +1,146 @@
+"""Sizes and constants of stage 3 (DESIGN section 4); the defaults are those of the published model."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defi.config import typed
+from defi.errors import UserError
+from Step2_GIDM.latent_action import LatentActionSizes
+from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
+
+
+@dataclass
+class VideoFormerConfig:
+    """queries: tokens per frame. token_positions, normalise: see `VideoFormer` (published: off)."""
+
+    dim: int = 384
+    depth: int = 6
+    heads: int = 8
+    head_dim: int = 64
+    queries: int = 14
+    token_positions: bool = False
+    normalise: bool = False
+
+
+@dataclass
+class ActionHeadConfig:
+    """Sizes of the action head.
+
+    cross_attention: `full`, or `causal` as in the published weights: action i sees the first i + 1 tokens.
+    action_positions: a learned position per action (published: none).
+    identity_modulation: begin with plain layers, AdaLN's scale and gate 1 (published: 0, nearly closed).
+    """
+
+    dim: int = 384
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    heads: int = 8
+    attention_dropout: float = 0.3
+    residual_dropout: float = 0.1
+    mlp_dropout: float = 0.05
+    cross_attention: str = "full"
+    action_positions: bool = False
+    identity_modulation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cross_attention not in ("full", "causal"):
+            raise UserError(
+                f"policy.action_head.cross_attention={self.cross_attention}: must be full or causal"
+            )
+
+
+@dataclass
+class ActionDiffusionConfig:
+    """Training σ: log-logistic around sigma_data. Sampling: `steps` levels, sigma_max … last_sigma, then 0.
+
+    draws: (σ, noise) pairs per sample and training step, which share one encoded context (published: 1).
+    """
+
+    sigma_data: float = 0.5
+    density_scale: float = 0.5
+    sigma_min: float = 0.001
+    sigma_max: float = 80.0
+    draws: int = 1
+    sampler: str = "ddim"
+    steps: int = 10
+    last_sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"policy.diffusion.sampler={self.sampler}: choose one of {', '.join(SAMPLERS)}")
+
+    def sigma(self, u: Tensor) -> Tensor:
+        """Noise levels of training from uniform u in [0, 1]."""
+        return log_logistic(
+            u,
+            loc=math.log(self.sigma_data),
+            scale=self.density_scale,
+            minimum=self.sigma_min,
+            maximum=self.sigma_max,
+        )
+
+    def schedule(self, device: torch.device | str = "cpu") -> Tensor:
+        """Noise levels of sampling, descending, 0 at the end."""
+        return exponential_schedule(
+            self.steps, sigma_max=self.sigma_max, sigma_min=self.last_sigma, device=device
+        )
+
+
+@dataclass
+class PolicyConfig:
+    """What the policy expects of the checkpoints it is built on, and its own sizes.
+
+    frames, feature_tokens, feature_channels, sentence_width: F, L, C of stage 1's features, P of its CLIP.
+    latent_action, latent_action_frames: stage 2's tokenizer and the two imagined frames it looks at.
+    feature_noise: `fresh` noise per look, or the same (`fixed`) noise for all, which makes features a
+    function of image and text (published: fresh). codebook_weight, commitment_weight: of the loss.
+    """
+
+    views: int = 2
+    frames: int = 16
+    feature_tokens: int = 256
+    feature_channels: int = 2560
+    sentence_width: int = 512
+    latent_action: LatentActionSizes = field(default_factory=LatentActionSizes)
+    latent_action_frames: list[int] = field(default_factory=lambda: [0, 5])
+    feature_noise: str = "fresh"
+    video_former: VideoFormerConfig = field(default_factory=VideoFormerConfig)
+    action_head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
+    diffusion: ActionDiffusionConfig = field(default_factory=ActionDiffusionConfig)
+    chunk: int = 10
+    action_dim: int = 7
+    codebook_weight: float = 1.0
+    commitment_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.feature_noise not in ("fresh", "fixed"):
+            raise UserError(f"policy.feature_noise={self.feature_noise}: must be fresh or fixed")
+        if max(self.latent_action_frames) >= self.frames:
+            raise UserError(
+                f"policy.latent_action_frames={self.latent_action_frames}: beyond policy.frames={self.frames}"
+            )
+
+    @classmethod
+    def from_preset(cls, cfg: Mapping[str, Any]) -> "PolicyConfig":
+        """From a composed configuration: its section `policy`."""
+        return typed(cls, cfg["policy"], "policy")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for JSON; `typed(PolicyConfig, …)` reads them back."""
+        return asdict(self)
+
+    def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
+        """Valid training input from stored features."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch_size, self.views, self.frames, self.feature_tokens, self.feature_channels)
+        return {
+            "features": torch.randn(shape, generator=generator),
+            "text": [f"push block number {i} to the left" for i in range(batch_size)],
+            "actions": torch.rand(batch_size, self.chunk, self.action_dim, generator=generator) * 2 - 1,
+            "seed": torch.arange(batch_size),
+        }

@@ -1,0 +1,26 @@
+"""What the policy sees: both cameras as one array, the same in stored data, training and rollout."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+CAMERAS = ("rgb_static", "rgb_gripper")
+"""Order of the views V: keys of CALVIN's frames and of the simulator's pictures."""
+
+
+def observe(images: dict[str, UInt8[np.ndarray, "H W 3"]], size: int) -> UInt8[Tensor, "V 3 size size"]:
+    """Pictures of all cameras (any size each) → size × size, bilinear with antialiasing, rounded to uint8."""
+    views = []
+    for camera in CAMERAS:
+        image = torch.from_numpy(np.ascontiguousarray(images[camera])).permute(2, 0, 1)[None]
+        if image.shape[-2:] != (size, size):
+            image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+        views.append(image[0])
+    return torch.stack(views)
+
+
+def to_unit(images: UInt8[Tensor, "..."] | Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """uint8 → [-1, 1]; floats are taken to be there already."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
