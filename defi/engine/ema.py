@@ -27,6 +27,11 @@ class EMA:
         self.updates += 1
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Set the averages to the present weights."""
+        torch._foreach_copy_(self.average, self.parameters)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the averaged weights inside this context, and its own again after it."""

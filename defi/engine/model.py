@@ -39,7 +39,7 @@ class StageModel(nn.Module):
 
         Args:
             batch: tensors with the batch first, lists of B strings, and `seed` [B] int64: one number per
-                sample and epoch, whatever batch or process it lands in (see `defi.engine.data.normal`).
+                sample and epoch, whatever batch or process it lands in (see `defi.engine.data.SampleNoise`).
 
         Returns:
             `loss`, a scalar mean over the batch that is differentiated, and further scalars to log.

@@ -1,0 +1,146 @@
+"""The training loop of every stage: `train` is the run, `train_step` is one optimizer step."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from defi.engine.config import TrainerConfig
+from defi.engine.model import StageModel
+from defi.engine.preemption import EXIT_PREEMPTED, Preemption
+from defi.engine.schedule import learning_rate
+from defi.engine.start import open_run
+from defi.errors import UserError
+
+Inspect = Callable[[StageModel, int, Path], Mapping[str, float]]
+
+
+def train(
+    model: StageModel,
+    dataset: Dataset,
+    trainer: TrainerConfig,
+    *,
+    output: Path | str,
+    config: Mapping[str, Any],
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    tracker: Mapping[str, Any] | None = None,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    sample: Inspect | None = None,
+    evaluate: Inspect | None = None,
+) -> Path:
+    """Train `model` on `dataset` up to `trainer.max_steps` and return the last checkpoint's folder.
+
+    Args:
+        dataset: map-style, of dict samples; see `defi.engine.data` for random numbers in it.
+        output: run folder, gets config.yaml, metrics.jsonl, samples/, rollouts/ and checkpoints/.
+        config: the resolved configuration, stored with every checkpoint (`preset_name` names the preset).
+        seed: of data order, sample seeds and dropout. The model's initial weights are the caller's.
+        resume: continue from the newest checkpoint in `output`, exactly.
+        overwrite: delete what `output` holds.
+        tracker: the `tracker` section of the configuration.
+        collate: list of samples → batch; default: torch's.
+        sample: called every `trainer.sample_every` steps with the model (averaged weights if EMA is on, eval
+            mode, no gradients), the step and a folder for pictures; returns numbers to log. Only in the main
+            process; random numbers it draws do not disturb the training.
+        evaluate: the same every `trainer.rollout_every` steps; its numbers also go into the manifests, and
+            `trainer.best_metric` is one of them.
+
+    Raises:
+        UserError: the output folder, the batch or the checkpoint does not fit (`open_run`), or the loss or
+            gradient is no longer finite: the run stops before that step moves the weights.
+        SystemExit: with `EXIT_PREEMPTED`, after saving, when SIGTERM or SIGUSR1 came.
+    """
+    run = open_run(
+        model, dataset, trainer, output=Path(output), config=dict(config), seed=seed, resume=resume,
+        overwrite=overwrite, tracker=tracker, collate=collate,
+    )  # fmt: skip
+    preemption = Preemption(run.accelerator)
+    try:
+        for step in range(run.step + 1, trainer.max_steps + 1):
+            batches = run.feed.next_step()
+            lr = learning_rate(step - 1, trainer)
+            scalars = train_step(
+                run.accelerator, run.wrapped, run.optimizer, batches, lr=lr, clip=trainer.clip
+            )
+            run.step_done(scalars)
+            if due(step, trainer.log_every) or step == trainer.max_steps:
+                run.log(lr)
+            if sample is not None and due(step, trainer.sample_every):
+                run.inspect("sample", sample)
+            if evaluate is not None and due(step, trainer.rollout_every):
+                run.inspect("evaluate", evaluate)
+            preempted = preemption.requested()
+            if due(step, trainer.save_every) or step == trainer.max_steps or run.new_best or preempted:
+                run.save()
+            if preempted:
+                run.display.say(f"stopped by a signal after step {step}; continue with resume=true")
+                sys.exit(EXIT_PREEMPTED)
+        return run.finish()
+    except FloatingPointError as error:
+        raise UserError(f"{run.output}: {error} at step {run.step + 1}; {run.way_back()}") from None
+    finally:
+        preemption.restore()
+        run.close()
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: list[dict[str, Any]],
+    *,
+    lr: float,
+    clip: float | None,
+) -> dict[str, Tensor]:
+    """Accumulate the gradients of the micro-batches, clip their norm, and move the weights once.
+
+    Returns:
+        Means over the micro-batches of what the model reports, and `grad_norm` before clipping.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite; the weights have not been moved.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    means: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches, start=1):
+        with nullcontext() if i == len(batches) else accelerator.no_sync(model):
+            scalars = model(batch)
+            accelerator.backward(scalars["loss"] / len(batches))
+        for name, value in scalars.items():
+            share = value.detach() / len(batches)
+            means[name] = means[name] + share if name in means else share
+    means["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    demand_finite(means["loss"], means["grad_norm"], accelerator.scaler)
+    optimizer.step()
+    optimizer.zero_grad()
+    return means
+
+
+def demand_finite(loss: Tensor, grad_norm: Tensor, scaler: GradScaler | None) -> None:
+    """Raise FloatingPointError where the loss or the gradient norm is NaN or infinite.
+
+    With fp16 an infinite gradient means that the loss scale is too large: the scaler leaves out the step and
+    halves the scale. Only when the scale cannot fall further is it an error.
+    """
+    if math.isfinite(loss + grad_norm):
+        return
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    if scaler is None or scaler.get_scale() <= 1:
+        raise FloatingPointError(f"the gradient norm is {grad_norm.item()} (loss {loss.item():.4g})")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens at this one; 0 means never."""
+    return every > 0 and step % every == 0

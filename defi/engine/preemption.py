@@ -1,0 +1,37 @@
+"""Leaving in good order when a cluster asks for the machine back."""
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+EXIT_PREEMPTED = 75  # "temporary failure, try again": start the same command with resume=true
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption:
+    """Remembers that SIGTERM or SIGUSR1 came; a second signal has its usual effect."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.noticed = accelerator, False
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._notice) for number in SIGNALS}
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.noticed = True
+        self.restore()
+
+    def requested(self) -> bool:
+        """Whether a signal came to any process; every process must ask at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.noticed
+        flag = torch.tensor(float(self.noticed), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,223 @@
+"""Opening a run: everything is checked and loaded before anything is written."""
+
+import math
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+from torch.amp import GradScaler
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import Dataset
+
+from defi.engine import checkpoint, state
+from defi.engine.config import TrainerConfig
+from defi.engine.data import Feed, StepOrder
+from defi.engine.ema import EMA
+from defi.engine.model import StageModel
+from defi.engine.output import check_output, prepare_output, write_file
+from defi.engine.progress import ProgressDisplay
+from defi.engine.run import Run
+from defi.engine.tracking import Journal, find_tracker
+from defi.errors import UserError
+
+LONGEST_WAIT = timedelta(hours=2)  # of the other processes while the main one samples, rolls out or saves
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+def open_run(
+    model: StageModel,
+    dataset: Dataset,
+    trainer: TrainerConfig,
+    *,
+    output: Path,
+    config: dict[str, Any],
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+    tracker: Mapping[str, Any] | None,
+    collate: Collate | None,
+) -> Run:
+    """Check, prepare the output folder and the processes, and put model, optimizer and data in place.
+
+    Raises:
+        UserError: the output folder is taken, there is nothing to resume from, the batch cannot be divided,
+            the data set is empty, the precision is not available, or the checkpoint does not fit.
+    """
+    check_output(output, resume=resume, overwrite=overwrite)
+    if resume and not checkpoint.list_checkpoints(output):
+        raise UserError(
+            f"{output}: resume=true, but it holds no complete checkpoint; leave resume out to start"
+        )
+    if len(dataset) == 0:
+        raise UserError("data: no training samples; check the data folder and the filters set for it")
+    tracker_class = find_tracker(tracker)
+    source = checkpoint.find_checkpoint(output, model.stage) if resume else None
+    progress, rng = state.load_progress(source / "state") if source else ({}, [])
+
+    accelerator = start_processes(trainer)
+    set_seed(seed, device_specific=True)
+    feed = open_feed(
+        dataset, trainer, accelerator, seed=seed, start=progress.get("samples", 0), collate=collate
+    )
+    model.train().to(accelerator.device)
+    ema = EMA(model, trainer.ema) if trainer.ema is not None else None
+    wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, trainer, accelerator))
+    if source:
+        restore(source, progress, model=model, ema=ema, optimizer=optimizer, scaler=accelerator.scaler)
+
+    main, step = accelerator.is_main_process, progress.get("step", 0)
+    if main:
+        prepare_output(output, resume=resume, overwrite=overwrite)
+        write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+    accelerator.wait_for_everyone()
+    opened = tracker_class(tracker, output, config) if main and tracker_class else None
+    run = Run(
+        accelerator=accelerator,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        ema=ema,
+        feed=feed,
+        journal=Journal(accelerator, output, step, opened),
+        display=ProgressDisplay(model.stage, trainer.max_steps, step, enabled=main),
+        trainer=trainer,
+        output=output,
+        config=config,
+        data={"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)},
+        step=step,
+        elapsed=progress.get("elapsed_s", 0.0),
+        metrics=checkpoint.read_manifest(source)["metrics"] if source else {},
+        best=progress.get("best", -math.inf),
+    )
+    summarise(run)
+    if source:
+        report_resume(run, source, processes_then=len(rng))
+        if accelerator.process_index < len(rng):
+            state.set_rng_state(rng[accelerator.process_index])
+    return run
+
+
+def start_processes(trainer: TrainerConfig) -> Accelerator:
+    """Join the processes that `accelerate launch` started, or be the only one."""
+    try:
+        return Accelerator(
+            mixed_precision=trainer.precision,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
+        )
+    except ValueError as error:
+        raise UserError(f"trainer.precision={trainer.precision}: {error}; set trainer.precision=no") from None
+
+
+def build_optimizer(model: StageModel, trainer: TrainerConfig, accelerator: Accelerator) -> Optimizer:
+    """AdamW over everything that is trained, norms and biases included, as the recipes have it."""
+    return AdamW(
+        [parameter for _, parameter in model.trainable()],
+        lr=trainer.lr,
+        betas=trainer.betas,
+        weight_decay=trainer.weight_decay,
+        fused=accelerator.device.type in ("cpu", "cuda"),
+    )
+
+
+def open_feed(
+    dataset: Dataset,
+    trainer: TrainerConfig,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    start: int,
+    collate: Collate | None,
+) -> Feed:
+    """The batches of this process from a position on."""
+    micro, accumulation = trainer.split_batch(accelerator.num_processes)
+    order = StepOrder(
+        len(dataset),
+        seed=seed,
+        start=start,
+        global_batch=trainer.global_batch,
+        micro_batch=micro,
+        process=(accelerator.process_index, accelerator.num_processes),
+    )
+    return Feed(
+        dataset,
+        order,
+        accumulation=accumulation,
+        workers=trainer.workers,
+        device=accelerator.device,
+        collate=collate,
+    )
+
+
+def restore(
+    source: Path,
+    progress: Mapping[str, Any],
+    *,
+    model: StageModel,
+    ema: EMA | None,
+    optimizer: Optimizer,
+    scaler: GradScaler | None,
+) -> None:
+    """Put weights, averages, optimizer and loss scale where the checkpoint `source` left them."""
+    has_averages = (source / "ema").is_dir()
+    if ema is not None and has_averages:
+        model.load_weights(source / "ema")
+        ema.restart()
+        ema.updates = progress["ema_updates"]
+    model.load_weights(source)
+    if ema is not None and not has_averages:
+        ema.restart()
+    state.load_optimizer(source / "state", optimizer, [name for name, _ in model.trainable()])
+    if scaler is not None and progress["scaler"] is not None:
+        scaler.load_state_dict(progress["scaler"])
+
+
+def report_resume(run: Run, source: Path, *, processes_then: int) -> None:
+    """Say where the run continues, and everything that is not what the checkpoint was trained with."""
+    run.display.say(f"  resuming     after step {run.step}, from {source}")
+    old, new = flatten(checkpoint.read_run_config(source)), flatten(run.config)
+    for key in sorted(old.keys() | new.keys()):
+        if key not in ("resume", "overwrite", "output") and old.get(key) != new.get(key):
+            run.display.say(f"  changed      {key}: {old.get(key)} → {new.get(key)}")
+    if checkpoint.read_manifest(source)["data"] != run.data:
+        run.display.say("  changed      the training data: samples come in another order from here on")
+    processes = run.accelerator.num_processes
+    if processes != processes_then:
+        run.display.say(
+            f"  changed      processes: {processes_then} → {processes}; same samples, other dropout"
+        )
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def summarise(run: Run) -> None:
+    """Print what is about to be trained, on what, and where it goes."""
+    trained = sum(parameter.numel() for _, parameter in run.model.trainable())
+    frozen = sum(parameter.numel() for parameter in run.model.parameters()) - trained
+    processes = run.accelerator.num_processes
+    micro, accumulation = run.trainer.split_batch(processes)
+    fingerprint = f", fingerprint {run.data['fingerprint']}" if run.data["fingerprint"] else ""
+    run.display.say(
+        f"{run.model.stage}, preset {run.config.get('preset_name')}\n"
+        f"  parameters   {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen\n"
+        f"  data         {run.data['size']:,} samples{fingerprint}\n"
+        f"  batch        {run.trainer.global_batch} = {micro} × {processes} process(es) × {accumulation} accumulated\n"
+        f"  steps        {run.trainer.max_steps} ({run.trainer.schedule} rate, at most {run.trainer.lr:g})\n"
+        f"  precision    {run.trainer.precision} on {run.accelerator.device}\n"
+        f"  output       {run.output}"
+    )

@@ -1,0 +1,107 @@
+"""What an exact resume needs besides weights: optimizer, random generators, position; no pickle."""
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.optim import Optimizer
+
+from defi.engine.checkpoint import read_tensors
+from defi.errors import UserError
+
+OPTIMIZER = "optimizer.safetensors"
+PROGRESS = "progress.json"
+RNG = "rng.json"
+
+
+def save_optimizer(folder: Path, optimizer: Optimizer, names: list[str]) -> None:
+    """Write the optimizer's tensors as `<kind>.<parameter name>`; its settings are the configuration's."""
+    state = optimizer.state_dict()["state"]
+    tensors = {
+        f"{kind}.{names[i]}": t.contiguous() for i, kinds in state.items() for kind, t in kinds.items()
+    }
+    save_file(tensors, folder / OPTIMIZER)
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer, names: list[str]) -> None:
+    """Give the optimizer the tensors that `save_optimizer` wrote.
+
+    Raises:
+        UserError: the trained parameters are others than those of the checkpoint.
+    """
+    parameters = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"])))
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_tensors(folder / OPTIMIZER).items():
+        kind, name = key.split(".", 1)
+        if name not in parameters:
+            raise UserError(
+                f"{folder / OPTIMIZER}: {name} is not trained by this configuration; resume with the old one"
+            )
+        if tensor.dim() and tensor.shape != parameters[name].shape:
+            raise UserError(
+                f"{folder / OPTIMIZER}: {key} has another shape than the model's; resume with the old preset"
+            )
+        state.setdefault(name, {})[kind] = tensor
+    missing = [name for name in names if name not in state]
+    if state and missing:
+        raise UserError(
+            f"{folder / OPTIMIZER}: lacks {missing[0]}; resume with the configuration of the checkpoint"
+        )
+    indexed = {i: state[name] for i, name in enumerate(names) if name in state}
+    optimizer.load_state_dict({"state": indexed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the random generators of this process, as JSON values."""
+    version, python, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(python), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the random generators of this process where `rng_state` found them."""
+    version, python, gauss = state["python"]
+    random.setstate((version, tuple(python), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """What is drawn inside this context does not change what is drawn after it."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def save_progress(folder: Path, progress: dict[str, Any], rng: list[dict[str, Any]]) -> None:
+    """Write the position of a run and the random generators of all its processes."""
+    (folder / PROGRESS).write_text(json.dumps(progress, indent=1))
+    (folder / RNG).write_text(json.dumps(rng))
+
+
+def load_progress(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `save_progress` wrote."""
+    if not (folder / PROGRESS).is_file():
+        raise UserError(f"{folder.parent}: holds weights but no training state; it cannot be resumed")
+    return json.loads((folder / PROGRESS).read_text()), json.loads((folder / RNG).read_text())
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
