@@ -1,6 +1,7 @@
 """What a world is made of: robot, blocks, table, plane, surfaces and cameras, as plain data.
 
-The same `SceneConfig` describes the built-in table and the scenes of a CALVIN clone (`SceneConfig.from_calvin`).
+The same `SceneConfig` describes the built-in table and the scenes of a CALVIN clone
+(`SceneConfig.from_calvin`).
 Lengths in metres, angles in radians, colours RGBA in [0, 1].
 """
 
@@ -49,8 +50,8 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """The table. Its joints are base__slide, base__drawer, base__button and base__switch, its links base_link,
-    slide_link, drawer_link, button_link, switch_link, led_link, light_link and plank_link."""
+    """The table. Its joints: base__slide, base__drawer, base__button, base__switch. Its links: base_link,
+    slide_link, drawer_link, button_link, switch_link, led_link, light_link, plank_link."""
 
     urdf: Path
     position: Vector = (0.0, 0.0, 0.0)
@@ -86,7 +87,7 @@ GRIPPER_CAMERA = CameraConfig(fov=75, near=0.01, far=2, size=84)
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Everything a `World` loads. `surfaces` maps a name to the low and high corner of a region for blocks."""
+    """Everything a `World` loads. `surfaces` maps names to low and high corners of regions for blocks."""
 
     name: str
     arm: ArmConfig

@@ -1,7 +1,7 @@
 """Chains of tasks for evaluation, and the states they start from.
 
-`sequences(n)` are the chains of CALVIN's long-horizon protocol, for any n; `chains` makes chains from a subset of
-the tasks by the same conditions.
+`sequences(n)` are the chains of the long-horizon protocol of CALVIN, for any n; `chains` makes chains from a
+subset of the tasks by the same conditions.
 """
 
 import functools
@@ -68,11 +68,11 @@ def sequences(n: int) -> list[Chain]:
     if n < 1:
         raise UserError(f"{n}: not a number of sequences; ask for 1 or more")
     states = initial_states()
-    shares = np.array_split(np.arange(n), len(states))
+    shares = [len(share) for share in np.array_split(np.arange(n), len(states))]
     result = [
         Chain(state, tasks)
         for seed, (state, share) in enumerate(zip(states, shares))
-        for tasks in _feasible_draws(state, len(share), seed)
+        for tasks in _feasible_draws(state, share, seed)
     ]
     np.random.RandomState(0).shuffle(result)
     return result
@@ -80,8 +80,7 @@ def sequences(n: int) -> list[Chain]:
 
 @functools.cache
 def _transitions() -> tuple[dict[tuple[int | str, ...], int], Int[np.ndarray, "S N"]]:
-    """Every situation that tasks can lead to, numbered, and where each task leads from it (−1: it cannot be asked
-    for)."""
+    """Every situation that tasks can lead to, numbered, and where each task leads (−1: it does not apply)."""
     known = initial_states()
     number = {tuple(state.values()): i for i, state in enumerate(known)}
     rows = []
@@ -125,14 +124,14 @@ def _feasible_draws(state: Situation, count: int, seed: int) -> list[tuple[str, 
 def _draw_swaps(rng: np.random.RandomState) -> UInt8[np.ndarray, "S N"]:
     """The random numbers of N calls of `rng.choice(TASKS, 5, replace=False)`, in one call.
 
-    NumPy shuffles from the back: for i = len(TASKS) − 1 … 1, item i changes places with item swaps[−i], which is
-    uniform in 0 … i; the chain is what then comes first.
+    NumPy shuffles from the back: for i = len(TASKS) − 1 … 1, item i changes places with item swaps[−i], which
+    is uniform in 0 … i; the chain is what then comes first.
     """
     bounds = np.arange(len(TASKS), 1, -1)
-    return rng.randint(0, np.tile(bounds, (DRAWS, 1))).T.astype(np.uint8)
+    return rng.randint(0, bounds, size=(DRAWS, len(bounds))).T.astype(np.uint8)
 
 
-def _undo(swaps: UInt8[np.ndarray, "S N"], place: int) -> UInt8[np.ndarray, "N"]:
+def _undo(swaps: UInt8[np.ndarray, "S N"], place: int) -> UInt8[np.ndarray, " N"]:
     """The task that each shuffle brings to `place`, found by undoing the swaps from the last to the first."""
     item = np.full(swaps.shape[1], place, dtype=np.uint8)
     for i in range(1, len(TASKS)):
