@@ -32,10 +32,14 @@ class ProgressDisplay:
 
     def update(self, step: int, numbers: Mapping[str, float]) -> None:
         """Show the averages of the latest steps."""
-        if not self.enabled:
-            return
         text = f"loss {numbers['loss']:.4g}  {numbers['samples_per_s']:.4g} samples/s"
         text += f"  {numbers['data_wait']:.0%} waiting for data"
+        self.show(step, text)
+
+    def show(self, step: int, text: str) -> None:
+        """Move the bar to `step`, with `text` beside it."""
+        if not self.enabled:
+            return
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=text)
             return
