@@ -25,7 +25,8 @@ class Arm:
             useFixedBase=True,
             physicsClientId=client,
         )
-        self._add_pedestal()
+        if config.pedestal:
+            self._add_pedestal()
         self._couple_fingers()
         dof = pybullet.computeDofCount(self.body, physicsClientId=client)
         rest = [*config.rest_joints, config.finger_limits[1], config.finger_limits[1]]

@@ -36,6 +36,7 @@ class ArmConfig:
     max_force: float = 200.0
     max_velocity: float = 2.0
     gripper_force: float = 200.0
+    pedestal: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TableConfig:
     euler: Vector = (0.0, 0.0, 0.0)
     bulb_color: tuple[float, float, float, float] = (1.0, 1.0, 0.0, 1.0)
     led_color: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
+    off_color: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)

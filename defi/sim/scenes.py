@@ -1,0 +1,232 @@
+"""The built-in scenes A, B, C and D, and random variations of A, B and C to train on.
+
+Scenes differ in colours, patterns, sizes and places. A and D have the switch on a bracket in front of the table's
+right corner, B and C behind at the left; the button stands on the table at the left, in B on the bracket. D's colours
+and places lie inside the spread of the variations, but no variation is D.
+"""
+
+import colorsys
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from defi.errors import UserError
+from defi.sim.mesh import Color, Material
+from defi.sim.panda import arm_files
+from defi.sim.scene import BLOCKS, ArmConfig, BlockConfig, SceneConfig, TableConfig
+from defi.sim.table import TOP, TableSpec, block_files, plane_files, table_files
+
+SMALL, MIDDLE, BIG = 0.04, 0.056, 0.08  # lengths of blocks
+BLOCK_COLORS: dict[str, Color] = {
+    "block_red": (1.0, 0.0, 0.0),
+    "block_blue": (0.0, 0.0, 1.0),
+    "block_pink": (1.0, 0.0, 1.0),
+}
+ARM_COLORS: tuple[Color, ...] = ((0.85, 0.86, 0.9), (1.0, 0.5, 0.0), (1.0, 0.5, 0.0), (0.05, 0.05, 0.05))
+BRACKET = (0.335, -0.345, 0.335)  # the lever in front of the right corner
+BEHIND_LEFT = (-0.38, -0.06, 0.485)  # the lever behind at the left
+HSV = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A scene in the terms that its variations vary: colours as hue, saturation, value; places in metres."""
+
+    top: HSV
+    wall: HSV
+    door: HSV
+    drawer: HSV
+    knob: HSV
+    handle: HSV
+    lever: HSV
+    button: HSV
+    plank: HSV
+    patterns: tuple[str, str]  # of the top and wall, of the door and drawer
+    button_place: tuple[float, float, float]
+    switch_place: tuple[float, float, float]
+    knob_offset: float
+    drawer_x: float
+    lengths: tuple[float, float, float]  # of the red, blue and pink block
+    button_radius: float = 0.04
+    handle_width: float = 0.2
+
+
+FAMILIES = {
+    "A": Family(
+        top=(0.05, 0.55, 0.50), wall=(0.04, 0.60, 0.36), door=(0.07, 0.45, 0.62), drawer=(0.05, 0.50, 0.42),
+        knob=(0.50, 1.0, 0.85), handle=(0.14, 0.30, 0.18), lever=(0.76, 0.75, 0.80), button=(0.70, 0.30, 0.10),
+        plank=(0.60, 0.05, 0.80), patterns=("wood", "wood"),
+        button_place=(-0.24, -0.10, TOP), switch_place=BRACKET, knob_offset=-0.05, drawer_x=0.08,
+        lengths=(MIDDLE, BIG, SMALL),
+    ),
+    "B": Family(
+        top=(0.11, 0.38, 0.88), wall=(0.10, 0.45, 0.70), door=(0.09, 0.55, 0.55), drawer=(0.11, 0.35, 0.78),
+        knob=(0.47, 0.9, 0.65), handle=(0.60, 0.30, 0.18), lever=(0.74, 0.65, 0.70), button=(0.60, 0.20, 0.16),
+        plank=(0.10, 0.05, 0.88), patterns=("planks", "plain"),
+        button_place=(0.335, -0.245, TOP), switch_place=BEHIND_LEFT, knob_offset=0.06, drawer_x=0.09,
+        lengths=(SMALL, BIG, MIDDLE), button_radius=0.042, handle_width=0.18,
+    ),
+    "C": Family(
+        top=(0.58, 0.25, 0.62), wall=(0.60, 0.30, 0.48), door=(0.56, 0.12, 0.78), drawer=(0.59, 0.28, 0.52),
+        knob=(0.53, 0.9, 0.90), handle=(0.10, 0.30, 0.18), lever=(0.78, 0.70, 0.75), button=(0.05, 0.30, 0.14),
+        plank=(0.30, 0.05, 0.75), patterns=("speckle", "planks"),
+        button_place=(-0.13, -0.10, TOP), switch_place=BEHIND_LEFT, knob_offset=0.03, drawer_x=0.12,
+        lengths=(BIG, SMALL, MIDDLE), handle_width=0.21,
+    ),
+    "D": Family(
+        top=(0.24, 0.30, 0.68), wall=(0.22, 0.36, 0.50), door=(0.16, 0.32, 0.80), drawer=(0.25, 0.32, 0.55),
+        knob=(0.51, 0.95, 0.75), handle=(0.30, 0.30, 0.18), lever=(0.75, 0.70, 0.76), button=(0.40, 0.20, 0.13),
+        plank=(0.50, 0.05, 0.82), patterns=("wood", "planks"),
+        button_place=(-0.17, -0.09, TOP), switch_place=(0.32, -0.335, 0.335), knob_offset=0.0, drawer_x=0.10,
+        lengths=(MIDDLE, SMALL, BIG), handle_width=0.19,
+    ),
+}  # fmt: skip
+
+
+def _rgb(color: HSV) -> Color:
+    return colorsys.hsv_to_rgb(*color)
+
+
+def _jitter(rng: np.random.Generator, color: HSV, hue: float, other: float) -> HSV:
+    h, s, v = np.asarray(color) + rng.uniform(-1, 1, 3) * (hue, other, other)
+    return float(h % 1), float(np.clip(s, 0, 1)), float(np.clip(v, 0.06, 1))
+
+
+def _vary(family: Family, rng: np.random.Generator) -> Family:
+    """Another member of the family: hues and shades, a few centimetres, sizes."""
+    shift = rng.uniform(-0.16, 0.16)  # of the furniture as a whole, so that it stays of a piece
+
+    def furniture(color: HSV) -> HSV:
+        return _jitter(rng, ((color[0] + shift) % 1, *color[1:]), 0.03, 0.14)
+
+    def fixture(color: HSV) -> HSV:
+        return _jitter(rng, color, 0.03, 0.1)
+
+    def place(middle: tuple[float, ...], *spread: float) -> tuple[float, ...]:
+        return tuple((np.asarray(middle) + rng.uniform(-1, 1, len(spread)) * spread).tolist())
+
+    patterns = ("wood", "planks", "speckle", "plain")
+    on_bracket = family.button_place[1] < -0.2
+    return Family(
+        top=furniture(family.top),
+        wall=furniture(family.wall),
+        door=furniture(family.door),
+        drawer=furniture(family.drawer),
+        knob=fixture(family.knob),
+        handle=_jitter(rng, family.handle, 0.5, 0.06),
+        lever=fixture(family.lever),
+        button=_jitter(rng, family.button, 0.5, 0.06),
+        plank=_jitter(rng, family.plank, 0.5, 0.05),
+        patterns=(str(rng.choice(patterns)), str(rng.choice(patterns))),
+        button_place=place(family.button_place, *((0.01, 0.01, 0) if on_bracket else (0.06, 0.02, 0))),
+        switch_place=place(family.switch_place, 0.015, 0.012, 0.01),
+        knob_offset=place((family.knob_offset,), 0.03)[0],
+        drawer_x=place((family.drawer_x,), 0.025)[0],
+        lengths=tuple(rng.permutation([SMALL, MIDDLE, BIG]).tolist()),
+        button_radius=float(rng.uniform(0.036, 0.044)),
+        handle_width=float(rng.uniform(0.17, 0.21)),
+    )
+
+
+def _table_spec(family: Family) -> TableSpec:
+    large, small = family.patterns
+    return TableSpec(
+        top=Material(_rgb(family.top), large),
+        wall=Material(_rgb(family.wall), large),
+        door=Material(_rgb(family.door), small),
+        drawer=Material(_rgb(family.drawer), small),
+        plank=_rgb(family.plank),
+        knob=_rgb(family.knob),
+        handle=_rgb(family.handle),
+        lever=_rgb(family.lever),
+        button_color=_rgb(family.button),
+        button=family.button_place,
+        switch=family.switch_place,
+        knob_offset=family.knob_offset,
+        drawer_x=family.drawer_x,
+        led_x=float(np.clip(family.button_place[0], -0.2, 0.28)),
+        bulb_x=float(np.clip(family.switch_place[0], -0.32, 0.34)),
+        button_radius=family.button_radius,
+        handle_width=family.handle_width,
+    )
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "defi" / "assets"
+
+
+def _store(files: dict[str, bytes]) -> Path:
+    """Write the files once into a folder named by their content; safe for many processes at once."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}:{len(files[name])}:".encode() + files[name])
+    folder = _cache() / digest.hexdigest()[:20]
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: cannot write the scene's files ({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
+    try:
+        for name, content in files.items():
+            (draft / name).write_bytes(content)
+        os.rename(draft, folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _arm() -> Path:
+    return _store(arm_files(*ARM_COLORS)) / "panda.urdf"
+
+
+def _scene(name: str, family: Family) -> SceneConfig:
+    blocks = tuple(
+        BlockConfig(block, _store(block_files(block, BLOCK_COLORS[block], length)) / f"{block}.urdf")
+        for block, length in zip(BLOCKS, family.lengths)
+    )
+    return SceneConfig(
+        name=name,
+        arm=ArmConfig(urdf=_arm(), pedestal=False),
+        blocks=blocks,
+        table=TableConfig(
+            urdf=_store(table_files(_table_spec(family))) / "table.urdf", off_color=(0.3, 0.3, 0.33, 1.0)
+        ),
+        plane=_store(plane_files()) / "plane.urdf",
+        surfaces={
+            "table": ((-0.02, -0.13, 0.46), (0.28, -0.05, 0.46)),
+            "slider_left": ((-0.30, 0.085, 0.46), (-0.18, 0.10, 0.46)),
+            "slider_right": ((0.0, 0.085, 0.46), (0.12, 0.10, 0.46)),
+        },
+        scale=1.0,
+    )
+
+
+def builtin(name: str) -> SceneConfig:
+    """Scene "A", "B", "C" or "D" of the built-in table."""
+    if name not in FAMILIES:
+        raise UserError(f"scene {name!r}: not a built-in scene; choose one of {', '.join(FAMILIES)}")
+    return _scene(name, FAMILIES[name])
+
+
+def variation(name: str, seed: int) -> SceneConfig:
+    """The `seed`-th random relative of scene "A", "B" or "C"; the scene keeps the name of its family."""
+    families = [family for family in FAMILIES if family != "D"]
+    if name not in families:
+        raise UserError(f"scene {name!r}: only {', '.join(families)} have variations to train on")
+    rng = np.random.default_rng([ord(name), seed])
+    return _scene(name, _vary(FAMILIES[name], rng))
