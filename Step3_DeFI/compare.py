@@ -1,0 +1,85 @@
+"""Do two evaluations differ by more than chance? `python -m Step3_DeFI.compare outputs/a outputs/b`.
+
+Chain by chain: both policies ran the same sequences from the same states, so the differences per sequence are
+compared, which needs far fewer sequences than comparing the two averages.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from defi.errors import UserError
+from Step3_DeFI.rollout.protocol import Protocol
+from Step3_DeFI.rollout.results import Results, read_results
+from Step3_DeFI.rollout.statistics import lengths, paired_difference
+
+
+def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
+    """`statistics.paired_difference` of b − a at every limit that both have.
+
+    Raises:
+        UserError: the two were not measured under the same protocol.
+    """
+    differences = Protocol(**a.protocol).differences(Protocol(**b.protocol))
+    if differences:
+        key, (first, second) = next(iter(differences.items()))
+        raise UserError(
+            f"{key}: {first} in the first result, {second} in the second: different protocols cannot be "
+            "compared; evaluate both with the same settings"
+        )
+    shared = sorted(set(a.protocol["max_steps"]) & set(b.protocol["max_steps"]))
+    return {
+        str(limit): paired_difference(lengths(a.chains, limit), lengths(b.chains, limit)) for limit in shared
+    }
+
+
+def comparison_table(names: Sequence[str], a: Results, b: Results) -> Table:
+    table = Table(title=f"{len(a.chains)} chains, paired", title_justify="left")
+    for column in ("steps per task", *names, "difference [95 %]", "p", "more than chance?"):
+        table.add_column(column, justify="right")
+    for limit, found in compare(a, b).items():
+        low, high = found["interval"]
+        table.add_row(
+            limit,
+            f"{a.limits[limit]['average']:.2f}",
+            f"{b.limits[limit]['average']:.2f}",
+            f"{found['difference']:+.2f} [{low:+.2f}, {high:+.2f}]",
+            f"{found['p']:.2g}" if found["p"] >= 0.001 else "< 0.001",
+            "yes" if found["differs"] else "no",
+        )
+    return table
+
+
+def remarks(a: Results, b: Results) -> list[str]:
+    """Conditions that differ without forbidding the comparison."""
+    found = []
+    for place in ("settings", "versions"):
+        first, second = a.run[place], b.run[place]
+        changed = [key for key in first if key in second and first[key] != second[key]]
+        found += [f"{key}: {first[key]} | {second[key]}" for key in changed]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m Step3_DeFI.compare", description=__doc__)
+    parser.add_argument("a", help="results.json, or the output folder of a rollout")
+    parser.add_argument("b", help="the same of the other")
+    paths = parser.parse_args()
+    try:
+        a, b = read_results(paths.a), read_results(paths.b)
+        table = comparison_table((paths.a, paths.b), a, b)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    console = Console(highlight=False)
+    console.print(table)
+    for remark in remarks(a, b):
+        console.print(f"differs: {remark}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Evaluate a policy: `python -m Step3_DeFI.rollout checkpoint=<run>` (configs/step3_rollout.yaml)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from omegaconf import DictConfig
+from rich.console import Console
+
+from defi.config import entry, typed
+from defi.engine.output import check_output, prepare_output, write_file
+from defi.errors import UserError
+from Step3_DeFI.rollout.config import RolloutConfig
+from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
+from Step3_DeFI.rollout.messages import AGENTS
+from Step3_DeFI.rollout.policy import PRECISIONS, ModelPolicy, identify, load_policy
+from Step3_DeFI.rollout.report import conditions, result_table, task_table, write_report
+from Step3_DeFI.rollout.results import RESULTS
+
+IDENTITY = "rollout.json"
+HOWEVER_DONE = ("processes", "videos", "output", "resume", "overwrite", "checkpoint", "gfdm", "gidm")
+
+
+@dataclass
+class CommandConfig(RolloutConfig):
+    """A rollout as a command: who acts, and where the result goes."""
+
+    agent: str = "policy"
+    checkpoint: str | None = None
+    gfdm: str | None = None
+    gidm: str | None = None
+    sampler_steps: int | None = None
+    precision: str = "no"
+    output: str = "outputs/rollout"
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, choices in (("agent", AGENTS), ("precision", PRECISIONS)):
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key}={getattr(self, key)}: must be one of {', '.join(choices)}")
+        if self.agent == "policy" and self.checkpoint is None:
+            raise UserError(
+                "checkpoint=: not given; name the output folder of a stage-3 run, or agent=random"
+            )
+        if self.baseline == self.agent:
+            raise UserError(f"baseline={self.baseline}: the same as agent; leave one of them out")
+
+
+@entry("step3_rollout")
+def main(cfg: DictConfig) -> None:
+    config = typed(CommandConfig, cfg, "step3_rollout")
+    state = PartialState(timeout=timedelta(days=7))  # a device that is done waits for the slowest
+    shard = Shard(state.process_index, state.num_processes, state.wait_for_everyone)
+    check_output(config.output, resume=config.resume, overwrite=config.overwrite)
+    evaluation = Evaluation.prepare(config)
+    policy, known = None, {}
+    if config.agent == "policy":
+        model = load_policy(config.checkpoint, device=state.device, gfdm=config.gfdm, gidm=config.gidm)
+        policy = ModelPolicy(model, sampler_steps=config.sampler_steps, precision=config.precision)
+        known = identify(config.checkpoint) | {"device": str(state.device)}
+    output = Path(config.output)
+    if state.is_main_process:
+        open_output(output, config, identity_of(evaluation, known))
+    shard.wait()
+    results = evaluate(evaluation, config.agent, policy, identity=known, output=output, shard=shard)
+    if state.is_main_process:
+        results.save(output / RESULTS)
+        report = write_report(output / "report.html", results, output / "videos")
+        console = Console(highlight=False)
+        console.print(result_table(results))
+        console.print(task_table(results))
+        console.print(
+            f"{conditions(results)}\n  {output / RESULTS}\n  {report}", markup=False, soft_wrap=True
+        )
+
+
+def identity_of(evaluation: Evaluation, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that finished chains depend on: a continued run must agree in all of it."""
+    settings = {key: value for key, value in asdict(evaluation.config).items() if key not in HOWEVER_DONE}
+    policy = {key: value for key, value in known.items() if key != "checkpoint"}
+    return json.loads(json.dumps(asdict(evaluation.protocol) | settings | policy))
+
+
+def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]) -> None:
+    """Make the output folder, or check that what is in it is an earlier part of this same run."""
+    file = output / IDENTITY
+    if config.resume and output.is_dir() and any(output.iterdir()):
+        if not file.is_file():
+            raise UserError(f"{output}: not the output of a rollout; choose another output=")
+        before = json.loads(file.read_text())
+        for key in identity:
+            if before.get(key) != identity[key]:
+                raise UserError(
+                    f"{output}: was begun with {key}={before.get(key)}, now it is {identity[key]}; "
+                    "continue with the same settings, or choose another output="
+                )
+        return
+    prepare_output(output, resume=config.resume, overwrite=config.overwrite)
+    write_file(file, json.dumps(identity, indent=1))
+
+
+if __name__ == "__main__":
+    main()

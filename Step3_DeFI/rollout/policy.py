@@ -1,0 +1,88 @@
+"""A DeFI model as the policy of a rollout."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from defi.engine.checkpoint import find_weights, read_manifest
+from defi.errors import UserError
+from Step3_DeFI.observation import observe
+from Step3_DeFI.policy import DeFI
+from Step3_DeFI.rollout.config import RolloutConfig
+from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
+from Step3_DeFI.rollout.messages import Look
+
+ACTION_DIM = 7
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ModelPolicy:
+    """Answers looks with a DeFI model, on the model's device.
+
+    Args:
+        sampler_steps: denoising steps of the action sampler; None for the checkpoint's own.
+        precision: of the computation: no (the weights' own), fp16 or bf16.
+    """
+
+    def __init__(self, model: DeFI, *, sampler_steps: int | None = None, precision: str = "no") -> None:
+        self.model = model.eval()
+        if sampler_steps is not None:
+            model.config.diffusion.steps = sampler_steps
+        self._autocast = {"dtype": PRECISIONS[precision], "enabled": precision != "no"}
+
+    def act(self, looks: Sequence[Look]) -> Float[np.ndarray, "B K 7"]:
+        images = torch.stack([observe(look.images, self.model.image_size) for look in looks])
+        noise = self.model.noise(torch.tensor([noise_seed(look.seed) for look in looks]))
+        texts = [look.instruction for look in looks]
+        with torch.autocast(self.model.device.type, **self._autocast):
+            return self.model.act(images, texts, noise=noise).float().cpu().numpy()
+
+
+def load_policy(checkpoint: Path | str, *, device: torch.device | str = "cpu", **sources: str | None) -> DeFI:
+    """The model of a stage-3 run or checkpoint. `sources`: where its `gfdm` and `gidm` lie now, if elsewhere.
+
+    Raises:
+        UserError: no complete stage-3 checkpoint there, or it does not predict CALVIN's seven actions.
+    """
+    model = DeFI.from_pretrained(find_weights(checkpoint, DeFI.stage), **sources)
+    if model.config.action_dim != ACTION_DIM:
+        raise UserError(
+            f"{checkpoint}: predicts {model.config.action_dim} action values, the simulator takes "
+            f"{ACTION_DIM}; use a checkpoint trained on CALVIN's rel_actions"
+        )
+    return model.to(device)
+
+
+def identify(checkpoint: Path | str) -> dict[str, Any]:
+    """What the record says about a checkpoint: where, which step, and a hash of its weights."""
+    manifest = read_manifest(checkpoint, DeFI.stage)
+    digest = hashlib.sha256()
+    for file in sorted(find_weights(checkpoint).glob("*.safetensors")):
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+    known = {key: manifest[key] for key in ("step", "preset", "version")}
+    return {"checkpoint": str(checkpoint), "fingerprint": digest.hexdigest()[:16], **known}
+
+
+def evaluate_policy(model: DeFI, config: RolloutConfig, *, output: Path | None = None) -> dict[str, float]:
+    """A rollout during training: averages and success rates under names for a log.
+
+    Args:
+        config: small, a few chains; the simulator processes are started for this call.
+        output: folder for chains and clips; None keeps nothing on disk.
+    """
+    results = evaluate(Evaluation.prepare(config), "policy", ModelPolicy(model), output=output, show=False)
+    summary = results.limits[str(max(config.max_steps))]
+    rates = {f"success_{i + 1}": success["rate"] for i, success in enumerate(summary["success"])}
+    return {"average_length": summary["average"], **rates}
+
+
+def noise_seed(seed: tuple[int, ...]) -> int:
+    """One 63-bit seed out of (run seed, chain, look)."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
