@@ -24,8 +24,8 @@ from Step2_GIDM.quantizer import perplexity
 from Step3_DeFI.action_head import ActionDenoiser, Memory
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.diffusion import SAMPLERS, denoising_loss, precondition
+from Step3_DeFI.features import encode_views, imagine, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
-from Step3_DeFI.observation import to_unit
 from Step3_DeFI.sources import Sources, check_gfdm, check_gidm
 from Step3_DeFI.video_former import VideoFormer
 
@@ -93,37 +93,10 @@ class DeFI(StageModel):
 
     # ------------------------------------------------------------ from pictures to context
 
-    def features(
-        self,
-        latents: Float[Tensor, "B V 4 h w"],
-        texts: list[str],
-        *,
-        noise: Float[Tensor, "B V F 4 h w"],
-    ) -> Float[Tensor, "B V F L C"]:
-        """GFDM's features of all views; `latents` are scaled."""
-        views = latents.shape[1]
-        per_clip = [text for text in texts for _ in range(views)]
-        features = self.gfdm.features(latents.flatten(0, 1), per_clip, noise=noise.flatten(0, 1))
-        return features.unflatten(0, latents.shape[:2])
-
-    @torch.no_grad()
-    def encode_images(
-        self, images: UInt8[Tensor, "B V 3 H W"] | Float[Tensor, "B V 3 H W"]
-    ) -> Float[Tensor, "B V 4 h w"]:
-        """Scaled latents of pictures (uint8, or floats in [-1, 1])."""
-        return self.gfdm.encode_images(to_unit(images).flatten(0, 1)).unflatten(0, images.shape[:2])
-
     def video_noise(self, seeds: Int[Tensor, " B"]) -> Float[Tensor, "B V F 4 h w"]:
-        """Noise that GFDM starts from: a function of each sample's seed; the same for all if `fixed`."""
-        if self.config.feature_noise == "fixed":
-            seeds = torch.zeros_like(seeds)
-        return SampleNoise(seeds, self.device).normal(*self._video_noise_shape)
-
-    @property
-    def _video_noise_shape(self) -> tuple[int, ...]:
-        config = self.gfdm.config
-        size = config.latent_size
-        return self.config.views, config.frames, config.vae.latent_channels, size, size
+        """Noise for GFDM, a function of each sample's seed (or of nothing, if `feature_noise: fixed`)."""
+        views, kind = self.config.views, self.config.feature_noise
+        return video_noise(self.gfdm, seeds, views=views, kind=kind, device=self.device)
 
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
         """Everything that does not depend on σ or on the noisy actions; computed once per chunk."""
@@ -165,9 +138,12 @@ class DeFI(StageModel):
 
     def _features_of(self, batch: dict[str, Any]) -> Float[Tensor, "B V F L C"]:
         if "features" in batch:
-            return batch["features"].to(self.dtype)
-        latents = batch["latents"] if "latents" in batch else self.encode_images(batch["images"])
-        return self.features(latents.to(self.dtype), batch["text"], noise=self.video_noise(batch["seed"]))
+            return batch["features"].to(self.device, self.dtype)
+        if "latents" in batch:
+            latents = batch["latents"].to(self.device, self.dtype)
+        else:
+            latents = encode_views(self.gfdm, batch["images"].to(self.device))
+        return imagine(self.gfdm, latents, batch["text"], noise=self.video_noise(batch["seed"]))
 
     def _action_loss(
         self, memory: Memory, actions: Float[Tensor, "B K A"], seeds: Int[Tensor, " B"]
@@ -193,8 +169,7 @@ class DeFI(StageModel):
 
     def noise(self, seeds: Int[Tensor, " B"]) -> PolicyNoise:
         """The noise of B looks, one seed each: the same whatever else is in the batch."""
-        draw = SampleNoise(seeds, self.device)
-        actions = draw.normal(self.config.chunk, self.config.action_dim)
+        actions = SampleNoise(seeds, self.device).normal(self.config.chunk, self.config.action_dim)
         return PolicyNoise(video=self.video_noise(seeds), actions=actions)
 
     @torch.no_grad()
@@ -205,8 +180,9 @@ class DeFI(StageModel):
         *,
         noise: PolicyNoise,
     ) -> Float[Tensor, "B K A"]:
-        """The next K actions, the gripper not binarised. `images` as `observe` gives them: static, gripper."""
-        features = self.features(self.encode_images(images.to(self.device)), texts, noise=noise.video)
+        """The next K actions, gripper not binarised. `images` as `observe` gives them: static, gripper."""
+        latents = encode_views(self.gfdm, images.to(self.device))
+        features = imagine(self.gfdm, latents, texts, noise=noise.video)
         return self.act_on_features(features, texts, noise=noise.actions)
 
     @torch.no_grad()
@@ -222,6 +198,13 @@ class DeFI(StageModel):
         )
         sigmas = diffusion.schedule(self.device)
         return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Any]) -> Float[Tensor, "B K A"]:
+        """The chunks it would act out on a training batch (whose `actions` are not looked at)."""
+        seeds = batch["seed"]
+        actions = SampleNoise(seeds, self.device).normal(self.config.chunk, self.config.action_dim)
+        return self.act_on_features(self._features_of(batch), batch["text"], noise=actions)
 
     @property
     def image_size(self) -> int:

@@ -84,7 +84,7 @@ class Sources:
             if actual != expected:
                 raise UserError(
                     f"{found[name]}: not the {name} checkpoint that {folder} was trained on "
-                    f"(fingerprint {actual}, expected {expected}); give its place with {name}_checkpoint="
+                    f"(fingerprint {actual}, expected {expected}); give that one with {name}="
                 )
         return cls.at(**found)
 
@@ -95,7 +95,7 @@ def _locate(recorded: Path, given: Path | str | None, stage: str) -> Path:
     if not recorded.is_dir():
         raise UserError(
             f"{recorded.resolve()}: the {stage} checkpoint of this policy is gone; "
-            f"give its place with {stage}_checkpoint="
+            f"give its place with {stage}="
         )
     return recorded
 

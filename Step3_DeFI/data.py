@@ -1,0 +1,110 @@
+"""Training data of the policy: a packed store of memory-mapped arrays, made once by `Step3_DeFI.prepare`.
+
+<store>/manifest.json   written last: what is in it, from which data, with which stage-1 checkpoint
+        inputs.npy      one of three `kind`s, a row per distinct look:
+                            features  float16 [rows, draws, V, F, L, C]  of the frozen GFDM
+                            latents   float16 [rows, V, 4, h, w]         scaled VAE mode
+                            images    uint8   [rows, V, 3, H, W]
+        actions.npy     float32 [N, K, 7]
+        index.npy       int64 [N, 2]: row of inputs, number of the instruction
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from defi.errors import UserError
+
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+INPUTS, ACTIONS, INDEX = "inputs.npy", "actions.npy", "index.npy"
+KINDS = ("features", "latents", "images")
+
+
+@dataclass
+class StoreManifest:
+    """What a store holds. look: shape of one row less its draws. gfdm: fingerprint of the stage-1 weights."""
+
+    kind: str
+    samples: int
+    rows: int
+    draws: int
+    look: list[int]
+    chunk: int
+    image_size: int
+    texts: list[str]
+    source: str
+    fingerprint: str
+    tail: int
+    stride: int
+    seed: int
+    gfdm: str | None = None
+    feature_noise: str | None = None
+    tasks: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_manifest(folder: Path) -> StoreManifest:
+    """The manifest of a complete store.
+
+    Raises:
+        UserError: there is no store, it is not complete, or its manifest is damaged.
+    """
+    file = folder / MANIFEST
+    try:
+        return StoreManifest(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        if (folder / PROGRESS).exists():
+            raise UserError(
+                f"{folder}: preparation was not finished; run Step3_DeFI.prepare again with resume=true"
+            ) from None
+        raise UserError(f"{folder}: no prepared data here; make it with Step3_DeFI.prepare") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
+
+
+class PolicyStore(Dataset):
+    """Samples {features | latents | images, text, actions}; features in several draws: a sample per draw."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        m = self.manifest
+        draws = (m.draws,) if m.kind == "features" else ()
+        self.inputs = self._array(INPUTS, (m.rows, *draws, *m.look))
+        self.actions = self._array(ACTIONS, (m.samples, m.chunk, None))
+        self.index = self._array(INDEX, (m.samples, 2))
+
+    def _array(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        file = self.folder / name
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
+        if len(array.shape) != len(shape) or any(e not in (None, n) for n, e in zip(array.shape, shape)):
+            raise UserError(f"{file}: has shape {array.shape}, the manifest says {shape}; prepare it again")
+        return array
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the data, for the checkpoints' manifests."""
+        return f"{self.manifest.fingerprint}-{self.manifest.kind}-{self.manifest.samples}"
+
+    def __len__(self) -> int:
+        return self.manifest.samples * self.manifest.draws
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        sample, draw = divmod(i, self.manifest.draws)
+        row, text = self.index[sample]
+        look = self.inputs[row, draw] if self.manifest.kind == "features" else self.inputs[row]
+        return {
+            self.manifest.kind: torch.from_numpy(np.array(look)),
+            "text": self.manifest.texts[text],
+            "actions": torch.from_numpy(np.array(self.actions[sample])),
+        }
