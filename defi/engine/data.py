@@ -6,6 +6,7 @@ made from (seed, epoch, index): the same sample comes out in any worker, process
 the next epoch. Global generators (torch.rand, np.random) must not be used inside data sets.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,12 +70,13 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         epoch, index = draw
-        sequence = np.random.SeedSequence([self.seed, epoch, index])
+        digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little") >> 1  # fits a signed 64-bit integer
         if hasattr(self.dataset, "sample"):
-            sample = self.dataset.sample(index, np.random.default_rng(sequence))
+            sample = self.dataset.sample(index, np.random.default_rng(seed))
         else:
             sample = self.dataset[index]
-        return {**sample, "seed": int(sequence.generate_state(1, np.uint64)[0] >> 1)}
+        return {**sample, "seed": seed}
 
 
 class SampleNoise:

@@ -1,6 +1,7 @@
 """Opening a run: everything is checked and loaded before anything is written."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -103,6 +104,8 @@ def open_run(
 
 def start_processes(trainer: TrainerConfig) -> Accelerator:
     """Join the processes that `accelerate launch` started, or be the only one."""
+    # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     try:
         return Accelerator(
             mixed_precision=trainer.precision,
@@ -211,13 +214,14 @@ def summarise(run: Run) -> None:
     frozen = sum(parameter.numel() for parameter in run.model.parameters()) - trained
     processes = run.accelerator.num_processes
     micro, accumulation = run.trainer.split_batch(processes)
+    split = f"{micro} × {processes} process(es) × {accumulation} accumulated"
     fingerprint = f", fingerprint {run.data['fingerprint']}" if run.data["fingerprint"] else ""
     run.display.say(
         f"{run.model.stage}, preset {run.config.get('preset_name')}\n"
         f"  parameters   {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen\n"
         f"  data         {run.data['size']:,} samples{fingerprint}\n"
-        f"  batch        {run.trainer.global_batch} = {micro} × {processes} process(es) × {accumulation} accumulated\n"
+        f"  batch        {run.trainer.global_batch} = {split}\n"
         f"  steps        {run.trainer.max_steps} ({run.trainer.schedule} rate, at most {run.trainer.lr:g})\n"
-        f"  precision    {run.trainer.precision} on {run.accelerator.device}\n"
+        f"  precision    {run.trainer.precision} on {run.accelerator.device.type}\n"
         f"  output       {run.output}"
     )

@@ -1,0 +1,338 @@
+"""The training loop on a toy model: what it learns, writes, refuses and stops at."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_toy import Points, Toy, ToyConfig, toy, trainer
+from safetensors.torch import load_file
+
+from defi.engine import checkpoint, plot
+from defi.engine.config import TrainerConfig
+from defi.engine.data import StepOrder
+from defi.engine.ema import EMA
+from defi.engine.loop import train
+from defi.engine.output import prepare_output
+from defi.engine.schedule import learning_rate
+from defi.engine.tracking import read_metrics
+from defi.errors import UserError
+
+CONFIG = {"preset_name": "toy", "trainer": {"lr": 1e-2}}
+TESTS = Path(__file__).resolve().parent
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_weights(a: Path, b: Path, **tolerance: float) -> None:
+    for name, tensor in weights(a).items():
+        torch.testing.assert_close(tensor, weights(b)[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def test_the_loop_learns_and_leaves_a_readable_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    final = train(
+        toy(dropout=0.0), Points(), trainer(max_steps=150, log_every=10, lr=0.02), output=run, config=CONFIG
+    )
+    losses = [record["loss"] for record in records(run, "train")]
+    assert [record["step"] for record in records(run, "train")] == list(range(10, 151, 10))
+    assert losses[-1] < 0.6 * losses[0]
+    assert {"lr", "grad_norm", "samples_per_s", "data_wait", "level", "epoch"} <= records(run, "train")[
+        0
+    ].keys()
+    manifest = checkpoint.read_manifest(run, "gidm")
+    assert (manifest["step"], manifest["preset"]) == (150, "toy")
+    assert manifest["data"] == {"size": 22, "fingerprint": "points"}
+    assert checkpoint.read_run_config(run) == CONFIG
+    assert final == checkpoint.find_checkpoint(run)
+    loaded, averaged = Toy.from_pretrained(final), Toy.from_pretrained(checkpoint.find_weights(run))
+    assert not torch.equal(loaded.net[0].weight, averaged.net[0].weight)
+    assert not list(run.rglob("*.pt")) and not list(run.rglob("*.pkl"))
+
+
+def test_epochs_end_on_every_pass_and_the_frozen_network_stays(tmp_path: Path) -> None:
+    model = toy()
+    before = {name: t.clone() for name, t in model.teacher.state_dict().items()}
+    train(model, Points(size=10), trainer(max_steps=10), output=tmp_path / "run", config=CONFIG)
+    ends = records(tmp_path / "run", "epoch")
+    assert [(record["step"], record["seen"]) for record in ends] == [(3, 1), (5, 2), (8, 3), (10, 4)]
+    for name, tensor in model.teacher.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not model.teacher.training
+    assert not any(
+        name.startswith("teacher.") for name in weights(checkpoint.find_checkpoint(tmp_path / "run"))
+    )
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 6), (1, 2), (2, 3), (3, 1)])
+def test_every_sample_comes_once_per_epoch_however_it_is_split(processes: int, micro: int) -> None:
+    size, global_batch, steps = 9, 6, 6
+
+    def micro_batches(rank: int, start: int, count: int) -> list[list[tuple[int, int]]]:
+        order = StepOrder(
+            size, seed=3, start=start, global_batch=global_batch, micro_batch=micro, process=(rank, processes)
+        )
+        stream = iter(order)
+        return [next(stream) for _ in range(count * global_batch // processes // micro)]
+
+    parts = [micro_batches(rank, 0, steps) for rank in range(processes)]
+    draws = sorted(draw for part in parts for batch in part for draw in batch)
+    assert draws == [(epoch, index) for epoch in range(4) for index in range(size)]
+    assert all(len(batch) == micro for part in parts for batch in part)
+    again = micro_batches(0, 2 * global_batch, steps - 2)
+    assert again == parts[0][-len(again) :]
+
+
+def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
+    folders = [
+        train(
+            toy(dropout=0.0), Points(), trainer(max_steps=8, micro_batch=micro), output=tmp_path / str(micro),
+            config=CONFIG,
+        )
+        for micro in (4, 1)
+    ]  # fmt: skip
+    assert_equal_weights(*folders, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    final = train(
+        toy(dropout=0.0),
+        Points(),
+        trainer(max_steps=6),
+        output=tmp_path / "one",
+        config={"preset_name": "toy"},
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent),
+    }  # fmt: skip
+    result = subprocess.run(
+        [*command, str(TESTS / "engine_toy.py"), str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es)" in result.stdout and result.stdout.count("done: step 6") == 1
+    assert_equal_weights(final, checkpoint.find_checkpoint(tmp_path / "two"), rtol=1e-5, atol=1e-7)
+    one, two = records(tmp_path / "one", "train"), records(tmp_path / "two", "train")
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
+
+
+def test_ema_follows_its_formula_and_steps_aside() -> None:
+    model = toy()
+    ema = EMA(model, decay=0.9)
+    parameter = model.net[0].bias
+    expected = parameter.detach().clone()
+    for update in range(20):
+        with torch.no_grad():
+            parameter.add_(1.0)
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * parameter.detach()
+        ema.update()
+    now = parameter.detach().clone()
+    with ema.applied():
+        torch.testing.assert_close(parameter.detach(), expected)
+    assert torch.equal(parameter, now)
+    assert len(ema.average) == 4  # the teacher is not averaged
+
+
+def test_constant_schedule_warms_up() -> None:
+    rates = [learning_rate(step, TrainerConfig(lr=1.0, warmup=0.3, max_steps=10)) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    scores = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2, 10: 0.5}
+    run = tmp_path / "run"
+    settings = trainer(max_steps=10, keep=2, save_every=2, rollout_every=2, best_metric="length")
+    train(
+        toy(),
+        Points(),
+        settings,
+        output=run,
+        config=CONFIG,
+        evaluate=lambda model, step, folder: {"length": scores[step]},
+    )
+    kept = [folder.name for folder in sorted((run / "checkpoints").iterdir())]
+    assert kept == ["step_00000004", "step_00000008", "step_00000010"]
+    assert checkpoint.read_manifest(run / "checkpoints" / "step_00000004")["metrics"] == {"length": 0.9}
+    assert [record["length"] for record in records(run, "evaluate")] == list(scores.values())
+
+
+def test_looking_at_the_model_does_not_disturb_the_training(tmp_path: Path) -> None:
+    seen = []
+
+    def sample(model: Toy, step: int, folder: Path) -> dict[str, float]:
+        torch.manual_seed(step)
+        (folder / "picture.txt").write_text("a picture")
+        seen.append((step, model.training, torch.is_grad_enabled(), model.net[0].weight.clone()))
+        return {"drawn": torch.rand(()).item()}
+
+    quiet = train(toy(), Points(), trainer(), output=tmp_path / "quiet", config=CONFIG)
+    watched = train(
+        toy(), Points(), trainer(sample_every=5), output=tmp_path / "watched", config=CONFIG, sample=sample
+    )
+    assert_equal_weights(quiet, watched)
+    assert [entry[:3] for entry in seen] == [(5, False, False), (10, False, False)]
+    assert torch.equal(seen[-1][3], weights(watched / "ema")["net.0.weight"])
+    assert (tmp_path / "watched" / "samples" / "step_00000005" / "picture.txt").is_file()
+    assert len(records(tmp_path / "watched", "sample")) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path) -> None:
+    class Broken(Points):
+        def sample(self, index: int, rng: object) -> dict:
+            sample = super().sample(index, rng)
+            return {**sample, "x": sample["x"] * float("nan")} if index == 7 else sample
+
+    order = StepOrder(22, seed=0, start=0, global_batch=1, micro_batch=1, process=(0, 1))
+    position = next(p for p in range(22) if order.draw(p)[1] == 7)
+    model = toy()
+    with pytest.raises(UserError, match=rf"the loss is nan at step {position + 1}") as caught:
+        train(
+            model,
+            Broken(),
+            trainer(global_batch=1, save_every=1, max_steps=30),
+            output=tmp_path,
+            config=CONFIG,
+        )
+    assert "\n" not in str(caught.value) and f"step_{position:08d}" in str(caught.value)
+    saved = weights(checkpoint.find_checkpoint(tmp_path))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
+
+
+def test_an_error_of_the_data_set_stays_one_line(tmp_path: Path) -> None:
+    class Vanished(Points):
+        def sample(self, index: int, rng: object) -> dict:
+            raise UserError("data/clip_3.mp4: missing; restore it")
+
+    for workers in (0, 1):
+        with pytest.raises(UserError) as caught:
+            train(toy(), Vanished(), trainer(workers=workers), output=tmp_path / str(workers), config=CONFIG)
+        assert str(caught.value) == "data/clip_3.mp4: missing; restore it"
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process otherwise
+    try:
+        model = toy(dropout=0.0)
+        train(model, Points(), trainer(precision="bf16"), output=tmp_path / "run", config=CONFIG)
+        assert model.net[0].weight.dtype == torch.float32
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    losses = [record["loss"] for record in records(tmp_path / "run", "train")]
+    assert losses[-1] < losses[0]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(
+        toy(),
+        Points(),
+        trainer(max_steps=2),
+        output=tmp_path / "run",
+        config=CONFIG,
+        tracker={"name": "tensorboard"},
+    )
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_curves_are_drawn_from_the_numbers(tmp_path: Path) -> None:
+    train(toy(), Points(), trainer(log_every=2), output=tmp_path / "run", config=CONFIG)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 11, "lo')  # cut off by a crash
+    steps, losses = plot.curves(tmp_path / "run")["train/loss"]
+    assert steps.tolist() == [2, 4, 6, 8, 10] and (losses > 0).all()
+    picture = plot.draw([tmp_path / "run", tmp_path / "run" / "metrics.jsonl"], tmp_path / "curves.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("work of weeks")
+    with pytest.raises(UserError, match="not empty; overwrite=true"):
+        train(toy(), Points(), trainer(), output=tmp_path, config=CONFIG)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        train(toy(), Points(), trainer(), output=tmp_path, config=CONFIG, resume=True)
+    with pytest.raises(UserError, match="exclude each other"):
+        prepare_output(tmp_path, resume=True, overwrite=True)
+    with pytest.raises(UserError, match="a file, not a folder"):
+        prepare_output(precious)
+    with pytest.raises(UserError, match="no training samples"):
+        train(toy(), Points(size=0), trainer(), output=tmp_path, config=CONFIG, overwrite=True)
+    with pytest.raises(UserError, match="no such tracker|choose none"):
+        train(
+            toy(), Points(), trainer(), output=tmp_path, config=CONFIG, overwrite=True, tracker={"name": "tb"}
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    prepare_output(tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_step": 5}, "did you mean trainer.max_steps"),
+        ({"schedule": "cosine"}, "choose one of constant, tri_stage"),
+        ({"max_steps": 0}, "trainer.max_steps=0"),
+        ({"lr": "fast"}, "wrong type"),
+        ({"phases": [0.5, 0.2, 0.1]}, "trainer.phases"),
+    ],
+)
+def test_impossible_settings_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainerConfig.from_config(settings)
+
+
+def test_the_batch_must_divide() -> None:
+    settings = TrainerConfig(global_batch=12, micro_batch=3)
+    assert settings.split_batch(processes=2) == (3, 2)
+    with pytest.raises(UserError, match="not divisible by 5 processes"):
+        settings.split_batch(processes=5)
+    with pytest.raises(UserError, match="choose a divisor of 4"):
+        settings.split_batch(processes=3)
+
+
+def test_checkpoints_that_are_missing_damaged_or_of_another_stage(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint here; give the output folder of a gfdm run"):
+        checkpoint.find_checkpoint(tmp_path / "nowhere", "gfdm")
+    run = tmp_path / "run"
+    for step in (1, 2):
+        checkpoint.save(toy(), run, step=step, config=CONFIG)
+    with pytest.raises(UserError, match="holds a gidm checkpoint, not policy"):
+        checkpoint.find_weights(run, "policy")
+    newest = checkpoint.find_checkpoint(run)
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert checkpoint.find_checkpoint(run).name == "step_00000001"
+    with pytest.raises(UserError, match="damaged or half-copied"):
+        checkpoint.find_checkpoint(newest)
+    with pytest.raises(UserError, match="cannot be read"):
+        Toy.from_pretrained(newest)
+
+
+def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
+    folder = checkpoint.save(toy(), tmp_path, step=1, config=CONFIG)
+    wider = Toy(ToyConfig(width=9))
+    before = {name: t.clone() for name, t in wider.state_dict().items()}
+    with pytest.raises(UserError, match=r"net\.0\.weight has shape \(8, 3\)") as caught:
+        wider.load_weights(folder)
+    assert str(folder) in str(caught.value) and "preset" in str(caught.value)
+    assert all(torch.equal(t, before[name]) for name, t in wider.state_dict().items())
+    (folder / "config.json").write_text(json.dumps({"width": 8, "depth": 2}))
+    with pytest.raises(UserError, match="'depth'"):
+        Toy.from_pretrained(folder)

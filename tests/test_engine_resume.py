@@ -1,0 +1,103 @@
+"""Exact resume: N+M steps equal N steps, stop, M steps, bit for bit."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from engine_toy import Points, toy, trainer
+from safetensors.torch import load_file
+
+from defi.engine import checkpoint
+from defi.engine.loop import train
+from defi.engine.preemption import EXIT_PREEMPTED
+from defi.engine.tracking import read_metrics
+from defi.errors import UserError
+
+CONFIG = {"preset_name": "toy"}
+TIMES = ("samples_per_s", "data_wait", "elapsed_s")
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    first, second = checkpoint.find_checkpoint(a), checkpoint.find_checkpoint(b)
+    assert first.name == second.name
+    for name in ("model.safetensors", "ema/model.safetensors", "state/optimizer.safetensors"):
+        tensors = load_file(first / name)
+        assert tensors.keys() == load_file(second / name).keys()
+        for key, tensor in load_file(second / name).items():
+            assert torch.equal(tensor, tensors[key]), key
+    assert (first / "state" / "rng.json").read_text() == (second / "state" / "rng.json").read_text()
+
+    def numbers(run: Path) -> list[dict]:
+        return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run / "metrics.jsonl")]
+
+    assert numbers(a) == numbers(b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, workers: int) -> None:
+    """With dropout, jitter, averages, accumulation, a changing rate, and a signal that stops the run."""
+    settings = {"max_steps": 14, "schedule": "tri_stage", "micro_batch": 2, "phases": (0.2, 0.3, 0.5)}
+    train(toy(), Points(), trainer(**settings), output=tmp_path / "whole", config=CONFIG)
+
+    def interrupt(model: object, step: int, folder: Path) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    parts = {"output": tmp_path / "parts", "config": CONFIG}
+    with pytest.raises(SystemExit) as stopped:
+        train(
+            toy(),
+            Points(),
+            trainer(**settings, rollout_every=8, workers=workers),
+            evaluate=interrupt,
+            **parts,
+        )
+    assert stopped.value.code == EXIT_PREEMPTED
+    assert checkpoint.read_manifest(tmp_path / "parts")["step"] == 8
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"evaluate"' not in line) + '{"kind": "tra')
+    torch.manual_seed(123)  # whatever happened in between
+    train(toy(), Points(), trainer(**settings, workers=workers), resume=True, **parts)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_goes_back_to_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    train(toy(), Points(), trainer(), output=tmp_path / "whole", config=CONFIG)
+    run = tmp_path / "parts"
+    train(toy(), Points(), trainer(max_steps=8, save_every=4), output=run, config=CONFIG)
+    (run / "checkpoints" / "step_00000008" / "state" / "optimizer.safetensors").write_bytes(b"torn")
+    half = run / "checkpoints" / ".writing_step_00000009"
+    half.mkdir()
+    (half / "manifest.json").write_text('{"files": {}}')
+    train(toy(), Points(), trainer(), output=run, config=CONFIG, resume=True)
+    assert_equal_runs(tmp_path / "whole", run)
+    assert not half.exists()
+
+
+def test_resume_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train(toy(), Points(), trainer(max_steps=2), output=tmp_path, config={"trainer": {"lr": 0.01}})
+    train(
+        toy(),
+        Points(),
+        trainer(max_steps=4, lr=0.02),
+        output=tmp_path,
+        config={"trainer": {"lr": 0.02}},
+        resume=True,
+    )
+    assert "trainer.lr: 0.01 → 0.02" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_fit_is_left_alone(tmp_path: Path) -> None:
+    train(toy(), Points(), trainer(max_steps=2), output=tmp_path, config=CONFIG)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"net\.0\.weight has shape"):
+        train(toy(width=9), Points(), trainer(), output=tmp_path, config={"new": 1}, resume=True)
+    weights_only = tmp_path / "weights"
+    checkpoint.save(toy(), weights_only, step=1, config=CONFIG)
+    with pytest.raises(UserError, match="no training state"):
+        train(toy(), Points(), trainer(), output=weights_only, config=CONFIG, resume=True)
+    assert all(path.read_bytes() == content for path, content in before.items())
