@@ -54,9 +54,7 @@ def check_store(store: PolicyStore, policy: PolicyConfig, gfdm: Path, image_size
             )
 
 
-def sampler(
-    stores: dict[str, PolicyStore], count: int, seed: int
-) -> Callable[[DeFI, int, Path], dict[str, float]]:
+def sampler(stores: dict[str, PolicyStore], count: int, seed: int) -> Inspect:
     """Pictures of predicted and expert actions, and the error of the policy's chunks, on fixed samples.
 
     `stores`: by name ("training", "held_out"); `count` samples, evenly spread, are taken of each.
