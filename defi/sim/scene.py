@@ -60,6 +60,7 @@ class TableConfig:
     bulb_color: tuple[float, float, float, float] = (1.0, 1.0, 0.0, 1.0)
     led_color: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
     off_color: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    grips: dict[str, Vector] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ BLOCK_COLORS: dict[str, Color] = {
 ARM_COLORS: tuple[Color, ...] = ((0.85, 0.86, 0.9), (1.0, 0.5, 0.0), (1.0, 0.5, 0.0), (0.05, 0.05, 0.05))
 BRACKET = (0.335, -0.345, 0.335)  # the lever in front of the right corner
 BEHIND_LEFT = (-0.38, -0.06, 0.485)  # the lever behind at the left
+SCENES = ("A", "B", "C", "D")
 HSV = tuple[float, float, float]
 
 
@@ -62,7 +63,7 @@ FAMILIES = {
         top=(0.05, 0.55, 0.50), wall=(0.04, 0.60, 0.36), door=(0.07, 0.45, 0.62), drawer=(0.05, 0.50, 0.42),
         knob=(0.50, 1.0, 0.85), handle=(0.14, 0.30, 0.18), lever=(0.76, 0.75, 0.80), button=(0.70, 0.30, 0.10),
         plank=(0.60, 0.05, 0.80), patterns=("wood", "wood"),
-        button_place=(-0.24, -0.10, TOP), switch_place=BRACKET, knob_offset=-0.05, drawer_x=0.08,
+        button_place=(-0.24, -0.13, TOP), switch_place=BRACKET, knob_offset=-0.05, drawer_x=0.08,
         lengths=(MIDDLE, BIG, SMALL),
     ),
     "B": Family(
@@ -76,14 +77,14 @@ FAMILIES = {
         top=(0.58, 0.25, 0.62), wall=(0.60, 0.30, 0.48), door=(0.56, 0.12, 0.78), drawer=(0.59, 0.28, 0.52),
         knob=(0.53, 0.9, 0.90), handle=(0.10, 0.30, 0.18), lever=(0.78, 0.70, 0.75), button=(0.05, 0.30, 0.14),
         plank=(0.30, 0.05, 0.75), patterns=("speckle", "planks"),
-        button_place=(-0.13, -0.10, TOP), switch_place=BEHIND_LEFT, knob_offset=0.03, drawer_x=0.12,
+        button_place=(-0.16, -0.13, TOP), switch_place=BEHIND_LEFT, knob_offset=0.03, drawer_x=0.12,
         lengths=(BIG, SMALL, MIDDLE), handle_width=0.21,
     ),
     "D": Family(
         top=(0.24, 0.30, 0.68), wall=(0.22, 0.36, 0.50), door=(0.16, 0.32, 0.80), drawer=(0.25, 0.32, 0.55),
         knob=(0.51, 0.95, 0.75), handle=(0.30, 0.30, 0.18), lever=(0.75, 0.70, 0.76), button=(0.40, 0.20, 0.13),
         plank=(0.50, 0.05, 0.82), patterns=("wood", "planks"),
-        button_place=(-0.17, -0.09, TOP), switch_place=(0.32, -0.335, 0.335), knob_offset=0.0, drawer_x=0.10,
+        button_place=(-0.19, -0.125, TOP), switch_place=(0.32, -0.335, 0.335), knob_offset=0.0, drawer_x=0.10,
         lengths=(MIDDLE, SMALL, BIG), handle_width=0.19,
     ),
 }  # fmt: skip
@@ -124,7 +125,7 @@ def _vary(family: Family, rng: np.random.Generator) -> Family:
         button=_jitter(rng, family.button, 0.5, 0.06),
         plank=_jitter(rng, family.plank, 0.5, 0.05),
         patterns=(str(rng.choice(patterns)), str(rng.choice(patterns))),
-        button_place=place(family.button_place, *((0.01, 0.01, 0) if on_bracket else (0.06, 0.02, 0))),
+        button_place=place(family.button_place, *((0.01, 0.01, 0) if on_bracket else (0.04, 0.01, 0))),
         switch_place=place(family.switch_place, 0.015, 0.012, 0.01),
         knob_offset=place((family.knob_offset,), 0.03)[0],
         drawer_x=place((family.drawer_x,), 0.025)[0],
@@ -199,12 +200,15 @@ def _scene(name: str, family: Family) -> SceneConfig:
         BlockConfig(block, _store(block_files(block, BLOCK_COLORS[block], length)) / f"{block}.urdf")
         for block, length in zip(BLOCKS, family.lengths)
     )
+    table = _table_spec(family)
     return SceneConfig(
         name=name,
         arm=ArmConfig(urdf=_arm(), pedestal=False),
         blocks=blocks,
         table=TableConfig(
-            urdf=_store(table_files(_table_spec(family))) / "table.urdf", off_color=(0.3, 0.3, 0.33, 1.0)
+            urdf=_store(table_files(table)) / "table.urdf",
+            off_color=(0.3, 0.3, 0.33, 1.0),
+            grips=table.grips(),
         ),
         plane=_store(plane_files()) / "plane.urdf",
         surfaces={
@@ -218,14 +222,14 @@ def _scene(name: str, family: Family) -> SceneConfig:
 
 def builtin(name: str) -> SceneConfig:
     """Scene "A", "B", "C" or "D" of the built-in table."""
-    if name not in FAMILIES:
-        raise UserError(f"scene {name!r}: not a built-in scene; choose one of {', '.join(FAMILIES)}")
+    if name not in SCENES:
+        raise UserError(f"scene {name!r}: not a built-in scene; choose one of {', '.join(SCENES)}")
     return _scene(name, FAMILIES[name])
 
 
 def variation(name: str, seed: int) -> SceneConfig:
     """The `seed`-th random relative of scene "A", "B" or "C"; the scene keeps the name of its family."""
-    families = [family for family in FAMILIES if family != "D"]
+    families = [scene for scene in SCENES if scene != "D"]
     if name not in families:
         raise UserError(f"scene {name!r}: only {', '.join(families)} have variations to train on")
     rng = np.random.default_rng([ord(name), seed])

@@ -22,10 +22,11 @@ DOOR_WIDTH = 0.28
 SWITCH_TRAVEL = 0.088
 SWITCH_AXIS = (0.0, 0.5, float(np.sqrt(0.75)))
 LEVER = (0.085, 0.10, 0.055)  # size of the switch's lever
-KNOB = (0.045, 0.11, 0.09)  # size of the slide's knob: width, reach, height
+KNOB = (0.045, 0.09, 0.09)  # size of the slide's knob: width, reach, height
 HANDLE_GAP = 0.09  # between the drawer's front and the bar of its handle
 HANDLE_TOP = 0.405
 DRAWER_FRONT = -0.185
+BUTTON_HEIGHT = 0.04
 BLOCK_HEIGHT = 0.04
 UNSEEN_BELOW = "-x +x -y +z"
 
@@ -56,6 +57,21 @@ class TableSpec:
     button_radius: float = 0.04
     handle_width: float = 0.2
     slide_x: float = -0.1  # left edge of the closed door
+
+    def grips(self) -> dict[str, Vector]:
+        """Joint name -> the middle of the knob, of the gap behind the drawer's handle, of the button's top and of
+        the lever's front edge at its lower end, with all joints at 0."""
+        x, y, z = self.button
+        return {
+            "base__slide": (
+                self.slide_x + DOOR_WIDTH / 2 + self.knob_offset,
+                0.025 - KNOB[1] / 2,
+                TOP + 0.12,
+            ),
+            "base__drawer": (self.drawer_x, DRAWER_FRONT - HANDLE_GAP / 2, HANDLE_TOP),
+            "base__button": (x, y, z + BUTTON_HEIGHT),
+            "base__switch": self.switch,
+        }
 
 
 @dataclass(frozen=True)
@@ -167,8 +183,8 @@ def _base(spec: TableSpec) -> Link:
 
 def _button(spec: TableSpec) -> Link:
     radius = spec.button_radius
-    mesh = Mesh(Material(spec.button_color)).prism((0, 0, 0.02), radius, 0.04, sides=14)
-    return Link("button_link", [mesh], [Shape((0, 0, 0.02), (radius, 0.04))], 0.15)
+    mesh = Mesh(Material(spec.button_color)).prism((0, 0, BUTTON_HEIGHT / 2), radius, BUTTON_HEIGHT, sides=14)
+    return Link("button_link", [mesh], [Shape((0, 0, BUTTON_HEIGHT / 2), (radius, BUTTON_HEIGHT))], 0.15)
 
 
 def _switch(spec: TableSpec) -> Link:

@@ -1,0 +1,120 @@
+"""Experts for drawer, slide, switch and button: the closed fingers hook, push and press.
+
+Each skill gives the next move and says when it is done; how it leaves afterwards is a displacement of the hand.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from defi.sim.experts.motion import TIP, Move, View, descend
+from defi.sim.table import HANDLE_GAP, HANDLE_TOP, LEVER
+
+HOOK = HANDLE_TOP - 0.042 + TIP  # height of the TCP with the fingers behind the handle
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Hook the fingers between the drawer's front and its handle; pull, or push the front."""
+
+    open: bool
+    leave = np.array([0.0, 0.0, 0.14])
+
+    def done(self, view: View) -> bool:
+        return view.joints["base__drawer"] > 0.19 if self.open else view.joints["base__drawer"] < 0.02
+
+    def move(self, view: View) -> Move:
+        gap = view.grips["base__drawer"]
+        offset = view.tcp - gap
+        if abs(offset[1]) < HANDLE_GAP / 2 and abs(offset[0]) < 0.07 and view.tcp[2] < HANDLE_TOP + 0.005:
+            pull = -0.1 if self.open else 0.1
+            return Move(np.array([view.tcp[0], view.tcp[1] + pull, HOOK]))
+        return Move(descend(view.tcp, np.array([*gap[:2], HOOK]), clear=HANDLE_TOP + 0.05))
+
+
+@dataclass(frozen=True)
+class Slide:
+    """Stand beside the knob, from the front, and push it along."""
+
+    left: bool
+    leave = np.array([0.0, -0.13, 0.0])
+    beside = 0.095
+    corridor = -0.17
+
+    def done(self, view: View) -> bool:
+        return view.joints["base__slide"] > 0.255 if self.left else view.joints["base__slide"] < 0.025
+
+    def move(self, view: View) -> Move:
+        side = 1 if self.left else -1
+        x, y, z = view.grips["base__slide"]
+        place = side * (view.tcp[0] - x)  # how far on the pushing side of the knob
+        if view.tcp[1] > y - 0.03 and place > 0.03:
+            return Move(np.array([view.tcp[0] - side * 0.1, y + 0.005, z]))
+        aligned = place > 0.06 and abs(place - self.beside) < 0.05
+        if aligned:
+            return Move(np.array([x + side * self.beside, y + 0.005, z]))
+        return Move(np.array([x + side * self.beside, self.corridor, z]))
+
+
+@dataclass(frozen=True)
+class SwitchOn:
+    """From the front, push the lever back and climb with it."""
+
+    leave = np.array([0.0, -0.12, 0.04])
+
+    def done(self, view: View) -> bool:
+        return view.joints["base__switch"] > 0.075
+
+    def move(self, view: View) -> Move:
+        x, y, z = view.grips["base__switch"]
+        offset = view.tcp - (x, y, z)
+        low = z + 0.01 + TIP
+        if -0.1 < offset[1] < 0.01 and abs(offset[0]) < 0.05 and offset[2] < LEVER[2]:
+            climb = 0.02 if view.joints["base__switch"] > 0.003 else 0
+            return Move(np.array([x, view.tcp[1] + 0.05, low + climb]))
+        return Move(descend(view.tcp, np.array([x, y - 0.05, low]), clear=z + LEVER[2] + TIP + 0.03))
+
+
+@dataclass(frozen=True)
+class SwitchOff:
+    """From above, press the lever down along its way."""
+
+    leave = np.array([0.0, 0.0, 0.13])
+
+    def done(self, view: View) -> bool:
+        return view.joints["base__switch"] < 0.012
+
+    def move(self, view: View) -> Move:
+        x, y, z = view.grips["base__switch"]
+        top = z + LEVER[2] + TIP
+        over = np.array([x, y + LEVER[1] / 2, top - 0.06])
+        return Move(descend(view.tcp, over, clear=top + 0.03, near=0.035))
+
+
+@dataclass(frozen=True)
+class Button:
+    """From above, press the button; again, if the light has the wrong state."""
+
+    on: bool
+    leave = np.array([0.0, 0.0, 0.12])
+
+    def done(self, view: View) -> bool:
+        return view.lights["led"] == self.on
+
+    def move(self, view: View) -> Move:
+        x, y, z = view.grips["base__button"]
+        if view.joints["base__button"] > 0.014:
+            return Move(view.tcp + (0, 0, 0.05))
+        return Move(descend(view.tcp, np.array([x, y, z - 0.04]), clear=z + TIP + 0.03))
+
+
+FIXTURE_SKILLS = {
+    "open_drawer": Drawer(open=True),
+    "close_drawer": Drawer(open=False),
+    "move_slider_left": Slide(left=True),
+    "move_slider_right": Slide(left=False),
+    "turn_on_lightbulb": SwitchOn(),
+    "turn_off_lightbulb": SwitchOff(),
+    "turn_on_led": Button(on=True),
+    "turn_off_led": Button(on=False),
+}

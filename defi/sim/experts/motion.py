@@ -1,0 +1,108 @@
+"""How experts see the world and how they move: goals for the hand, turned into relative actions.
+
+Experts feel their way: the action follows from where things are now, never from a clock, so that a picture determines
+it and a push of the arm is made good. Lengths in metres, angles in radians, world coordinates.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from defi.sim.arm import POSITION_STEP, ROTATION_STEP
+from defi.sim.table import SWITCH_AXIS
+from defi.sim.world import World
+
+Point = Float[np.ndarray, "3"]
+
+OPEN, CLOSED = 1.0, -1.0
+TIP = 0.0148  # from the TCP down to the tips of the fingers
+TRAVEL = 0.56  # height of the TCP on its way over the table
+DOWN = np.array([np.pi, 0.0, np.pi / 2])  # Euler angles of a hand that points down, fingers apart along x
+SPEED = 0.85  # of an action's range
+GAIN = 0.4  # of the remaining way, per step
+LEAD = 0.05  # how far the commanded position may be ahead of the hand when something holds it
+SLACK = 0.07  # radians by which the hand may be turned before it is turned back
+JOINT_AXES = {
+    "base__slide": np.array([-1.0, 0.0, 0.0]),
+    "base__drawer": np.array([0.0, -1.0, 0.0]),
+    "base__button": np.array([0.0, 0.0, -1.0]),
+    "base__switch": np.array(SWITCH_AXIS),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """What an expert sees: the hand, the joints and the point to work each of them, lights, blocks."""
+
+    tcp: Point
+    euler: Float[np.ndarray, "3"]
+    width: float
+    joints: dict[str, float]
+    grips: dict[str, Point]
+    lights: dict[str, int]
+    blocks: dict[str, tuple[Point, Float[np.ndarray, "3"]]]
+
+    @classmethod
+    def of(cls, world: World) -> "View":
+        robot, scene = world.robot_obs(), world.scene_obs()
+        joints = dict(zip(("base__slide", "base__drawer", "base__button", "base__switch"), scene[:4]))
+        grips = world.scene.table.grips
+        poses = np.split(scene[6:], len(world.blocks))
+        return cls(
+            tcp=robot[:3],
+            euler=robot[3:6],
+            width=float(robot[6]),
+            joints={name: float(value) for name, value in joints.items()},
+            grips={name: np.array(grips[name]) + joints[name] * JOINT_AXES[name] for name in grips},
+            lights={"lightbulb": int(scene[4]), "led": int(scene[5])},
+            blocks={name: (pose[:3], pose[3:]) for name, pose in zip(world.blocks, poses)},
+        )
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where the hand should go from here. `turn`: may also turn by less than `SLACK`."""
+
+    goal: Point
+    gripper: float = CLOSED
+    yaw: float = float(DOWN[2])
+    speed: float = SPEED
+    turn: bool = False
+
+
+def wrap(angle: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+    """The same angle in [−π, π)."""
+    return (angle + np.pi) % (2 * np.pi) - np.pi
+
+
+def action(move: Move, view: View, commanded: Point) -> Float[np.ndarray, "7"]:
+    """The relative action in [−1, 1] towards the move's goal, slowing down before it.
+
+    `commanded` is the position the arm is already told to reach; it stays within `LEAD` of the hand.
+    """
+    step = GAIN * (move.goal - view.tcp) / POSITION_STEP
+    step *= min(1.0, move.speed / max(np.linalg.norm(step), 1e-9))
+    lead = commanded - view.tcp
+    step = (np.clip(lead + step * POSITION_STEP, -LEAD, LEAD) - lead) / POSITION_STEP
+    error = wrap(np.array([*DOWN[:2], move.yaw]) - view.euler)
+    if not move.turn:
+        error = np.sign(error) * np.maximum(np.abs(error) - SLACK, 0)
+    turn = np.clip(GAIN * error / ROTATION_STEP, -SPEED, SPEED)
+    return np.concatenate([np.clip(step, -1, 1), turn, [move.gripper]])
+
+
+def descend(tcp: Point, goal: Point, clear: float, near: float = 0.03, travel: float = TRAVEL) -> Point:
+    """A waypoint towards `goal` from above: over it at height `clear` or more, then straight down.
+
+    The allowed height rises with the horizontal distance from `clear` to `travel`; below that height the hand first
+    rises.
+    """
+    distance = float(np.hypot(*(goal - tcp)[:2]))
+    if distance < near:
+        return goal
+    height = clear + (max(travel, clear) - clear) * min(1.0, (distance - near) / 0.12)
+    free = np.clip((tcp[2] - height + 0.035) / 0.02, 0, 1)
+    waypoint = np.array([*goal[:2], height])
+    waypoint[:2] = tcp[:2] + free * (goal - tcp)[:2]
+    return waypoint
