@@ -190,13 +190,15 @@ class CalvinFolder:
 def encode_frame(frame: Mapping[str, np.ndarray]) -> bytes:
     """The `.npz` file of one frame, deflated at zlib's fastest level (measured: see `defi.sim.collect`)."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for key, (dtype, shape) in FRAME.items():
             array = np.ascontiguousarray(frame[key], dtype)
             assert _fits(array.shape, shape), f"{key}: shape {array.shape}, expected {shape}"
             member = io.BytesIO()
             npy_format.write_array(member, array, allow_pickle=False)
-            archive.writestr(f"{key}.npy", member.getvalue())
+            # A fixed date: the same frame gives the same file.
+            info = zipfile.ZipInfo(f"{key}.npy")
+            archive.writestr(info, member.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=1)
     return buffer.getvalue()
 
 

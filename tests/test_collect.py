@@ -1,0 +1,235 @@
+"""Collecting demonstrations: records are true, whatever the number of workers, killed or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich.console import Console
+
+pytest.importorskip("pybullet")
+
+from defi.calvin import CalvinFolder
+from defi.config import CONFIG_DIR
+from defi.errors import UserError
+from defi.sim.collect import collect, read_settings, start_folder
+from defi.sim.experts import EXPERT_TASKS
+from defi.sim.play import PlaySettings, path_to, smooth_noise, unit_frame
+from defi.sim.sequences import initial_states
+from defi.sim.tasks import INSTRUCTIONS, TASK_TABLE
+from defi.sim.units import UNITS, collect_unit, plan
+
+QUIET = Console(quiet=True)
+SMALL = (
+    "tasks=[open_drawer,close_drawer,turn_on_led,turn_off_led]",
+    "scenes=[A,B]",
+    "variations=1",
+    "demos_per_task=2",
+    "demos_per_unit=3",
+    "validation.demos_per_task=1",
+    "static_size=24",
+    "gripper_size=16",
+)
+
+
+def config(output: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        return compose("collect", [f"output={output}", *SMALL, *overrides])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and UNITS not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("collect") / "data"
+    cfg = config(output)
+    collect(read_settings(cfg), start_folder(cfg, read_settings(cfg)), 1, QUIET)
+    return output
+
+
+# planning
+
+
+def test_a_path_makes_a_task_possible() -> None:
+    state = dict.fromkeys(("led", "lightbulb", "grasped"), 0) | {"slider": "left", "drawer": "closed"}
+    state |= {"red_block": "table", "blue_block": "slider_left", "pink_block": "slider_right"}
+    assert path_to(state, ["open_drawer"], []) == ["open_drawer"]
+    assert path_to(state, ["close_drawer"], ["open_drawer", "turn_on_led"]) == ["open_drawer", "close_drawer"]
+    path = path_to(state, ["place_in_drawer"], list(TASK_TABLE))
+    assert len(path) == 3
+    assert path[-1] == "place_in_drawer"
+    assert "open_drawer" in path
+    assert path_to(state, ["close_drawer"], ["turn_on_led"]) is None
+
+
+def test_tasks_are_dealt_evenly(tmp_path: Path) -> None:
+    units = plan(read_settings(config(tmp_path / "x", "demos_per_task=8", "validation.demos_per_task=2")))
+    training = [unit for unit in units if unit.split == "training"]
+    dealt = [task for unit in training for task in unit.tasks]
+    assert {task: dealt.count(task) for task in dealt} == dict.fromkeys(
+        ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led"), 8
+    )
+    scenes = [unit.scene for unit in training]
+    assert scenes == sorted(scenes)
+    assert abs(scenes.count("A") - scenes.count("B")) <= 1
+    assert {unit.variation for unit in training} == {None, 1}
+    assert {unit.scene for unit in units if unit.split == "validation"} == {"D"}
+
+
+def test_noise_is_smooth_and_of_the_given_size() -> None:
+    settings = PlaySettings(1, 0.3, 0.1, 0.9, 0, 0, 0, 0, 1, 1)
+    draws = smooth_noise(settings, np.random.default_rng(0))
+    noise = np.array([next(draws) for _ in range(20_000)])
+    np.testing.assert_allclose(noise.std(0), [0.3] * 3 + [0.1] * 3 + [0], rtol=0.1)
+    steps = [np.corrcoef(noise[:-1, i], noise[1:, i])[0, 1] for i in range(6)]
+    np.testing.assert_allclose(steps, 0.9, atol=0.02)
+
+
+# what is recorded
+
+
+def test_every_task_is_demonstrated(collected: Path) -> None:
+    data = CalvinFolder(collected / "training")
+    counts = {task: [span.task for span in data.spans].count(task) for task in EXPERT_TASKS}
+    for task in ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led"):
+        assert counts[task] >= 2
+    assert all(span.instruction in INSTRUCTIONS[span.task] for span in data.spans)
+    validation = CalvinFolder(collected / "validation")
+    assert all(span.instruction == INSTRUCTIONS[span.task][0] for span in validation.spans)
+    assert list(data.scenes) == ["A", "B"]
+    assert list(validation.scenes) == ["D"]
+
+
+def test_spans_show_their_task(collected: Path) -> None:
+    """Drawer and LED, as recorded, change within the frames that training samples see."""
+    data = CalvinFolder(collected / "training")
+    for span in data.spans:
+        last = span.positions()[-1] + 10
+        before, after = (data.frame(i, ("scene_obs",))["scene_obs"] for i in (span.start, last))
+        moved = {
+            "open_drawer": after[1] - before[1] > 0.12,
+            "close_drawer": before[1] - after[1] > 0.12,
+            "turn_on_led": after[5] - before[5] == 1,
+            "turn_off_led": before[5] - after[5] == 1,
+        }
+        assert moved[span.task], span
+
+
+def test_frames_follow_each_other(collected: Path) -> None:
+    """Within a recording the arm moves by at most its speed per step; actions are within their limits."""
+    data = CalvinFolder(collected / "training")
+    assert data.frame_ids.tolist() == list(range(len(list(data.folder.glob("episode_*.npz")))))
+    for start, end in data.episodes:
+        tcp = data.stack("robot_obs", range(start, end + 1))[:, :3]
+        assert np.abs(np.diff(tcp, axis=0)).max(initial=0) < 0.06
+        actions = data.stack("rel_actions", range(start, end + 1))
+        assert np.abs(actions).max() <= 1
+        assert np.isin(actions[:, 6], (-1, 1)).all()
+    frame = data.frame(0)
+    assert frame["rgb_static"].shape == (24, 24, 3)
+    assert frame["rgb_gripper"].shape == (16, 16, 3)
+    assert frame["rgb_static"].std() > 5
+
+
+def test_starts_are_those_that_the_previous_task_left(collected: Path) -> None:
+    data = CalvinFolder(collected / "training")
+    starts = {start for start, _ in data.episodes}
+    assert sum(span.start not in starts for span in data.spans) >= len(data.spans) // 3
+
+
+# the same data, whatever happens
+
+
+def test_the_number_of_workers_does_not_matter(collected: Path, tmp_path: Path) -> None:
+    cfg = config(tmp_path / "data")
+    collect(read_settings(cfg), start_folder(cfg, read_settings(cfg)), 2, QUIET)
+    assert contents(tmp_path / "data") == contents(collected)
+
+
+def test_another_seed_gives_other_data(collected: Path, tmp_path: Path) -> None:
+    settings = read_settings(config(tmp_path / "data", "seed=1"))
+    collect_unit(plan(settings)[0], settings, tmp_path / "data")
+    frame = (tmp_path / "data" / UNITS / plan(settings)[0].name / unit_frame(0)).read_bytes()
+    assert frame != (collected / "training" / "episode_0000000.npz").read_bytes()
+
+
+def test_a_killed_run_goes_on_where_it_was(collected: Path, tmp_path: Path) -> None:
+    """Killed once while collecting (a finished unit is kept), and once while the frames get their numbers."""
+    output = tmp_path / "data"
+    cfg = config(output)
+    settings = read_settings(cfg)
+    start_folder(cfg, settings)
+    units = plan(settings)
+    collect_unit(units[1], settings, output)
+    kept = output / UNITS / units[1].name
+    stamp = kept.stat().st_mtime_ns
+    (output / UNITS / f"{units[0].name}.part").mkdir()
+    (output / UNITS / f"{units[0].name}.part" / unit_frame(0)).write_bytes(b"half")
+    collect_unit(units[0], settings, output)
+    (output / "training").mkdir()
+    os.replace(output / UNITS / units[0].name / unit_frame(0), output / "training" / "episode_0000000.npz")
+
+    resumed = config(output, "resume=true")
+    collect(read_settings(resumed), start_folder(resumed, settings), 1, QUIET)
+    assert kept.stat().st_mtime_ns <= stamp + 10**9 * 3600
+    assert contents(output) == contents(collected)
+
+
+# mistakes
+
+
+def test_an_existing_output_is_left_alone(collected: Path) -> None:
+    before = contents(collected)
+    cfg = config(collected)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        start_folder(cfg, read_settings(cfg))
+    cfg = config(collected, "resume=true", "seed=5")
+    with pytest.raises(UserError, match="other settings"):
+        start_folder(cfg, read_settings(cfg))
+    assert contents(collected) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tasks=[open_drawr]", "open_drawr: no such task; did you mean open_drawer"),
+        ("tasks=[]", "name at least one"),
+        ("scenes=[E]", "scenes: there is no scene E; choose from A, B, C, D"),
+        ("validation.scenes=[Z]", "validation.scenes: there is no scene Z"),
+        ("demos_per_task=0", "demos_per_task=0: expected a whole number of 1 or more"),
+        ("workers=two", "workers=two: expected a whole number"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_settings(config(tmp_path / "data", override))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "defi.sim.collect", f"output={tmp_path / 'data'}", *SMALL, "workers=1"]
+    small = ["demos_per_task=1", "demos_per_unit=4", "scenes=[A]", "validation.demos_per_task=0"]
+    run = subprocess.run([*command, *small], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "open_drawer" in run.stdout
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    data = CalvinFolder(tmp_path / "data" / "training")
+    assert manifest["splits"]["training"]["frames"] == len(data.frame_ids)
+    assert manifest["splits"]["training"]["fingerprint"] == data.fingerprint
+    assert not (tmp_path / "data" / UNITS).exists()
+    again = subprocess.run([*command, *small], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "overwrite=true" in again.stderr
+
+
+def test_initial_states_reach_every_expert() -> None:
+    states = initial_states()
+    assert all(any(path_to(state, [task], EXPERT_TASKS) for state in states) for task in EXPERT_TASKS)
