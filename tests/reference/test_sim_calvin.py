@@ -1,0 +1,145 @@
+"""The simulator, judge and protocol against recorded truth (CALVIN's official simulator and evaluation)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from defi.sim import judge, sequences
+from defi.sim.tasks import TASK_TABLE, TASKS
+
+pytest.importorskip("pybullet")
+from defi.sim.scene import SceneConfig
+from defi.sim.world import World
+
+
+@pytest.fixture(scope="module", params="ABCD")
+def recorded(request: pytest.FixtureRequest, reference: Path) -> tuple[World, dict[str, np.ndarray]]:
+    """A world of a scene, and what was recorded in it."""
+    path = reference / "calvin" / f"rollouts_scene_{request.param}.npz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    with np.load(path) as file:
+        data = dict(file)
+    with World(SceneConfig.from_calvin(reference / "calvin_root", request.param)) as world:
+        yield world, data
+
+
+def test_trajectories_frames_and_judgements(recorded: tuple[World, dict[str, np.ndarray]]) -> None:
+    world, data = recorded
+    names = data["task_names"].tolist()
+    for episode, actions in enumerate(data["actions"]):  # one after the other in one world
+        world.reset(data["init_robot_obs"][episode], data["init_scene_obs"][episode])
+        start = world.state()
+        assert np.array_equal(world.robot_obs(), data["reset_robot_obs"][episode])
+        assert np.array_equal(world.scene_obs(), data["reset_scene_obs"][episode])
+        assert_frames(world, data, episode, 0)
+        for i, action in enumerate(actions):
+            world.step(action)
+            assert np.array_equal(world.robot_obs(), data["robot_obs"][episode, i])
+            assert np.array_equal(world.scene_obs(), data["scene_obs"][episode, i])
+            solved = {name for name, yes in zip(names, data["tasks"][episode, i]) if yes}
+            assert judge.solved_tasks(start, world.state()) == solved
+        assert_frames(world, data, episode, -1)
+
+
+def assert_frames(world: World, data: dict[str, np.ndarray], episode: int, frame: int) -> None:
+    pictures = world.render()
+    for camera in ("static", "gripper"):
+        assert np.array_equal(pictures[f"rgb_{camera}"], data[f"frames_{camera}"][episode, frame])
+
+
+def test_reload_forgets_the_past(reference: Path) -> None:
+    path = sorted((reference / "calvin").glob("rollouts_scene_*.npz"))[0]
+    with np.load(path) as file:
+        data = dict(file)
+    with World(SceneConfig.from_calvin(reference / "calvin_root", path.stem[-1]), cameras=()) as world:
+        for episode in (1, 0):  # the first recorded episode started in a new world
+            world.reload()
+            world.reset(data["init_robot_obs"][episode], data["init_scene_obs"][episode])
+            for action in data["actions"][episode]:
+                world.step(action)
+        assert np.array_equal(world.robot_obs(), data["robot_obs"][0, -1])
+        assert np.array_equal(world.scene_obs(), data["scene_obs"][0, -1])
+
+
+def test_judged_cases(reference: Path) -> None:
+    file = json.loads((reference / "calvin" / "task_oracle_cases.json").read_text())
+    assert file["task_names"] == list(TASKS)
+
+    def contacts(pairs: list[list[int]]) -> frozenset[judge.Contact]:
+        return frozenset((body, link) for body, link in pairs)
+
+    def state(case: dict) -> judge.JudgeState:
+        blocks = {
+            name: judge.BlockState(
+                body=block["uid"],
+                position=tuple(block["pos"]),
+                quaternion=tuple(block["orn"]),
+                linear_velocity=tuple(block["lin_vel"]),
+                angular_velocity=tuple(block["ang_vel"]),
+                contacts=contacts(block["contacts"]),
+            )
+            for name, block in case["movable"].items()
+        }
+        return judge.JudgeState(
+            robot=file["robot_uid"],
+            table=file["table_uid"],
+            links=file["table_links"],
+            blocks=blocks,
+            doors=case["doors"],
+            lights=case["lights"],
+            robot_contacts=contacts(case["robot_contacts"]),
+        )
+
+    for case in file["cases"]:
+        assert judge.solved_tasks(state(case["start"]), state(case["end"])) == set(case["tasks"])
+
+
+def test_thresholds_are_the_clone_s(reference: Path) -> None:
+    path = reference / "calvin_root" / "calvin_env" / "conf" / "tasks" / "new_playtable_tasks.yaml"
+    rules = OmegaConf.to_container(OmegaConf.load(path))["tasks"]
+    assert list(rules) == list(TASKS)
+    for color in ("red", "blue", "pink"):
+        for sign, side in ((1, "right"), (-1, "left")):
+            assert rules[f"rotate_{color}_block_{side}"][2] == -sign * judge.ROTATION
+            assert rules[f"push_{color}_block_{side}"][2] == sign * judge.PUSH
+        for place, link in judge.SURFACE_LINK.items():
+            assert rules[f"lift_{color}_block_{place}"][2:] == [judge.LIFT[place], "table", link]
+    assert rules["move_slider_left"][2] == -rules["move_slider_right"][2] == judge.SLIDE
+    assert rules["open_drawer"][2] == -rules["close_drawer"][2] == judge.DRAWER
+
+
+def test_task_conditions(reference: Path) -> None:
+    file = json.loads((reference / "calvin" / "task_conditions.json").read_text())
+    assert list(file["alternatives"]) == list(TASKS)
+    for name, alternatives in file["alternatives"].items():
+        task = TASK_TABLE[name]
+        assert task.category == file["category"][name]
+        assert len(task.alternatives) == len(alternatives)
+        for ours, theirs in zip(task.alternatives, alternatives):
+            needs = {k: tuple(v) if isinstance(v, list) else (v,) for k, v in theirs["condition"].items()}
+            assert ours.needs == needs
+            # An effect that repeats its condition changes nothing.
+            changes = {k: v for k, v in theirs["effect"].items() if needs.get(k) != (v,)}
+            assert ours.gives == changes
+
+
+def test_sequences_and_start_states(reference: Path) -> None:
+    files = sorted((reference / "calvin").glob("sequences_*.json"))
+    assert files
+    for path in files:
+        recorded = json.loads(path.read_text())
+        chains = sequences.sequences(len(recorded))
+        ours = [{"initial_state": chain.initial_state, "tasks": list(chain.tasks)} for chain in chains]
+        assert ours == recorded
+    for path in sorted((reference / "calvin").glob("initial_obs_*.npz")):
+        with np.load(path) as file:
+            count = len(file["robot_obs"])
+            recorded = json.loads(path.with_name(f"sequences_{count}.json").read_text())
+            for i, sequence in enumerate(recorded):
+                robot_obs, scene_obs = sequences.start_state(sequence["initial_state"])
+                assert np.array_equal(robot_obs, file["robot_obs"][i])
+                assert np.array_equal(scene_obs, file["scene_obs"][i])
