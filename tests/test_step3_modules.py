@@ -1,0 +1,114 @@
+"""Modules of the policy: samplers, noise density, action head, VideoFormer."""
+
+import pytest
+import torch
+
+from Step3_DeFI.action_head import ActionDenoiser
+from Step3_DeFI.config import ActionDiffusionConfig, ActionHeadConfig
+from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, precondition
+from Step3_DeFI.video_former import VideoFormer
+
+B, K, A, N, Q = 2, 10, 7, 12, 4
+
+
+def build_head(**changes) -> ActionDenoiser:
+    torch.manual_seed(0)
+    config = ActionHeadConfig(dim=32, encoder_layers=1, decoder_layers=2, heads=4, **changes)
+    return ActionDenoiser(
+        config, sentence_dim=16, video_dim=24, latent_action_dim=20, action_dim=A, chunk=K
+    ).eval()
+
+
+def fake_context() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "sentence": torch.randn(B, 16),
+        "video_tokens": torch.randn(B, N, 24),
+        "latent_actions": torch.randn(B, Q, 20),
+    }
+
+
+def gaussian_denoiser(mean: float, std: float):
+    """The exact denoiser of data N(mean, std²)."""
+    return lambda x, sigma: (
+        (std**2 * x + sigma[..., None, None] ** 2 * mean) / (std**2 + sigma[..., None, None] ** 2)
+    )
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_samplers_reach_the_data_distribution(name):
+    denoise = gaussian_denoiser(0.3, 0.5)
+    x = torch.randn(4000, 1, 1, generator=torch.Generator().manual_seed(0)) * 80
+    sigmas = exponential_schedule(60, sigma_max=80.0, sigma_min=0.01)
+    samples = SAMPLERS[name](denoise, x, sigmas)
+    assert samples.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert samples.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_second_order_samplers_are_closer_to_the_exact_solution():
+    """For N(0, s²) data the flow is x(0) = x(σ)·s/√(s² + σ²)."""
+    s, start = 0.5, torch.full((1, 1, 1), 80.0)
+    exact = start * s / (s**2 + 80.0**2) ** 0.5
+    sigmas = exponential_schedule(20, sigma_max=80.0, sigma_min=0.01)
+    error = {
+        name: (sample(gaussian_denoiser(0.0, s), start, sigmas) - exact).abs().item()
+        for name, sample in SAMPLERS.items()
+    }
+    assert error["heun"] < error["ddim"] / 3
+    assert error["dpm_solver_2m"] < error["ddim"] / 3
+
+
+def test_training_noise_levels_follow_the_density():
+    config = ActionDiffusionConfig()
+    sigma = config.sigma(torch.linspace(0, 1, 1001))
+    assert sigma[0].item() == pytest.approx(config.sigma_min, rel=1e-3)
+    assert sigma[-1].item() == pytest.approx(config.sigma_max, rel=1e-2)
+    assert sigma[500].item() == pytest.approx(config.sigma_data, rel=1e-3)
+    assert (sigma.diff() > 0).all()
+
+
+def test_preconditioned_denoiser_keeps_clean_actions():
+    """At σ → 0 the skip connection passes actions through, whatever the network says."""
+    actions = torch.randn(B, K, A)
+    denoise = precondition(lambda x, sigma: torch.randn_like(x), sigma_data=0.5)
+    assert torch.allclose(denoise(actions, torch.full((B,), 1e-5)), actions, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_what_an_action_sees_of_the_context(kind):
+    head = build_head(cross_attention=kind)
+    memory = head.encode(**fake_context())
+    noisy, sigma = torch.randn(B, K, A), torch.ones(B)
+    changed = 3  # only keys and values of the fourth context token change
+    other = [(k.clone(), v.clone()) for k, v in memory]
+    for k, v in other:
+        k[:, :, changed] += 1
+        v[:, :, changed] += 1
+    moved = (head.decode(memory, noisy, sigma) - head.decode(other, noisy, sigma)).abs().amax((0, 2))
+    unseen = moved[:changed]
+    assert (unseen == 0).all() if kind == "causal" else (unseen > 0).all()
+    assert (moved[changed:] > 0).all()
+
+
+def test_actions_see_earlier_actions_only():
+    head = build_head()
+    memory, noisy = head.encode(**fake_context()), torch.randn(B, K, A)
+    later = noisy.clone()
+    later[:, 6:] += 1
+    moved = (head.decode(memory, noisy, torch.ones(B)) - head.decode(memory, later, torch.ones(B))).abs()
+    assert (moved[:, :6] == 0).all() and (moved[:, 6:] > 0).all()
+
+
+def test_video_former_mixes_frames_and_knows_places():
+    torch.manual_seed(0)
+    sizes = {"feature_channels": 8, "dim": 16, "depth": 1, "heads": 2, "head_dim": 8}
+    features = torch.randn(1, 3, N, 8)
+    shuffled = features[:, :, torch.randperm(N)]
+    later = features.clone()
+    later[:, 2] += 1
+    for positions in (0, N):
+        model = VideoFormer(**sizes, frames=3, queries=2, token_positions=positions).eval()
+        tokens = model(features)
+        assert tokens.shape == (1, 6, 16)
+        assert torch.allclose(tokens, model(shuffled), atol=1e-5) == (positions == 0)
+        assert not torch.allclose(tokens[:, :2], model(later)[:, :2], atol=1e-4)
