@@ -153,7 +153,7 @@ def test_constant_schedule_warms_up() -> None:
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     scores = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2, 10: 0.5}
     run = tmp_path / "run"
-    settings = trainer(max_steps=10, keep=2, save_every=2, rollout_every=2, best_metric="length")
+    settings = trainer(max_steps=10, keep=2, save_every=1, rollout_every=2, best_metric="length")
     train(
         toy(),
         Points(),
@@ -163,7 +163,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         evaluate=lambda model, step, folder: {"length": scores[step]},
     )
     kept = [folder.name for folder in sorted((run / "checkpoints").iterdir())]
-    assert kept == ["step_00000004", "step_00000008", "step_00000010"]
+    assert kept == ["step_00000004", "step_00000009", "step_00000010"]
     assert checkpoint.read_manifest(run / "checkpoints" / "step_00000004")["metrics"] == {"length": 0.9}
     assert [record["length"] for record in records(run, "evaluate")] == list(scores.values())
 

@@ -225,7 +225,7 @@ def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
         scores = {folder: read_manifest(folder)["metrics"].get(best_metric) for folder in checkpoints}
         scored = {folder: score for folder, score in scores.items() if score is not None}
         if scored:
-            kept.add(max(scored, key=lambda folder: (scored[folder], folder.name)))
+            kept.add(max(scored, key=scored.__getitem__))  # the oldest of equals: the one evaluated
     for folder in checkpoints:
         if folder not in kept:
             (folder / MANIFEST).unlink()  # first: a half-deleted folder is no checkpoint

@@ -21,11 +21,12 @@ class ProgressDisplay:
         if enabled and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=12),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
                 console=self.console,
+                refresh_per_second=2,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
             self._bar.start()
@@ -33,7 +34,7 @@ class ProgressDisplay:
     def update(self, step: int, numbers: Mapping[str, float]) -> None:
         """Show the averages of the latest steps."""
         text = f"loss {numbers['loss']:.4g}  {numbers['samples_per_s']:.4g} samples/s"
-        text += f"  {numbers['data_wait']:.0%} waiting for data"
+        text += f"  data wait {numbers['data_wait']:.0%}"
         self.show(step, text)
 
     def show(self, step: int, text: str) -> None:
