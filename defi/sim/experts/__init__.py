@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import Float
 
 from defi.errors import UserError
+from defi.sim.experts.blocks import BLOCK_SKILLS
 from defi.sim.experts.fixtures import FIXTURE_SKILLS
 from defi.sim.experts.motion import Move, View, action
-from defi.sim.tasks import check_task
+from defi.sim.tasks import TASKS, check_task
 from defi.sim.world import World
 
-SKILLS = {**FIXTURE_SKILLS}
-EXPERT_TASKS = tuple(SKILLS)
+SKILLS = FIXTURE_SKILLS | BLOCK_SKILLS
+EXPERT_TASKS = tuple(task for task in TASKS if task in SKILLS)
 RETREAT_STEPS = 12
 
 
@@ -28,7 +29,7 @@ class Expert:
             raise UserError(
                 f"scene {world.scene.name}: experts know the built-in tables only; use sim=builtin"
             )
-        self.skill = SKILLS[task]
+        self.skill = SKILLS[task](View.of(world))
         self._home: Float[np.ndarray, "3"] | None = None
         self._retreat = RETREAT_STEPS
 
@@ -40,7 +41,10 @@ class Expert:
             return action(self.skill.move(view), view, world.arm.target_position)
         if self._home is None:
             self._home, self._retreat = view.tcp + self.skill.leave, RETREAT_STEPS
+            self._yaw = float(view.euler[2])
         self._retreat -= 1
         if self._retreat < 0 or np.linalg.norm(self._home - view.tcp) < 0.02:
             return None
-        return action(Move(self._home), view, world.arm.target_position)
+        return action(
+            Move(self._home, gripper=self.skill.leave_gripper, yaw=self._yaw), view, world.arm.target_position
+        )

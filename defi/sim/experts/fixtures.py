@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defi.sim.experts.motion import TIP, Move, View, descend
+from defi.sim.experts.motion import CLOSED, TIP, Move, View, descend
 from defi.sim.table import HANDLE_GAP, HANDLE_TOP, LEVER
 
 HOOK = HANDLE_TOP - 0.042 + TIP  # height of the TCP with the fingers behind the handle
@@ -19,6 +19,7 @@ class Drawer:
 
     open: bool
     leave = np.array([0.0, 0.0, 0.14])
+    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.joints["base__drawer"] > 0.19 if self.open else view.joints["base__drawer"] < 0.02
@@ -38,6 +39,7 @@ class Slide:
 
     left: bool
     leave = np.array([0.0, -0.13, 0.0])
+    leave_gripper = CLOSED
     beside = 0.095
     corridor = -0.17
 
@@ -61,6 +63,7 @@ class SwitchOn:
     """From the front, push the lever back and climb with it."""
 
     leave = np.array([0.0, -0.12, 0.04])
+    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.joints["base__switch"] > 0.075
@@ -80,6 +83,7 @@ class SwitchOff:
     """From above, press the lever down along its way."""
 
     leave = np.array([0.0, 0.0, 0.13])
+    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.joints["base__switch"] < 0.012
@@ -97,6 +101,7 @@ class Button:
 
     on: bool
     leave = np.array([0.0, 0.0, 0.12])
+    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.lights["led"] == self.on
@@ -109,12 +114,12 @@ class Button:
 
 
 FIXTURE_SKILLS = {
-    "open_drawer": Drawer(open=True),
-    "close_drawer": Drawer(open=False),
-    "move_slider_left": Slide(left=True),
-    "move_slider_right": Slide(left=False),
-    "turn_on_lightbulb": SwitchOn(),
-    "turn_off_lightbulb": SwitchOff(),
-    "turn_on_led": Button(on=True),
-    "turn_off_led": Button(on=False),
+    "open_drawer": lambda _: Drawer(open=True),
+    "close_drawer": lambda _: Drawer(open=False),
+    "move_slider_left": lambda _: Slide(left=True),
+    "move_slider_right": lambda _: Slide(left=False),
+    "turn_on_lightbulb": lambda _: SwitchOn(),
+    "turn_off_lightbulb": lambda _: SwitchOff(),
+    "turn_on_led": lambda _: Button(on=True),
+    "turn_off_led": lambda _: Button(on=False),
 }
