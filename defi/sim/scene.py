@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from defi.errors import UserError
 
@@ -107,69 +109,98 @@ class SceneConfig:
     @classmethod
     def from_calvin(cls, calvin_root: str | Path, scene: str) -> "SceneConfig":
         """Scene "A" … "D" of a clone of the CALVIN repository (with its submodule calvin_env)."""
-        env = Path(calvin_root) / "calvin_env"
-        if not (env / "conf" / "scene").is_dir():
-            raise UserError(
-                f"{calvin_root}: not a CALVIN clone with its submodules (no calvin_env/conf/scene); "
-                "clone with `git clone --recurse-submodules https://github.com/mees/calvin`"
+        env = _calvin_env(Path(calvin_root))
+        conf, data = env / "conf", env / "data"
+        scenes = {
+            path.stem.removeprefix("calvin_scene_"): path for path in conf.glob("scene/calvin_scene_*.yaml")
+        }
+        if scene not in scenes:
+            raise UserError(f"{scene}: no such scene in {conf}; choose one of {', '.join(sorted(scenes))}")
+        cfg = _load(scenes[scene])
+        robot = _load(conf / "robot" / "panda.yaml") | _load(conf / "robot" / "panda_longer_finger.yaml")
+        try:
+            return cls(
+                name=scene,
+                arm=_arm(data, cfg, robot),
+                blocks=tuple(
+                    BlockConfig(
+                        name, data / block["file"], _pose(block["initial_pos"]), _pose(block["initial_orn"])
+                    )
+                    for name, block in cfg["objects"]["movable_objects"].items()
+                ),
+                table=_table(data, cfg["objects"]["fixed_objects"]["table"]),
+                plane=data / "plane" / "plane.urdf",
+                surfaces={name: (tuple(low), tuple(high)) for name, (low, high) in cfg["surfaces"].items()},
+                scale=cfg["global_scaling"],
+                cameras={name: _camera(conf, name) for name in ("static", "gripper")},
             )
-        data = env / "data"
-        cfg = _load(env / "conf" / "scene" / f"calvin_scene_{scene}.yaml")
-        robot = _load(env / "conf" / "robot" / "panda.yaml") | _load(
-            env / "conf" / "robot" / "panda_longer_finger.yaml"
-        )
-        table = cfg["objects"]["fixed_objects"]["table"]
-        return cls(
-            name=scene,
-            arm=ArmConfig(
-                urdf=data / robot["filename"],
-                base_position=tuple(cfg["robot_base_position"]),
-                base_euler=tuple(cfg["robot_base_orientation"]),
-                rest_joints=tuple(cfg["robot_initial_joint_positions"]),
-                arm_joints=tuple(robot["arm_joint_ids"]),
-                lower_limits=tuple(robot["lower_joint_limits"]),
-                upper_limits=tuple(robot["upper_joint_limits"]),
-                finger_joints=tuple(robot["gripper_joint_ids"]),
-                finger_limits=tuple(robot["gripper_joint_limits"]),
-                tcp_link=robot["tcp_link_id"],
-                max_force=robot["max_joint_force"],
-                max_velocity=robot["max_velocity"],
-                gripper_force=robot["gripper_force"],
-            ),
-            blocks=tuple(
-                BlockConfig(
-                    name,
-                    data / block["file"],
-                    None if block["initial_pos"] == "any" else tuple(block["initial_pos"]),
-                    None if block["initial_orn"] == "any" else tuple(block["initial_orn"]),
-                )
-                for name, block in cfg["objects"]["movable_objects"].items()
-            ),
-            table=TableConfig(
-                urdf=data / table["file"],
-                position=tuple(table["initial_pos"]),
-                euler=tuple(table["initial_orn"]),
-                bulb_color=tuple(table["lights"]["lightbulb"]["color"]),
-                led_color=tuple(table["lights"]["led"]["color"]),
-            ),
-            plane=data / "plane" / "plane.urdf",
-            surfaces={name: (tuple(low), tuple(high)) for name, (low, high) in cfg["surfaces"].items()},
-            scale=cfg["global_scaling"],
-            cameras={name: _camera(env, name) for name in ("static", "gripper")},
-        )
+        except KeyError as error:
+            raise UserError(f"{scenes[scene]}: has no {error}; check that the clone is complete") from error
 
 
-def _camera(env: Path, name: str) -> CameraConfig:
-    camera = _load(env / "conf" / "cameras" / "cameras" / f"{name}.yaml")
-    pose = {
-        ours: tuple(camera[theirs])
-        for ours, theirs in (("look_from", "look_from"), ("look_at", "look_at"), ("up", "up_vector"))
-        if theirs in camera
-    }
+def _calvin_env(calvin_root: Path) -> Path:
+    """The folder of the simulator's assets in a clone."""
+    clone = "`git clone --recurse-submodules https://github.com/mees/calvin`"
+    env = calvin_root / "calvin_env"
+    if not calvin_root.is_dir():
+        raise UserError(f"{calvin_root}: no such folder; make it with {clone}")
+    if (calvin_root / "conf" / "scene").is_dir():
+        raise UserError(
+            f"{calvin_root}: this is calvin_env itself; give the parent folder, the clone of CALVIN"
+        )
+    if not env.is_dir():
+        raise UserError(f"{calvin_root}: not a clone of CALVIN (no calvin_env in it); make one with {clone}")
+    if not (env / "conf" / "scene").is_dir():
+        raise UserError(
+            f"{env}: empty submodule; run `git submodule update --init --recursive` in {calvin_root}"
+        )
+    return env
+
+
+def _arm(data: Path, scene: dict, robot: dict) -> ArmConfig:
+    return ArmConfig(
+        urdf=data / robot["filename"],
+        base_position=tuple(scene["robot_base_position"]),
+        base_euler=tuple(scene["robot_base_orientation"]),
+        rest_joints=tuple(scene["robot_initial_joint_positions"]),
+        arm_joints=tuple(robot["arm_joint_ids"]),
+        lower_limits=tuple(robot["lower_joint_limits"]),
+        upper_limits=tuple(robot["upper_joint_limits"]),
+        finger_joints=tuple(robot["gripper_joint_ids"]),
+        finger_limits=tuple(robot["gripper_joint_limits"]),
+        tcp_link=robot["tcp_link_id"],
+        max_force=robot["max_joint_force"],
+        max_velocity=robot["max_velocity"],
+        gripper_force=robot["gripper_force"],
+    )
+
+
+def _table(data: Path, table: dict) -> TableConfig:
+    return TableConfig(
+        urdf=data / table["file"],
+        position=tuple(table["initial_pos"]),
+        euler=tuple(table["initial_orn"]),
+        bulb_color=tuple(table["lights"]["lightbulb"]["color"]),
+        led_color=tuple(table["lights"]["led"]["color"]),
+    )
+
+
+def _pose(value: str | list[float]) -> Vector | None:
+    return None if value == "any" else tuple(value)
+
+
+def _camera(conf: Path, name: str) -> CameraConfig:
+    camera = _load(conf / "cameras" / "cameras" / f"{name}.yaml")
+    names = {"look_from": "look_from", "look_at": "look_at", "up": "up_vector"}
+    pose = {ours: tuple(camera[theirs]) for ours, theirs in names.items() if theirs in camera}
     return CameraConfig(camera["fov"], camera["nearval"], camera["farval"], camera["width"], **pose)
 
 
 def _load(path: Path) -> dict:
+    """A configuration file, its `${…}` left alone."""
     if not path.is_file():
-        raise UserError(f"{path}: missing; check the scene name and that the clone is complete")
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        raise UserError(f"{path}: missing; the clone is incomplete")
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a configuration ({str(error).splitlines()[0]}); get it anew") from error

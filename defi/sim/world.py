@@ -40,8 +40,9 @@ class World:
         gripper_size: int | None = None,
     ) -> None:
         self.scene = scene
-        sizes = {"static": static_size, "gripper": gripper_size}
-        self._sizes = {name: sizes[name] or scene.cameras[name].size for name in cameras}
+        sizes = {name: scene.cameras[name].size for name in cameras}
+        asked = {"static": static_size, "gripper": gripper_size}
+        self._sizes = sizes | {name: asked[name] for name in cameras if asked[name] is not None}
         self._bullet = Bullet()
         self.reload()
 
