@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from engine_toy import Points, Toy, ToyConfig, toy, trainer
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from defi.config import CONFIG_DIR
 from defi.engine import checkpoint, plot
 from defi.engine.config import TrainerConfig
 from defi.engine.data import StepOrder
@@ -286,16 +289,23 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_step": 5}, "did you mean trainer.max_steps"),
+        ({"max_step": 5}, "trainer.max_step: .*TrainerConfig"),
         ({"schedule": "cosine"}, "choose one of constant, tri_stage"),
         ({"max_steps": 0}, "trainer.max_steps=0"),
-        ({"lr": "fast"}, "wrong type"),
+        ({"lr": "fast"}, "trainer.lr: .*fast"),
+        ({"workers": 1.5}, "trainer.workers"),
         ({"phases": [0.5, 0.2, 0.1]}, "trainer.phases"),
     ],
 )
 def test_impossible_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainerConfig.from_config(settings)
+
+
+def test_the_base_recipe_states_the_defaults() -> None:
+    base = OmegaConf.load(CONFIG_DIR / "trainer" / "base.yaml")
+    assert set(base) == {field.name for field in fields(TrainerConfig)}
+    assert TrainerConfig.from_config(base) == TrainerConfig()
 
 
 def test_the_batch_must_divide() -> None:

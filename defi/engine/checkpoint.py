@@ -8,6 +8,7 @@
     manifest.json                                stage, step, versions, data, metrics, size of every file
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -232,8 +233,9 @@ def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
             shutil.rmtree(folder)
 
 
+@functools.cache
 def _provenance() -> dict[str, Any]:
-    """Where the weights come from: code version, packages, machine."""
+    """Where the weights come from: code version, packages, machine; as they were when first asked."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         versions[package] = importlib.metadata.version(package)

@@ -1,10 +1,10 @@
 """The numbers of a training run, as `configs/trainer/*.yaml` states them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
+from defi.config import typed
 from defi.errors import UserError
 
 SCHEDULES = ("constant", "tri_stage")
@@ -54,7 +54,9 @@ class TrainerConfig:
         for name in ("workers", "save_every", "sample_every", "rollout_every", "weight_decay"):
             self._demand(name, getattr(self, name) >= 0, "must not be negative")
         self._demand("lr", self.lr > 0, "must be positive")
-        self._demand("betas", all(0 <= b < 1 for b in self.betas), "must lie in [0, 1)")
+        self._demand(
+            "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"
+        )
         self._demand("clip", self.clip is None or self.clip > 0, "must be positive, or null for no clipping")
         self._demand(
             "micro_batch", self.micro_batch is None or self.micro_batch >= 1, "must be at least 1, or null"
@@ -64,10 +66,13 @@ class TrainerConfig:
         self._demand("warmup", 0 <= self.warmup <= 1, "is a share of the steps, in [0, 1]")
         self._demand(
             "phases",
-            abs(sum(self.phases) - 1) < 1e-6 and min(self.phases) >= 0,
+            self._are_phases(),
             "must be shares that sum to 1",
         )
         self._demand("ema", self.ema is None or 0 < self.ema < 1, "must lie in (0, 1), or null for none")
+
+    def _are_phases(self) -> bool:
+        return len(self.phases) == 3 and min(self.phases) >= 0 and abs(sum(self.phases) - 1) < 1e-6
 
     def _demand(self, name: str, fine: bool, rule: str) -> None:
         if not fine:
@@ -80,19 +85,7 @@ class TrainerConfig:
         Raises:
             UserError: an unknown key or an impossible value.
         """
-        known = {field.name for field in fields(cls)}
-        for key in section:
-            if key not in known:
-                near = get_close_matches(key, known, n=1)
-                raise UserError(
-                    f"trainer.{key}: no such setting" + (f"; did you mean trainer.{near[0]}?" if near else "")
-                )
-        try:
-            return cls(**{key: section[key] for key in section})
-        except TypeError as error:
-            raise UserError(
-                f"trainer: a value has the wrong type ({error}); see configs/trainer/base.yaml"
-            ) from None
+        return typed(cls, section, "trainer")
 
     def split_batch(self, processes: int) -> tuple[int, int]:
         """(micro-batch, accumulation) such that processes × micro-batch × accumulation = global batch.
