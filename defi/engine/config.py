@@ -42,9 +42,7 @@ class TrainerConfig:
     sample_every: int = 0
     rollout_every: int = 0
     keep: int = 2  # newest checkpoints kept
-    best_metric: str | None = (
-        None  # the checkpoint with the largest value of this evaluation metric is kept too
-    )
+    best_metric: str | None = None  # evaluation metric whose largest value is kept too
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -58,17 +56,11 @@ class TrainerConfig:
             "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"
         )
         self._demand("clip", self.clip is None or self.clip > 0, "must be positive, or null for no clipping")
-        self._demand(
-            "micro_batch", self.micro_batch is None or self.micro_batch >= 1, "must be at least 1, or null"
-        )
+        self._demand("micro_batch", self.micro_batch is None or self.micro_batch >= 1, "at least 1, or null")
         self._demand("schedule", self.schedule in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}")
         self._demand("precision", self.precision in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}")
         self._demand("warmup", 0 <= self.warmup <= 1, "is a share of the steps, in [0, 1]")
-        self._demand(
-            "phases",
-            self._are_phases(),
-            "must be shares that sum to 1",
-        )
+        self._demand("phases", self._are_phases(), "three shares that sum to 1")
         self._demand("ema", self.ema is None or 0 < self.ema < 1, "must lie in (0, 1), or null for none")
 
     def _are_phases(self) -> bool:
