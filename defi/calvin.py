@@ -57,10 +57,6 @@ class Span:
     instruction: str
     task: str
 
-    def positions(self) -> range:
-        """Frames at which training samples start: start ... end - 21, so that every chunk of actions fits."""
-        return range(self.start, self.end - 20)
-
 
 def frame_name(frame: int) -> str:
     return f"episode_{frame:07d}.npz"

@@ -64,11 +64,6 @@ def test_numpy_alone_reads_it_as_calvins_own_loader_does(split: Path) -> None:
     assert np.load(split / "scene_info.npy", allow_pickle=True).item()["calvin_scene_B"] == [40, 99]
 
 
-def test_positions_leave_room_for_the_window() -> None:
-    assert list(Span(5, 28, "", "").positions()) == [5, 6, 7]
-    assert list(Span(5, 20, "", "").positions()) == []
-
-
 def test_only_the_members_asked_for_are_decompressed(split: Path) -> None:
     path = split / frame_name(3)
     whole = path.read_bytes()

@@ -26,6 +26,7 @@ from defi.sim.sequences import initial_states
 from defi.sim.tasks import check_tasks
 from defi.sim.units import UNITS, Settings, Share, Unit, assemble, plan, run
 
+UNSEEN = "D"
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 
 
@@ -36,12 +37,15 @@ def read_settings(cfg: DictConfig) -> Settings:
     if unknown:
         raise UserError(f"tasks={','.join(unknown)}: no expert; choose from {', '.join(EXPERT_TASKS)}")
     _check_reachable(tasks)
-    for key in ("workers", "demos_per_task", "demos_per_unit", "static_size", "gripper_size"):
+    for key in ("workers", "demos_per_task", "demos_per_unit", "static_size", "gripper_size", "play.hold"):
         _at_least(cfg, key, 1)
-    for key in ("variations", "validation.demos_per_task", "play.hold"):
+    for key in ("variations", "validation.demos_per_task"):
         _at_least(cfg, key, 0)
+    training_scenes = _scenes(cfg.scenes, "scenes")
+    if cfg.variations and UNSEEN in training_scenes:
+        raise UserError(f"scenes: {UNSEEN} has no variations to train on; set variations=0")
     splits = {
-        TRAINING: Share(_scenes(cfg.scenes, "scenes"), cfg.variations, cfg.demos_per_task, phrasings=None),
+        TRAINING: Share(training_scenes, cfg.variations, cfg.demos_per_task, phrasings=None),
         VALIDATION: Share(
             _scenes(cfg.validation.scenes, "validation.scenes"), 0, cfg.validation.demos_per_task, phrasings=1
         ),

@@ -20,7 +20,6 @@ from defi.sim.sequences import initial_states, start_state
 from defi.sim.tasks import TASK_TABLE, Situation
 from defi.sim.world import World
 
-TAIL = 12  # frames a span goes on after its own last action: samples start up to 21 frames before its end
 SEARCH_DEPTH = 3  # tasks in a row, the last one wanted, the others played to make it possible
 WANDER = (-10, -4, -2), (10, 2, 4)  # how far the arm may start from the protocol's pose, in steps of 0.02 m
 STEP_SCALE = np.array([POSITION_STEP] * 3 + [ROTATION_STEP] * 3)
@@ -38,8 +37,8 @@ class PlaySettings:
     noise_correlation: float  # from step to step
     reset: float  # probability that a demonstration starts from a new state of the world
     random_arm: float  # share of those with the arm away from the protocol's pose
-    hold: int  # steps the expert goes on after success
-    at_once: float  # probability that it does not
+    hold: int  # frames recorded from success on
+    at_once: float  # probability that it is only one
     max_steps: int
     attempts: int  # failures of a task in one world before it is given up there
 
@@ -87,13 +86,9 @@ class Recorder:
             (self.folder / unit_frame(self.record.frames)).write_bytes(encode_frame(frame))
             self.record.frames += 1
 
-    @property
-    def recording(self) -> bool:
-        return self.record.frames > self._start
-
     def end_episode(self) -> None:
-        """What comes next does not follow from what was recorded last."""
-        if self.recording:
+        """The next frame begins a new recording."""
+        if self.record.frames > self._start:
             self.record.episodes.append((self._start, self.record.frames - 1))
         self._start = self.record.frames
 
@@ -212,20 +207,17 @@ class Player:
         settings, rng = self.settings, self.rng
         disturbed = bool(rng.random() < settings.noise_probability)
         noise = smooth_noise(settings, rng) if disturbed else None
-        hold = 0 if rng.random() < settings.at_once else settings.hold
+        hold = 1 if rng.random() < settings.at_once else settings.hold
         frames, success = self._run_expert(task, noise, hold)
         self.recorder.record.attempts.append(Attempt(task, success, len(frames), disturbed))
         if not success:
-            if self.recorder.recording:  # what follows the span before
-                self.recorder.add(frames[:TAIL])
-                self._rest(TAIL - len(frames))
-            self._end_episode()
+            self._interrupt()
             return False
         start = self.recorder.record.frames
         self.recorder.add(frames)
         if task in self.phrasings:
             instruction = str(rng.choice(self.phrasings[task]))
-            span = Span(start, start + len(frames) - 1 + TAIL, instruction, task)
+            span = Span(start, start + len(frames) - 1, instruction, task)
             self.recorder.record.spans.append(span)
         self._situation = TASK_TABLE[task].outcome(self._situation)
         return True
@@ -248,17 +240,6 @@ class Player:
         return frames, success
 
     def _interrupt(self) -> None:
-        """Stop here: a few frames at rest complete the last span."""
-        if self.recorder.recording:
-            self._rest(TAIL)
-        self._end_episode()
-
-    def _end_episode(self) -> None:
+        """What is recorded next does not follow from what was recorded last."""
         self.recorder.end_episode()
         self._situation = None
-
-    def _rest(self, steps: int) -> None:
-        action = np.array([0, 0, 0, 0, 0, 0, self.world.arm.gripper_action], dtype=np.float64)
-        for _ in range(steps):
-            self.recorder.add([observe(self.world, action)])
-            self.world.step(action)

@@ -8,12 +8,14 @@ their numbers in the order of the units, and the index files are written.
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +138,7 @@ def run(
     if workers == 1:
         yield from ((unit, work(unit)) for unit in units)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
     try:
         futures = {pool.submit(work, unit): unit for unit in units}
         for future in as_completed(futures):
@@ -147,6 +149,16 @@ def run(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Make this worker end when the main process is killed: a run that resumes must find nobody writing."""
+
+    def watch() -> None:
+        wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def assemble(units: Sequence[Unit], settings: Settings, output: Path) -> None:
