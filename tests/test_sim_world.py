@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("pybullet")
 from defi.errors import UserError
 from defi.sim import scenes
+from defi.sim.bullet import probe_renderer
 from defi.sim.mechanisms import BUTTON, SWITCH
 from defi.sim.scene import SceneConfig
 from defi.sim.sequences import initial_states, start_state
@@ -191,3 +192,26 @@ def test_calvin_clone_that_is_not_one(tmp_path: Path) -> None:
         SceneConfig.from_calvin(tmp_path, "Q")
     with pytest.raises(UserError, match="incomplete"):
         SceneConfig.from_calvin(tmp_path, "A")
+
+
+def test_renderers() -> None:
+    assert probe_renderer("cpu").startswith("CPU")
+    with pytest.raises(UserError, match="cpu, egl"):
+        probe_renderer("crayon")
+    with pytest.raises(UserError, match="cpu, egl"):
+        World(scenes.builtin("D"), renderer="crayon")
+
+
+def test_egl_draws_the_same_scene(world: World) -> None:
+    try:
+        probe_renderer("egl")
+    except UserError as error:
+        pytest.skip(str(error))
+    by_cpu = world.render()["rgb_static"].astype(int)
+    with World(scenes.builtin("D"), cameras=["static"], renderer="egl", static_size=32) as other:
+        other.reset(*START)
+        by_egl = other.render()["rgb_static"].astype(int)
+        other.reload()
+        other.reset(*START)
+        assert np.array_equal(other.render()["rgb_static"], by_egl)
+    assert np.corrcoef(by_cpu.ravel(), by_egl.ravel())[0, 1] > 0.5, "but for light and background"

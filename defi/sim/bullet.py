@@ -2,7 +2,11 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
+import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,18 +37,29 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+RENDERERS = ("cpu", "egl")
+
+
 class Bullet:
     """A physics server inside this process. PyBullet's functions are its methods.
 
     >>> bullet = Bullet()
     >>> bullet.setGravity(0, 0, -9.8)
 
-    It is freed by `close`, or with the last reference to it.
+    It is freed by `close`, or with the last reference to it. Pictures are drawn by the CPU (TinyRenderer, the
+    same everywhere) or by OpenGL without a display (EGL: a GPU, or Mesa's software).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, renderer: str = "cpu") -> None:
+        _check_renderer(renderer)
         self._client = pybullet.connect(pybullet.DIRECT)
         self._disconnect = weakref.finalize(self, pybullet.disconnect, self._client)
+        if renderer == "egl":
+            plugin = importlib.util.find_spec("eglRenderer")
+            if plugin is None or self.loadPlugin(plugin.origin, "_eglRendererPlugin") < 0:
+                raise UserError(
+                    "renderer=egl: no EGL here; install a GPU driver or Mesa's libEGL, or use cpu"
+                )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -69,3 +84,25 @@ class Bullet:
         self._disconnect()
         for name in [name for name in self.__dict__ if not name.startswith("_")]:
             del self.__dict__[name]
+
+
+def _check_renderer(renderer: str) -> None:
+    if renderer not in RENDERERS:
+        raise UserError(f"renderer={renderer}: must be one of {', '.join(RENDERERS)}")
+
+
+def probe_renderer(renderer: str) -> str:
+    """What draws the pictures, in words; UserError where `renderer` does not work here.
+
+    Tried in a process of its own, because a broken OpenGL driver ends the process.
+    """
+    _check_renderer(renderer)
+    if renderer == "cpu":
+        return "CPU (TinyRenderer)"
+    code = "import sys; from defi.sim.bullet import Bullet; b = Bullet(sys.argv[1]); b.getCameraImage(8, 8)"
+    run = subprocess.run([sys.executable, "-c", code, renderer], capture_output=True, text=True)
+    device = re.search(r"^GL_RENDERER=(.*)$", run.stdout, re.MULTILINE)
+    if run.returncode or not device:
+        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"renderer={renderer}: does not work here ({reason}); use renderer=cpu")
+    return f"EGL ({device[1]})"

@@ -28,6 +28,7 @@ class World:
 
     Args:
         cameras: which of the scene's cameras `render` draws.
+        renderer: "cpu", or "egl" for OpenGL without a display.
         static_size, gripper_size: pixels; None: the scene's own.
     """
 
@@ -36,6 +37,7 @@ class World:
         scene: SceneConfig,
         *,
         cameras: Sequence[str] = ("static", "gripper"),
+        renderer: str = "cpu",
         static_size: int | None = None,
         gripper_size: int | None = None,
     ) -> None:
@@ -43,11 +45,17 @@ class World:
         sizes = {name: scene.cameras[name].size for name in cameras}
         asked = {"static": static_size, "gripper": gripper_size}
         self._sizes = sizes | {name: asked[name] for name in cameras if asked[name] is not None}
-        self._bullet = Bullet()
-        self.reload()
+        self._renderer = renderer
+        self._bullet = Bullet(renderer)
+        self._load()
 
     def reload(self) -> None:
-        """Load everything anew: exactly a newly made world, at less cost."""
+        """Load everything anew into a new physics server: exactly a newly made world."""
+        self._bullet.close()
+        self._bullet = Bullet(self._renderer)
+        self._load()
+
+    def _load(self) -> None:
         bullet, scene = self._bullet, self.scene
         bullet.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         bullet.setTimeStep(1 / PHYSICS_RATE)
@@ -67,6 +75,8 @@ class World:
             name: Camera(scene.cameras[name], size, bullet, scene.arm, self.arm.body)
             for name, size in self._sizes.items()
         }
+        if self._renderer == "egl":
+            self.render()  # the first picture of a new OpenGL context lacks the shadows
 
     def _block_pose(self, block: BlockConfig) -> tuple[Sequence[float], Sequence[float]]:
         """Position and Euler angles; drawn where the scene does not give them."""
