@@ -152,7 +152,7 @@ def _table_spec(family: Family) -> TableSpec:
         knob_offset=family.knob_offset,
         drawer_x=family.drawer_x,
         led_x=float(np.clip(family.button_place[0], -0.2, 0.28)),
-        bulb_x=float(np.clip(family.switch_place[0], -0.32, 0.34)),
+        bulb_x=float(np.clip(family.switch_place[0], -0.36, 0.34)),
         button_radius=family.button_radius,
         handle_width=family.handle_width,
     )

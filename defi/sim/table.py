@@ -22,7 +22,7 @@ DOOR_WIDTH = 0.28
 SWITCH_TRAVEL = 0.088
 SWITCH_AXIS = (0.0, 0.5, float(np.sqrt(0.75)))
 LEVER = (0.085, 0.10, 0.055)  # size of the switch's lever
-KNOB = (0.045, 0.09, 0.09)  # size of the slide's knob: width, reach, height
+KNOB = (0.06, 0.05, 0.09)  # size of the slide's knob: width, reach, height
 HANDLE_GAP = 0.09  # between the drawer's front and the bar of its handle
 HANDLE_TOP = 0.405
 DRAWER_FRONT = -0.185
@@ -231,7 +231,7 @@ def _lights() -> list[Link]:
     bulb = Mesh(white).ball((0, 0, 0.045), 0.045)
     return [
         Link("led_link", [Mesh(white).box(*led, "-x +x -y +z")], [Shape(*led)], 0.2),
-        Link("light_link", [bulb], [Shape((0, 0, 0.045), (0.03, 0.09))], 0.2),
+        Link("light_link", [bulb], [Shape((0, 0, 0.045), (0.02, 0.09))], 0.2),
     ]
 
 
@@ -250,8 +250,8 @@ def table_files(spec: TableSpec) -> dict[str, bytes]:
         joint("base__switch", "switch_link", spec.switch, SWITCH_AXIS, SWITCH_TRAVEL),
         joint("base__slide", "slide_link", (spec.slide_x, 0.025, TOP), (-1, 0, 0), 0.28),
         joint("base__drawer", "drawer_link", (spec.drawer_x, DRAWER_FRONT + 0.015, 0.295), (0, -1, 0), 0.22),
-        joint("base__led", "led_link", (spec.led_x, 0.185, WALL_TOP)),
-        joint("base__light", "light_link", (spec.bulb_x, 0.185, WALL_TOP)),
+        joint("base__led", "led_link", (spec.led_x, 0.2, WALL_TOP)),
+        joint("base__light", "light_link", (spec.bulb_x, 0.195, WALL_TOP)),
         joint("base__plank", "plank_link", (0, 0, TOP)),
     ]
     body = "\n".join([*(link.urdf() for link in links), *joints])

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defi.sim.experts.motion import CLOSED, OPEN, TIP, Move, Point, View, descend, wrap
-from defi.sim.scene import BLOCKS
+from defi.sim.experts.motion import CLOSED, OPEN, OVER_DOOR, TIP, Move, Point, View, descend, wrap
+from defi.sim.scene import BLOCKS, Vector
 from defi.sim.table import HANDLE_TOP, TOP
 
 HELD = 0.055  # metres between fingers that hold a block, at most
 REACH = 0.025  # metres from the TCP to a block between the fingers, at most
 OVER_TABLE = 0.535  # height of the TCP that clears blocks on the table
-OVER_DOOR = 0.65  # … that clears the sliding door and its knob
 OVER_DRAWER = HANDLE_TOP + 0.05
-UP = np.array([0.0, 0.0, 0.1])
-SHELF_PLACES = {"left": (-0.24, 0.092), "right": (0.07, 0.092)}
+UP = (0.0, 0.0, 0.1)
+# Where to put a block in each half of the shelf: in its middle, or, if a block is there, nearer to the other half.
+SHELF_PLACES = {"left": ((-0.24, 0.092), (-0.145, 0.092)), "right": ((0.07, 0.092), (-0.025, 0.092))}
 
 
 def clearance(place: Point) -> float:
@@ -94,7 +94,7 @@ class Lift:
     name: str
     start: float  # the block's height at the start
     rise: float
-    leave = np.array([0.0, 0.0, 0.05])
+    leave = (0.0, 0.0, 0.05)
     leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
@@ -113,6 +113,7 @@ class Rotate:
     name: str
     side: int  # +1: to the left, counterclockwise
     start: float  # the block's yaw at the start
+    middle: float  # y to which the block is drawn meanwhile, for the hand to clear the door's knob
     leave = UP
     leave_gripper = OPEN
     angle = np.radians(68)
@@ -127,7 +128,8 @@ class Rotate:
         if self._turned(view) > self.angle:
             return Move(view.tcp, gripper=OPEN, yaw=float(view.euler[2]))
         if held(view, self.name):
-            return Move(view.tcp, yaw=float(view.euler[2]) + self.side * 0.15, turn=True)
+            goal = np.array([view.tcp[0], min(view.tcp[1], self.middle), TOP + 0.022])
+            return Move(goal, yaw=float(view.euler[2]) + self.side * 0.15, turn=True)
         return grasp(view, self.name)
 
 
@@ -138,7 +140,7 @@ class Place:
     name: str
     where: Callable[[View], Point]  # where the block's middle should be when the fingers open
     clear: float  # height of the block's middle on its way
-    leave = np.array([0.0, -0.04, 0.12])
+    leave: Vector = UP
     leave_gripper = OPEN
 
     def done(self, view: View) -> bool:
@@ -165,7 +167,6 @@ class PushIntoDrawer:
     name: str
     leave = UP
     leave_gripper = CLOSED
-    behind = 0.08
 
     def done(self, view: View) -> bool:
         return view.blocks[self.name][0][2] < TOP - 0.04
@@ -179,9 +180,9 @@ class PushIntoDrawer:
             side = int(np.sign(beside))
             return Push(self.name, side, start=place[0]).move(view)
         offset = view.tcp - place
-        if view.tcp[2] < low + 0.02 and abs(offset[0]) < 0.025 and 0 < offset[1] < self.behind + 0.02:
+        if view.tcp[2] < low + 0.02 and abs(offset[0]) < 0.025 and 0 < offset[1] < 0.085:
             return Move(np.array([place[0], view.tcp[1] - 0.1, low]), speed=0.6)
-        goal = np.array([place[0], place[1] + self.behind, low])
+        goal = np.array([place[0], min(place[1] + 0.065, -0.058), low])
         return Move(descend(view.tcp, goal, OVER_TABLE, near=0.025))
 
 
@@ -190,9 +191,16 @@ def _over_drawer(view: View) -> Point:
     return np.array([gap[0], gap[1] + 0.155, 0.36])
 
 
-def _on_shelf(view: View) -> Point:
-    open_side = "right" if view.joints["base__slide"] > 0.14 else "left"
-    return np.array([*SHELF_PLACES[open_side], TOP + 0.03])
+def _on_shelf(start: View) -> Callable[[View], Point]:
+    """A free place in the half of the shelf that the door leaves open."""
+    places = SHELF_PLACES["right" if start.joints["base__slide"] > 0.14 else "left"]
+    on_shelf = [pose[0] for pose in start.blocks.values() if pose[0][1] > 0 and pose[0][2] < TOP + 0.05]
+
+    def room(place: tuple[float, float]) -> float:
+        return min((float(np.hypot(*(place - other[:2]))) for other in on_shelf), default=1.0)
+
+    place = places[0] if room(places[0]) > 0.07 else max(places, key=room)
+    return lambda _: np.array([*place, TOP + 0.03])
 
 
 def _stack(start: View) -> Place:
@@ -226,7 +234,7 @@ def _block_skills(color: str) -> dict[str, Callable[[View], object]]:
             name, sign, start.blocks[name][0][0]
         )
         skills[f"rotate_{color}_block_{side}"] = lambda start, sign=sign: Rotate(
-            name, -sign, start.blocks[name][1][2]
+            name, -sign, start.blocks[name][1][2], start.blocks[name][0][1] - 0.025
         )
     for place, rise in (("table", 0.06), ("slider", 0.04), ("drawer", 0.07)):
         skills[f"lift_{color}_block_{place}"] = lambda start, rise=rise: Lift(
@@ -240,7 +248,9 @@ BLOCK_SKILLS: dict[str, Callable[[View], object]] = {
     **_block_skills("blue"),
     **_block_skills("pink"),
     "place_in_drawer": lambda start: Place(nearest_block(start), _over_drawer, clear=0.5),
-    "place_in_slider": lambda start: Place(nearest_block(start), _on_shelf, clear=OVER_DOOR + 0.01),
+    "place_in_slider": lambda start: Place(
+        nearest_block(start), _on_shelf(start), clear=OVER_DOOR + 0.01, leave=(0.0, -0.1, 0.19)
+    ),
     "stack_block": _stack,
     "unstack_block": lambda start: Lift(_upper(start), start.blocks[_upper(start)][0][2], 0.03),
     "push_into_drawer": lambda start: PushIntoDrawer(_pushable(start)),

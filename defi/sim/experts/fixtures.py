@@ -18,7 +18,7 @@ class Drawer:
     """Hook the fingers between the drawer's front and its handle; pull, or push the front."""
 
     open: bool
-    leave = np.array([0.0, 0.0, 0.14])
+    leave = (0.0, 0.0, 0.14)
     leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
@@ -38,9 +38,9 @@ class Slide:
     """Stand beside the knob, from the front, and push it along."""
 
     left: bool
-    leave = np.array([0.0, -0.13, 0.0])
+    leave = (0.0, -0.13, 0.0)
     leave_gripper = CLOSED
-    beside = 0.095
+    beside = 0.105
     corridor = -0.17
 
     def done(self, view: View) -> bool:
@@ -50,11 +50,11 @@ class Slide:
         side = 1 if self.left else -1
         x, y, z = view.grips["base__slide"]
         place = side * (view.tcp[0] - x)  # how far on the pushing side of the knob
-        if view.tcp[1] > y - 0.03 and place > 0.03:
-            return Move(np.array([view.tcp[0] - side * 0.1, y + 0.005, z]))
-        aligned = place > 0.06 and abs(place - self.beside) < 0.05
+        if view.tcp[1] > y - 0.035 and place > 0.035:
+            return Move(np.array([view.tcp[0] - side * 0.1, y, z]))
+        aligned = place > 0.065 and abs(place - self.beside) < 0.05
         if aligned:
-            return Move(np.array([x + side * self.beside, y + 0.005, z]))
+            return Move(np.array([x + side * self.beside, y, z]))
         return Move(np.array([x + side * self.beside, self.corridor, z]))
 
 
@@ -62,7 +62,7 @@ class Slide:
 class SwitchOn:
     """From the front, push the lever back and climb with it."""
 
-    leave = np.array([0.0, -0.12, 0.04])
+    leave = (0.0, -0.12, 0.04)
     leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
@@ -82,7 +82,7 @@ class SwitchOn:
 class SwitchOff:
     """From above, press the lever down along its way."""
 
-    leave = np.array([0.0, 0.0, 0.13])
+    leave = (0.0, 0.0, 0.13)
     leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
@@ -100,7 +100,7 @@ class Button:
     """From above, press the button; again, if the light has the wrong state."""
 
     on: bool
-    leave = np.array([0.0, 0.0, 0.12])
+    leave = (0.0, 0.0, 0.12)
     leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:

@@ -18,6 +18,8 @@ Point = Float[np.ndarray, "3"]
 OPEN, CLOSED = 1.0, -1.0
 TIP = 0.0148  # from the TCP down to the tips of the fingers
 TRAVEL = 0.56  # height of the TCP on its way over the table
+OVER_DOOR = 0.65  # height of the TCP that clears the sliding door and its knob
+SHELF_ZONE = -0.03  # y behind which they may be in the way
 DOWN = np.array([np.pi, 0.0, np.pi / 2])  # Euler angles of a hand that points down, fingers apart along x
 SPEED = 0.85  # of an action's range
 GAIN = 0.4  # of the remaining way, per step
@@ -95,13 +97,15 @@ def action(move: Move, view: View, commanded: Point) -> Float[np.ndarray, "7"]:
 def descend(tcp: Point, goal: Point, clear: float, near: float = 0.03, travel: float = TRAVEL) -> Point:
     """A waypoint towards `goal` from above: over it at height `clear` or more, then straight down.
 
-    The allowed height rises with the horizontal distance from `clear` to `travel`; below that height the hand first
-    rises.
+    The height rises with the horizontal distance, from `clear` to `travel`, and is at least `OVER_DOOR` on the way
+    out of the shelf; below it the hand first rises.
     """
     distance = float(np.hypot(*(goal - tcp)[:2]))
     if distance < near:
         return goal
     height = clear + (max(travel, clear) - clear) * min(1.0, (distance - near) / 0.12)
+    if tcp[1] > SHELF_ZONE > goal[1]:
+        height = max(height, OVER_DOOR)
     free = np.clip((tcp[2] - height + 0.035) / 0.02, 0, 1)
     waypoint = np.array([*goal[:2], height])
     waypoint[:2] = tcp[:2] + free * (goal - tcp)[:2]
