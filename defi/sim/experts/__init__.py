@@ -30,7 +30,7 @@ class Expert:
                 f"scene {world.scene.name}: experts know the built-in tables only; use sim=builtin"
             )
         self.skill = SKILLS[task](View.of(world))
-        self._home: Float[np.ndarray, "3"] | None = None
+        self._home: Float[np.ndarray, 3] | None = None
         self._retreat = RETREAT_STEPS
 
     def act(self, world: World) -> Float[np.ndarray, "7"] | None:

@@ -249,7 +249,7 @@ BLOCK_SKILLS: dict[str, Callable[[View], object]] = {
     **_block_skills("pink"),
     "place_in_drawer": lambda start: Place(nearest_block(start), _over_drawer, clear=0.5),
     "place_in_slider": lambda start: Place(
-        nearest_block(start), _on_shelf(start), clear=OVER_DOOR + 0.01, leave=(0.0, -0.1, 0.19)
+        nearest_block(start), _on_shelf(start), clear=OVER_DOOR + 0.01, leave=(0.0, 0.0, 0.19)
     ),
     "stack_block": _stack,
     "unstack_block": lambda start: Lift(_upper(start), start.blocks[_upper(start)][0][2], 0.03),

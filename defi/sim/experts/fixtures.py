@@ -50,12 +50,15 @@ class Slide:
         side = 1 if self.left else -1
         x, y, z = view.grips["base__slide"]
         place = side * (view.tcp[0] - x)  # how far on the pushing side of the knob
+        before = np.array([x + side * self.beside, self.corridor, z])
+        if view.tcp[1] > y + 0.035 or view.tcp[2] < z - 0.05:
+            return Move(descend(view.tcp, before, clear=z))
         if view.tcp[1] > y - 0.035 and place > 0.035:
             return Move(np.array([view.tcp[0] - side * 0.1, y, z]))
         aligned = place > 0.065 and abs(place - self.beside) < 0.05
         if aligned:
             return Move(np.array([x + side * self.beside, y, z]))
-        return Move(np.array([x + side * self.beside, self.corridor, z]))
+        return Move(before)
 
 
 @dataclass(frozen=True)
