@@ -4,7 +4,7 @@ Disturbed demonstrations follow DART (Laskey et al., 2017): the executed action 
 recorded one is the expert's answer to where that led, so that a policy learns to come back.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +17,13 @@ from defi.sim.arm import POSITION_STEP, ROTATION_STEP
 from defi.sim.experts import Expert
 from defi.sim.judge import solved
 from defi.sim.sequences import initial_states, start_state
+from defi.sim.situation import observe_situation
 from defi.sim.tasks import TASK_TABLE, Situation
 from defi.sim.world import World
 
 SEARCH_DEPTH = 3  # tasks in a row, the last one wanted, the others played to make it possible
 WANDER = (-10, -4, -2), (10, 2, 4)  # how far the arm may start from the protocol's pose, in steps of 0.02 m
+REST = 3  # steps after a reset
 STEP_SCALE = np.array([POSITION_STEP] * 3 + [ROTATION_STEP] * 3)
 
 Frame = dict[str, np.ndarray]
@@ -29,10 +31,10 @@ Frame = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class PlaySettings:
-    """How demonstrations are played. Deviations of the noise are in units of an action."""
+    """How demonstrations are played; see configs/collect.yaml."""
 
     noise_probability: float  # of a demonstration to be disturbed
-    noise_position: float
+    noise_position: float  # largest standard deviation, in units of an action
     noise_rotation: float
     noise_correlation: float  # from step to step
     reset: float  # probability that a demonstration starts from a new state of the world
@@ -112,8 +114,9 @@ def path_to(situation: Situation, goals: Sequence[str], available: Sequence[str]
 
 
 def smooth_noise(settings: PlaySettings, rng: np.random.Generator) -> Iterator[Float64[np.ndarray, "7"]]:
-    """First-order autoregressive noise on the pose; the gripper is left alone."""
+    """First-order autoregressive noise on the pose, of a random size; the gripper is left alone."""
     sigma = np.array([settings.noise_position] * 3 + [settings.noise_rotation] * 3 + [0.0])
+    sigma *= rng.uniform()
     kept = settings.noise_correlation
     noise = sigma * rng.normal(size=7)
     while True:
@@ -154,45 +157,53 @@ class Player:
     ) -> None:
         self.world, self.recorder, self.settings, self.rng = world, recorder, settings, rng
         self.phrasings, self.available = phrasings, available
-        self._situation: Situation | None = None  # None: the world must be put into a new state
 
     def play(self, goals: Sequence[str]) -> Record:
         """Demonstrate every task of `goals`, in an order that the world allows, or give it up."""
         left = list(goals)
-        failures = dict.fromkeys(goals, 0)
+        failures = Counter()
+        self._restart(left)
         while left:
             task = self._choose(left)
             if self._demonstrate(task):
                 if task in left:
                     left.remove(task)
                 continue
-            failures[task] = failures.get(task, 0) + 1
+            failures[task] += 1
             if failures[task] >= self.settings.attempts:
                 left = [other for other in left if other != task]
-        self._interrupt()
+        self.recorder.end_episode()
         return self.recorder.record
 
     def _choose(self, left: Sequence[str]) -> str:
-        """A task that is possible now: one of those left, or a step towards one; else after a new start."""
-        if self._situation is not None and self.rng.random() >= self.settings.reset:
-            path = path_to(self._situation, self.rng.permutation(left).tolist(), self.available)
-            if path is not None:
-                return path[0]
-        self._interrupt()
-        goals = self.rng.permutation(left).tolist()
-        states = initial_states()
-        starts = (states[i] for i in self.rng.permutation(len(states)))
-        paths = ((start, path_to(start, goals[:1], self.available)) for start in starts)
-        start, path = next((start, path) for start, path in paths if path is not None)
-        self._restart(start)
+        """One of the tasks left, or a step towards one; now and then, or at a dead end, after a new start."""
+        path = None
+        if self.rng.random() >= self.settings.reset:
+            path = self._path(left)
+        while path is None:
+            self._restart(left)
+            path = self._path(left)
         return path[0]
 
-    def _restart(self, situation: Situation) -> None:
-        """A new state of the world: the protocol's start for `situation`, at times with the arm elsewhere."""
-        self.world.reset(*start_state(situation))
-        self._situation = situation
+    def _path(self, left: Sequence[str]) -> list[str] | None:
+        situation = observe_situation(self.world.state())
+        return path_to(situation, self.rng.permutation(left).tolist(), self.available)
+
+    def _restart(self, left: Sequence[str]) -> None:
+        """A start of the protocol that allows one of the tasks left; at times with the arm elsewhere."""
+        self.recorder.end_episode()
+        goal = [str(self.rng.choice(left))]
+        states = initial_states()
+        ways = ((state, path_to(state, goal, self.available)) for state in self.rng.permutation(states))
+        self.world.reset(*start_state(next(state for state, path in ways if path is not None)))
+        self._rest()
         if self.rng.random() < self.settings.random_arm:
             self._wander()
+
+    def _rest(self) -> None:
+        """Let the blocks come to rest, unrecorded."""
+        for _ in range(REST):
+            self.world.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
 
     def _wander(self) -> None:
         """Move the arm above the table, unrecorded."""
@@ -211,7 +222,7 @@ class Player:
         frames, success = self._run_expert(task, noise, hold)
         self.recorder.record.attempts.append(Attempt(task, success, len(frames), disturbed))
         if not success:
-            self._interrupt()
+            self.recorder.end_episode()
             return False
         start = self.recorder.record.frames
         self.recorder.add(frames)
@@ -219,7 +230,6 @@ class Player:
             instruction = str(rng.choice(self.phrasings[task]))
             span = Span(start, start + len(frames) - 1, instruction, task)
             self.recorder.record.spans.append(span)
-        self._situation = TASK_TABLE[task].outcome(self._situation)
         return True
 
     def _run_expert(
@@ -238,8 +248,3 @@ class Player:
             if not success and solved(task, before, world.state()):
                 success, left = True, hold
         return frames, success
-
-    def _interrupt(self) -> None:
-        """What is recorded next does not follow from what was recorded last."""
-        self.recorder.end_episode()
-        self._situation = None
