@@ -101,7 +101,7 @@ class DeFI(StageModel):
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
         """Everything that does not depend on σ or on the noisy actions; computed once per chunk."""
         video_tokens = self.video_former(features.transpose(1, 2).flatten(2, 3))
-        latent_actions = self.gidm_branch(features[:, 0], *self.t5(texts))
+        latent_actions = self.gidm_branch(features[:, 0], *self.t5(texts, full_length=not self.training))
         memory = self.action_head.encode(
             sentence=self.gfdm.clip.sentence(texts),
             video_tokens=video_tokens,
@@ -133,7 +133,7 @@ class DeFI(StageModel):
             "action_loss": action_loss.detach(),
             "codebook": context.codebook_loss.detach(),
             "commitment": context.commitment_loss.detach(),
-            "perplexity": torch.tensor(perplexity(counts)),
+            "perplexity": perplexity(counts),
         }
 
     def _features_of(self, batch: dict[str, Any]) -> Float[Tensor, "B V F L C"]:

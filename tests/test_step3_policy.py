@@ -1,0 +1,222 @@
+"""The policy: gradients, learning, independence of the batch, work done once, checkpoints of all stages."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from policy_fakes import build_gfdm, build_gidm, build_policy, policy_config, write_stages
+
+from defi.engine import checkpoint
+from defi.errors import UserError
+from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.policy import DeFI, PolicyNoise
+
+TEXTS = ["open the drawer", "push the red block to the left", "turn on the light bulb"]
+
+
+@pytest.fixture(scope="module")
+def policy() -> DeFI:
+    return build_policy().eval()
+
+
+@pytest.fixture(scope="module")
+def looks() -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.randint(0, 256, (3, 2, 3, 16, 16), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_stages(tmp_path_factory.mktemp("stages"))
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list:
+    calls: list = []
+    original = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one() -> None:
+    policy = build_policy().train()
+    result = policy(policy.config.fake_batch(3))
+    result["loss"].backward()
+    for name, parameter in policy.named_parameters():
+        trained = not name.startswith(("gfdm.", "t5."))
+        assert parameter.requires_grad == trained, name
+        assert (parameter.grad is not None) == trained, name
+    assert not any(module.training for module in (policy.gfdm.unet, policy.gfdm.vae, policy.t5))
+    expected = result["action_loss"] + result["codebook"] + 0.25 * result["commitment"]
+    assert torch.isclose(result["loss"], expected)
+
+
+def test_frozen_networks_build_no_graph(policy: DeFI, looks: torch.Tensor) -> None:
+    batch = {
+        "images": looks,
+        "text": TEXTS,
+        "actions": torch.zeros(3, 10, 7),
+        "seed": torch.arange(3),
+    }
+    assert not policy._features_of(batch).requires_grad
+
+
+def test_overfits_one_batch() -> None:
+    policy = build_policy(diffusion={"draws": 8}).train()
+    batch = policy.config.fake_batch(2)
+    batch["actions"] = batch["actions"].sign() * 0.5
+    optimizer = torch.optim.Adam([p for _, p in policy.trainable()], lr=3e-3)
+    for step in range(150):
+        batch["seed"] = torch.arange(2) + 2 * step
+        loss = policy(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    policy.eval()
+    error = (policy.predict(batch) - batch["actions"]).square().mean().item()
+    assert error < 0.02, error  # 0.25 for all zeros
+
+
+def test_actions_do_not_depend_on_the_rest_of_the_batch(policy: DeFI, looks: torch.Tensor) -> None:
+    seeds = torch.tensor([5, 6, 7])
+    together = policy.act(looks, TEXTS, noise=policy.noise(seeds))
+    assert together.shape == (3, 10, 7) and together.dtype == torch.float32
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = policy.act(looks[one], TEXTS[one], noise=policy.noise(seeds[one]))
+        torch.testing.assert_close(alone, together[one], rtol=1e-4, atol=1e-5)
+
+
+def test_text_pictures_and_noise_change_the_actions(policy: DeFI, looks: torch.Tensor) -> None:
+    noise = policy.noise(torch.tensor([1]))
+    base = policy.act(looks[:1], TEXTS[:1], noise=noise)
+    other_noise = PolicyNoise(video=noise.video, actions=-noise.actions)
+    other_video = PolicyNoise(video=-noise.video, actions=noise.actions)
+    for changed in (
+        policy.act(looks[1:2], TEXTS[:1], noise=noise),
+        policy.act(looks[:1], TEXTS[1:2], noise=noise),
+        policy.act(looks[:1].flip(1), TEXTS[:1], noise=noise),
+        policy.act(looks[:1], TEXTS[:1], noise=other_noise),
+        policy.act(looks[:1], TEXTS[:1], noise=other_video),
+    ):
+        assert not torch.equal(base, changed)
+    assert torch.equal(base, policy.act(looks[:1] / 127.5 - 1, TEXTS[:1], noise=noise))
+
+
+def test_fixed_feature_noise_is_the_same_for_every_look() -> None:
+    policy = build_policy(feature_noise="fixed")
+    noise = policy.noise(torch.tensor([1, 2]))
+    assert torch.equal(noise.video[0], noise.video[1])
+    assert not torch.equal(noise.actions[0], noise.actions[1])
+
+
+def test_the_context_is_encoded_once_per_chunk(policy: DeFI, looks: torch.Tensor, monkeypatch) -> None:
+    once = [
+        count_calls(monkeypatch, policy.gfdm, "features"),
+        count_calls(monkeypatch, policy.video_former, "forward"),
+        count_calls(monkeypatch, policy.gidm_branch, "forward"),
+        count_calls(monkeypatch, policy.action_head, "encode"),
+    ]
+    steps = count_calls(monkeypatch, policy.action_head.decoder[0], "forward")
+    policy.act(looks, TEXTS, noise=policy.noise(torch.arange(3)))
+    assert [len(calls) for calls in once] == [1, 1, 1, 1]
+    assert len(steps) == policy.config.diffusion.steps
+
+
+def test_several_draws_share_a_context(monkeypatch) -> None:
+    policy = build_policy(diffusion={"draws": 5})
+    encoded = count_calls(monkeypatch, policy.action_head, "encode")
+    policy(policy.config.fake_batch(2))
+    assert len(encoded) == 1
+
+
+def test_training_and_rollout_share_the_feature_path(policy: DeFI, looks: torch.Tensor) -> None:
+    seeds = torch.arange(3)
+    batch = {"images": looks, "text": TEXTS, "seed": seeds}
+    noise = policy.noise(seeds)
+    torch.testing.assert_close(policy.predict(batch), policy.act(looks, TEXTS, noise=noise))
+
+
+# ------------------------------------------------------------ checkpoints
+
+
+def test_stage_2_is_the_start_of_the_branch(stages: tuple[Path, Path]) -> None:
+    gfdm, gidm = stages
+    policy = DeFI.from_stages(policy_config(), gfdm=gfdm, gidm=gidm)
+    tokenizer = build_gidm().tokenizer
+    for name, tensor in tokenizer.state_dict().items():
+        assert torch.equal(policy.gidm_branch.tokenizer.state_dict()[name], tensor), name
+    frames = build_gfdm().unet.state_dict()
+    assert all(torch.equal(policy.gfdm.unet.state_dict()[name], t) for name, t in frames.items())
+
+
+def test_a_saved_policy_acts_the_same_also_after_moving(
+    stages: tuple[Path, Path], looks: torch.Tensor, tmp_path: Path
+) -> None:
+    place = tmp_path / "a"
+    shutil.copytree(stages[0].parent, place)
+    policy = DeFI.from_stages(policy_config(), gfdm=place / "gfdm", gidm=place / "gidm").eval()
+    noise = policy.noise(torch.arange(3))
+    wanted = policy.act(looks, TEXTS, noise=noise)
+    checkpoint.save(policy, place / "run", step=1, config={"preset_name": "test"})
+    shutil.move(place, tmp_path / "b")
+    run = checkpoint.find_weights(tmp_path / "b" / "run", "policy")
+    assert torch.equal(DeFI.from_pretrained(run).eval().act(looks, TEXTS, noise=noise), wanted)
+    assert {file.name for file in run.iterdir()} >= {"model.safetensors", "config.json", "sources.json"}
+
+    shutil.move(tmp_path / "b" / "gfdm", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="gfdm checkpoint of this policy is gone; give its place with gfdm="):
+        DeFI.from_pretrained(run)
+    moved = DeFI.from_pretrained(run, gfdm=tmp_path / "elsewhere").eval()
+    assert torch.equal(moved.act(looks, TEXTS, noise=noise), wanted)
+
+    checkpoint.save(build_gfdm(seed=1), tmp_path / "other", step=1, config={"preset_name": "test"})
+    with pytest.raises(UserError, match="not the gfdm checkpoint that .* was trained on"):
+        DeFI.from_pretrained(run, gfdm=tmp_path / "other")
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: cannot be read"):
+        DeFI.from_pretrained(run, gfdm=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 4}, "has frames 3, the policy expects policy.frames=4"),
+        ({"feature_tokens": 64}, "has feature_tokens 16, the policy expects policy.feature_tokens=64"),
+        ({"feature_channels": 96}, "has feature_channels 64, the policy expects policy.feature_channels=96"),
+        ({"sentence_width": 8}, "has sentence_width 16, the policy expects policy.sentence_width=8"),
+    ],
+)
+def test_refuses_a_stage_1_checkpoint_of_other_sizes(stages, changes, message) -> None:
+    with pytest.raises(UserError, match=message):
+        DeFI.from_stages(policy_config(**changes), gfdm=stages[0], gidm=stages[1])
+
+
+def test_refuses_other_checkpoints(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    gfdm, gidm = stages
+    checkpoint.save(build_gidm(codes=4), tmp_path / "gidm", step=1, config={"preset_name": "test"})
+    expected = "has codes 4, the policy expects policy.latent_action.codes=8"
+    with pytest.raises(UserError, match=expected):
+        DeFI.from_stages(policy_config(), gfdm=gfdm, gidm=tmp_path / "gidm")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        DeFI.from_stages(policy_config(), gfdm=tmp_path / "nothing", gidm=gidm)
+    with pytest.raises(UserError, match="holds a gidm checkpoint, not gfdm"):
+        DeFI.from_stages(policy_config(), gfdm=gidm, gidm=gidm)
+
+
+def test_settings_are_checked() -> None:
+    for section, message in (
+        ({"feature_noise": "some"}, "policy.feature_noise=some: must be fresh or fixed"),
+        ({"latent_action_frames": [0, 5]}, r"beyond policy.frames=3"),
+        ({"action_head": {"cross_attention": "half"}}, "must be full or causal"),
+        ({"diffusion": {"sampler": "euler"}}, "choose one of ddim, dpm_solver_2m, heun"),
+        ({"chunks": 3}, "policy.chunks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            policy_config(**section)
+    assert PolicyConfig.from_preset({"policy": policy_config().to_dict()}) == policy_config()
