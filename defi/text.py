@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -244,9 +245,18 @@ class T5Text(_Tower):
         states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
         return [(states[i, keep], keep[keep]) for i, keep in enumerate(mask)]
 
-    def forward(self, texts: list[str]) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
-        """States padded with zeros to the longest text of the batch, and the mask: true at tokens."""
+    def forward(
+        self, texts: list[str], *, full_length: bool = False
+    ) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
+        """States padded with zeros to the longest text of the batch, and the mask: true at tokens.
+
+        With `full_length` they are padded to the configured T, so that shapes, and with them the rounding of
+        what follows, do not depend on the other texts of the batch.
+        """
         encoded = self._cached([plain(text) for text in texts])
         states = nn.utils.rnn.pad_sequence([states for states, _ in encoded], batch_first=True)
         mask = nn.utils.rnn.pad_sequence([mask for _, mask in encoded], batch_first=True)
+        if full_length:
+            missing = self.config.tokens - mask.shape[1]
+            states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
         return states, mask
