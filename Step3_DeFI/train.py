@@ -102,10 +102,12 @@ def draw_actions(predicted: Tensor, expert: Tensor, texts: list[str], file: Path
 def roller(cfg: DictConfig) -> Inspect:
     """Small rollouts at intervals; imports the simulation only where they are asked for."""
     from Step3_DeFI.rollout.config import RolloutConfig
+    from Step3_DeFI.rollout.evaluate import Evaluation
     from Step3_DeFI.rollout.policy import evaluate_policy
 
     config = typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout")
-    return lambda policy, step, folder: evaluate_policy(policy, config, output=folder)
+    evaluation = Evaluation.prepare(config)
+    return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder)
 
 
 @entry("step3_train")

@@ -57,7 +57,7 @@ class RandomAgent:
 
 
 class ExpertAgent:
-    """The scripted expert of each task, which knows the true state: what the table itself allows."""
+    """The scripted expert of each task, which sees the true state: what the table itself allows."""
 
     def begin(self, trial: Trial) -> None:
         self.looks, self.task = 0, None
@@ -69,8 +69,9 @@ class ExpertAgent:
         if self.task != task:
             self.task, self.expert = task, Expert(task, world)
         action = self.expert.act(world)
-        hold = np.array([[0, 0, 0, 0, 0, 0, 1.0]])
-        return hold if action is None else np.asarray(action, dtype=np.float64)[None]
+        if action is None:  # done, by its own judgement: wait
+            action = np.array([0, 0, 0, 0, 0, 0, world.arm.gripper_action])
+        return np.asarray(action, dtype=np.float64)[None]
 
 
 class Recorder:

@@ -17,6 +17,7 @@ from Step3_DeFI.rollout.protocol import Protocol, build_scene, build_trials, wor
 from Step3_DeFI.rollout.results import ChainLog, Results, summaries, versions
 from Step3_DeFI.rollout.server import Policy, PolicyServer
 
+RENDERER = "PyBullet's software renderer, on the CPU"
 AGENT_NAMES = {"policy": "DeFI", "random": "random actions", "expert": "scripted experts"}
 
 
@@ -156,6 +157,7 @@ def evaluate(
             "seconds": seconds,
             "control_steps": sum(chain.control_steps for chain in chains),
             "looks": sum(chain.looks for chain in chains),
+            "renderer": RENDERER,
             "settings": asdict(config),
             "versions": versions(),
         },

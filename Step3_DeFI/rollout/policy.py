@@ -13,9 +13,9 @@ from defi.engine.checkpoint import find_weights, read_manifest
 from defi.errors import UserError
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
 from Step3_DeFI.rollout.messages import Look
+from Step3_DeFI.rollout.results import ChainLog
 
 ACTION_DIM = 7
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,6 +39,9 @@ class ModelPolicy:
         images = torch.stack([observe(look.images, self.model.image_size) for look in looks])
         noise = self.model.noise(torch.tensor([noise_seed(look.seed) for look in looks]))
         texts = [look.instruction for look in looks]
+        for text in dict.fromkeys(texts):  # alone, so that what the towers remember depends on no other text
+            self.model.gfdm.clip.tokens([text])
+            self.model.t5([text])
         with torch.autocast(self.model.device.type, **self._autocast):
             return self.model.act(images, texts, noise=noise).float().cpu().numpy()
 
@@ -70,15 +73,17 @@ def identify(checkpoint: Path | str) -> dict[str, Any]:
     return {"checkpoint": str(checkpoint), "fingerprint": digest.hexdigest()[:16], **known}
 
 
-def evaluate_policy(model: DeFI, config: RolloutConfig, *, output: Path | None = None) -> dict[str, float]:
+def evaluate_policy(model: DeFI, evaluation: Evaluation, *, output: Path | None = None) -> dict[str, float]:
     """A rollout during training: averages and success rates under names for a log.
 
     Args:
-        config: small, a few chains; the simulator processes are started for this call.
-        output: folder for chains and clips; None keeps nothing on disk.
+        evaluation: a small one (`Evaluation.prepare`); its simulator processes are started for this call.
+        output: folder for chains and clips, replacing what an earlier call left there; None keeps nothing.
     """
-    results = evaluate(Evaluation.prepare(config), "policy", ModelPolicy(model), output=output, show=False)
-    summary = results.limits[str(max(config.max_steps))]
+    if output is not None:
+        ChainLog(output, "chains").clear()
+    results = evaluate(evaluation, "policy", ModelPolicy(model), output=output, show=False)
+    summary = results.limits[str(max(evaluation.config.max_steps))]
     rates = {f"success_{i + 1}": success["rate"] for i, success in enumerate(summary["success"])}
     return {"average_length": summary["average"], **rates}
 

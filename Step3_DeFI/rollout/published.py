@@ -18,9 +18,12 @@ class Published:
 CALVIN_ABC_D = (
     Published("MMaDA-VLA", 4.78, LEADERBOARD),
     Published("Xiaomi-Robotics-0", 4.75, LEADERBOARD),
+    Published("π-RL (with reinforcement learning)", 4.71, LEADERBOARD),
+    Published("AVA-VLA", 4.65, LEADERBOARD),
     Published("FLOWER", 4.53, LEADERBOARD),
     Published("DeFI", 4.51, "arXiv 2604.16391, abstract; its released configuration uses 720 steps"),
     Published("VLA-Adapter-Pro", 4.50, LEADERBOARD),
+    Published("HARP-VLA", 4.48, LEADERBOARD),
     Published("DreamVLA", 4.44, LEADERBOARD),
     Published("X-VLA", 4.43, LEADERBOARD, 720),
     Published("UnifiedVLA", 4.41, LEADERBOARD),

@@ -14,6 +14,7 @@ from Step3_DeFI.rollout.evaluate import AGENT_NAMES
 from Step3_DeFI.rollout.published import CALVIN_ABC_D
 from Step3_DeFI.rollout.results import Results
 
+SEQUENCES = {"official": "official sequences", "subset": "chains"}
 MOST_CLIPS = 12  # of each outcome
 
 
@@ -40,7 +41,7 @@ def conditions(results: Results) -> str:
     protocol = results.protocol
     world = "a newly loaded world per chain" if protocol["world"] == "fresh" else "one world per process"
     return (
-        f"{protocol['chains']} chains of {protocol['length']} tasks ({protocol['sequences']} sequences), "
+        f"{protocol['chains']} {SEQUENCES[protocol['sequences']]} of {protocol['length']} tasks, "
         f"scene {protocol['scene']}, {protocol['assets']} assets, {world}, "
         f"seed {results.run['settings']['seed']}"
     )
@@ -121,9 +122,11 @@ def result_section(results: Results) -> Markup:
     )
 
 
-def _percent(success: Mapping[str, Any]) -> str:
+def _percent(success: Mapping[str, Any]) -> Markup:
     low, high = success["interval"]
-    return f"{100 * success['rate']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return Markup('{:.0f} %<br><span class="soft">{:.0f} to {:.0f}</span>').format(
+        100 * success["rate"], 100 * low, 100 * high
+    )
 
 
 def published_section(results: Results) -> Markup:
@@ -184,11 +187,14 @@ def video_section(videos: Path) -> Markup:
 def record_section(results: Results) -> Markup:
     """What is needed to repeat or to doubt the numbers."""
     run = results.run
-    facts = {**results.policy, **results.protocol, **run["versions"], "started": run["started"]}
-    facts |= {"control steps": run["control_steps"], "looks of the policy": run["looks"]}
-    cells = [[key.replace("_", " "), _fact(value)] for key, value in facts.items()]
+    settings = {key: run["settings"][key] for key in ("seed", "chunk", "batch", "sim")}
+    facts = {**results.policy, **results.protocol, **settings, "started": run["started"]}
+    facts |= {"renderer": run["renderer"], "control steps": run["control_steps"], "looks": run["looks"]}
+    cells = [[key.replace("_", " "), _fact(value)] for key, value in (facts | run["versions"]).items()]
     return html.section("Record", html.table(["what", "value"], cells))
 
 
 def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

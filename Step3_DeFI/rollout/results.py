@@ -38,6 +38,11 @@ class ChainLog:
                 found[chain.index] = chain
         return found
 
+    def clear(self) -> None:
+        """Forget all chains."""
+        for path in self.folder.glob(f"{self.name}*.jsonl"):
+            path.unlink()
+
     def append(self, chain: ChainResult) -> None:
         with self.path.open("a+b") as file:
             _drop_cut_line(file)
