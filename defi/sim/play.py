@@ -23,6 +23,7 @@ from defi.sim.world import World
 
 SEARCH_DEPTH = 3  # tasks in a row, the last one wanted, the others played to make it possible
 WANDER = (-10, -4, -2), (10, 2, 4)  # how far the arm may start from the protocol's pose, in steps of 0.02 m
+STARTS = 24  # start states looked at for the shortest way to a task
 REST = 3  # steps after a reset
 STEP_SCALE = np.array([POSITION_STEP] * 3 + [ROTATION_STEP] * 3)
 
@@ -157,6 +158,7 @@ class Player:
     ) -> None:
         self.world, self.recorder, self.settings, self.rng = world, recorder, settings, rng
         self.phrasings, self.available = phrasings, available
+        self._plan: list[str] = []
 
     def play(self, goals: Sequence[str]) -> Record:
         """Demonstrate every task of `goals`, in an order that the world allows, or give it up."""
@@ -169,6 +171,7 @@ class Player:
                 if task in left:
                     left.remove(task)
                 continue
+            self._plan = []
             failures[task] += 1
             if failures[task] >= self.settings.attempts:
                 left = [other for other in left if other != task]
@@ -176,26 +179,25 @@ class Player:
         return self.recorder.record
 
     def _choose(self, left: Sequence[str]) -> str:
-        """One of the tasks left, or a step towards one; now and then, or at a dead end, after a new start."""
-        path = None
-        if self.rng.random() >= self.settings.reset:
-            path = self._path(left)
-        while path is None:
+        """What the plan says, or one of the tasks left; after a new start now and then, or at a dead end."""
+        while True:
+            situation = observe_situation(self.world.state())
+            possible = [task for task in self._plan[:1] or left if TASK_TABLE[task].outcome(situation)]
+            if possible and (self._plan or self.rng.random() >= self.settings.reset):
+                self._plan = self._plan[1:]
+                return str(self.rng.choice(possible))
             self._restart(left)
-            path = self._path(left)
-        return path[0]
-
-    def _path(self, left: Sequence[str]) -> list[str] | None:
-        situation = observe_situation(self.world.state())
-        return path_to(situation, self.rng.permutation(left).tolist(), self.available)
 
     def _restart(self, left: Sequence[str]) -> None:
-        """A start of the protocol that allows one of the tasks left; at times with the arm elsewhere."""
+        """A start of the protocol near one of the tasks left, and the plan for it; at times the arm moved."""
         self.recorder.end_episode()
-        goal = [str(self.rng.choice(left))]
-        states = initial_states()
-        ways = ((state, path_to(state, goal, self.available)) for state in self.rng.permutation(states))
-        self.world.reset(*start_state(next(state for state, path in ways if path is not None)))
+        goal, ways = [str(self.rng.choice(left))], []
+        while not ways:
+            states = self.rng.choice(initial_states(), STARTS, replace=False)
+            ways = [(state, path_to(state, goal, self.available)) for state in states]
+            ways = [(state, path) for state, path in ways if path is not None]
+        state, self._plan = min(ways, key=lambda way: len(way[1]))
+        self.world.reset(*start_state(state))
         self._rest()
         if self.rng.random() < self.settings.random_arm:
             self._wander()
