@@ -126,9 +126,12 @@ def start_folder(cfg: DictConfig, settings: Settings) -> Path:
     if cfg.resume and output.is_dir() and any(output.iterdir()):
         if not written.is_file():
             raise UserError(f"{output}: no {SETTINGS}, so nothing to resume; choose another output=")
-        if json.loads(written.read_text()) != json.loads(text):
+        before, now = json.loads(written.read_text()), json.loads(text)
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
             raise UserError(
-                f"{written}: the data were begun under other settings; repeat those, or overwrite=true"
+                f"{written}: the data were begun with other settings ({', '.join(changed)}); "
+                f"give the same ones, or overwrite=true"
             )
     prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
     write_file(written, text)
