@@ -13,10 +13,14 @@ from defi.text import TextConfig
 
 @dataclass
 class UNetSizes:
-    """Widths of `UNetSpatioTemporalConditionModel`; the rest follows from the other sections."""
+    """`UNetSpatioTemporalConditionModel` from the finest level to the coarsest.
+
+    attention: whether a level has spatial, temporal and text attention besides its convolutions.
+    """
 
     block_out_channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     num_attention_heads: list[int] = field(default_factory=lambda: [5, 10, 20, 20])
+    attention: list[bool] = field(default_factory=lambda: [True, True, True, False])
     layers_per_block: int = 2
     addition_time_embed_dim: int = 256
 
@@ -90,7 +94,8 @@ class GFDMConfig:
         return self.image_size // 2 ** (len(self.vae.block_out_channels) - 1)
 
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Tensor | list[str]]:
-        """Valid training input: scaled latents [B, F, 4, h, w] of unit deviation and instructions."""
+        """Valid training input: latents [B, F, 4, h, w] of unit deviation, instructions, sample seeds."""
         size = (batch_size, self.frames, self.vae.latent_channels, self.latent_size, self.latent_size)
         latents = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-        return {"latents": latents, "text": [f"push the block {i} to the left" for i in range(batch_size)]}
+        text = [f"push the block {i} to the left" for i in range(batch_size)]
+        return {"latents": latents, "text": text, "seed": torch.arange(batch_size) + seed}

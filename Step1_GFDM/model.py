@@ -1,67 +1,31 @@
 """GFDM: Stable Video Diffusion conditioned on text, which imagines the next F frames (paper section 3.2)."""
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from defi.engine.data import SampleNoise
+from defi.engine.model import StageModel
 from defi.text import CLIPText
-from Step1_GFDM.config import GFDMConfig, VAESizes
+from Step1_GFDM import pipeline
+from Step1_GFDM.config import GFDMConfig
+from Step1_GFDM.parts import build_scheduler, build_unet, build_vae
 from Step1_GFDM.unet import up_block_features
 
 
-def build_scheduler() -> EulerDiscreteScheduler:
-    """SVD's sampling schedule: v-prediction, Karras sigmas 0.002…700, continuous timesteps ln(sigma)/4."""
-    return EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="leading",
-        timestep_type="continuous",
-        steps_offset=1,
-        use_karras_sigmas=True,
-        sigma_min=0.002,
-        sigma_max=700.0,
-    )
-
-
-def build_vae(sizes: VAESizes, image_size: int) -> AutoencoderKLTemporalDecoder:
-    """A temporal VAE with random weights."""
-    return AutoencoderKLTemporalDecoder(
-        down_block_types=["DownEncoderBlock2D"] * len(sizes.block_out_channels),
-        block_out_channels=sizes.block_out_channels,
-        layers_per_block=sizes.layers_per_block,
-        latent_channels=sizes.latent_channels,
-        sample_size=image_size,
-    )
-
-
-def build_unet(config: GFDMConfig, text_width: int) -> UNetSpatioTemporalConditionModel:
-    """A UNet with random weights; text tokens come concatenated with themselves, hence twice their width."""
-    levels = len(config.unet.block_out_channels)
-    return UNetSpatioTemporalConditionModel(
-        sample_size=config.latent_size,
-        in_channels=2 * config.vae.latent_channels,
-        out_channels=config.vae.latent_channels,
-        down_block_types=["CrossAttnDownBlockSpatioTemporal"] * (levels - 1) + ["DownBlockSpatioTemporal"],
-        up_block_types=["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * (levels - 1),
-        block_out_channels=config.unet.block_out_channels,
-        layers_per_block=config.unet.layers_per_block,
-        num_attention_heads=config.unet.num_attention_heads,
-        cross_attention_dim=2 * text_width,
-        addition_time_embed_dim=config.unet.addition_time_embed_dim,
-        projection_class_embeddings_input_dim=3 * config.unet.addition_time_embed_dim,
-        num_frames=config.frames,
-    )
-
-
-class GFDM(nn.Module):
+class GFDM(StageModel):
     """Video diffusion from one image latent and an instruction; only the UNet is trained.
 
     Latents are "scaled" where their deviation is about 1 (VAE mode × scaling factor, as in data sets);
     the image condition enters the UNet unscaled, as in SVD.
     """
+
+    stage = "gfdm"
+    config_class = GFDMConfig
+    frozen = ("vae", "clip")
 
     def __init__(
         self,
@@ -75,9 +39,10 @@ class GFDM(nn.Module):
         super().__init__()
         self.config = config
         self.unet = unet
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = vae
         self.scheduler = scheduler
         self.clip = clip
+        self.freeze()
 
     @classmethod
     def from_config(cls, config: GFDMConfig, vae: AutoencoderKLTemporalDecoder | None = None) -> "GFDM":
@@ -91,10 +56,23 @@ class GFDM(nn.Module):
             clip=clip,
         )
 
-    def train(self, mode: bool = True) -> "GFDM":
-        super().train(mode)
-        self.vae.eval()
-        return self
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "GFDM":
+        """The model that `save_pretrained` wrote: a checkpoint folder, or its `ema`.
+
+        Raises:
+            UserError: a file is missing or damaged, or a tensor does not fit its network.
+        """
+        config = pipeline.read_config(Path(folder))
+        return cls(config, **pipeline.load_parts(Path(folder), config))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a diffusers folder with everything in it (`Step1_GFDM.pipeline`)."""
+        pipeline.save(self, folder)
+
+    def load_weights(self, folder: Path) -> None:
+        """Copy the UNet's weights from a saved folder into this model, in place and strictly."""
+        pipeline.load_network(self.unet, Path(folder) / "unet")
 
     @property
     def scaling(self) -> float:
@@ -171,26 +149,28 @@ class GFDM(nn.Module):
         return ((sigma**2 + 1) / sigma**2 * (denoised - latents) ** 2).mean()
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Loss of a batch: `text` (list of str) and `latents` [B, F, 4, h, w] (scaled), or else `frames`
+        """Loss of a batch with `text`, `seed` and either `latents` [B, F, 4, h, w] (scaled) or `frames`
         [B, F, 3, H, W] in [-1, 1], whose first one then gets noise of strength exp(N(-3, 0.5))."""
-        text = self.encode_text(batch["text"])
-        keep = torch.rand(len(text), 1, 1, device=text.device) >= self.config.diffusion.text_dropout
+        random = SampleNoise(batch["seed"], self.unet.device)
+        keep = random.uniform(1, 1) >= self.config.diffusion.text_dropout
+        normal = random.normal(1, 1, 1, 1)
+        noise_aug = torch.zeros(len(keep), device=keep.device)
         if "latents" in batch:
-            latents, noise_aug = batch["latents"], 0.0
+            latents = batch["latents"]
             condition = latents[:, 0]
         else:
             frames = batch["frames"]
             latents = self.encode_images(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-            noise_aug = torch.exp(0.5 * torch.randn(len(frames), device=frames.device) - 3)
-            image = frames[:, 0]
-            condition = self.encode_images(image + noise_aug[:, None, None, None] * torch.randn_like(image))
+            noise_aug = torch.exp(0.5 * random.normal() - 3)
+            blur = noise_aug[:, None, None, None] * random.normal(*frames.shape[2:])
+            condition = self.encode_images(frames[:, 0] + blur)
         loss = self.denoising_loss(
             latents,
-            text * keep,
+            self.encode_text(batch["text"]) * keep,
             condition=condition,
             noise_aug=noise_aug,
-            noise=torch.randn_like(latents),
-            normal=torch.randn(len(latents), 1, 1, 1, 1, device=latents.device),
+            noise=random.normal(*latents.shape[1:]),
+            normal=normal,
         )
         return {"loss": loss}
 

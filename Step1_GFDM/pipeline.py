@@ -1,0 +1,118 @@
+"""GFDM on disk: a diffusers folder that `StableVideoDiffusionPipeline.from_pretrained` opens.
+
+model_index.json unet/ vae/ scheduler/     Stable Video Diffusion's parts under its names
+image_encoder/ feature_extractor/          the pipeline class insists on them; text takes their place here
+text/                                      the CLIP text tower, unless the configuration names its source
+gfdm.json                                  GFDMConfig: frames, image size, fps, ... for the next stage
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKLTemporalDecoder,
+    ConfigMixin,
+    EulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from defi.config import typed
+from defi.engine.checkpoint import load_strict, read_tensors
+from defi.errors import UserError
+from defi.text import CLIPText
+from Step1_GFDM.config import GFDMConfig
+
+if TYPE_CHECKING:
+    from Step1_GFDM.model import GFDM
+
+CONFIG = "gfdm.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+Part = TypeVar("Part", bound=ConfigMixin)
+
+diffusers_logging.disable_progress_bar()
+
+
+def _image_encoder(width: int) -> CLIPVisionModelWithProjection:
+    """The smallest image tower of the right output width: unused, but the class opens nothing without."""
+    sizes = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        patch_size=112,
+        projection_dim=width,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CLIPVisionModelWithProjection(sizes)
+
+
+def save(model: "GFDM", folder: Path) -> None:
+    """Write the whole model, frozen parts included: the folder stands on its own."""
+    StableVideoDiffusionPipeline(
+        vae=model.vae,
+        image_encoder=_image_encoder(model.unet.config.cross_attention_dim),
+        unet=model.unet,
+        scheduler=model.scheduler,
+        feature_extractor=CLIPImageProcessor(),
+    ).save_pretrained(folder)
+    if model.config.clip.pretrained is None:
+        model.clip.save(folder / "text")
+    (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=1))
+
+
+def read_config(folder: Path) -> GFDMConfig:
+    """The configuration stored beside the weights."""
+    file = folder / CONFIG
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: missing, so this is no GFDM; give a checkpoint folder of Step1_GFDM.train"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None
+    return typed(GFDMConfig, values, str(file))
+
+
+def _part_config(cls: type[Part], folder: Path) -> dict:
+    """A part's configuration, checked to be one of `cls`."""
+    try:
+        values = dict(cls.load_config(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no {cls.__name__} here; copy the checkpoint folder as a whole") from error
+    if values.get("_class_name") != cls.__name__:
+        raise UserError(f"{folder}: holds a {values.get('_class_name')}, expected {cls.__name__}")
+    return values
+
+
+def load_part(cls: type[Part], folder: Path) -> Part:
+    """A network of a diffusers folder, every tensor accounted for."""
+    model = cls.from_config(_part_config(cls, folder))
+    load_network(model, folder)
+    return model.eval()
+
+
+def load_network(model: nn.Module, folder: Path) -> None:
+    """Copy a diffusers network's weights into `model`, strictly."""
+    load_strict(model.state_dict(), read_tensors(folder / WEIGHTS), source=folder / WEIGHTS)
+
+
+def load_parts(folder: Path, config: GFDMConfig) -> dict[str, nn.Module | EulerDiscreteScheduler]:
+    """Everything `GFDM` is made of, from the folder that `save` wrote."""
+    named = config.clip.pretrained is not None
+    clip = CLIPText.from_config(config.clip) if named else CLIPText.load(folder / "text", config.clip)
+    return {
+        "unet": load_part(UNetSpatioTemporalConditionModel, folder / "unet"),
+        "vae": load_part(AutoencoderKLTemporalDecoder, folder / "vae"),
+        "scheduler": EulerDiscreteScheduler.from_config(
+            _part_config(EulerDiscreteScheduler, folder / "scheduler")
+        ),
+        "clip": clip,
+    }
