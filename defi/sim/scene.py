@@ -43,12 +43,16 @@ class ArmConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A block. `position` and `euler` are fixed values, or None: drawn from the scene's surfaces."""
+    """A block. `position` and `euler` are fixed values, or None: drawn from the scene's surfaces.
+
+    `length` is its size along its x axis, in metres; it is 4 cm wide and high (built-in blocks only).
+    """
 
     name: str
     urdf: Path
     position: Vector | None = None
     euler: Vector | None = None
+    length: float | None = None
 
 
 @dataclass(frozen=True)

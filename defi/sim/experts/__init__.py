@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from defi.errors import UserError
-from defi.sim.experts.blocks import BLOCK_SKILLS
+from defi.sim.experts.blocks import BLOCK_SKILLS, between, let_go
 from defi.sim.experts.fixtures import FIXTURE_SKILLS
 from defi.sim.experts.motion import Move, View, action
 from defi.sim.tasks import TASKS, check_task
@@ -30,7 +30,7 @@ class Expert:
                 f"scene {world.scene.name}: experts know the built-in tables only; use sim=builtin"
             )
         self.skill = SKILLS[task](View.of(world))
-        self._home: Float[np.ndarray, 3] | None = None
+        self._home: Float[np.ndarray, "3"] | None = None  # noqa: UP037
         self._retreat = RETREAT_STEPS
 
     def act(self, world: World) -> Float[np.ndarray, "7"] | None:
@@ -38,7 +38,9 @@ class Expert:
         view = View.of(world)
         if not self.skill.done(view):
             self._home = None
-            return action(self.skill.move(view), view, world.arm.target_position)
+            burden = next((name for name in view.blocks if between(view, name)), self.skill.block)
+            move = self.skill.move(view) if burden == self.skill.block else let_go(view, burden)
+            return action(move, view, world.arm.target_position)
         if self._home is None:
             self._home, self._retreat = view.tcp + self.skill.leave, RETREAT_STEPS
             self._yaw = float(view.euler[2])

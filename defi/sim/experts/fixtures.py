@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defi.sim.experts.motion import CLOSED, TIP, Move, View, descend
+from defi.sim.experts.motion import TIP, Move, Skill, View, descend
 from defi.sim.table import HANDLE_GAP, HANDLE_TOP, LEVER
 
 HOOK = HANDLE_TOP - 0.042 + TIP  # height of the TCP with the fingers behind the handle
 
 
 @dataclass(frozen=True)
-class Drawer:
+class Drawer(Skill):
     """Hook the fingers between the drawer's front and its handle; pull, or push the front."""
 
     open: bool
     leave = (0.0, 0.0, 0.14)
-    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.joints["base__drawer"] > 0.19 if self.open else view.joints["base__drawer"] < 0.02
@@ -34,12 +33,11 @@ class Drawer:
 
 
 @dataclass(frozen=True)
-class Slide:
+class Slide(Skill):
     """Stand beside the knob, from the front, and push it along."""
 
     left: bool
     leave = (0.0, -0.13, 0.0)
-    leave_gripper = CLOSED
     beside = 0.105
     corridor = -0.17
 
@@ -62,11 +60,10 @@ class Slide:
 
 
 @dataclass(frozen=True)
-class SwitchOn:
+class SwitchOn(Skill):
     """From the front, push the lever back and climb with it."""
 
     leave = (0.0, -0.12, 0.04)
-    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.joints["base__switch"] > 0.075
@@ -82,11 +79,10 @@ class SwitchOn:
 
 
 @dataclass(frozen=True)
-class SwitchOff:
+class SwitchOff(Skill):
     """From above, press the lever down along its way."""
 
     leave = (0.0, 0.0, 0.13)
-    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.joints["base__switch"] < 0.012
@@ -99,12 +95,11 @@ class SwitchOff:
 
 
 @dataclass(frozen=True)
-class Button:
+class Button(Skill):
     """From above, press the button; again, if the light has the wrong state."""
 
     on: bool
     leave = (0.0, 0.0, 0.12)
-    leave_gripper = CLOSED
 
     def done(self, view: View) -> bool:
         return view.lights["led"] == self.on

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from defi.sim.arm import POSITION_STEP, ROTATION_STEP
-from defi.sim.table import SWITCH_AXIS
+from defi.sim.scene import Vector
+from defi.sim.table import BLOCK_HEIGHT, SWITCH_AXIS
 from defi.sim.world import World
 
 Point = Float[np.ndarray, "3"]
@@ -34,6 +35,20 @@ JOINT_AXES = {
 
 
 @dataclass(frozen=True)
+class Block:
+    """A block's middle, its yaw and its length along its x axis."""
+
+    place: Point
+    yaw: float
+    length: float
+
+    def half(self, angle: float) -> float:
+        """How far it reaches from its middle in the horizontal direction `angle`."""
+        turn = angle - self.yaw
+        return self.length / 2 * abs(np.cos(turn)) + BLOCK_HEIGHT / 2 * abs(np.sin(turn))
+
+
+@dataclass(frozen=True)
 class View:
     """What an expert sees: the hand, the joints and the point to work each of them, lights, blocks."""
 
@@ -43,7 +58,7 @@ class View:
     joints: dict[str, float]
     grips: dict[str, Point]
     lights: dict[str, int]
-    blocks: dict[str, tuple[Point, Float[np.ndarray, "3"]]]
+    blocks: dict[str, Block]
 
     @classmethod
     def of(cls, world: World) -> "View":
@@ -58,7 +73,10 @@ class View:
             joints={name: float(value) for name, value in joints.items()},
             grips={name: np.array(grips[name]) + joints[name] * JOINT_AXES[name] for name in grips},
             lights={"lightbulb": int(scene[4]), "led": int(scene[5])},
-            blocks={name: (pose[:3], pose[3:]) for name, pose in zip(world.blocks, poses)},
+            blocks={
+                block.name: Block(pose[:3], float(pose[5]), block.length)
+                for block, pose in zip(world.scene.blocks, poses)
+            },
         )
 
 
@@ -71,6 +89,24 @@ class Move:
     yaw: float = float(DOWN[2])
     speed: float = SPEED
     turn: bool = False
+
+
+class Skill:
+    """How to do one task: the next move, when it is done, and how the hand leaves afterwards."""
+
+    leave: Vector = (0.0, 0.0, 0.1)
+    leave_gripper = CLOSED
+
+    @property
+    def block(self) -> str | None:
+        """The block that the skill takes into the hand."""
+        return None
+
+    def done(self, view: View) -> bool:
+        raise NotImplementedError
+
+    def move(self, view: View) -> Move:
+        raise NotImplementedError
 
 
 def wrap(angle: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
