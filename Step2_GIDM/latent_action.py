@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from Step2_GIDM.blocks import SpatialBlock, SpatioTemporalBlock, input_projection, sinusoid
+from Step2_GIDM.initial import start_as_copy, start_as_difference, start_centred
 from Step2_GIDM.quantizer import Quantized, VectorQuantizer
 
 
@@ -45,6 +46,10 @@ class LatentActions:
     def indices(self) -> Int[Tensor, "B Q"]:
         return self.codes.indices
 
+    def all_tokens(self) -> Float[Tensor, "B Q D"]:
+        """What the decoder reads: the tokens of both codebooks where there are two."""
+        return self.tokens if self.rest is None else torch.cat([self.tokens, self.rest.tokens], dim=1)
+
 
 class LatentActionEncoder(nn.Module):
     """Learned queries beside the patches of each frame, and text, through spatio-temporal blocks.
@@ -66,6 +71,7 @@ class LatentActionEncoder(nn.Module):
             SpatioTemporalBlock(sizes.width, sizes.heads) for _ in range(sizes.blocks)
         )
         self.to_code = nn.ModuleList(nn.Linear(sizes.width, sizes.code_width) for _ in range(query_sets))
+        start_as_difference(self.blocks[0].temporal)
 
     def forward(
         self,
@@ -107,9 +113,11 @@ class LatentActionTokenizer(nn.Module):
         self.encoder = LatentActionEncoder(sizes)
         self.quantizer = VectorQuantizer(sizes.codes, sizes.code_width)
         self.from_code = nn.Linear(sizes.code_width, sizes.width)
+        start_centred(self.encoder.to_code[0], self.from_code)
         if sizes.frozen_codes is not None:
             self.frozen_quantizer = VectorQuantizer(sizes.frozen_codes, sizes.code_width, trainable=False)
             self.from_frozen_code = nn.Linear(sizes.code_width, sizes.width)
+            start_centred(self.encoder.to_code[1], self.from_frozen_code)
 
     def forward(
         self,
@@ -141,6 +149,7 @@ class FutureDecoder(nn.Module):
         self.embed = input_projection(sizes.width, sizes.width)
         self.blocks = nn.ModuleList(SpatialBlock(sizes.width, sizes.heads) for _ in range(blocks))
         self.out = nn.Linear(sizes.width, sizes.patch_width)
+        start_as_copy(self.embed_patches, self.embed, self.out)
 
     def forward(
         self,
@@ -189,11 +198,9 @@ class LatentActionModel(nn.Module):
         text_mask: Bool[Tensor, "B T"] | None = None,
     ) -> LatentActionOutput:
         actions = self.tokenizer(patches, states, text_mask)
-        parts = [actions] if actions.rest is None else [actions, actions.rest]
-        tokens = torch.cat([part.tokens for part in parts], dim=1)
-        predicted = self.decoder(patches[:, 0], tokens, actions.text, text_mask)
+        predicted = self.decoder(patches[:, 0], actions.all_tokens(), actions.text, text_mask)
         mse = F.mse_loss(predicted.float(), patches[:, 1].float())
         loss = mse
-        for part in parts:
+        for part in (actions,) if actions.rest is None else (actions, actions.rest):
             loss = loss + part.codes.codebook_loss + self.commitment * part.codes.commitment_loss
         return LatentActionOutput(actions, predicted, loss, mse)

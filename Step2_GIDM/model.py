@@ -143,14 +143,13 @@ class GIDM(StageModel):
 
     def reconstruct(self, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> LatentActionOutput:
         """Latent actions, the later frame's features as predicted from them, and the losses."""
-        return self.core(self.patches(frames), *self._language(texts))
+        return self.core(self.patches(frames), *self.language(texts))
 
-    @torch.no_grad()
-    def label(self, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> LatentActions:
-        """Latent actions only, without the decoder: `indices` [B, Q] name the motion between the frames."""
-        return self.tokenizer(self.patches(frames), *self._language(texts))
+    def encode(self, patches: Float[Tensor, "B 2 L C"], texts: list[str]) -> LatentActions:
+        """Latent actions only, without the decoder: `indices` [B, Q] name the motion between two frames."""
+        return self.tokenizer(patches, *self.language(texts))
 
-    def _language(self, texts: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
+    def language(self, texts: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
         return self.text(texts) if self.config.variant == "language" else ()
 
     def epoch_end(self) -> dict[str, float]:

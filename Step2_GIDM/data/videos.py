@@ -1,0 +1,46 @@
+"""Any folder of videos as a source of pairs: no labels, no text."""
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from defi.errors import UserError
+from defi.video import VIDEO_SUFFIXES, frame_count, read_frames
+from Step2_GIDM.data.pairs import Clip
+
+
+class VideoClips:
+    """One clip per video file anywhere below `root` (or `root` itself, a file). Damaged files are left out."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if not root.exists():
+            raise UserError(f"{root}: no such file or folder; give a folder of videos")
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        if not files:
+            raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
+        self.clips, damaged = [], []
+        for file in files:
+            try:
+                self.clips.append(Clip(str(file), 0, frame_count(file)))
+            except UserError as error:
+                damaged.append(error)
+        if not self.clips:
+            raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {damaged[0]}")
+        if damaged:
+            warnings.warn(
+                f"{len(damaged)} of {len(files)} videos left out; the first: {damaged[0]}", stacklevel=2
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names and frame counts."""
+        lines = "".join(f"{Path(clip.name).name} {clip.length}\n" for clip in self.clips)
+        return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+    def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
+        return read_frames(Path(clip.name), positions)

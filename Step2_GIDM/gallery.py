@@ -1,0 +1,115 @@
+"""Which latent action moves what: pictures of pairs that got the same code, and their mean displacement."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from defi.engine.output import write_file
+from Step2_GIDM.flow import BLOCK, GRID, SIDE, STRIDE, displacement, mean_displacement
+from Step2_GIDM.observe import Observed
+
+ROWS, EXAMPLES = 8, 3
+FEWEST = 3  # pairs of a code that is shown
+
+
+def telling_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> tuple[int, float]:
+    """The place among the Q whose code says most about the motion, and the share of variance it explains."""
+    total = (moves - moves.mean(0)).square().sum().clamp(min=1e-12)
+    shares = []
+    for place in indices.T:
+        groups = [moves[place == code] for code in place.unique()]
+        within = sum((group - group.mean(0)).square().sum() for group in groups)
+        shares.append(float(1 - within / total))
+    best = int(np.argmax(shares))
+    return best, shares[best]
+
+
+def draw_gallery(seen: Observed, codes: int, path: Path) -> None:
+    """One row per frequent code of the most telling place: mean displacement, and pairs as overlays."""
+    move, weight = displacement(seen.frames)
+    moves = mean_displacement(move, weight)
+    place, share = telling_place(seen.indices, moves)
+    assigned = seen.indices[:, place]
+    counts = torch.bincount(assigned, minlength=codes)
+    shown = [int(code) for code in counts.argsort(descending=True)[:ROWS] if counts[code] >= FEWEST]
+    rows = max(1, len(shown))
+    figure, axes = plt.subplots(
+        rows + 1, EXAMPLES + 1, figsize=(8, 1.2 + 2.1 * rows), squeeze=False, layout="constrained",
+        height_ratios=[0.7] + [1] * rows,
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+    _draw_usage(figure.add_subplot(axes[0, 0].get_gridspec()[0, :]), seen.indices, codes)
+    figure.suptitle(
+        f"Code at place {place + 1}: explains {share:.0%} of the motion's variance. "
+        "Red: before, cyan: after. Examples are evenly spaced, not chosen.",
+        fontsize=9,
+    )
+    for row, code in zip(axes[1:], shown):
+        members = (assigned == code).nonzero().flatten()
+        dx, dy = moves[members].mean(0).tolist()
+        _draw_field(row[0], seen.frames[members, 0], move[members], weight[members])
+        row[0].set_title(f"code {code} ({len(members)} pairs): {direction(dx, dy)}", fontsize=8)
+        picks = members[torch.linspace(0, len(members) - 1, EXAMPLES).round().long()]
+        for axis, pick in zip(row[1:], picks):
+            axis.imshow(overlay(seen.frames[pick]))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    write_file(path, buffer.getvalue())
+
+
+def direction(dx: float, dy: float) -> str:
+    """A mean displacement in words; numbers are per cent of the picture's side."""
+    size = (dx * dx + dy * dy) ** 0.5
+    if size < 0.005:
+        return "little motion"
+    words = [
+        word for part, word in ((-dy, "up"), (dy, "down"), (-dx, "left"), (dx, "right")) if part > 0.38 * size
+    ]
+    return f"{' '.join(words)} {size:.0%}"
+
+
+def overlay(pair: Float[Tensor, "2 3 H W"]) -> Float[np.ndarray, "H W 3"]:
+    """Both frames in one: a dark object is red where it was and cyan where it went."""
+    now, later = pair.mean(1)
+    return torch.stack([later, now, now], dim=-1).numpy()
+
+
+def _draw_field(
+    axis: Axes, now: Float[Tensor, "N 3 H W"], move: Float[Tensor, "N 2 G G"], weight: Float[Tensor, "N G G"]
+) -> None:
+    side = now.shape[-1]
+    axis.imshow(now.mean((0, 1)).numpy(), cmap="gray", vmin=0, vmax=1.4)
+    total = weight.sum(0)
+    field = (move * weight[:, None]).sum(0) / total.clamp(min=1e-6) * side
+    centres = (torch.arange(GRID) * STRIDE + BLOCK / 2) * side / SIDE
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    strong = total > 0.25 * total.max().clamp(min=1e-6)
+    axis.quiver(
+        x[strong], y[strong], field[0][strong], field[1][strong],
+        angles="xy", scale_units="xy", scale=1, color="crimson", width=0.012,
+    )  # fmt: skip
+
+
+def _draw_usage(axis: Axes, indices: Int[Tensor, "N Q"], codes: int) -> None:
+    bottom = np.zeros(codes)
+    for number, place in enumerate(indices.T, start=1):
+        share = torch.bincount(place, minlength=codes).numpy() / indices.numel()
+        axis.bar(range(codes), share, bottom=bottom, label=f"place {number}")
+        bottom += share
+    axis.set_xticks(range(codes))
+    axis.set_ylabel("share", fontsize=7)
+    axis.set_title("use of the codes", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=6, ncols=2)

@@ -1,0 +1,44 @@
+"""Initial weights from which the codes are used early.
+
+With the usual random weights the queries hardly depend on the frames and the decoder must first learn to
+copy, so for a long time every pair gets the same codes and the decoder learns to do without them. These
+weights keep the architecture and begin nearer to where training ends. Published weights, once loaded, replace
+them.
+"""
+
+import torch
+from torch import nn
+
+from Step2_GIDM.blocks import SelfAttention
+
+CODE_SCALE = 0.3  # of the projection to the codes: with small vectors commitment does not outweigh the MSE
+COPY_GAIN = 3.0  # of the decoder's input over its positions, which a copy would have to take out again
+
+
+@torch.no_grad()
+def start_as_difference(temporal: SelfAttention) -> None:
+    """Attention over time begins by subtracting the mean of the frames so far: what is left is motion."""
+    value = temporal.qkv.weight.chunk(3)[2]
+    nn.init.orthogonal_(value)
+    temporal.out.weight.copy_(-value.T)
+    temporal.out.bias.zero_()
+
+
+@torch.no_grad()
+def start_centred(to_code: nn.Linear, from_code: nn.Linear) -> None:
+    """Code vectors begin small and without offsets that all pairs share."""
+    to_code.weight.mul_(CODE_SCALE)
+    to_code.bias.zero_()
+    from_code.bias.zero_()
+
+
+@torch.no_grad()
+def start_as_copy(embed_patches: nn.Linear, embed: nn.Sequential, out: nn.Linear) -> None:
+    """The decoder begins by returning the earlier frame's tokens, up to what its blocks add."""
+    linear, norm = embed[1], embed[2]
+    nn.init.orthogonal_(embed_patches.weight)
+    nn.init.orthogonal_(linear.weight)
+    norm.weight.fill_(COPY_GAIN)
+    out.weight.copy_((linear.weight @ embed_patches.weight).T / COPY_GAIN)
+    for layer in (embed_patches, linear, out):
+        layer.bias.zero_()

@@ -1,0 +1,77 @@
+"""What a trained model makes of pairs of frames: codes, errors, features."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from Step2_GIDM.data.augment import resize
+from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.model import GIDM
+from Step2_GIDM.quantizer import perplexity
+
+BATCH = 32
+
+
+@dataclass
+class Observed:
+    """N pairs spread evenly over a data set, and what the model says of them.
+
+    error: mean square of the predicted later features, per pair. copy_error: the same with the earlier
+    frame's features as prediction. shuffled_error: with the latent action of another pair; if it is no larger
+    than `error`, the decoder does not read the codes.
+    """
+
+    pairs: Int[np.ndarray, " N"]
+    distance: int
+    frames: Float[Tensor, "N 2 3 H W"]
+    indices: Int[Tensor, "N Q"]
+    difference: Float[Tensor, "N LC"]
+    error: Float[Tensor, " N"]
+    copy_error: Float[Tensor, " N"]
+    shuffled_error: Float[Tensor, " N"]
+
+    def numbers(self, codes: int) -> dict[str, float]:
+        """One line of figures. `variety`: distinct tuples of codes, as exp of their entropy."""
+        counts = torch.bincount(self.indices.flatten(), minlength=codes)
+        tuples = torch.unique(self.indices, dim=0, return_counts=True)[1]
+        return {
+            "mse": float(self.error.mean()),
+            "copy_mse": float(self.copy_error.mean()),
+            "shuffled_mse": float(self.shuffled_error.mean()),
+            "perplexity": float(perplexity(counts)),
+            "dead_codes": float((counts == 0).sum()),
+            "variety": float(perplexity(tuples)),
+        }
+
+
+@torch.no_grad()
+def observe(model: GIDM, data: PairDataset, count: int) -> Observed:
+    """Run the model in eval mode over at most `count` pairs, at the largest distance."""
+    model.eval()
+    distance = data.distance[1]
+    pairs = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int))
+    device = next(model.core.parameters()).device
+    parts: list[tuple[Tensor, ...]] = []
+    for first in range(0, len(pairs), BATCH):
+        chosen = [int(pair) for pair in pairs[first : first + BATCH]]
+        frames = torch.stack([resize(data.frames(pair, distance), data.image_size) for pair in chosen])
+        texts = [data.locate(pair)[0].text for pair in chosen]
+        parts.append((frames, *(t.cpu() for t in _look(model, frames.to(device), texts))))
+    frames, indices, difference, error, copy_error, shuffled = (torch.cat(part) for part in zip(*parts))
+    return Observed(pairs, distance, frames, indices, difference, error, copy_error, shuffled)
+
+
+def _look(model: GIDM, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> tuple[Tensor, ...]:
+    patches = model.patches(frames)
+    now, later = patches.unbind(1)
+    language = model.language(texts)
+    actions = model.tokenizer(patches, *language)
+    mask = language[1] if language else None
+    tokens = actions.all_tokens()
+    predicted = model.core.decoder(now, tokens, actions.text, mask)
+    other = model.core.decoder(now, tokens.roll(1, dims=0), actions.text, mask)
+    errors = [(guess - later).square().mean((1, 2)) for guess in (predicted, now, other)]
+    return actions.indices, (later - now).flatten(1), *errors
