@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +39,7 @@ def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
 
 
 def comparison_table(names: Sequence[str], a: Results, b: Results) -> Table:
-    table = Table(title=f"{len(a.chains)} chains, paired", title_justify="left")
+    table = Table(title=f"{len(a.chains)} chains, paired", title_justify="left", box=SIMPLE)
     for column in ("steps per task", *names, "difference [95 %]", "p", "more than chance?"):
         table.add_column(column, justify="right")
     for limit, found in compare(a, b).items():

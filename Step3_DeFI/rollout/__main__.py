@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -18,11 +19,22 @@ from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
 from Step3_DeFI.rollout.messages import AGENTS
 from Step3_DeFI.rollout.policy import PRECISIONS, ModelPolicy, identify, load_policy
-from Step3_DeFI.rollout.report import conditions, result_table, task_table, write_report
+from Step3_DeFI.rollout.report import result_table, task_table, write_report
 from Step3_DeFI.rollout.results import RESULTS
 
 IDENTITY = "rollout.json"
-HOWEVER_DONE = ("processes", "videos", "output", "resume", "overwrite", "checkpoint", "gfdm", "gidm")
+# Settings that finished chains do not depend on.
+HOWEVER_DONE = (
+    "processes",
+    "videos",
+    "baseline",
+    "output",
+    "resume",
+    "overwrite",
+    "checkpoint",
+    "gfdm",
+    "gidm",
+)
 
 
 @dataclass
@@ -55,9 +67,11 @@ class CommandConfig(RolloutConfig):
 @entry("step3_rollout")
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_rollout")
-    state = PartialState(timeout=timedelta(days=7))  # a device that is done waits for the slowest
+    # A device that is done waits for the slowest: no timeout in practice.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
     shard = Shard(state.process_index, state.num_processes, state.wait_for_everyone)
-    check_output(config.output, resume=config.resume, overwrite=config.overwrite)
+    if state.is_main_process:
+        check_output(config.output, resume=config.resume, overwrite=config.overwrite)
     evaluation = Evaluation.prepare(config)
     policy, known = None, {}
     if config.agent == "policy":
@@ -75,9 +89,7 @@ def main(cfg: DictConfig) -> None:
         console = Console(highlight=False)
         console.print(result_table(results))
         console.print(task_table(results))
-        console.print(
-            f"{conditions(results)}\n  {output / RESULTS}\n  {report}", markup=False, soft_wrap=True
-        )
+        console.print(f"  {output / RESULTS}\n  {report}", markup=False, soft_wrap=True)
 
 
 def identity_of(evaluation: Evaluation, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from defi.video import draw_text, write_mp4
 from jaxtyping import UInt8
 from PIL import Image
 
+from defi.video import draw_text, write_mp4
 from Step3_DeFI.rollout.messages import Clip
 
 HEIGHT = 200  # pixels of both pictures
@@ -31,10 +31,9 @@ def _scaled(frames: UInt8[np.ndarray, "F H W 3"], height: int) -> UInt8[np.ndarr
 
 def write_clip(folder: Path, clip: Clip, every: int) -> Path:
     """Write a clip that plays at the robot's speed; its name tells chain, position, outcome and task."""
-    folder.mkdir(parents=True, exist_ok=True)
     outcome = "solved" if clip.solved else "failed"
     path = folder / f"{clip.chain:04d}_{clip.position + 1}_{outcome}_{clip.task}.mp4"
-    write_mp4(path, compose(clip), fps=max(1, round(STEPS_PER_SECOND / every)))
+    write_mp4(path, compose(clip), STEPS_PER_SECOND / every)
     return path
 
 

@@ -99,6 +99,7 @@ def run_chains(
     config = evaluation.config
     log = ChainLog(output, name, shard.rank) if output else None
     found = log.read() if log else {}
+    shard.wait()  # until all have read: from here on the files grow
     trials = shard.of([trial for trial in evaluation.trials if trial.index not in found])
     server = PolicyServer(policy, config.batch, config.chunk) if policy else None
     setup = evaluation.setup(agent, filmed=output is not None and name == "chains")
@@ -138,6 +139,7 @@ def evaluate(
     """
     config = evaluation.config
     place = {"output": output, "shard": shard, "show": show}
+    earlier = len(ChainLog(output, "chains").read()) if output else 0
     began, started = time.monotonic(), datetime.now(timezone.utc)
     chains = run_chains(evaluation, agent, policy, **place)
     seconds = time.monotonic() - began
@@ -154,7 +156,8 @@ def evaluate(
         protocol=asdict(evaluation.protocol),
         run={
             "started": started.isoformat(timespec="seconds"),
-            "seconds": seconds,
+            "seconds": seconds,  # of this start
+            "earlier_chains": earlier,  # finished before it
             "control_steps": sum(chain.control_steps for chain in chains),
             "looks": sum(chain.looks for chain in chains),
             "renderer": RENDERER,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from rich.box import SIMPLE
 from rich.table import Table
 
 from defi import html
@@ -31,11 +32,6 @@ def average_text(summary: Mapping[str, Any]) -> str:
     return f"{summary['average']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def header(results: Results) -> list[str]:
-    positions = [f"{i + 1}" for i in range(results.protocol["length"])]
-    return ["", "steps per task", "average length [95 %]", *positions]
-
-
 def conditions(results: Results) -> str:
     """One line that says what was measured."""
     protocol = results.protocol
@@ -49,11 +45,12 @@ def conditions(results: Results) -> str:
 
 def result_table(results: Results) -> Table:
     """Average length and success at each position, for the terminal."""
-    table = Table(title=f"Rollout: {conditions(results)}", title_justify="left")
-    for name in header(results):
-        table.add_column(name, justify="left" if not name else "right")
+    table = Table(title=conditions(results), title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
+    table.add_column(no_wrap=True)
+    for name in ("steps", "average length", *(f"{i + 1}" for i in range(results.protocol["length"]))):
+        table.add_column(name, justify="right", no_wrap=True)
     for who, limit, summary in rows(results):
-        rates = (f"{100 * success['rate']:.0f} %" for success in summary["success"])
+        rates = (f"{100 * success['rate']:.0f}%" for success in summary["success"])
         table.add_row(who, limit, average_text(summary), *rates)
     return table
 
@@ -61,11 +58,12 @@ def result_table(results: Results) -> Table:
 def task_table(results: Results) -> Table:
     """Solved of tried per task, at the largest limit."""
     limit = str(max(map(int, results.limits)))
-    table = Table(title=f"Per task, {limit} steps", title_justify="left")
-    for name in ("task", "solved", "tried", "rate"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+    table = Table(title=f"Per task, within {limit} steps", title_justify="left", box=SIMPLE)
+    table.add_column("task")
+    for name in ("solved", "tried", "rate"):
+        table.add_column(name, justify="right")
     for task, count in _by_rate(results.limits[limit]["tasks"]):
-        table.add_row(task, f"{count['solved']}", f"{count['tried']}", f"{100 * _rate(count):.0f} %")
+        table.add_row(task, f"{count['solved']}", f"{count['tried']}", f"{100 * _rate(count):.0f}%")
     return table
 
 
@@ -105,7 +103,8 @@ def result_section(results: Results) -> Markup:
             f"{results.baseline['limits'][limit]['average']:.2f}"
         )
     figures["solved the first task"] = f"{100 * results.limits[limit]['success'][0]['rate']:.0f} %"
-    figures["time"] = str(timedelta(seconds=round(results.run["seconds"])))
+    if not results.run["earlier_chains"]:
+        figures["time"] = str(timedelta(seconds=round(results.run["seconds"])))
     cells = [
         [who, int(steps), average_text(summary), *(_percent(rate) for rate in summary["success"])]
         for who, steps, summary in rows(results)

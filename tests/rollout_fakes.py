@@ -1,0 +1,59 @@
+"""A policy and a whole evaluation in the fake world."""
+
+from collections.abc import Callable
+
+import numpy as np
+from fake_world import FakeWorld, judge, start_of
+
+from Step3_DeFI.rollout.config import RolloutConfig
+from Step3_DeFI.rollout.evaluate import Evaluation
+from Step3_DeFI.rollout.messages import Look, Trial
+from Step3_DeFI.rollout.protocol import Protocol, fingerprint
+
+TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
+
+
+class FakePolicy:
+    """Its answers depend on pictures, words, seed, and (as a network's) on the shape and row of the batch."""
+
+    def __init__(self, broken_at: tuple[int, int] | None = None) -> None:
+        self.broken_at = broken_at
+
+    def act(self, looks: list[Look]) -> np.ndarray:
+        chunks = []
+        for row, look in enumerate(looks):
+            chunk = np.random.default_rng(look.seed).uniform(-1, 1, (10, 7))
+            chunk += look.images["rgb_static"].mean() / 255 + len(look.instruction) * 1e-3
+            chunk += 1e-7 * row + 1e-6 * len(looks)
+            if look.seed[1:] == self.broken_at:
+                chunk[3, 2] = np.nan
+            chunks.append(chunk)
+        return np.stack(chunks)
+
+
+def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings: object) -> Evaluation:
+    """Chains of five tasks in the fake world, from evenly spread starts."""
+    config = RolloutConfig(**{"chains": 12, "max_steps": [30, 60], **settings})
+    trials = [
+        Trial(
+            index,
+            tuple(np.roll(TASKS, index).tolist()),
+            tuple(f"please {task}" for task in np.roll(TASKS, index)),
+            np.full(15, start_of(index)),
+            np.zeros(24),
+        )
+        for index in range(config.chains)
+    ]
+    protocol = Protocol(
+        scene="fake",
+        assets="builtin",
+        sequences="subset",
+        sequence_hash=fingerprint([trial.tasks for trial in trials]),
+        chains=config.chains,
+        length=5,
+        max_steps=tuple(config.max_steps),
+        instruction_source="tests",
+        instruction_hash=fingerprint([trial.instructions for trial in trials]),
+        world=config.sim.world,
+    )
+    return Evaluation(config, protocol, trials, make_world, judge)

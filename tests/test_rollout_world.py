@@ -1,0 +1,156 @@
+"""The rollout in the real simulation: chains are reproducible, filming changes nothing, experts succeed."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pybullet", reason="the simulation needs pybullet")
+
+from defi.errors import UserError
+from defi.sim.scene import SceneConfig
+from Step3_DeFI.rollout.chain import ExpertAgent, RandomAgent, Recorder, attempt, run_chain
+from Step3_DeFI.rollout.clips import find_clips
+from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
+from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, run_chains
+from Step3_DeFI.rollout.protocol import build_trials, read_instructions, start_state
+from Step3_DeFI.rollout.report import write_report
+
+TASKS = [
+    "open_drawer",
+    "close_drawer",
+    "turn_on_led",
+    "turn_off_led",
+    "move_slider_left",
+    "move_slider_right",
+]
+
+
+def small(**settings: object) -> Evaluation:
+    sim = SimConfig(static_size=48, gripper_size=32)
+    return Evaluation.prepare(RolloutConfig(**{"chains": 3, "tasks": TASKS, "sim": sim, **settings}))
+
+
+def end_of(world) -> np.ndarray:
+    return np.concatenate([world.robot_obs(), world.scene_obs()])
+
+
+def test_chains_do_not_depend_on_what_ran_before_or_on_filming():
+    evaluation = small()
+    ends = []
+    with evaluation.make_world() as world:
+        for order, record in (((0, 1), None), ((1,), 2), ((2, 0, 1), 1)):
+            for index in order:
+                world.reload()
+                agent = RandomAgent(0)
+                run_chain(
+                    world,
+                    lambda task, a, b: False,
+                    agent,
+                    evaluation.trials[index],
+                    limit=25,
+                    record_every=record,
+                    keep=lambda clip: None,
+                )
+            ends.append(end_of(world))
+    np.testing.assert_array_equal(ends[0], ends[1])
+    np.testing.assert_array_equal(ends[0], ends[2])
+
+
+def test_experts_solve_chains_and_are_filmed(tmp_path):
+    evaluation = small(
+        max_steps=[150], processes=2, videos=VideoConfig(chains=1, every=10), baseline="random"
+    )
+    results = evaluate(evaluation, "expert", output=tmp_path, show=False)
+    assert results.limits["150"]["average"] > 2
+    assert results.baseline["limits"]["150"]["average"] < 2
+    first = results.chains[0]
+    clips = find_clips(tmp_path / "videos")
+    assert [clip.solved for clip in clips] == [taken is not None for taken in first.steps]
+    assert [clip.task for clip in clips] == list(first.tasks[: len(first.steps)])
+    text = write_report(tmp_path / "report.html", results, tmp_path / "videos").read_text()
+    assert text.count("data:video/mp4;base64,") == len(clips)
+
+
+def test_result_is_the_same_on_more_processes():
+    runs = [run_chains(small(max_steps=[60], processes=n), "expert", show=False) for n in (1, 3)]
+    one, three = ([(c.index, c.steps, c.control_steps) for c in chains] for chains in runs)
+    assert one == three
+
+
+def test_recorder_keeps_first_last_and_every_nth():
+    evaluation = small()
+    trial = evaluation.trials[0]
+    with evaluation.make_world() as world:
+        agent, recorder = ExpertAgent(), Recorder(8)
+        agent.begin(trial)
+        world.reset(trial.robot_obs, trial.scene_obs)
+        taken = attempt(
+            world,
+            evaluation.judge,
+            agent,
+            trial.tasks[0],
+            trial.instructions[0],
+            limit=150,
+            recorder=recorder,
+        )
+    assert taken is not None
+    frames = recorder.images()["rgb_static"]
+    assert frames.shape == (1 + taken // 8 + (taken % 8 > 0), 48, 48, 3)
+
+
+# ---------------------------------------------------------------- protocol
+
+
+def test_protocol_tells_sequences_words_and_limits_apart():
+    one = small().protocol
+    assert one.differences(small().protocol) == {}
+    assert set(one.differences(small(seed=1).protocol)) >= {"sequence_hash"}
+    assert set(one.differences(small(max_steps=[100]).protocol)) == {"max_steps"}
+    assert one.differences(small(max_steps=[360]).protocol) == {}
+    official = Evaluation.prepare(RolloutConfig(chains=3)).protocol
+    assert (official.sequences, official.length) == ("official", 5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"tasks": ["open_drawr"]}, "open_drawr: no such task; did you mean open_drawer"),
+        ({"scene": "E"}, "E"),
+        ({"chains": 0}, "chains=0: must be 1 or more"),
+        ({"max_steps": []}, "max_steps=.*: name one or more"),
+        ({"tasks": None, "length": 3}, "length=3: the official sequences have 5"),
+        ({"tasks": ["open_drawer"]}, "no chain of 5"),
+        ({"baseline": "luck"}, "baseline=luck: must be null or one of random, expert"),
+        ({"sim": {"calvin_root": "nowhere"}}, "nowhere: "),
+    ],
+)
+def test_wrong_settings_are_one_line(settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        sim = SimConfig(**settings.pop("sim", {}))
+        Evaluation.prepare(RolloutConfig(**{"chains": 3, "tasks": TASKS, "sim": sim, **settings}))
+    assert "\n" not in str(caught.value)
+
+
+def test_blocks_start_where_they_belong_in_any_scene(reference):
+    root = reference / "calvin_root"
+    situation = build_situation()
+    poses = {}
+    for name in "ABCD":
+        scene = SceneConfig.from_calvin(root, name)
+        _, scene_obs = start_state(situation, scene)
+        blocks = zip((block.name for block in scene.blocks), np.split(scene_obs[6:], 3))
+        poses[name] = {block: tuple(pose) for block, pose in blocks}
+    assert poses["A"] == poses["B"] == poses["C"] == poses["D"]
+
+
+def build_situation() -> dict[str, int | str]:
+    places = {"red_block": "table", "blue_block": "slider_left", "pink_block": "table"}
+    return {"led": 0, "lightbulb": 0, "slider": "right", "drawer": "closed", **places, "grasped": 0}
+
+
+def test_words_of_a_clone_are_used(reference):
+    root = str(reference / "calvin_root")
+    source, phrasings = read_instructions(root)
+    config = RolloutConfig(chains=2, sim=SimConfig(calvin_root=root))
+    protocol, trials = build_trials(config, SceneConfig.from_calvin(root, "D"))
+    assert protocol.instruction_source == source and source.endswith(".yaml")
+    assert trials[0].instructions == tuple(phrasings[task][0] for task in trials[0].tasks)
