@@ -35,3 +35,17 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 . "$venv/bin/activate"
+
+launch() { # module, settings …: `accelerate launch` with the user's configuration; without one, on all visible GPUs
+    local options=()
+    if [ ! -e "${HF_HOME:-$HOME/.cache/huggingface}/accelerate/default_config.yaml" ]; then
+        local gpus
+        gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | wc -l)
+        [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .) || gpus=0
+        options=(--num_machines 1 --mixed_precision no --dynamo_backend no --num_processes $((gpus > 1 ? gpus : 1)))
+        [ "$gpus" -le 1 ] || options+=(--multi_gpu)
+        [ "$gpus" -gt 0 ] || options+=(--cpu)
+    fi
+    # ACCELERATE_ARGS: more options for `accelerate launch`, such as "--num_processes 4"
+    exec accelerate launch "${options[@]}" ${ACCELERATE_ARGS:-} -m "$@"
+}

@@ -2,4 +2,4 @@
 # Stage 1: imagine held-out episodes, measure PSNR and SSIM, draw them beside the real ones.
 #   scripts/step1_eval.sh [key=value …]        settings: configs/step1_eval.yaml
 . "$(dirname "$0")/setup.sh"
-exec accelerate launch -m Step1_GFDM.eval "$@"
+launch Step1_GFDM.eval "$@"

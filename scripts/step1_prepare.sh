@@ -2,4 +2,4 @@
 # Stage 1: captioned video to VAE latents.
 #   scripts/step1_prepare.sh [key=value …]        settings: configs/step1_prepare.yaml
 . "$(dirname "$0")/setup.sh"
-exec accelerate launch -m Step1_GFDM.prepare "$@"
+launch Step1_GFDM.prepare "$@"

@@ -2,4 +2,4 @@
 # Stage 2: train the inverse dynamics model (GIDM) on video alone.
 #   scripts/step2_train.sh [key=value …]        settings: configs/step2_train.yaml
 . "$(dirname "$0")/setup.sh"
-exec accelerate launch -m Step2_GIDM.train "$@"
+launch Step2_GIDM.train "$@"

@@ -2,4 +2,4 @@
 # Stage 3: train the DeFI policy.
 #   scripts/step3_train.sh [key=value …]        settings: configs/step3_train.yaml
 . "$(dirname "$0")/setup.sh"
-exec accelerate launch -m Step3_DeFI.train "$@"
+launch Step3_DeFI.train "$@"
