@@ -1,0 +1,170 @@
+"""A DeFI checkpoint rolled out: the same actions whatever shares the batch, and the whole command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from policy_fakes import build_policy, write_stages
+from rollout_fakes import fake_evaluation
+
+from defi.config import CONFIG_DIR, typed
+from defi.engine import checkpoint
+from defi.errors import UserError
+from Step3_DeFI.policy import DeFI
+from Step3_DeFI.rollout.__main__ import CommandConfig, main
+from Step3_DeFI.rollout.evaluate import run_chains
+from Step3_DeFI.rollout.messages import Look
+from Step3_DeFI.rollout.policy import ModelPolicy, evaluate_policy, identify, load_policy, noise_seed
+from Step3_DeFI.rollout.results import ChainLog, read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ["open it", "please slide the door over to the left side", "press"]
+
+
+@pytest.fixture(scope="module")
+def model() -> DeFI:
+    return build_policy().eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-3 run with its stage-1 and stage-2 runs beside it."""
+    folder = tmp_path_factory.mktemp("runs")
+    gfdm, gidm = write_stages(folder)
+    sizes = {"codes": 8, "code_width": 8}
+    policy = DeFI.from_stages(build_policy().config, gfdm=gfdm, gidm=gidm)
+    assert policy.config.latent_action.codes == sizes["codes"]
+    checkpoint.save(policy, folder / "policy", step=3, config={"preset_name": "test"})
+    return folder / "policy"
+
+
+def look(chain: int, number: int = 0) -> Look:
+    rng = np.random.default_rng((chain, number))
+    images = {name: rng.integers(0, 256, (20, 20, 3), np.uint8) for name in ("rgb_static", "rgb_gripper")}
+    return Look((0, chain, number), "open_drawer", WORDS[chain % 3], images)
+
+
+def test_actions_are_bitwise_equal_whatever_shares_the_batch(model: DeFI):
+    wanted = look(0)
+    for row in range(4):
+        answers = []
+        for others in (range(1, 5), range(7, 11)):
+            policy = ModelPolicy(build_policy())  # its text towers have seen nothing yet
+            batch = [look(chain) for chain in others]
+            batch[row] = wanted
+            answers.append(policy.act(batch)[row])
+        np.testing.assert_array_equal(answers[0], answers[1])
+    alone = ModelPolicy(model).act([wanted])[0]
+    np.testing.assert_allclose(alone, answers[0], rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_a_function_of_seed_chain_and_look(model: DeFI):
+    seeds = {noise_seed((s, c, k)) for s in range(3) for c in range(20) for k in range(20)}
+    assert len(seeds) == 3 * 20 * 20 and all(0 <= seed < 2**63 for seed in seeds)
+    policy = ModelPolicy(model)
+    first, again = look(1), look(1)
+    later = Look((0, 1, 1), first.task, first.instruction, first.images)
+    np.testing.assert_array_equal(policy.act([first]), policy.act([again]))
+    assert not np.allclose(policy.act([first]), policy.act([later]))
+
+
+def test_result_is_the_same_for_any_number_of_processes(model: DeFI):
+    outcomes = []
+    for processes in (1, 2, 5):
+        evaluation = fake_evaluation(chains=6, max_steps=[20], batch=3, processes=processes)
+        chains = run_chains(evaluation, "policy", ModelPolicy(model), show=False)
+        outcomes.append([(chain.index, chain.steps, chain.looks) for chain in chains])
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_sampler_steps_and_precision_can_be_chosen():
+    policy = build_policy()
+    base = ModelPolicy(policy).act([look(0)])
+    bf16 = ModelPolicy(policy, precision="bf16").act([look(0)])
+    assert bf16.dtype == np.float32 and 0 < np.abs(bf16 - base).max() < 0.3
+    assert not np.allclose(ModelPolicy(policy, sampler_steps=2).act([look(0)]), base)
+
+
+def test_rollouts_in_training_give_numbers_and_start_anew(model: DeFI, tmp_path: Path):
+    evaluation = fake_evaluation(chains=2, max_steps=[20], processes=1)
+    numbers = evaluate_policy(model, evaluation, output=tmp_path)
+    assert set(numbers) == {"average_length", *(f"success_{i}" for i in range(1, 6))}
+    assert numbers["average_length"] == pytest.approx(sum(numbers[f"success_{i}"] for i in range(1, 6)))
+    with torch.no_grad():
+        model.action_head.predict.weight.zero_()
+    evaluate_policy(model, evaluation, output=tmp_path)
+    assert (tmp_path / "chains.jsonl").read_text().count("\n") == 2  # not those of the first call
+
+
+# ---------------------------------------------------------------- the command
+
+
+def composed(settings: list[str]) -> DictConfig:
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        return compose("step3_rollout", settings)
+
+
+def command(*settings: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "Step3_DeFI.rollout", *settings],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
+    pytest.importorskip("pybullet", reason="the simulation needs pybullet")
+    output = tmp_path / "out"
+    settings = [f"checkpoint={run}", f"output={output}", "tasks=[open_drawer,close_drawer]", "length=2"]
+    settings += ["chains=2", "max_steps=[10,20]", "baseline=random", "processes=1", "videos.chains=1"]
+    done = command(*settings)
+    assert done.returncode == 0, done.stderr
+    assert "DeFI" in done.stdout and "random actions" in done.stdout and str(output) in done.stdout
+    results = read_results(output)
+    assert len(results.chains) == 2 and set(results.limits) == {"10", "20"}
+    assert results.policy["fingerprint"] == identify(run)["fingerprint"] and results.policy["step"] == 3
+    assert "video/mp4" in (output / "report.html").read_text()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for changed, message in (
+        ([], "resume=true continues it"),
+        (["resume=true", "max_steps=[10]"], "was begun with max_steps=.10, 20., now it is .10."),
+    ):
+        with pytest.raises(UserError, match=message):
+            main.__wrapped__.__wrapped__(composed([*settings, *changed]))
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ([], "checkpoint=: not given"),
+        (["agent=magic"], "agent=magic: must be one of policy, random, expert"),
+        (["agent=random", "baseline=random"], "baseline=random: the same as agent"),
+        (["agent=random", "precision=half"], "precision=half: must be one of"),
+        (["agent=random", "sim.world=old"], "sim.world=old: must be fresh or persistent"),
+        (["agent=random", "videos.every=0"], "videos.every=0"),
+        (["agent=random", "chains=some"], "chains"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings: list[str], message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        typed(CommandConfig, composed(settings), "step3_rollout")
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_checkpoints_are_one_line(run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=f"{tmp_path}: no checkpoint here"):
+        load_policy(tmp_path)
+    with pytest.raises(UserError, match="holds a gfdm checkpoint, not policy"):
+        load_policy(run.parent / "gfdm")
+    assert json.loads(json.dumps(identify(run)))["preset"] == "test"
+    assert ChainLog(tmp_path, "chains").read() == {}
