@@ -6,7 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from defi.errors import UserError
+
+# isort: split
+import decord  # after torch: loaded before it, decord's libraries take over torch's BLAS, which then crashes
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
