@@ -24,6 +24,7 @@ from torch import Tensor
 from defi.calvin import CalvinFolder
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
+from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
@@ -31,7 +32,7 @@ from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import ACTIONS, INDEX, INPUTS, KINDS, MANIFEST, PROGRESS, StoreManifest
 from Step3_DeFI.features import encode_views, imagine, video_noise
 from Step3_DeFI.observation import CAMERAS, observe
-from Step3_DeFI.sources import check_gfdm, fingerprint
+from Step3_DeFI.sources import check_gfdm
 
 Look = tuple[int, int]  # frame, number of the instruction (-1 where the input does not depend on it)
 

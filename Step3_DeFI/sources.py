@@ -1,6 +1,5 @@
 """The stage-1 and stage-2 checkpoints a policy stands on: where they lie, and whether they fit."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from defi.engine.checkpoint import find_weights
+from defi.engine.fingerprint import fingerprint
 from defi.errors import UserError
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM
@@ -18,22 +18,6 @@ if TYPE_CHECKING:
 
 SOURCES = "sources.json"
 STAGES = ("gfdm", "gidm")
-BLOCK, BLOCKS = 4096, 64
-
-
-def fingerprint(folder: Path) -> str:
-    """Identifies the weights in a folder by names, sizes and evenly spread blocks, not reading gigabytes."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        relative, size = file.relative_to(folder), file.stat().st_size
-        if relative.parts[0] in ("ema", "state"):
-            continue
-        digest.update(f"{relative}:{size};".encode())
-        with file.open("rb") as stream:
-            for i in range(BLOCKS):
-                stream.seek(max(0, (size - BLOCK) * i // (BLOCKS - 1)))
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from torch.utils.data import default_collate
 from defi.config import entry, typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.config import TrainerConfig
+from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
 from defi.errors import UserError
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicyStore
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.sources import fingerprint
 
 matplotlib.use("Agg")
 
