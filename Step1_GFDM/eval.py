@@ -30,7 +30,7 @@ def psnr(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tens
 
 
 def ssim(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tensor, " F"]:
-    """Structural similarity of images in [-1, 1] (Wang et al. 2004): Gaussian window, 11 pixels, deviation 1.5."""
+    """Structural similarity of images in [-1, 1], Gaussian window of 11 pixels (Wang et al. 2004)."""
     offsets = torch.arange(11) - 5.0
     gauss = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = torch.outer(gauss, gauss) / gauss.sum() ** 2

@@ -63,6 +63,10 @@ def initial_states() -> list[Situation]:
     return [dict(zip(values, choice)) for choice in itertools.product(*values.values()) if allowed(choice)]
 
 
+DOORS = ({"move_slider_left", "move_slider_right"}, {"open_drawer", "close_drawer"})
+"""Tasks that undo each other along one joint."""
+
+
 def sequences(n: int) -> list[Chain]:
     """The protocol's n chains of five tasks from five categories: the same n gives the same chains."""
     if n < 1:
@@ -140,7 +144,8 @@ def _undo(swaps: UInt8[np.ndarray, "S N"], place: int) -> UInt8[np.ndarray, " N"
 
 
 def chains(tasks: Sequence[str], n: int, length: int = CHAIN_LENGTH, seed: int = 0) -> list[Chain]:
-    """n feasible chains of `length` different tasks out of `tasks`, seeded. Categories may repeat.
+    """n feasible chains of `length` different tasks out of `tasks`, seeded. Categories may repeat, but each
+    door is moved once: success comes just past the threshold, which can leave too short a way back.
 
     Initial states are drawn evenly from those of the protocol that allow such a chain.
     """
@@ -162,7 +167,8 @@ def _random_chain(
     for i in rng.permutation(len(tasks)):
         after = TASK_TABLE[tasks[i]].outcome(state)
         if after is not None:
-            rest = _random_chain(after, [*tasks[:i], *tasks[i + 1 :]], length - 1, rng)
+            left = [t for t in tasks if t != tasks[i] and {t, tasks[i]} not in DOORS]
+            rest = _random_chain(after, left, length - 1, rng)
             if rest is not None:
                 return (tasks[i], *rest)
     return None
