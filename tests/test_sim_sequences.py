@@ -89,12 +89,12 @@ def test_chains_of_a_subset() -> None:
     for chain in chains:
         assert_feasible(chain)
         assert len(set(chain.tasks)) == 5
-    assert all(len(chain.tasks) == 2 for chain in sequences.chains(["open_drawer", "close_drawer"], 5, 2))
+    assert all(not {"open_drawer", "close_drawer"} <= set(chain.tasks) for chain in chains)
 
 
 def test_chains_that_cannot_be() -> None:
-    with pytest.raises(UserError, match="no chain of 3"):
-        sequences.chains(["open_drawer", "close_drawer"], 1, length=3)
+    with pytest.raises(UserError, match="no chain of 2"):
+        sequences.chains(["open_drawer", "close_drawer"], 1, length=2)
     with pytest.raises(UserError, match="no such task"):
         sequences.chains(["open_door"], 1, length=1)
 
