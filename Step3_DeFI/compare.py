@@ -18,6 +18,8 @@ from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.results import Results, read_results
 from Step3_DeFI.rollout.statistics import lengths, paired_difference
 
+REMARKED = ("seed", "chunk", "batch", "sampler_steps", "precision", "sim")
+
 
 def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
     """`statistics.paired_difference` of b − a at every limit that both have.
@@ -57,11 +59,12 @@ def comparison_table(names: Sequence[str], a: Results, b: Results) -> Table:
 
 def remarks(a: Results, b: Results) -> list[str]:
     """Conditions that differ without forbidding the comparison."""
-    found = []
-    for place in ("settings", "versions"):
-        first, second = a.run[place], b.run[place]
-        changed = [key for key in first if key in second and first[key] != second[key]]
-        found += [f"{key}: {first[key]} | {second[key]}" for key in changed]
+    pairs = [(key, a.run["settings"].get(key), b.run["settings"].get(key)) for key in REMARKED]
+    pairs.append(("renderer", a.run["renderer"], b.run["renderer"]))
+    pairs += [(key, version, b.run["versions"].get(key)) for key, version in a.run["versions"].items()]
+    found = [f"{key} differs: {first} | {second}" for key, first, second in pairs if first != second]
+    if a.policy.get("fingerprint") == b.policy.get("fingerprint") is not None:
+        found.append("both results are of the same weights")
     return found
 
 
@@ -79,7 +82,7 @@ def main() -> None:
     console = Console(highlight=False)
     console.print(table)
     for remark in remarks(a, b):
-        console.print(f"differs: {remark}", markup=False)
+        console.print(remark, markup=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.console import Console
 from rollout_fakes import fake_evaluation
 
 from defi.errors import UserError
-from Step3_DeFI.compare import compare, comparison_table
+from Step3_DeFI.compare import compare, comparison_table, remarks
 from Step3_DeFI.rollout.clips import ClipFile, choose_clips
 from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.progress import running_average
@@ -213,6 +213,16 @@ def test_comparison_needs_one_shared_limit():
     assert set(compare(results(), other)) == {"720"}
     with pytest.raises(UserError, match="max_steps"):
         compare(results(), results(max_steps=[100]))
+
+
+def test_comparison_tells_what_else_differs():
+    one = results()
+    other = replace(
+        one, run=one.run | {"renderer": "another", "settings": one.run["settings"] | {"chunk": 5}}
+    )
+    assert remarks(one, one) == ["both results are of the same weights"]
+    other = replace(other, policy=one.policy | {"fingerprint": "def"})
+    assert remarks(one, other) == ["chunk differs: None | 5", "renderer differs: none | another"]
 
 
 def test_comparison_command_ends_in_one_line(tmp_path):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-LEADERBOARD = "Evo-SOTA (MINT-SJTU/Evo-SOTA.io, 14 July 2026), as reported by its authors"
+LEADERBOARD = "MINT-SJTU/Evo-SOTA.io, 14 July 2026, self-reported"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ CALVIN_ABC_D = (
     Published("π-RL (with reinforcement learning)", 4.71, LEADERBOARD),
     Published("AVA-VLA", 4.65, LEADERBOARD),
     Published("FLOWER", 4.53, LEADERBOARD),
-    Published("DeFI", 4.51, "arXiv 2604.16391, abstract; its released configuration uses 720 steps"),
+    Published("DeFI", 4.51, "arXiv 2604.16391; the released settings have 720 steps"),
     Published("VLA-Adapter-Pro", 4.50, LEADERBOARD),
     Published("HARP-VLA", 4.48, LEADERBOARD),
     Published("DreamVLA", 4.44, LEADERBOARD),

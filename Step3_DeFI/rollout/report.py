@@ -113,10 +113,15 @@ def result_section(results: Results) -> Markup:
     return html.section(
         "Result",
         html.cards(figures),
-        html.table(["", "steps per task", "average length [95 %]", *positions], cells, strong=[0]),
+        html.table(
+            ["", "steps per task", "average length [95 %]", *positions],
+            cells,
+            strong=range(len(results.limits)),
+        ),
         html.note(
             "A chain ends at its first unsolved task; its length is the number solved before. The intervals "
-            "are 95 %: bootstrap over chains for the average, Wilson's for rates."
+            "are 95 %: bootstrap over chains for the average (no width where all chains are equal), Wilson's "
+            "for rates."
         ),
     )
 
