@@ -25,7 +25,7 @@ from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.observe import Observed, observe
-from Step2_GIDM.probe import one_hot, ridge_r2
+from Step2_GIDM.probe import one_hot, probe_r2
 
 ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
@@ -54,8 +54,9 @@ def probe(data: PairDataset, seen: Observed, codes: int, *, seed: int = 0) -> di
     are left out.
     """
     targets = actions_between(data, seen)
-    clips = {clip: number for number, clip in enumerate(data.source.clips)}
-    test = np.array([clips[data.locate(int(pair))[0]] % 2 == 1 for pair in seen.pairs])
+    numbers = {clip: number for number, clip in enumerate(data.source.clips)}
+    clips = np.array([numbers[data.locate(int(pair))[0]] for pair in seen.pairs])
+    test = clips % 2 == 1
     indices = seen.indices.numpy()
     inputs = {
         "codes": one_hot(indices, codes),
@@ -64,7 +65,7 @@ def probe(data: PairDataset, seen: Observed, codes: int, *, seed: int = 0) -> di
     }
     result = {}
     for name, x in inputs.items():
-        scores = ridge_r2(x[~test], targets[~test], x[test], targets[test])
+        scores = probe_r2(x, targets, clips, test)
         known = {action: float(score) for action, score in zip(ACTIONS, scores) if np.isfinite(score)}
         result[name] = known | {"mean": sum(known.values()) / max(1, len(known))}
     return result
@@ -80,7 +81,7 @@ def report(numbers: dict[str, Any], codes: int) -> None:
         f"{numbers['shuffled_mse']:.4f}; copying the earlier frame {numbers['copy_mse']:.4f}"
     )
     if "probe" in numbers:
-        table = Table("R² of the robot's actions from", "mean", *ACTIONS)
+        table = Table("R²", "mean", *ACTIONS, title="robot actions read linearly from")
         for name, scores in numbers["probe"].items():
             table.add_row(name, *(f"{scores.get(key, float('nan')):.2f}" for key in ("mean", *ACTIONS)))
         console.print(table)

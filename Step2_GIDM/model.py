@@ -40,6 +40,7 @@ class GIDMConfig:
     variant: `language` (text beside the frames), or `controllable` (no text; a second set of queries and
         codes beside those of a first-stage model, whose codebook of `frozen_codes` stays as it is).
     commitment: weight β of the commitment loss.
+    restart_pairs: codes that so many pairs did not use are restarted; null: those that an epoch did not use.
     """
 
     variant: str = "language"
@@ -52,6 +53,7 @@ class GIDMConfig:
     code_width: int = 128
     frozen_codes: int = 16
     commitment: float = 0.25
+    restart_pairs: int | None = None
     dino: DinoConfig = field(default_factory=DinoConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
@@ -124,6 +126,8 @@ class GIDM(StageModel):
         Args:
             batch: `frames` [B, 2, 3, H, W], now and later, in [0, 1]; `text`, B strings ("" if unknown).
         """
+        if self.training and self._period_over():
+            self.tokenizer.quantizer.restart_unused()
         out = self.reconstruct(batch["frames"], batch["text"])
         codes, quantizer = out.actions.codes, self.tokenizer.quantizer
         counts = torch.bincount(codes.indices.flatten(), minlength=self.config.codes)
@@ -152,8 +156,15 @@ class GIDM(StageModel):
     def language(self, texts: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
         return self.text(texts) if self.config.variant == "language" else ()
 
+    def _period_over(self) -> bool:
+        """Whether `restart_pairs` pairs, over all processes, have been counted."""
+        period, used = self.config.restart_pairs, self.tokenizer.quantizer.usage
+        return period is not None and int(used.sum()) >= period * self.config.queries
+
     def epoch_end(self) -> dict[str, float]:
-        """Restart the codes that no pair of the epoch used; counting starts anew."""
+        """Restart the codes that no pair of the epoch used, unless `restart_pairs` sets another period."""
+        if self.config.restart_pairs is not None:
+            return {}
         quantizer = self.tokenizer.quantizer
         health = {"epoch_perplexity": float(perplexity(quantizer.usage))}
         return health | {"restarted_codes": float(quantizer.restart_unused())}

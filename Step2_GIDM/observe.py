@@ -53,6 +53,8 @@ def observe(model: GIDM, data: PairDataset, count: int) -> Observed:
     model.eval()
     distance = data.distance[1]
     pairs = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int))
+    # In random order, so that the other pair whose latent action is tried is not its neighbour in time.
+    pairs = np.random.default_rng(0).permutation(pairs)
     device = next(model.core.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, len(pairs), BATCH):

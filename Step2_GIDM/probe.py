@@ -1,9 +1,10 @@
 """Linear probe: how much of a robot's actions can be read off codes or features by ridge regression."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-PENALTIES = np.logspace(-2, 5, 15)
+PENALTIES = np.logspace(-3, 3, 13)  # as shares of the inputs' mean square norm
+FOLDS = 5
 
 
 def one_hot(indices: Int[np.ndarray, "N Q"], codes: int) -> Float[np.ndarray, "N QC"]:
@@ -11,30 +12,43 @@ def one_hot(indices: Int[np.ndarray, "N Q"], codes: int) -> Float[np.ndarray, "N
     return np.eye(codes)[indices].reshape(len(indices), -1)
 
 
-def ridge_r2(
-    fit: Float[np.ndarray, "N X"],
-    fit_targets: Float[np.ndarray, "N A"],
-    test: Float[np.ndarray, "M X"],
-    test_targets: Float[np.ndarray, "M A"],
-) -> Float[np.ndarray, " A"]:
-    """R² of each target on the test samples; the penalty is chosen by leave-one-out error on the fit samples.
+def ridge(
+    fit: Float[np.ndarray, "N X"], targets: Float[np.ndarray, "N A"], new: Float[np.ndarray, "M X"]
+) -> Float[np.ndarray, "P M A"]:
+    """Predictions for `new` under each of the `PENALTIES`.
 
-    Works through the Gram matrix of the samples (N × N), so wide features cost no more than narrow ones.
-    A target that does not vary gets NaN.
+    Works through the Gram matrix of the samples (N × N), so wide inputs cost no more than narrow ones.
     """
-    mean, target_mean = fit.mean(0), fit_targets.mean(0)
-    x, y = fit - mean, fit_targets - target_mean
+    mean, target_mean = fit.mean(0), targets.mean(0)
+    x = fit - mean
     values, vectors = np.linalg.eigh(x @ x.T)
-    values, rotated = values.clip(0), vectors.T @ y
-    errors = []
-    for penalty in PENALTIES:
-        shrink = penalty / (values + penalty)
-        residual = vectors @ (shrink[:, None] * rotated)
-        leverage = (vectors**2) @ shrink
-        errors.append(((residual / leverage[:, None]) ** 2).mean())
-    penalty = PENALTIES[int(np.argmin(errors))]
-    dual = vectors @ (rotated / (values + penalty)[:, None])
-    predicted = ((test - mean) @ x.T) @ dual + target_mean
-    spread = ((test_targets - test_targets.mean(0)) ** 2).sum(0)
-    residual = ((test_targets - predicted) ** 2).sum(0)
+    rotated = vectors.T @ (targets - target_mean)
+    projected = (new - mean) @ x.T @ vectors
+    scale = max(values.mean(), 1e-12)
+    shrunk = rotated / (values.clip(0) + PENALTIES[:, None] * scale)[:, :, None]
+    return projected @ shrunk + target_mean
+
+
+def probe_r2(
+    inputs: Float[np.ndarray, "N X"],
+    targets: Float[np.ndarray, "N A"],
+    groups: Int[np.ndarray, " N"],
+    test: Bool[np.ndarray, " N"],
+) -> Float[np.ndarray, " A"]:
+    """R² of each target on the `test` samples, fitted on the others; NaN for a target that does not vary.
+
+    The penalty is chosen by cross-validation within the fitted samples. Samples of one group (overlapping
+    pairs of one clip, say) are never on both sides of a split, else close neighbours would hide overfitting.
+    """
+    x, y, fold = inputs[~test], targets[~test], np.unique(groups[~test], return_inverse=True)[1] % FOLDS
+    errors = np.zeros(len(PENALTIES))
+    for k in np.unique(fold):
+        held = fold == k
+        if held.all():
+            continue
+        errors += ((ridge(x[~held], y[~held], x[held]) - y[held]) ** 2).sum((1, 2))
+    predicted = ridge(x, y, inputs[test])[int(np.argmin(errors))]
+    truth = targets[test]
+    spread = ((truth - truth.mean(0)) ** 2).sum(0)
+    residual = ((truth - predicted) ** 2).sum(0)
     return np.where(spread > 1e-12, 1 - residual / spread.clip(1e-12), np.nan)
