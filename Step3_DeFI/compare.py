@@ -41,9 +41,13 @@ def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
 
 
 def comparison_table(names: Sequence[str], a: Results, b: Results) -> Table:
-    table = Table(title=f"{len(a.chains)} chains, paired", title_justify="left", box=SIMPLE)
-    for column in ("steps per task", *names, "difference [95 %]", "p", "more than chance?"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"{len(a.chains)} chains, paired; average lengths, difference with its 95 % interval",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    for column in ("steps", *names, "difference", "p", "beyond chance"):
+        table.add_column(column, justify="right", no_wrap=column not in names)
     for limit, found in compare(a, b).items():
         low, high = found["interval"]
         table.add_row(
