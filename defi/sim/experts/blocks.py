@@ -30,6 +30,7 @@ CLOSED_FINGERS = 0.02  # metres from the TCP to the outside of closed fingers
 OPEN_FINGERS = 0.065  # … of open ones, with some room
 HELD = 0.055  # metres between fingers that hold a block, at most
 REACH = 0.025  # metres from the TCP to a block between the fingers, at most
+BEFORE_KNOB = -0.058  # y up to which the hand can come down over the table
 OVER_TABLE = 0.535  # height of the TCP that clears blocks on the table
 OVER_BLOCKS = 0.55  # height of a carried block's middle that clears others
 OVER_DRAWER = HANDLE_TOP + 0.05
@@ -133,6 +134,7 @@ def push(view: View, name: str, direction: Float[np.ndarray, "2"]) -> Move:
         goal = view.tcp[:2] + 0.1 * direction + across * (offset @ across)
         return Move(np.array([*goal, low]), speed=0.6)
     goal = block.place[:2] - (reach + 0.033) * direction
+    goal[1] = min(goal[1], BEFORE_KNOB)
     return Move(descend(view.tcp, np.array([*goal, low]), OVER_TABLE, near=0.025))
 
 

@@ -21,6 +21,8 @@ WANDER = np.array([10.0, 4.0, 3.0])
 STARTS = 20  # random starts tried until one can be set up
 DETOUR = 0.5  # probability that another task is played before
 AT_ONCE = 0.5  # probability that the next task is given as soon as the last is solved, before the retreat
+# Solved while the block is still in the hand, which must be empty before most tasks: always played to the end.
+IN_HAND = ("rotate", "unstack")
 
 
 @dataclass(frozen=True)
