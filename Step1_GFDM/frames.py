@@ -1,0 +1,76 @@
+"""Short clips of pictures for the VAE, straight from demonstrations in CALVIN's format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from defi.calvin import CalvinFolder
+from defi.config import typed
+from defi.errors import UserError
+from defi.video import prepare_frames
+
+
+@dataclass
+class FramesConfig:
+    """root: data set in CALVIN's format. split: of it, for training; held_out: for pictures and figures.
+
+    frames: F of a clip. stride: frames between them. cameras: camera -> its share of the clips.
+    """
+
+    root: str
+    split: str = "training"
+    held_out: str = "validation"
+    frames: int = 2
+    stride: int = 3
+    cameras: dict[str, float] = field(default_factory=lambda: {"static": 0.5, "gripper": 0.5})
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.stride) < 1:
+            raise UserError(f"data.frames={self.frames}, data.stride={self.stride}: must be at least 1")
+        known = {"static", "gripper"}
+        if not self.cameras or set(self.cameras) - known or min(self.cameras.values()) <= 0:
+            raise UserError(f"data.cameras={self.cameras}: give static and gripper positive shares")
+
+
+class FrameClips(Dataset):
+    """One clip per frame of the recordings; its camera is drawn, its end clamped to the recording's."""
+
+    def __init__(self, config: FramesConfig, split: str, image_size: int) -> None:
+        self.config, self.image_size = config, image_size
+        self.data = CalvinFolder(f"{config.root}/{split}")
+        self.starts = [(frame, end) for start, end in self.data.episodes for frame in range(start, end + 1)]
+        self.fingerprint = self.data.fingerprint
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any], image_size: int, *, held_out: bool = False) -> "FrameClips":
+        """From the `data` section of a configuration: the training split, or the held-out one."""
+        config = typed(FramesConfig, cfg, "data")
+        return cls(config, config.held_out if held_out else config.split, image_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def clip(self, index: int, camera: str) -> Float[Tensor, "F 3 H W"]:
+        """Frames in [-1, 1] of one camera, from the `index`-th frame on."""
+        first, last = self.starts[index]
+        wanted = [min(first + i * self.config.stride, last) for i in range(self.config.frames)]
+        return prepare_frames(self.data.stack(f"rgb_{camera}", wanted), self.image_size)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """{"frames": [F, 3, H, W]}, determined by index and rng."""
+        shares = np.array(list(self.config.cameras.values()))
+        return {
+            "frames": self.clip(index, str(rng.choice(list(self.config.cameras), p=shares / shares.sum())))
+        }
+
+    def spread(self, count: int) -> Float[Tensor, "N F 3 H W"]:
+        """`count` clips spread evenly over the data, cameras in turn."""
+        indices = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        cameras = list(self.config.cameras)
+        return torch.stack([self.clip(int(i), cameras[n % len(cameras)]) for n, i in enumerate(indices)])

@@ -1,0 +1,146 @@
+"""A VAE that starts as a linear code of the picture instead of from noise.
+
+A video autoencoder trained from scratch spends most of a short run on finding out what colour is where. So
+its weights start with a linear path through the network, with the residual blocks adding nothing yet:
+
+- Encoder: at each halving of the resolution the principal components of 2x2 neighbourhoods are kept, the
+  latent being the leading ones with unit deviation. A pair (+a, -a) carries each component through the last
+  norm and SiLU, because silu(a) - silu(-a) = a.
+- Decoder: the mean colour of each latent pixel, by least squares, enlarged bilinearly.
+
+Everything else keeps its random weights and learns from there.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLTemporalDecoder
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LOG_VARIANCE = -6.0  # of the posterior at the start
+
+
+@torch.no_grad()
+def start_from_principal_components(
+    vae: AutoencoderKLTemporalDecoder, images: Float[Tensor, "N 3 H W"]
+) -> None:
+    """Set the linear path in a new VAE, from some hundred training images in [-1, 1]."""
+    _silence_residuals(vae)
+    _set_encoder(vae, images)
+    _set_decoder(vae, images)
+
+
+def _silence_residuals(vae: AutoencoderKLTemporalDecoder) -> None:
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
+            last = module.conv2
+        elif isinstance(module, Attention):
+            last = module.to_out[0]
+        else:
+            continue
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+
+def _clear(layer: nn.Conv2d | nn.Conv3d, outputs: int) -> None:
+    """The first outputs of a convolution become zero, to be filled in."""
+    layer.weight[:outputs] = 0
+    layer.bias[:outputs] = 0
+
+
+def _pass_on(layer: nn.Conv2d | nn.Conv3d | None, channels: int) -> None:
+    """The first channels go through a convolution (centre tap) or a missing shortcut unchanged."""
+    if layer is not None:
+        _clear(layer, channels)
+        centre = (range(channels), range(channels), *(size // 2 for size in layer.kernel_size))
+        layer.weight[centre] = 1
+
+
+def _set_encoder(vae: AutoencoderKLTemporalDecoder, images: Tensor) -> None:
+    encoder, latent = vae.encoder, vae.config.latent_channels
+    _pass_on(encoder.conv_in, 3)
+    path = images
+    *halving, last = encoder.down_blocks
+    for level, block in enumerate(halving):
+        _pass_on(block.resnets[0].conv_shortcut, path.shape[1])
+        layer = block.downsamplers[0].conv
+        final = level == len(halving) - 1
+        keep = latent if final else min(4 * path.shape[1], layer.out_channels)
+        weight, bias = _principal_components(path, keep, unit=final)
+        if final:  # pairs (+a, -a), neighbours so that they share a group of the norm
+            weight = torch.stack([weight, -weight], 1).flatten(0, 1)
+            bias = torch.stack([bias, -bias], 1).flatten(0, 1)
+        outputs, inputs = weight.shape[:2]
+        _clear(layer, outputs)
+        layer.weight[:outputs, :inputs, :2, :2] = weight
+        layer.bias[:outputs] = bias
+        path = F.conv2d(path, weight, bias, stride=2)
+    _pass_on(last.resnets[0].conv_shortcut, 2 * latent)
+    _clear(encoder.conv_out, 2 * latent)
+    for i in range(latent):
+        encoder.conv_out.weight[i, 2 * i, 1, 1] = 1
+        encoder.conv_out.weight[i, 2 * i + 1, 1, 1] = -1
+    encoder.conv_out.bias[latent:] = LOG_VARIANCE
+    _pass_on(vae.quant_conv, 2 * latent)
+
+
+def _principal_components(path: Tensor, keep: int, *, unit: bool) -> tuple[Tensor, Tensor]:
+    """Weight [keep, C, 2, 2] and bias of the convolution onto the leading components of 2x2 squares."""
+    patches = F.unfold(path, 2, stride=2).transpose(1, 2).flatten(0, 1)
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    weight = vectors.T.flip(0)[:keep]
+    weight = weight * weight.sum(1, keepdim=True).sign()  # the same signs on any machine
+    if unit:
+        weight = weight / values.flip(0)[:keep, None].clamp_min(1e-8).sqrt()
+    return weight.unflatten(1, (path.shape[1], 2, 2)), -weight @ mean
+
+
+def _set_decoder(vae: AutoencoderKLTemporalDecoder, images: Tensor) -> None:
+    decoder, latent = vae.decoder, vae.config.latent_channels
+    codes = vae.encode(images).latent_dist.mode()
+    colours = F.adaptive_avg_pool2d(images, codes.shape[-2:])
+    inputs = F.pad(codes, (0, 0, 0, 0, 0, 1), value=1).movedim(1, -1).flatten(0, 2)
+    solution = torch.linalg.lstsq(inputs, colours.movedim(1, -1).flatten(0, 2)).solution.T
+    _clear(decoder.conv_in, 3)
+    decoder.conv_in.weight[:3, :, 1, 1] = solution[:, :latent]
+    decoder.conv_in.bias[:3] = solution[:, latent]
+
+    tent = torch.tensor([0.25, 0.5, 0.25])
+    channels = 3
+    for i, block in enumerate(decoder.up_blocks):
+        _pass_on(block.resnets[0].spatial_res_block.conv_shortcut, channels)
+        if block.upsamplers is None:
+            continue
+        layer = block.upsamplers[0].conv
+        pairs = i == len(decoder.up_blocks) - 2
+        _clear(layer, 6 if pairs else 3)
+        for c in range(3):
+            layer.weight[c, c] = tent[:, None] * tent
+            if pairs:
+                layer.weight[c + 3, c] = -tent[:, None] * tent
+        channels = 6 if pairs else 3
+    _undo_last_norm(vae, codes)
+    _clear(decoder.conv_out, 3)
+    for c in range(3):
+        decoder.conv_out.weight[c, c, 1, 1] = 1
+        decoder.conv_out.weight[c, c + 3, 1, 1] = -1
+    _pass_on(decoder.time_conv_out, 3)
+
+
+def _undo_last_norm(vae: AutoencoderKLTemporalDecoder, codes: Tensor) -> None:
+    """Scale and shift after the decoder's last norm that give the colours their mean and deviation back."""
+    norm = vae.decoder.conv_norm_out
+    seen: list[Tensor] = []
+    hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    vae.decode(codes, num_frames=1)
+    hook.remove()
+    before = seen[0][:, :6]
+    after = F.group_norm(seen[0], norm.num_groups, eps=norm.eps)[:, :6]
+    axes = (0, 2, 3)
+    spread = (after - after.mean(axes, keepdim=True)).square().mean(axes)
+    together = ((after - after.mean(axes, keepdim=True)) * before).mean(axes)
+    norm.weight[:6] = together / spread.clamp_min(1e-8)
+    norm.bias[:6] = before.mean(axes) - norm.weight[:6] * after.mean(axes)

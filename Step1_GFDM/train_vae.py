@@ -1,0 +1,70 @@
+"""Train the temporal VAE on demonstrations in CALVIN's format.
+
+    python -m Step1_GFDM.train_vae data.root=<data> output=ckpts/vae
+
+Runs under `accelerate launch` unchanged. Settings: configs/step1_vae.yaml.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from defi.config import entry
+from defi.engine.config import TrainerConfig
+from defi.engine.loop import train
+from defi.engine.output import check_output
+from defi.video import to_uint8
+from Step1_GFDM.config import GFDMConfig
+from Step1_GFDM.eval import psnr
+from Step1_GFDM.frames import FrameClips
+from Step1_GFDM.principal import start_from_principal_components
+from Step1_GFDM.vae import VAEConfig, VideoVAE
+
+START_CLIPS = 100  # for the principal components
+SHOWN = 8
+
+
+def save_rows(path: Path, *rows: Float[Tensor, "N 3 H W"], zoom: int = 2) -> None:
+    """Write a PNG: the images of a row beside each other, the rows below each other, pixels enlarged."""
+    sheet = np.concatenate([np.concatenate(list(to_uint8(row)), axis=1) for row in rows])
+    Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)
+
+
+@entry("step1_vae")
+def main(cfg: DictConfig) -> None:
+    check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
+    trainer = TrainerConfig.from_config(cfg.trainer)
+    preset = GFDMConfig.from_preset(cfg)
+    clips = FrameClips.from_config(cfg.data, preset.image_size)
+    held_out = FrameClips.from_config(cfg.data, preset.image_size, held_out=True).spread(cfg.held_out)
+    torch.manual_seed(cfg.seed)
+    model = VideoVAE.from_config(VAEConfig(preset.image_size, preset.vae, cfg.kl))
+    if not cfg.resume:
+        start_from_principal_components(model.vae, clips.spread(START_CLIPS).flatten(0, 1))
+
+    def sample(model: VideoVAE, step: int, folder: Path) -> dict[str, float]:
+        back = model.reconstruct(held_out.to(model.deviation.device)).cpu()
+        save_rows(folder / "reconstructed.png", held_out[:SHOWN, 0], back[:SHOWN, 0])
+        return {"held_out_psnr": psnr(back.flatten(0, 1), held_out.flatten(0, 1)).mean().item()}
+
+    train(
+        model,
+        clips,
+        trainer,
+        output=cfg.output,
+        config=OmegaConf.to_container(cfg),
+        seed=cfg.seed,
+        resume=cfg.resume,
+        overwrite=cfg.overwrite,
+        tracker=cfg.tracker,
+        sample=sample,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The temporal VAE of presets without pretrained weights: trained first, by a job of its own."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLTemporalDecoder
+from jaxtyping import Float
+from torch import Tensor
+
+from defi.config import typed
+from defi.engine.checkpoint import find_weights
+from defi.engine.data import SampleNoise
+from defi.engine.model import StageModel
+from defi.errors import UserError
+from Step1_GFDM import pipeline
+from Step1_GFDM.config import VAESizes
+from Step1_GFDM.parts import build_vae
+
+CONFIG = "vae.json"
+
+
+@dataclass
+class VAEConfig:
+    """image_size: H = W in pixels. kl: weight of the KL divergence per latent element."""
+
+    image_size: int = 256
+    sizes: VAESizes = field(default_factory=VAESizes)
+    kl: float = 1e-4
+
+    def fake_batch(self, batch_size: int, frames: int = 2, seed: int = 0) -> dict[str, Tensor]:
+        """Valid training input: smooth random frames [B, F, 3, H, W] in [-1, 1] and sample seeds."""
+        random = torch.Generator().manual_seed(seed)
+        coarse = torch.rand(batch_size * frames, 3, 8, 8, generator=random) * 2 - 1
+        images = F.interpolate(coarse, (self.image_size, self.image_size), mode="bilinear")
+        return {"frames": images.unflatten(0, (batch_size, frames)), "seed": torch.arange(batch_size) + seed}
+
+
+class VideoVAE(StageModel):
+    """Trains `AutoencoderKLTemporalDecoder`: reconstruction (L1 + MSE) and a small KL divergence.
+
+    The scaling factor 1/deviation of the latents, which the diffusion model needs, follows the training
+    (`deviation`) and is part of the saved configuration.
+    """
+
+    stage = "vae"
+    config_class = VAEConfig
+
+    def __init__(self, config: VAEConfig, vae: AutoencoderKLTemporalDecoder) -> None:
+        super().__init__()
+        self.config = config
+        self.vae = vae
+        self.register_buffer("deviation", torch.tensor(1 / vae.config.scaling_factor), persistent=False)
+
+    @classmethod
+    def from_config(cls, config: VAEConfig) -> "VideoVAE":
+        """A VAE with random weights."""
+        return cls(config, build_vae(config.sizes, config.image_size))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "VideoVAE":
+        """What `save_pretrained` wrote. Raises UserError for a missing or damaged file."""
+        file = Path(folder) / CONFIG
+        if not file.is_file():
+            raise UserError(f"{file}: missing; give a checkpoint folder of Step1_GFDM.train_vae")
+        config = typed(VAEConfig, json.loads(file.read_text()), str(file))
+        return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the VAE as diffusers does, and `vae.json`."""
+        self.vae.register_to_config(scaling_factor=1 / self.deviation.item())
+        self.vae.save_pretrained(folder)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
+
+    def load_weights(self, folder: Path) -> None:
+        pipeline.load_network(self.vae, Path(folder))
+        stored = json.loads((Path(folder) / "config.json").read_text())
+        self.deviation.fill_(1 / stored["scaling_factor"])
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """Loss of `frames` [B, F, 3, H, W] in [-1, 1]: short clips, so that the decoder learns time too."""
+        frames = batch["frames"]
+        images = frames.flatten(0, 1)
+        posterior = self.vae.encode(images).latent_dist
+        mean, deviation = posterior.mean, posterior.std
+        noise = SampleNoise(batch["seed"], mean.device).normal(frames.shape[1], *mean.shape[1:])
+        decoded = self.vae.decode(mean + deviation * noise.flatten(0, 1), num_frames=frames.shape[1]).sample
+        l1, mse = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+        kl = 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean()
+        if self.training:
+            self.deviation.lerp_(mean.detach().float().std(), 0.05)
+        return {"loss": l1 + mse + self.config.kl * kl, "mse": mse, "kl": kl, "deviation": mean.std()}
+
+    @torch.no_grad()
+    def reconstruct(self, frames: Float[Tensor, "B F 3 H W"]) -> Float[Tensor, "B F 3 H W"]:
+        """Frames through the latents' mode and back, in [-1, 1]."""
+        codes = self.vae.encode(frames.flatten(0, 1)).latent_dist.mode()
+        return (
+            self.vae.decode(codes, num_frames=frames.shape[1])
+            .sample.clamp(-1, 1)
+            .unflatten(0, frames.shape[:2])
+        )
+
+
+def load_vae(path: Path | str) -> AutoencoderKLTemporalDecoder:
+    """The VAE of a run of `Step1_GFDM.train_vae` (its output folder or a checkpoint in it), frozen."""
+    return pipeline.load_part(AutoencoderKLTemporalDecoder, find_weights(path, "vae")).requires_grad_(False)
