@@ -1,0 +1,110 @@
+"""The text towers: any text, one forward per distinct string, frozen, saved as Hugging Face folders."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+from defi.errors import UserError
+from defi.text import CLIPText, T5Text, TextConfig, plain
+
+CONFIG = TextConfig(tokens=12, width=32, layers=2, heads=2, projection=24, seed=3)
+TEXTS = ["push the red block to the left", "", "étalez 日本語 🤖", "open the drawer", "word " * 50]
+
+
+@pytest.fixture
+def clip() -> CLIPText:
+    return CLIPText.from_config(CONFIG)
+
+
+@pytest.fixture
+def t5() -> T5Text:
+    return T5Text.from_config(CONFIG)
+
+
+def test_any_text_has_its_own_tokens(clip: CLIPText) -> None:
+    """No text is unknown, different texts differ, and common words are one token each."""
+    ids = [tuple(clip.tokenizer(text)["input_ids"]) for text in ["日本", "日木", "zyx", "zyy", "a.b", "a b"]]
+    assert len(set(ids)) == len(ids)
+    assert len(clip.tokenizer("open the drawer")["input_ids"]) == 5
+    assert clip.tokenizer("Open THE drawer") == clip.tokenizer("open the drawer")
+
+
+def test_shapes_and_truncation(clip: CLIPText) -> None:
+    assert clip.tokens(TEXTS).shape == (5, 12, 32)
+    assert clip.sentence(TEXTS).shape == (5, 24)
+    same = clip.sentence(["word " * 50, "word " * 60])
+    torch.testing.assert_close(same[0], same[1])
+
+
+def test_each_distinct_string_is_encoded_once(clip: CLIPText, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = clip._encode
+    monkeypatch.setattr(clip, "_encode", lambda texts: (seen.extend(texts), encode(texts))[1])
+    first = clip.tokens(["a", "b", "a"])
+    assert torch.equal(clip.tokens(["b", "a"]), first[[1, 0]])
+    clip.sentence(["a", "c"])
+    assert seen == ["a", "b", "c"]
+
+
+def test_the_cache_forgets_the_oldest() -> None:
+    clip = CLIPText.from_config(replace(CONFIG, cache=2))
+    assert clip.tokens(["a", "b", "c"]).shape[0] == 3
+    assert list(clip._cache) == ["b", "c"]
+
+
+def test_sentence_is_the_projected_end_state(clip: CLIPText) -> None:
+    batch = clip.tokenizer(["open the drawer"], return_tensors="pt")
+    end = clip.model.text_model(**batch).last_hidden_state[:, -1]
+    torch.testing.assert_close(clip.sentence(["open the drawer"]), clip.model.text_projection(end))
+
+
+def test_padding_does_not_change_t5(t5: T5Text) -> None:
+    alone, _ = t5(["open the drawer"])
+    states, mask = t5(["open the drawer", "push the red block to the left"])
+    assert mask.sum(1).tolist() == [alone.shape[1], states.shape[1]]
+    torch.testing.assert_close(states[0, : alone.shape[1]], alone[0])
+    assert states[0, alone.shape[1] :].abs().max() == 0
+
+
+def test_t5_reads_plain_text(t5: T5Text) -> None:
+    assert plain("Open the drawer, now!") == "open the drawer now"
+    assert torch.equal(t5(["Open the drawer!"])[0], t5(["open the drawer"])[0])
+    assert t5([""])[1].sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("tower", "model"), [(CLIPText, CLIPTextModelWithProjection), (T5Text, T5EncoderModel)]
+)
+def test_saved_as_a_hugging_face_folder(tower, model, tmp_path: Path) -> None:
+    ours = tower.from_config(CONFIG)
+    ours.save(tmp_path)
+    again = tower.load(tmp_path, CONFIG)
+    named = tower.from_config(replace(CONFIG, pretrained=str(tmp_path)))
+    outputs = [(t.tokens if tower is CLIPText else t)(TEXTS) for t in (ours, again, named)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+    assert model.from_pretrained(tmp_path).config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path))
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_seeded_and_frozen(clip: CLIPText) -> None:
+    state = torch.random.get_rng_state()
+    again = CLIPText.from_config(CONFIG)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(again.tokens(TEXTS), clip.tokens(TEXTS))
+    other = CLIPText.from_config(replace(CONFIG, seed=4))
+    assert not torch.equal(other.tokens(TEXTS), clip.tokens(TEXTS))
+    assert not any(p.requires_grad for p in clip.parameters())
+    assert not clip.train().model.training and not clip.tokens(TEXTS).requires_grad
+
+
+def test_missing_and_incomplete_folders_are_named(tmp_path: Path, clip: CLIPText) -> None:
+    with pytest.raises(UserError, match="nothing: no CLIPTextModelWithProjection"):
+        CLIPText.load(tmp_path / "nothing", CONFIG)
+    clip.save(tmp_path)
+    T5Text.from_config(CONFIG).model.save_pretrained(tmp_path)  # other weights in the same place
+    with pytest.raises(UserError, match=str(tmp_path)):
+        CLIPText.load(tmp_path, CONFIG)
