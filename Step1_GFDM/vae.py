@@ -20,6 +20,7 @@ from Step1_GFDM.config import VAESizes
 from Step1_GFDM.parts import build_vae
 
 CONFIG = "vae.json"
+MEMORY = 20  # batches over which the deviation of the latents is averaged
 
 
 @dataclass
@@ -52,7 +53,10 @@ class VideoVAE(StageModel):
         super().__init__()
         self.config = config
         self.vae = vae
+        middle = vae.decoder.mid_block  # with one layer per block its attention exists but is never called
+        middle.attentions[len(middle.resnets) - 1 :].requires_grad_(False)
         self.register_buffer("deviation", torch.tensor(1 / vae.config.scaling_factor), persistent=False)
+        self.measured = 0  # batches that went into it
 
     @classmethod
     def from_config(cls, config: VAEConfig) -> "VideoVAE":
@@ -78,6 +82,7 @@ class VideoVAE(StageModel):
         pipeline.load_network(self.vae, Path(folder))
         stored = json.loads((Path(folder) / "config.json").read_text())
         self.deviation.fill_(1 / stored["scaling_factor"])
+        self.measured = MEMORY
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Loss of `frames` [B, F, 3, H, W] in [-1, 1]: short clips, so that the decoder learns time too."""
@@ -90,7 +95,8 @@ class VideoVAE(StageModel):
         l1, mse = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
         kl = 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean()
         if self.training:
-            self.deviation.lerp_(mean.detach().float().std(), 0.05)
+            self.measured += 1
+            self.deviation.lerp_(mean.detach().float().std(), 1 / min(self.measured, MEMORY))
         return {"loss": l1 + mse + self.config.kl * kl, "mse": mse, "kl": kl, "deviation": mean.std()}
 
     @torch.no_grad()

@@ -1,0 +1,93 @@
+"""Train GFDM on clips of latents.
+
+    python -m Step1_GFDM.train data.root=<latents> vae=<run> output=<run>
+
+Runs under `accelerate launch` unchanged. Settings: configs/step1_train.yaml.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from defi.config import entry
+from defi.engine.checkpoint import find_weights
+from defi.engine.config import TrainerConfig
+from defi.engine.fingerprint import fingerprint
+from defi.engine.loop import train
+from defi.engine.output import check_output
+from defi.errors import UserError
+from defi.video import draw_text, to_uint8, write_mp4
+from Step1_GFDM.config import GFDMConfig
+from Step1_GFDM.data import LatentClips
+from Step1_GFDM.eval import imagine
+from Step1_GFDM.model import GFDM
+from Step1_GFDM.prepare import MANIFEST
+from Step1_GFDM.vae import load_vae
+
+SHOWN = 4
+
+
+def check_latents(data: LatentClips, vae: Path) -> None:
+    """Refuse latents that another autoencoder made. Folders without a manifest are taken on trust.
+
+    Raises:
+        UserError: names the folder and both fingerprints.
+    """
+    for clips in data.sets:
+        file = Path(clips.config.root) / MANIFEST
+        if file.is_file() and (made := json.loads(file.read_text())["vae"]) != fingerprint(vae):
+            raise UserError(
+                f"{file}: these latents were made by autoencoder {made}, vae= is {fingerprint(vae)}; "
+                "give that one, or run Step1_GFDM.prepare again"
+            )
+
+
+@entry("step1_train")
+def main(cfg: DictConfig) -> None:
+    check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
+    trainer = TrainerConfig.from_config(cfg.trainer)
+    config = GFDMConfig.from_preset(cfg)
+    data, held_out = (
+        LatentClips.from_config(cfg.data, frames=config.frames, split=split) for split in ("train", "val")
+    )
+    vae = None
+    if config.pretrained is None:
+        check_latents(data, find_weights(cfg.vae, "vae"))
+        vae = load_vae(cfg.vae)
+    torch.manual_seed(cfg.seed)
+    model = GFDM.from_config(config, vae=vae)
+    picks = np.linspace(0, len(held_out) - 1, SHOWN).astype(int)
+    shown = [held_out.sample(int(i), np.random.default_rng(0)) for i in picks]
+
+    def sample(model: GFDM, step: int, folder: Path) -> dict[str, float]:
+        """Real clips beside imagined ones, and the held-out loss."""
+        latents = torch.stack([clip["latents"] for clip in shown]).to(model.unet.device)
+        texts = [clip["text"] for clip in shown]
+        imagined = imagine(model, latents[:, 0], texts, steps=None, seed=cfg.seed)
+        real = model.decode_latents(latents).cpu()
+        for number, (clip, beside, text) in enumerate(zip(imagined, real, texts)):
+            frames = np.concatenate([to_uint8(beside), to_uint8(clip)], axis=2)
+            captioned = np.stack([draw_text(frame, f"real | imagined: {text}") for frame in frames])
+            write_mp4(folder / f"clip_{number}.mp4", captioned, fps=5)
+        seeds = torch.arange(len(shown)) + cfg.seed
+        return {"held_out_loss": model({"latents": latents, "text": texts, "seed": seeds})["loss"].item()}
+
+    train(
+        model,
+        data,
+        trainer,
+        output=cfg.output,
+        config=OmegaConf.to_container(cfg, resolve=True),
+        seed=cfg.seed,
+        resume=cfg.resume,
+        overwrite=cfg.overwrite,
+        tracker=cfg.tracker,
+        sample=sample,
+    )
+
+
+if __name__ == "__main__":
+    main()
