@@ -38,7 +38,8 @@ class GIDMConfig:
     """Sizes of the model; the defaults are the paper's.
 
     variant: `language` (text beside the frames), or `controllable` (no text; a second set of queries and
-        codes beside those of a first-stage model, whose codebook of `frozen_codes` stays as it is).
+        codes beside those of a first-stage model, whose codebook of `frozen_codes` stays as it is; training
+        reads that number from the first stage).
     commitment: weight β of the commitment loss.
     restart_pairs: codes that so many pairs did not use are restarted; null: those that an epoch did not use.
     """

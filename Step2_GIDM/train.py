@@ -1,5 +1,6 @@
 """Train GIDM: `python -m Step2_GIDM.train data.root=<data> output=ckpts/gidm` (configs/step2_train.yaml)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ def build_model(config: GIDMConfig, first_stage: str | None) -> GIDM:
         return GIDM(config)
     if first_stage is None:
         raise UserError("gidm.variant=controllable: needs first_stage=<run of a language model>")
-    model = GIDM(config)
-    model.adopt_first_stage(GIDM.from_pretrained(find_weights(Path(first_stage), stage="gidm")))
+    first = GIDM.from_pretrained(find_weights(Path(first_stage), stage="gidm"))
+    model = GIDM(replace(config, frozen_codes=first.config.codes))
+    model.adopt_first_stage(first)
     return model
 
 

@@ -1,0 +1,159 @@
+"""Stage 2's commands, run as a user runs them, at the smallest size."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
+from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
+from defi.engine.tracking import read_metrics
+from defi.video import write_mp4
+from Step2_GIDM import health, label, train
+from Step2_GIDM.model import GIDM
+
+SMALL = [
+    "gidm.width=32", "gidm.encoder_blocks=1", "gidm.decoder_blocks=1", "gidm.heads=2", "gidm.code_width=8",
+    "gidm.dino={image_size: 42, width: 32, layers: 1, heads: 2}", "gidm.restart_pairs=12",
+    "text.t5.width=16", "text.t5.layers=1", "text.t5.heads=2", "data.distance=[3,3]", "shown=8",
+    "trainer.global_batch=4", "trainer.log_every=1", "trainer.sample_every=0", "trainer.schedule=constant",
+]  # fmt: skip
+
+
+def run(module, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of a command with these arguments."""
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    try:
+        module.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bright square that moves as its recorded actions say, in CALVIN's format; 16 clips of 8 frames."""
+    root = tmp_path_factory.mktemp("data")
+    for split in ("training", "validation"):
+        (root / split / "lang_annotations").mkdir(parents=True)
+        spans = [Span(8 * k, 8 * k + 7, "move the square", "move") for k in range(16)]
+        for number, span in enumerate(spans):
+            speed = np.array([np.cos(2.4 * number), np.sin(2.4 * number)])  # directions all round
+            for i in range(8):
+                frame = {
+                    key: np.zeros([n or 48 for n in shape], dtype) for key, (dtype, shape) in FRAME.items()
+                }
+                x, y = (20 + 2 * speed * i).round().astype(int)
+                frame["rgb_static"][y : y + 10, x : x + 10] = 255
+                frame["rel_actions"][:2] = speed
+                frame["rel_actions"][6] = 1
+                (root / split / frame_name(span.start + i)).write_bytes(encode_frame(frame))
+        bounds = [(span.start, span.end) for span in spans]
+        for name, content in index_files(bounds, spans, {"A": (0, 127)}).items():
+            (root / split / name).write_bytes(content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps."""
+    output = tmp_path_factory.mktemp("runs") / "gidm"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [f"data.root={data}", f"output={output}", *SMALL, "trainer.max_steps=6"]
+        assert run(train, *arguments, "trainer.sample_every=6", monkeypatch=patch) == 0
+    return output
+
+
+def test_training_reports_the_health_of_the_codes(trained: Path) -> None:
+    records = read_metrics(trained / "metrics.jsonl")
+    steps = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "mse", "perplexity", "dead_codes", "code_usage"} <= set(steps[0])
+    (looked,) = (record for record in records if record["kind"] == "sample")
+    assert {"mse", "copy_mse", "shuffled_mse", "perplexity", "dead_codes", "variety"} <= set(looked)
+    assert (trained / "samples" / "step_00000006" / "gallery.png").read_bytes()[:4] == b"\x89PNG"
+    assert read_manifest(trained, "gidm")["preset"] == "tiny"
+
+
+def test_a_stopped_run_continues_exactly(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, counters and restarts of 6 steps equal those of 4 steps, stop, and 2 more."""
+    stopped = [f"data.root={data}", f"output={tmp_path / 'stopped'}", *SMALL]
+    assert run(train, *stopped, "trainer.max_steps=4", monkeypatch=monkeypatch) == 0
+    assert run(train, *stopped, "trainer.max_steps=6", "resume=true", monkeypatch=monkeypatch) == 0
+    runs = (trained, tmp_path / "stopped")
+    states = [GIDM.from_pretrained(find_checkpoint(output)).state_dict() for output in runs]
+    assert states[0]["core.tokenizer.quantizer.restarts"] > 0, "codes were restarted on the way"
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def test_health(trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [f"checkpoint={trained}", f"data.root={data}", "data.distance=[3,3]", "pairs=112"]
+    assert run(health, *arguments, f"output={tmp_path / 'codes'}", monkeypatch=monkeypatch) == 0
+    numbers = json.loads((tmp_path / "codes" / "health.json").read_text())
+    assert set(numbers["probe"]) == {"codes", "random codes", "feature differences"}
+    assert numbers["probe"]["feature differences"]["mean"] > 0.25, "pixels say how the square moves"
+    assert numbers["probe"]["random codes"]["mean"] < 0.1
+    assert set(numbers["probe"]["codes"]) == {"dx", "dy", "mean"}, "only actions that vary"
+    assert (tmp_path / "codes" / "gallery.png").is_file()
+    before = sorted((tmp_path / "codes").iterdir())
+    assert run(health, *arguments, f"output={tmp_path / 'codes'}", monkeypatch=monkeypatch) == 2
+    assert sorted((tmp_path / "codes").iterdir()) == before
+
+
+def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (80, 64, 64, 3), dtype=np.uint8)
+    write_mp4(tmp_path / "video.mp4", frames, 10)
+    arguments = [f"checkpoint={trained}", "data=pairs_videos", f"data.root={tmp_path / 'video.mp4'}"]
+    arguments += ["data.distance=[5,5]", f"output={tmp_path / 'codes.npz'}"]
+    assert run(label, *arguments, monkeypatch=monkeypatch) == 0
+    with np.load(tmp_path / "codes.npz", allow_pickle=False) as file:
+        labels = dict(file)
+    assert labels["frame"].tolist() == list(range(79))
+    assert labels["later"].tolist() == [min(i + 5, 79) for i in range(79)]
+    model = GIDM.from_pretrained(find_weights(trained, "gidm")).eval()
+    codebook = model.tokenizer.quantizer.codebook.detach().numpy()
+    np.testing.assert_array_equal(labels["vectors"], codebook[labels["indices"]])
+    assert labels["name"].tolist() == [str(tmp_path / "video.mp4")]
+    assert run(label, *arguments, monkeypatch=monkeypatch) == 2, "the file exists"
+
+
+def test_controllable_run_starts_from_a_language_run(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [f"data.root={data}", f"output={tmp_path / 'run'}", *SMALL, "trainer.max_steps=2"]
+    arguments += ["gidm.variant=controllable", "gidm.codes=4"]
+    assert run(train, *arguments, monkeypatch=monkeypatch) == 2, "no first stage given"
+    assert not (tmp_path / "run").exists()
+    assert run(train, *arguments, f"first_stage={trained}", monkeypatch=monkeypatch) == 0
+    first, second = (GIDM.from_pretrained(find_weights(path)) for path in (trained, tmp_path / "run"))
+    assert torch.equal(second.tokenizer.frozen_quantizer.codebook, first.tokenizer.quantizer.codebook)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "named"),
+    [
+        (train, ["data.root=/nowhere"], "/nowhere"),
+        (train, ["gidm.variant=wild"], "gidm.variant=wild"),
+        (train, ["first_stage=somewhere"], "first_stage=somewhere"),
+        (train, ["gidm.dino.image_size=50"], "image_size=50"),
+        (health, ["checkpoint=/nowhere"], "/nowhere"),
+        (label, ["output=codes.txt"], "codes.txt"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_change_nothing(
+    module, arguments: list[str], named: str, data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run(module, f"data.root={data}", "output=out", *arguments, monkeypatch=monkeypatch) == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 1 and message[0].startswith("error: ") and named in message[0]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,205 @@
+"""Stage 2's data: pairs from videos and demonstrations, one augmentation per pair, displacement, probe."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
+from defi.errors import UserError
+from defi.video import write_mp4
+from Step2_GIDM.data.augment import Augmentation, hue_rotation, resize, saturation_matrix
+from Step2_GIDM.data.build import held_out_pairs, training_pairs
+from Step2_GIDM.data.calvin import CalvinClips
+from Step2_GIDM.data.pairs import Clip, PairDataset
+from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.flow import displacement, mean_displacement
+from Step2_GIDM.gallery import direction, telling_place
+from Step2_GIDM.probe import one_hot, probe_r2
+
+
+class Numbered:
+    """A source whose frames all show their clip's number and their position."""
+
+    fingerprint = "numbered"
+
+    def __init__(self, *lengths: int) -> None:
+        self.clips = [Clip(str(i), 0, length, f"text {i}") for i, length in enumerate(lengths)]
+
+    def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
+        frames = np.zeros((len(positions), 8, 8, 3), np.uint8)
+        frames[..., 0], frames[..., 1] = int(clip.name), np.array(positions)[:, None, None]
+        return frames
+
+
+def seen(data: PairDataset, index: int, distance: int) -> tuple[int, int, int]:
+    """Clip, earlier and later position as the frames of a pair show them."""
+    frames = data.frames(index, distance)
+    assert (frames[0, 0] == frames[1, 0]).all(), "both frames are of one clip"
+    return int(frames[0, 0, 0, 0]), int(frames[0, 1, 0, 0]), int(frames[1, 1, 0, 0])
+
+
+def test_pairs_cover_every_clip_and_end_with_it() -> None:
+    data = PairDataset(Numbered(4, 1, 3), image_size=8, distance=(2, 2))
+    pairs = [seen(data, i, 2) for i in range(len(data))]
+    assert pairs == [(0, 0, 2), (0, 1, 3), (0, 2, 3), (2, 0, 2), (2, 1, 2)]
+    strided = PairDataset(Numbered(6, 3), image_size=8, distance=(1, 1), stride=2)
+    assert [seen(strided, i, 1)[:2] for i in range(len(strided))] == [(0, 0), (0, 2), (0, 4), (1, 0)]
+
+
+def test_samples_depend_on_their_generator_alone() -> None:
+    data = PairDataset(Numbered(60), image_size=6, distance=(1, 20), augmentation=Augmentation())
+    draw = [data.sample(3, np.random.default_rng(7)) for _ in range(2)]
+    assert torch.equal(draw[0]["frames"], draw[1]["frames"]) and draw[0]["text"] == "text 0"
+    plain = PairDataset(Numbered(60), image_size=8, distance=(1, 20))
+    gaps = {
+        round(float((f[1, 1] - f[0, 1]).mean() * 255))
+        for f in (plain.sample(0, np.random.default_rng(i))["frames"] for i in range(300))
+    }
+    assert gaps == set(range(1, 21)), "distances are drawn from all of the range"
+
+
+def test_one_augmentation_for_both_frames() -> None:
+    rng = np.random.default_rng(0)
+    picture = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8)
+    same = Augmentation().apply(picture.expand(2, -1, -1, -1), 28, rng)
+    assert same.shape == (2, 3, 28, 28) and torch.equal(same[0], same[1])
+    assert same.min() >= 0 and same.max() <= 1
+    other = Augmentation().apply(picture.expand(2, -1, -1, -1), 28, rng)
+    assert not torch.allclose(same, other)
+    nothing = Augmentation(crop=1, brightness=0, contrast=0, saturation=0, hue=0).apply(picture, 28, rng)
+    torch.testing.assert_close(nothing, resize(picture, 28), atol=1e-5, rtol=0)
+
+
+def test_colour_maps() -> None:
+    grey = np.full(3, 0.4)
+    np.testing.assert_allclose(hue_rotation(1.0) @ grey, grey, atol=1e-12)
+    np.testing.assert_allclose(hue_rotation(2 * np.pi / 3) @ [1, 0, 0], [0, 1, 0], atol=1e-12)
+    np.testing.assert_allclose(saturation_matrix(0) @ [1, 0, 0], [0.299] * 3)
+    np.testing.assert_allclose(saturation_matrix(1), np.eye(3))
+
+
+def test_any_folder_of_videos(tmp_path: Path) -> None:
+    ramp = np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    write_mp4(tmp_path / "deep" / "one.mp4", np.broadcast_to(ramp, (12, 64, 80, 3)).copy(), 10)
+    write_mp4(tmp_path / "two.mp4", np.zeros((5, 64, 64, 3), np.uint8), 10)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "notes.txt").write_text("no video either")
+    with pytest.warns(UserWarning, match=r"1 of 3 videos left out.*broken\.mp4"):
+        source = VideoClips(tmp_path)
+    assert [clip.length for clip in source.clips] == [12, 5]
+    data = PairDataset(source, image_size=14, distance=(4, 4))
+    assert len(data) == 11 + 4
+    sample = data.sample(2, np.random.default_rng(0))
+    shades = sample["frames"].mean((1, 2, 3)) * 255
+    torch.testing.assert_close(shades, torch.tensor([40.0, 120.0]), atol=6, rtol=0)
+    assert sample["text"] == ""
+    assert VideoClips(tmp_path / "two.mp4").clips[0].length == 5
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recordings of 10 frames whose pictures show their frame number; annotated: frames 2–6 and 10–19."""
+    root = tmp_path_factory.mktemp("demonstrations")
+    for split in ("training", "validation"):
+        (root / split / "lang_annotations").mkdir(parents=True)
+        for number in range(20):
+            frame = {key: np.zeros([n or 16 for n in shape], dtype) for key, (dtype, shape) in FRAME.items()}
+            frame["rgb_static"] += np.uint8(number)
+            frame["rgb_gripper"] += np.uint8(100 + number)
+            (root / split / frame_name(number)).write_bytes(encode_frame(frame))
+        spans = [Span(2, 6, "open the drawer", "open_drawer"), Span(10, 19, "push it", "push")]
+        for name, content in index_files([(0, 9), (10, 19)], spans, {"A": (0, 19)}).items():
+            (root / split / name).write_bytes(content)
+    return root
+
+
+def test_demonstrations(demonstrations: Path) -> None:
+    source = CalvinClips(demonstrations / "training", cameras=["static", "gripper"], language=True)
+    assert [(c.name, c.start, c.length, c.text) for c in source.clips] == [
+        ("static", 2, 5, "open the drawer"), ("static", 10, 10, "push it"),
+        ("gripper", 2, 5, "open the drawer"), ("gripper", 10, 10, "push it"),
+    ]  # fmt: skip
+    assert source.read(source.clips[3], [0, 4])[:, 0, 0, 0].tolist() == [110, 114]
+    silent = CalvinClips(demonstrations / "training", cameras=["static"], language=False)
+    assert [(c.start, c.length, c.text) for c in silent.clips] == [(0, 10, ""), (10, 10, "")]
+    assert source.fingerprint == silent.fingerprint
+
+
+def section(folder: Path, **changes) -> dict:
+    data = {"source": "calvin", "root": str(folder), "split": "training", "held_out": "validation"}
+    data |= {"cameras": ["static"], "language": True, "distance": [3, 3], "stride": 1}
+    data["augmentation"] = {"crop": 0.9}
+    return data | changes
+
+
+def test_sections_of_the_configuration(demonstrations: Path) -> None:
+    train, held = training_pairs(section(demonstrations), 14), held_out_pairs(section(demonstrations), 14)
+    assert len(train) == len(held) == 4 + 9
+    assert train.augmentation.crop == 0.9 and held.augmentation is None
+    assert held.source.data.folder.name == "validation"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distance": [5, 2]}, r"data.distance=\[5, 2\]"),
+        ({"stride": 0}, "data.stride=0"),
+        ({"cameras": ["front"]}, "'front' is no camera"),
+        ({"source": "tapes"}, "data.source=tapes"),
+        ({"split": "testing"}, "testing: no such folder"),
+        ({"source": "videos"}, "no videos here"),
+        ({"source": "videos", "root": "/nowhere"}, "/nowhere: no such file"),
+    ],
+)
+def test_mistakes_in_the_section_are_named(demonstrations: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        training_pairs(section(demonstrations, **change), 14)
+
+
+def test_displacement_of_a_moved_square() -> None:
+    square = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
+    square = square.repeat_interleave(2, 1)
+    frames = torch.zeros(2, 2, 3, 112, 112)
+    frames[:, 0, :, 40:64, 40:64] = square
+    frames[0, 1, :, 40:64, 54:78] = square  # 14 pixels to the right
+    frames[1, 1, :, 32:56, 40:64] = square  # 8 pixels up
+    moves = mean_displacement(*displacement(frames))
+    torch.testing.assert_close(moves, torch.tensor([[14.0, 0], [0, -8]]) / 112, atol=0.03, rtol=0)
+    still = frames[:, :1].expand(-1, 2, -1, -1, -1)
+    assert displacement(still)[1].sum() == 0
+
+
+def test_directions_in_words() -> None:
+    cases = {
+        (0.12, 0): "right 12%",
+        (0, -0.07): "up 7%",
+        (-0.03, 0.04): "down left 5%",
+        (0.001, 0): "little motion",
+    }
+    assert {move: direction(*move) for move in cases} == cases
+
+
+def test_the_telling_place_is_the_one_that_follows_the_motion() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 4, (200, 3), generator=generator)
+    moves = torch.stack([codes[:, 1].float(), -codes[:, 1].float()], dim=1)
+    assert telling_place(codes, moves) == (1, pytest.approx(1.0))
+
+
+def test_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(8, size=(400, 2))
+    effect = rng.normal(size=(8, 3))
+    targets = np.c_[effect[codes[:, 0]] + 0.1 * rng.normal(size=(400, 3)), np.ones(400)]
+    groups = np.arange(400) // 10
+    test = groups % 2 == 1
+    scores = probe_r2(one_hot(codes, 8), targets, groups, test)
+    assert (scores[:3] > 0.9).all() and np.isnan(scores[3])
+    noise = probe_r2(one_hot(rng.integers(8, size=(400, 2)), 8), targets, groups, test)
+    assert (np.abs(noise[:3]) < 0.15).all()
+    # As many inputs as samples, which differ between groups alone: nothing that carries over to other groups.
+    per_group = rng.normal(size=(40, 300))[groups] + 0.01 * rng.normal(size=(400, 300))
+    drift = rng.normal(size=(40, 1))[groups]
+    assert probe_r2(per_group, drift, groups, test)[0] < 0.2
