@@ -21,7 +21,14 @@ from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
 from Step3_DeFI.rollout.evaluate import run_chains
 from Step3_DeFI.rollout.messages import Look
-from Step3_DeFI.rollout.policy import ModelPolicy, evaluate_policy, identify, load_policy, noise_seed
+from Step3_DeFI.rollout.policy import (
+    ModelPolicy,
+    evaluate_policy,
+    identify,
+    load_policy,
+    noise_seed,
+    policy_threads,
+)
 from Step3_DeFI.rollout.results import ChainLog, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +99,16 @@ def test_sampler_steps_and_precision_can_be_chosen():
     assert not np.allclose(ModelPolicy(policy, sampler_steps=2).act([look(0)]), base)
 
 
+def test_threads_are_limited_and_put_back():
+    before = torch.get_num_threads()
+    with policy_threads(3) as threads:
+        assert threads == torch.get_num_threads() == 3
+    with pytest.raises(ZeroDivisionError), policy_threads() as threads:
+        assert threads == max(1, len(os.sched_getaffinity(0)) - 1)
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
+
+
 def test_rollouts_in_training_give_numbers_and_start_anew(model: DeFI, tmp_path: Path):
     evaluation = fake_evaluation(chains=2, max_steps=[20], processes=1)
     numbers = evaluate_policy(model, evaluation, output=tmp_path)
@@ -124,8 +141,14 @@ def command(*settings: str) -> subprocess.CompletedProcess:
 def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     pytest.importorskip("pybullet", reason="the simulation needs pybullet")
     output = tmp_path / "out"
-    settings = [f"checkpoint={run}", f"output={output}", "tasks=[open_drawer,close_drawer]", "length=2"]
+    settings = [
+        f"checkpoint={run}",
+        f"output={output}",
+        "tasks=[open_drawer,close_drawer,turn_on_led,turn_off_led]",
+        "length=2",
+    ]
     settings += ["chains=2", "max_steps=[10,20]", "baseline=random", "processes=1", "videos.chains=1"]
+    settings += ["threads=1"]
     done = command(*settings)
     assert done.returncode == 0, done.stderr
     assert "DeFI" in done.stdout and "random actions" in done.stdout and str(output) in done.stdout
@@ -133,6 +156,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     assert len(results.chains) == 2 and set(results.limits) == {"10", "20"}
     assert results.policy["fingerprint"] == identify(run)["fingerprint"] and results.policy["step"] == 3
     assert "video/mp4" in (output / "report.html").read_text()
+    assert results.policy["device"] == "cpu" and results.policy["threads"] == 1
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for changed, message in (
         ([], "resume=true continues it"),

@@ -15,12 +15,8 @@ from Step3_DeFI.rollout.protocol import build_trials, read_instructions, start_s
 from Step3_DeFI.rollout.report import write_report
 
 TASKS = [
-    "open_drawer",
-    "close_drawer",
-    "turn_on_led",
-    "turn_off_led",
-    "move_slider_left",
-    "move_slider_right",
+    *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
+    *("turn_on_led", "turn_off_led", "turn_on_lightbulb", "turn_off_lightbulb"),
 ]
 
 

@@ -18,7 +18,7 @@ from defi.errors import UserError
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
 from Step3_DeFI.rollout.messages import AGENTS
-from Step3_DeFI.rollout.policy import PRECISIONS, ModelPolicy, identify, load_policy
+from Step3_DeFI.rollout.policy import PRECISIONS, ModelPolicy, identify, load_policy, policy_threads
 from Step3_DeFI.rollout.report import result_table, task_table, write_report
 from Step3_DeFI.rollout.results import RESULTS
 
@@ -47,6 +47,7 @@ class CommandConfig(RolloutConfig):
     gidm: str | None = None
     sampler_steps: int | None = None
     precision: str = "no"
+    threads: int | None = None
     output: str = "outputs/rollout"
     resume: bool = False
     overwrite: bool = False
@@ -77,12 +78,15 @@ def main(cfg: DictConfig) -> None:
     if config.agent == "policy":
         model = load_policy(config.checkpoint, device=state.device, gfdm=config.gfdm, gidm=config.gidm)
         policy = ModelPolicy(model, sampler_steps=config.sampler_steps, precision=config.precision)
-        known = identify(config.checkpoint) | {"device": str(state.device)}
+        known = identify(config.checkpoint) | {"device": state.device.type}
     output = Path(config.output)
-    if state.is_main_process:
-        open_output(output, config, identity_of(evaluation, known))
-    shard.wait()
-    results = evaluate(evaluation, config.agent, policy, identity=known, output=output, shard=shard)
+    with policy_threads(config.threads, ranks=state.num_processes) as threads:
+        if known.get("device") == "cpu":
+            known["threads"] = threads  # rounding depends on it
+        if state.is_main_process:
+            open_output(output, config, identity_of(evaluation, known))
+        shard.wait()
+        results = evaluate(evaluation, config.agent, policy, identity=known, output=output, shard=shard)
     if state.is_main_process:
         results.save(output / RESULTS)
         report = write_report(output / "report.html", results, output / "videos")
@@ -95,6 +99,7 @@ def main(cfg: DictConfig) -> None:
 def identity_of(evaluation: Evaluation, known: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that finished chains depend on: a continued run must agree in all of it."""
     settings = {key: value for key, value in asdict(evaluation.config).items() if key not in HOWEVER_DONE}
+    settings.pop("threads", None)  # as resolved, in `known`
     policy = {key: value for key, value in known.items() if key != "checkpoint"}
     return json.loads(json.dumps(asdict(evaluation.protocol) | settings | policy))
 
