@@ -128,6 +128,13 @@ class SigmaEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
 
+def _init(module: nn.Module, std: float) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class ActionDenoiser(nn.Module):
     """The network inside the preconditioning: context and noisy actions → a 7-D vector per action."""
 
@@ -157,19 +164,13 @@ class ActionDenoiser(nn.Module):
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(dim, bias=False)
         self.predict = nn.Linear(dim, action_dim)
-        self.apply(self._init)
+        std = 0.02 * math.sqrt(384 / dim)  # the published 0.02 at the published width
+        self.apply(lambda module: _init(module, std))
         if config.identity_modulation:
             for layer in self.decoder:
                 _, scale, gate, _, ff_scale, ff_gate = layer.modulation[1].bias.data.chunk(6)
                 for part in (scale, gate, ff_scale, ff_gate):
                     part.fill_(1.0)
-
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def encode(
         self,

@@ -16,7 +16,7 @@ from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
 @dataclass
 class VideoFormerConfig:
-    """queries: tokens per frame. token_positions, normalise: see `VideoFormer` (published: off)."""
+    """queries: tokens per frame. token_positions, normalise, query_gain: see `VideoFormer`."""
 
     dim: int = 384
     depth: int = 6
@@ -25,6 +25,7 @@ class VideoFormerConfig:
     queries: int = 14
     token_positions: bool = False
     normalise: bool = False
+    query_gain: float = 1.0
 
 
 @dataclass

@@ -63,7 +63,7 @@ class DeFI(StageModel):
         check_gfdm(config, gfdm)
         self.config, self.sources = config, sources
         self.gfdm, self.t5 = gfdm, t5
-        former, tokens = config.video_former, config.views * config.feature_tokens
+        former = config.video_former
         self.video_former = VideoFormer(
             feature_channels=config.feature_channels,
             dim=former.dim,
@@ -72,8 +72,9 @@ class DeFI(StageModel):
             head_dim=former.head_dim,
             frames=config.frames,
             queries=former.queries,
-            token_positions=tokens if former.token_positions else 0,
+            grid=(config.views, config.feature_tokens) if former.token_positions else None,
             normalise=former.normalise,
+            query_gain=former.query_gain,
         )
         self.gidm_branch = GIDMBranch(
             config.latent_action,

@@ -110,8 +110,8 @@ def roller(cfg: DictConfig) -> Inspect:
     return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder)
 
 
-@entry("step3_train")
-def main(cfg: DictConfig) -> None:
+def train_policy(cfg: DictConfig) -> Path:
+    """Check everything, then train; returns the last checkpoint's folder."""
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = PolicyConfig.from_preset(cfg)
@@ -122,7 +122,7 @@ def main(cfg: DictConfig) -> None:
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     for store in stores.values():
         check_store(store, config, find_weights(cfg.gfdm_checkpoint, "gfdm"), policy.image_size)
-    train(
+    return train(
         policy,
         stores["training"],
         trainer,
@@ -135,6 +135,11 @@ def main(cfg: DictConfig) -> None:
         sample=sampler(stores, cfg.data.shown, cfg.seed) if trainer.sample_every else None,
         evaluate=roller(cfg) if trainer.rollout_every else None,
     )
+
+
+@entry("step3_train")
+def main(cfg: DictConfig) -> None:
+    train_policy(cfg)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from Step3_DeFI.features import imagine
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import plan_samples, prepare
-from Step3_DeFI.train import main as train_main
+from Step3_DeFI.train import train_policy
 
 CHUNK = 10
 
@@ -54,6 +54,7 @@ def prepare_settings(place: Path, output: Path, **values: Any) -> DictConfig:
 def train_settings(place: Path, output: Path, store: Path, **values: Any) -> DictConfig:
     given = {"gfdm_checkpoint": place / "gfdm", "gidm_checkpoint": place / "gidm", "data.store": store}
     trainer = {"global_batch": 4, "max_steps": 4, "save_every": 2, "sample_every": 2, "log_every": 1}
+    trainer |= {"schedule": "constant"}  # the same for any max_steps
     given |= {f"trainer.{key}": value for key, value in trainer.items()} | {"data.shown": 3}
     return settings("step3_train", output=output, **(given | values))
 
@@ -185,8 +186,7 @@ def test_a_truncated_frame_is_named(tmp_path: Path, place: Path) -> None:
 def test_train_from_a_store(place: Path, tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     prepare(prepare_settings(place, store))
-    main = train_main.__wrapped__
-    main(train_settings(place, run, store, **{"data.held_out": store, "trainer.ema": 0.9}))
+    train_policy(train_settings(place, run, store, **{"data.held_out": store, "trainer.ema": 0.9}))
     assert read_manifest(run, "policy")["data"]["fingerprint"] == PolicyStore(store).fingerprint
     records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "sample"]
     assert {"training_action_error", "held_out_action_error", "training_gripper_right"} <= records[0].keys()
@@ -203,10 +203,9 @@ def test_train_from_a_store(place: Path, tmp_path: Path) -> None:
 def test_training_resumes_exactly(place: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     prepare(prepare_settings(place, store, **{"store.kind": "latents"}))
-    main = train_main.__wrapped__
-    main(train_settings(place, tmp_path / "whole", store))
-    main(train_settings(place, tmp_path / "parts", store, **{"trainer.max_steps": 2}))
-    main(train_settings(place, tmp_path / "parts", store, resume=True))
+    train_policy(train_settings(place, tmp_path / "whole", store))
+    train_policy(train_settings(place, tmp_path / "parts", store, **{"trainer.max_steps": 2}))
+    train_policy(train_settings(place, tmp_path / "parts", store, resume=True))
     ends = [find_weights(tmp_path / run, "policy") / "model.safetensors" for run in ("whole", "parts")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
@@ -215,7 +214,6 @@ def test_training_refuses_a_store_of_other_sizes(place: Path, tmp_path: Path) ->
     store = tmp_path / "store"
     prepare(prepare_settings(place, store))
     manifest = json.loads((store / "manifest.json").read_text())
-    main = train_main.__wrapped__
     for changes, message in (
         ({"chunk": 5}, r"prepared with chunk 5, the policy expects 10|actions.npy: has shape"),
         ({"gfdm": "0" * 16}, "prepared with stage-1 weights 0000000000000000, the policy expects"),
@@ -224,7 +222,7 @@ def test_training_refuses_a_store_of_other_sizes(place: Path, tmp_path: Path) ->
     ):
         (store / "manifest.json").write_text(json.dumps(manifest | changes))
         with pytest.raises(UserError, match=message):
-            main(train_settings(place, tmp_path / "run", store))
+            train_policy(train_settings(place, tmp_path / "run", store))
         assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="no prepared data here; make it with Step3_DeFI.prepare"):
-        main(train_settings(place, tmp_path / "run", tmp_path))
+        train_policy(train_settings(place, tmp_path / "run", tmp_path))

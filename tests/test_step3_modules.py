@@ -6,7 +6,7 @@ import torch
 from Step3_DeFI.action_head import ActionDenoiser
 from Step3_DeFI.config import ActionDiffusionConfig, ActionHeadConfig
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, precondition
-from Step3_DeFI.video_former import VideoFormer
+from Step3_DeFI.video_former import VideoFormer, grid_positions
 
 B, K, A, N, Q = 2, 10, 7, 12, 4
 
@@ -106,9 +106,19 @@ def test_video_former_mixes_frames_and_knows_places():
     shuffled = features[:, :, torch.randperm(N)]
     later = features.clone()
     later[:, 2] += 1
-    for positions in (0, N):
-        model = VideoFormer(**sizes, frames=3, queries=2, token_positions=positions).eval()
+    for grid in (None, (3, 4)):
+        model = VideoFormer(**sizes, frames=3, queries=2, grid=grid).eval()
         tokens = model(features)
         assert tokens.shape == (1, 6, 16)
-        assert torch.allclose(tokens, model(shuffled), atol=1e-5) == (positions == 0)
+        assert torch.allclose(tokens, model(shuffled), atol=1e-5) == (grid is None)
         assert not torch.allclose(tokens[:, :2], model(later)[:, :2], atol=1e-4)
+
+
+def test_first_positions_are_smooth_over_the_picture():
+    torch.manual_seed(0)
+    first = grid_positions(2, 64, 32)[:64].reshape(8, 8, 32)
+    near = (first[:, 1:] - first[:, :-1]).norm(dim=-1).mean()
+    far = (first[:, 4:] - first[:, :-4]).norm(dim=-1).mean()
+    down = (first[1:] - first[:-1]).norm(dim=-1).mean()
+    assert near < far
+    assert torch.isclose(near, down, rtol=1e-3)  # x and y alike
