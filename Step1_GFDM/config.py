@@ -66,7 +66,7 @@ class FeatureConfig:
 
 @dataclass
 class GFDMConfig:
-    """frames: F. image_size: H = W in pixels. pretrained: a diffusers folder or hub name to start from
+    """frames: F. image_size: H = W in pixels. pretrained: a Stable Video Diffusion folder to start from
     instead of random weights; its sizes then take the place of `unet` and `vae`."""
 
     frames: int = 16

@@ -1,5 +1,6 @@
 """GFDM: Stable Video Diffusion conditioned on text, which imagines the next F frames (paper section 3.2)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,8 +47,11 @@ class GFDM(StageModel):
 
     @classmethod
     def from_config(cls, config: GFDMConfig, vae: AutoencoderKLTemporalDecoder | None = None) -> "GFDM":
-        """A model with random weights (and the given VAE, if any)."""
+        """A new model: random weights and the given VAE, or the parts of the folder `config.pretrained`."""
         clip = CLIPText.from_config(config.clip)
+        if config.pretrained is not None:
+            parts, sizes = pipeline.load_foreign(Path(config.pretrained), clip)
+            return cls(replace(config, **sizes), **parts, clip=clip)
         return cls(
             config,
             unet=build_unet(config, clip.width),

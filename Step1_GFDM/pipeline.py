@@ -8,7 +8,7 @@ gfdm.json                                  GFDMConfig: frames, image size, fps, 
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from diffusers import (
@@ -26,7 +26,7 @@ from defi.config import typed
 from defi.engine.checkpoint import load_strict, read_tensors
 from defi.errors import UserError
 from defi.text import CLIPText
-from Step1_GFDM.config import GFDMConfig
+from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 
 if TYPE_CHECKING:
     from Step1_GFDM.model import GFDM
@@ -102,6 +102,39 @@ def load_part(cls: type[Part], folder: Path) -> Part:
 def load_network(model: nn.Module, folder: Path) -> None:
     """Copy a diffusers network's weights into `model`, strictly."""
     load_strict(model.state_dict(), read_tensors(folder / WEIGHTS), source=folder / WEIGHTS)
+
+
+def load_foreign(folder: Path, clip: CLIPText) -> tuple[dict[str, Any], dict[str, Any]]:
+    """UNet, VAE and scheduler of any Stable Video Diffusion folder, and the sizes they bring along.
+
+    Raises:
+        UserError: a part is missing, or the text tower's width does not fit the UNet.
+    """
+    if not folder.is_dir():
+        raise UserError(f"gfdm.pretrained={folder}: no such folder; give a Stable Video Diffusion folder")
+    unet = load_part(UNetSpatioTemporalConditionModel, folder / "unet")
+    vae = load_part(AutoencoderKLTemporalDecoder, folder / "vae")
+    if unet.config.cross_attention_dim != 2 * clip.width:
+        raise UserError(
+            f"{folder}/unet: attends to width {unet.config.cross_attention_dim}, text.clip gives "
+            f"2 x {clip.width}; choose the text tower it was trained with"
+        )
+    scheduler = EulerDiscreteScheduler.from_config(_part_config(EulerDiscreteScheduler, folder / "scheduler"))
+    sizes = {
+        "unet": UNetSizes(
+            block_out_channels=list(unet.config.block_out_channels),
+            num_attention_heads=list(unet.config.num_attention_heads),
+            attention=[kind.startswith("CrossAttn") for kind in unet.config.down_block_types],
+            layers_per_block=unet.config.layers_per_block,
+            addition_time_embed_dim=unet.config.addition_time_embed_dim,
+        ),
+        "vae": VAESizes(
+            block_out_channels=list(vae.config.block_out_channels),
+            layers_per_block=vae.config.layers_per_block,
+            latent_channels=vae.config.latent_channels,
+        ),
+    }
+    return {"unet": unet, "vae": vae, "scheduler": scheduler}, sizes
 
 
 def load_parts(folder: Path, config: GFDMConfig) -> dict[str, nn.Module | EulerDiscreteScheduler]:

@@ -189,3 +189,16 @@ def test_weights_of_other_sizes_are_refused(model: GFDM, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"has shape .* the model wants"):
         other.load_weights(tmp_path / "gfdm")
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.unet.state_dict().items())
+
+
+def test_a_new_model_starts_from_a_pretrained_folder(model: GFDM, tmp_path: Path) -> None:
+    """Weights and sizes come from the folder, whatever the preset's own sizes are."""
+    model.save_pretrained(tmp_path / "svd")
+    other = replace(CONFIG, pretrained=str(tmp_path / "svd"), unet=UNetSizes(), vae=VAESizes())
+    started = GFDM.from_config(other)
+    assert (started.config.unet, started.config.vae) == (CONFIG.unet, CONFIG.vae)
+    assert torch.equal(started.unet.conv_in.weight, model.unet.conv_in.weight)
+    with pytest.raises(UserError, match="choose the text tower"):
+        GFDM.from_config(replace(other, clip=TextConfig(width=32, projection=8, layers=1, heads=1)))
+    with pytest.raises(UserError, match="no such folder"):
+        GFDM.from_config(replace(other, pretrained="nowhere"))
