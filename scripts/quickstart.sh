@@ -46,7 +46,7 @@ step 03_latents "Stage 1: demonstrations to latents" \
 step 04_gfdm "Stage 1: train the forward dynamics model (GFDM)" \
     python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm $(again $ckpts/gfdm)
 step 05_imagine "Stage 1: imagine scene D" \
-    python -m Step1_GFDM.eval checkpoint=$ckpts/gfdm data.root=$output/latents output=$output/imagined $(again $output/imagined)
+    python -m Step1_GFDM.eval checkpoint=$ckpts/gfdm data.root=$output/latents output=$output/imagined overwrite=true
 step 06_gidm "Stage 2: train the inverse dynamics model (GIDM), without looking at actions" \
     python -m Step2_GIDM.train data.root=$data output=$ckpts/gidm trainer.max_steps=$gidm $(again $ckpts/gidm)
 step 07_codes "Stage 2: which latent action moves what" \
