@@ -36,7 +36,8 @@ def telling_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> t
 
 def draw_gallery(seen: Observed, codes: int, path: Path) -> None:
     """One row per frequent code of the most telling place: mean displacement, and pairs as overlays."""
-    move, weight = displacement(seen.frames)
+    frames = seen.frames.float() / 255
+    move, weight = displacement(frames)
     moves = mean_displacement(move, weight)
     place, share = telling_place(seen.indices, moves)
     assigned = seen.indices[:, place]
@@ -58,11 +59,11 @@ def draw_gallery(seen: Observed, codes: int, path: Path) -> None:
     for row, code in zip(axes[1:], shown):
         members = (assigned == code).nonzero().flatten()
         dx, dy = moves[members].mean(0).tolist()
-        _draw_field(row[0], seen.frames[members, 0], move[members], weight[members])
+        _draw_field(row[0], frames[members, 0], move[members], weight[members])
         row[0].set_title(f"code {code} ({len(members)} pairs): {direction(dx, dy)}", fontsize=8)
         picks = members[torch.linspace(0, len(members) - 1, EXAMPLES).round().long()]
         for axis, pick in zip(row[1:], picks):
-            axis.imshow(overlay(seen.frames[pick]))
+            axis.imshow(overlay(frames[pick]))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

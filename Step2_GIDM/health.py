@@ -2,16 +2,16 @@
 
 Three questions, on held-out pairs. Are the codes used (perplexity, dead codes)? Does the decoder read them
 (its error with the right latent action against another pair's)? Do they name what a robot did (linear probe
-from codes to actions, beside the same probe from random codes and from differences of DINO features)?
+from codes to actions, fitted on training clips, beside random codes and differences of DINO features)?
 """
 
 import json
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -19,55 +19,64 @@ from rich.table import Table
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
-from Step2_GIDM.data.build import held_out_pairs
+from defi.errors import UserError
+from Step2_GIDM.data.build import held_out_pairs, training_pairs
 from Step2_GIDM.data.calvin import CalvinClips
 from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.observe import Observed, observe
-from Step2_GIDM.probe import one_hot, probe_r2
+from Step2_GIDM.probe import fit_and_predict, one_hot, r2
 
 ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+STILL = 0.1  # an action whose sums deviate less than this (2 mm, 0.3 degrees) does not count as varying
 
 
-def actions_between(data: PairDataset, seen: Observed) -> Float[np.ndarray, "N 7"]:
-    """What the robot did between the frames of each pair: summed relative motion, mean gripper command."""
-    source = data.source
-    assert isinstance(source, CalvinClips)
+@dataclass
+class Probed:
+    """Pairs with what the robot did between their frames."""
 
-    @cache
-    def of_clip(start: int, length: int) -> np.ndarray:
-        return source.data.stack("rel_actions", range(start, start + length))
+    seen: Observed
+    clips: Int[np.ndarray, " N"]
+    actions: Float[np.ndarray, "N 7"]
 
-    rows = []
-    for pair in seen.pairs:
-        clip, now = data.locate(int(pair))
-        actions = of_clip(clip.start, clip.length)[now : min(now + seen.distance, clip.length - 1)]
-        rows.append([*actions[:, :6].sum(0), actions[:, 6].mean()])
-    return np.array(rows)
+    @classmethod
+    def of(cls, data: PairDataset, seen: Observed) -> "Probed":
+        """Summed relative motion and mean gripper command between the frames of each pair."""
+        source = data.source
+        assert isinstance(source, CalvinClips)
+        numbers = {clip: number for number, clip in enumerate(source.clips)}
+        clips, rows = [], []
+        for pair in seen.pairs:
+            clip, now = data.locate(int(pair))
+            last = min(now + seen.distance, clip.length - 1)
+            actions = source.data.stack("rel_actions", range(clip.start + now, clip.start + last))
+            clips.append(numbers[clip])
+            rows.append([*actions[:, :6].sum(0), actions[:, 6].mean()])
+        return cls(seen, np.array(clips), np.array(rows))
 
 
-def probe(data: PairDataset, seen: Observed, codes: int, *, seed: int = 0) -> dict[str, dict[str, float]]:
-    """R² per action, and their `mean`, of ridge regression from codes, random codes and feature differences.
+def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, dict[str, float]]:
+    """R² on `test` of ridge regressions fitted on `fit`: per action that varies in both, and of `all`.
 
-    Fitted on every other clip, tested on the rest, so that no clip is on both sides. Actions that never vary
-    are left out.
+    Actions weigh by their variance in `all`, so that those that hardly vary hardly count. Inputs: the codes,
+    random codes, and differences of DINO features (what codes could hold at best).
     """
-    targets = actions_between(data, seen)
-    numbers = {clip: number for number, clip in enumerate(data.source.clips)}
-    clips = np.array([numbers[data.locate(int(pair))[0]] for pair in seen.pairs])
-    test = clips % 2 == 1
-    indices = seen.indices.numpy()
+    varies = (fit.actions.std(0) > STILL) & (test.actions.std(0) > STILL)
+    names = [name for name, kept in zip(ACTIONS, varies) if kept]
+    draw = np.random.default_rng(seed)
     inputs = {
-        "codes": one_hot(indices, codes),
-        "random codes": one_hot(np.random.default_rng(seed).integers(codes, size=indices.shape), codes),
-        "feature differences": seen.difference.double().numpy(),
+        "codes": [one_hot(part.seen.indices.numpy(), codes) for part in (fit, test)],
+        "random codes": [
+            one_hot(draw.integers(codes, size=p.seen.indices.shape), codes) for p in (fit, test)
+        ],
+        "feature differences": [part.seen.difference.double().numpy() for part in (fit, test)],
     }
     result = {}
-    for name, x in inputs.items():
-        scores = probe_r2(x, targets, clips, test)
-        known = {action: float(score) for action, score in zip(ACTIONS, scores) if np.isfinite(score)}
-        result[name] = known | {"mean": sum(known.values()) / max(1, len(known))}
+    for name, (x, new) in inputs.items():
+        guess = fit_and_predict(x, fit.actions[:, varies], new, groups=fit.clips)
+        each, together = r2(test.actions[:, varies], guess)
+        result[name] = dict(zip(names, each)) | {"all": together}
     return result
 
 
@@ -81,9 +90,10 @@ def report(numbers: dict[str, Any], codes: int) -> None:
         f"{numbers['shuffled_mse']:.4f}; copying the earlier frame {numbers['copy_mse']:.4f}"
     )
     if "probe" in numbers:
-        table = Table("R²", "mean", *ACTIONS, title="robot actions read linearly from")
+        names = list(numbers["probe"]["codes"])
+        table = Table("R²", *names, title="robot actions read linearly from")
         for name, scores in numbers["probe"].items():
-            table.add_row(name, *(f"{scores.get(key, float('nan')):.2f}" for key in ("mean", *ACTIONS)))
+            table.add_row(name, *(f"{scores[key]:.2f}" for key in names))
         console.print(table)
 
 
@@ -91,12 +101,16 @@ def report(numbers: dict[str, Any], codes: int) -> None:
 def main(cfg: DictConfig) -> None:
     output = check_output(cfg.output, overwrite=cfg.overwrite)
     model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm"))
-    data = held_out_pairs(cfg.data, model.config.dino.image_size)
+    codes, side = model.config.codes, model.config.dino.image_size
+    data = held_out_pairs(cfg.data, side)
     seen = observe(model, data, cfg.pairs)
-    codes = model.config.codes
     numbers: dict[str, Any] = seen.numbers(codes)
-    if isinstance(data.source, CalvinClips):
-        numbers["probe"] = probe(data, seen, codes, seed=cfg.seed)
+    if cfg.data.source == "calvin":
+        if cfg.data.split == cfg.data.held_out:
+            raise UserError(f"data.held_out={cfg.data.held_out}: is the training split; name another")
+        training = training_pairs(cfg.data, side, augment=False)
+        fit = Probed.of(training, observe(model, training, cfg.pairs))
+        numbers["probe"] = probe(fit, Probed.of(data, seen), codes, seed=cfg.seed)
     prepare_output(output, overwrite=cfg.overwrite)
     write_file(output / "health.json", json.dumps(numbers, indent=1))
     draw_gallery(seen, codes, output / "gallery.png")

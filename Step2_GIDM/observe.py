@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from Step2_GIDM.data.augment import resize
@@ -13,6 +14,8 @@ from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import perplexity
 
 BATCH = 32
+PICTURE = 112  # pixels a side of the frames that are kept for pictures
+POOL = 8  # feature differences are averaged to at most POOL × POOL places
 
 
 @dataclass
@@ -21,14 +24,14 @@ class Observed:
 
     error: mean square of the predicted later features, per pair. copy_error: the same with the earlier
     frame's features as prediction. shuffled_error: with the latent action of another pair; if it is no larger
-    than `error`, the decoder does not read the codes.
+    than `error`, the decoder does not read the codes. difference: of the features, X = C · places.
     """
 
     pairs: Int[np.ndarray, " N"]
     distance: int
-    frames: Float[Tensor, "N 2 3 H W"]
+    frames: UInt8[Tensor, "N 2 3 H W"]
     indices: Int[Tensor, "N Q"]
-    difference: Float[Tensor, "N LC"]
+    difference: Float[Tensor, "N X"]
     error: Float[Tensor, " N"]
     copy_error: Float[Tensor, " N"]
     shuffled_error: Float[Tensor, " N"]
@@ -61,9 +64,10 @@ def observe(model: GIDM, data: PairDataset, count: int) -> Observed:
         chosen = [int(pair) for pair in pairs[first : first + BATCH]]
         frames = torch.stack([resize(data.frames(pair, distance), data.image_size) for pair in chosen])
         texts = [data.locate(pair)[0].text for pair in chosen]
-        parts.append((frames, *(t.cpu() for t in _look(model, frames.to(device), texts))))
-    frames, indices, difference, error, copy_error, shuffled = (torch.cat(part) for part in zip(*parts))
-    return Observed(pairs, distance, frames, indices, difference, error, copy_error, shuffled)
+        small = F.interpolate(frames.flatten(0, 1), PICTURE, mode="bilinear", antialias=True)
+        pictures = (small * 255).round().byte().unflatten(0, frames.shape[:2])
+        parts.append((pictures, *(t.cpu() for t in _look(model, frames.to(device), texts))))
+    return Observed(pairs, distance, *(torch.cat(part) for part in zip(*parts)))
 
 
 def _look(model: GIDM, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> tuple[Tensor, ...]:
@@ -76,4 +80,6 @@ def _look(model: GIDM, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> 
     predicted = model.core.decoder(now, tokens, actions.text, mask)
     other = model.core.decoder(now, tokens.roll(1, dims=0), actions.text, mask)
     errors = [(guess - later).square().mean((1, 2)) for guess in (predicted, now, other)]
-    return actions.indices, (later - now).flatten(1), *errors
+    grid = (later - now).transpose(1, 2).unflatten(2, (model.dino.grid, model.dino.grid))
+    pooled = F.adaptive_avg_pool2d(grid, min(POOL, model.dino.grid))
+    return actions.indices, pooled.flatten(1), *errors

@@ -1,7 +1,7 @@
 """Linear probe: how much of a robot's actions can be read off codes or features by ridge regression."""
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 PENALTIES = np.logspace(-3, 3, 13)  # as shares of the inputs' mean square norm
 FOLDS = 5
@@ -29,26 +29,31 @@ def ridge(
     return projected @ shrunk + target_mean
 
 
-def probe_r2(
-    inputs: Float[np.ndarray, "N X"],
+def fit_and_predict(
+    fit: Float[np.ndarray, "N X"],
     targets: Float[np.ndarray, "N A"],
+    new: Float[np.ndarray, "M X"],
+    *,
     groups: Int[np.ndarray, " N"],
-    test: Bool[np.ndarray, " N"],
-) -> Float[np.ndarray, " A"]:
-    """R² of each target on the `test` samples, fitted on the others; NaN for a target that does not vary.
+) -> Float[np.ndarray, "M A"]:
+    """Predictions for `new` of a ridge regression whose penalty is chosen by cross-validation on `fit`.
 
-    The penalty is chosen by cross-validation within the fitted samples. Samples of one group (overlapping
-    pairs of one clip, say) are never on both sides of a split, else close neighbours would hide overfitting.
+    Samples of one group (overlapping pairs of one clip, say) are never on both sides of a split, else close
+    neighbours would hide overfitting.
     """
-    x, y, fold = inputs[~test], targets[~test], np.unique(groups[~test], return_inverse=True)[1] % FOLDS
+    fold = np.unique(groups, return_inverse=True)[1] % FOLDS
     errors = np.zeros(len(PENALTIES))
     for k in np.unique(fold):
         held = fold == k
-        if held.all():
-            continue
-        errors += ((ridge(x[~held], y[~held], x[held]) - y[held]) ** 2).sum((1, 2))
-    predicted = ridge(x, y, inputs[test])[int(np.argmin(errors))]
-    truth = targets[test]
+        if not held.all():
+            guess = ridge(fit[~held], targets[~held], fit[held])
+            errors += ((guess - targets[held]) ** 2).sum((1, 2))
+    return ridge(fit, targets, new)[int(np.argmin(errors))]
+
+
+def r2(truth: Float[np.ndarray, "M A"], predicted: Float[np.ndarray, "M A"]) -> tuple[list[float], float]:
+    """R² of each target, and of all together: the share of their summed variance that is explained."""
     spread = ((truth - truth.mean(0)) ** 2).sum(0)
     residual = ((truth - predicted) ** 2).sum(0)
-    return np.where(spread > 1e-12, 1 - residual / spread.clip(1e-12), np.nan)
+    each = 1 - residual / spread.clip(1e-12)
+    return each.tolist(), float(1 - residual.sum() / max(spread.sum(), 1e-12))

@@ -86,7 +86,7 @@ def futures(folder: Path) -> Markup:
 def latent_actions(folder: Path) -> Markup:
     """Stage 2: which code moves what, and whether the codes mean anything."""
     health = json.loads((folder / "health.json").read_text())
-    rows = [[name, scores["mean"]] for name, scores in health["probe"].items()]
+    rows = [[name, scores["all"]] for name, scores in health["probe"].items()]
     return html.section(
         "Latent actions",
         html.paragraph("What moved in the picture where GIDM, trained on video alone, chose the same code."),

@@ -99,9 +99,9 @@ def test_health(trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert run(health, *arguments, f"output={tmp_path / 'codes'}", monkeypatch=monkeypatch) == 0
     numbers = json.loads((tmp_path / "codes" / "health.json").read_text())
     assert set(numbers["probe"]) == {"codes", "random codes", "feature differences"}
-    assert numbers["probe"]["feature differences"]["mean"] > 0.25, "pixels say how the square moves"
-    assert numbers["probe"]["random codes"]["mean"] < 0.1
-    assert set(numbers["probe"]["codes"]) == {"dx", "dy", "mean"}, "only actions that vary"
+    assert numbers["probe"]["feature differences"]["all"] > 0.25, "pixels say how the square moves"
+    assert numbers["probe"]["random codes"]["all"] < 0.1
+    assert set(numbers["probe"]["codes"]) == {"dx", "dy", "all"}, "actions that vary"
     assert (tmp_path / "codes" / "gallery.png").is_file()
     before = sorted((tmp_path / "codes").iterdir())
     assert run(health, *arguments, f"output={tmp_path / 'codes'}", monkeypatch=monkeypatch) == 2

@@ -16,7 +16,7 @@ from Step2_GIDM.data.pairs import Clip, PairDataset
 from Step2_GIDM.data.videos import VideoClips
 from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import direction, telling_place
-from Step2_GIDM.probe import one_hot, probe_r2
+from Step2_GIDM.probe import fit_and_predict, one_hot, r2
 
 
 class Numbered:
@@ -190,16 +190,23 @@ def test_the_telling_place_is_the_one_that_follows_the_motion() -> None:
 
 def test_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
     rng = np.random.default_rng(0)
-    codes = rng.integers(8, size=(400, 2))
-    effect = rng.normal(size=(8, 3))
-    targets = np.c_[effect[codes[:, 0]] + 0.1 * rng.normal(size=(400, 3)), np.ones(400)]
-    groups = np.arange(400) // 10
-    test = groups % 2 == 1
-    scores = probe_r2(one_hot(codes, 8), targets, groups, test)
-    assert (scores[:3] > 0.9).all() and np.isnan(scores[3])
-    noise = probe_r2(one_hot(rng.integers(8, size=(400, 2)), 8), targets, groups, test)
-    assert (np.abs(noise[:3]) < 0.15).all()
-    # As many inputs as samples, which differ between groups alone: nothing that carries over to other groups.
-    per_group = rng.normal(size=(40, 300))[groups] + 0.01 * rng.normal(size=(400, 300))
-    drift = rng.normal(size=(40, 1))[groups]
-    assert probe_r2(per_group, drift, groups, test)[0] < 0.2
+    codes, effect = rng.integers(8, size=(400, 2)), rng.normal(size=(8, 3))
+    targets = effect[codes[:, 0]] + 0.1 * rng.normal(size=(400, 3))
+    groups = np.arange(200) // 10
+
+    def scores(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        guess = fit_and_predict(inputs[:200], targets[:200], inputs[200:], groups=groups)
+        return np.array(r2(targets[200:], guess)[0])
+
+    assert (scores(one_hot(codes, 8), targets) > 0.9).all()
+    assert (np.abs(scores(one_hot(rng.integers(8, size=(400, 2)), 8), targets)) < 0.15).all()
+    # More inputs than samples, alike within a group: what is learned of one group does not carry over.
+    per_group = rng.normal(size=(40, 300))[np.arange(400) // 10] + 0.01 * rng.normal(size=(400, 300))
+    drift = rng.normal(size=(40, 1))[np.arange(400) // 10]
+    assert scores(per_group, drift)[0] < 0.2
+
+
+def test_r2_of_all_targets_weighs_them_by_variance() -> None:
+    truth = np.array([[-10.0, -1], [10, 1]])
+    each, together = r2(truth, np.array([[-10.0, 0], [10, 0]]))
+    assert each == [1, 0] and together == pytest.approx(1 - 2 / 202)

@@ -22,9 +22,9 @@ def build_source(data: Mapping[str, Any], *, held_out: bool = False) -> Source:
     raise UserError(f"data.source={data['source']}: choose calvin or videos")
 
 
-def training_pairs(data: Mapping[str, Any], image_size: int) -> PairDataset:
-    """Augmented pairs of the section's training clips."""
-    augmentation = Augmentation(**data["augmentation"]) if data["augmentation"] else None
+def training_pairs(data: Mapping[str, Any], image_size: int, *, augment: bool = True) -> PairDataset:
+    """Pairs of the section's training clips, augmented as it says."""
+    augmentation = Augmentation(**data["augmentation"]) if augment and data["augmentation"] else None
     return _pairs(build_source(data), data, image_size, augmentation)
 
 
