@@ -178,7 +178,7 @@ def _base(spec: TableSpec) -> Link:
                 bracket = slab((x - 0.02, x + 0.02), (y + LEVER[1], FRONT), (z - 0.03, TOP - 0.005))
             wall.box(*bracket, UNSEEN_BELOW)
             boxes.append(bracket)
-    return Link("base_link", [top, wall, dark], [Shape(*box) for box in [*boxes, back]], 0, 1.0)
+    return Link("base_link", [top, wall, dark], [Shape(*box) for box in [*boxes, back]], 0, 0.7)
 
 
 def _button(spec: TableSpec) -> Link:

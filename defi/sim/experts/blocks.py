@@ -35,7 +35,7 @@ OVER_TABLE = 0.535  # height of the TCP that clears blocks on the table
 OVER_BLOCKS = 0.55  # height of a carried block's middle that clears others
 OVER_DRAWER = HANDLE_TOP + 0.05
 # Where to put a block in each half of the shelf: in its middle, or, if a block is there, nearer to the other half.
-SHELF_PLACES = {"left": ((-0.24, 0.092), (-0.145, 0.092)), "right": ((0.07, 0.092), (-0.025, 0.092))}
+SHELF_PLACES = {"left": ((-0.24, 0.092), (-0.13, 0.092)), "right": ((0.07, 0.092), (-0.04, 0.092))}
 
 
 def clearance(place: Point) -> float:
@@ -129,7 +129,7 @@ def push(view: View, name: str, direction: Float[np.ndarray, "2"]) -> Move:
             block = other
     reach = block.half(angle) + finger
     offset = (block.place - view.tcp)[:2]
-    low = TOP + 0.012 + TIP
+    low = TOP + 0.008 + TIP
     if view.tcp[2] < low + 0.02 and 0 < offset @ direction < reach + 0.07 and abs(offset @ across) < 0.025:
         goal = view.tcp[:2] + 0.1 * direction + across * (offset @ across)
         return Move(np.array([*goal, low]), speed=0.6)
@@ -166,7 +166,11 @@ class Push(Skill):
     name: str
     side: int  # +1: to the right
     start: float  # the block's x at the start
-    distance = 0.112
+    distance = 0.104
+
+    @property
+    def leave(self) -> Vector:
+        return (-0.04 * self.side, 0.0, 0.1)
 
     def done(self, view: View) -> bool:
         return self.side * (view.blocks[self.name].place[0] - self.start) > self.distance
@@ -270,7 +274,7 @@ class PushIntoDrawer(Skill):
     def move(self, view: View) -> Move:
         place = view.blocks[self.name].place
         drawer = view.grips["base__drawer"][0]
-        beside = np.clip(place[0] - drawer, -0.07, 0.07) + drawer - place[0]
+        beside = np.clip(place[0] - drawer, -0.05, 0.05) + drawer - place[0]
         if abs(beside) > 0.005:
             return push(view, self.name, np.array([np.sign(beside), 0.0]))
         return push(view, self.name, np.array([0.0, -1.0]))

@@ -21,8 +21,8 @@ WANDER = np.array([10.0, 4.0, 3.0])
 STARTS = 20  # random starts tried until one can be set up
 DETOUR = 0.5  # probability that another task is played before
 AT_ONCE = 0.5  # probability that the next task is given as soon as the last is solved, before the retreat
-# Solved while the block is still in the hand, which must be empty before most tasks: always played to the end.
-IN_HAND = ("rotate", "unstack")
+# Solved while the hand still touches a block, or a block falls: always played to the end.
+UNSETTLED = ("push", "rotate", "stack", "unstack")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def random_start(world: World, task: str, rng: np.random.Generator, *, max_steps
                 world,
                 name,
                 max_steps=max_steps,
-                at_once=rng.random() < AT_ONCE and name != "unstack_block",
+                at_once=rng.random() < AT_ONCE and not name.startswith(UNSETTLED),
                 noise=0,
                 rng=rng,
             )
