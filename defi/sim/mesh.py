@@ -145,3 +145,12 @@ class Mesh:
 def mtl(texture: str) -> str:
     """A Wavefront material library with one textured material."""
     return f"newmtl surface\nKd 1 1 1\nmap_Kd {texture}\n"
+
+
+def visual_urdf(stem: str, color: Color) -> str:
+    """A URDF <visual> of the mesh `<stem>.obj`, which lies beside the URDF file."""
+    rgba = " ".join(f"{value:.4f}" for value in (*color, 1))
+    return (
+        f'<visual><geometry><mesh filename="{stem}.obj"/></geometry>'
+        f'<material name="{stem}"><color rgba="{rgba}"/></material></visual>'
+    )

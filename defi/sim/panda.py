@@ -1,7 +1,7 @@
-"""The built-in arm: PyBullet's Panda (joints, masses, collision meshes), long fingers, drawn with light shapes.
+"""The built-in arm: PyBullet's Panda (joints, masses, collision meshes), long fingers, drawn with few faces.
 
-Link and joint numbers, the TCP and the gripper camera are those of CALVIN's `panda_longer_finger.urdf`: TCP link 15,
-14 cm before the hand; finger joints 9 and 11; the camera link looks along its y axis.
+Link and joint numbers, the TCP and the gripper camera are those of CALVIN's `panda_longer_finger.urdf`: TCP
+link 15, 14 cm before the hand; finger joints 9 and 11; the camera link looks along its y axis.
 """
 
 import re
@@ -9,16 +9,10 @@ from pathlib import Path
 
 import pybullet_data
 
-from defi.sim.mesh import Color, Material, Mesh
+from defi.sim.mesh import Color, Material, Mesh, visual_urdf
 
 FINGER_LENGTH = 0.0964  # metres, from the hand's finger joints to the tips
 FINGER_WIDTH = 0.024
-_FIXED = (
-    '<joint name="{name}" type="fixed"><origin xyz="{xyz}" rpy="{rpy}"/>'
-    '<parent link="{parent}"/><child link="{child}"/></joint>'
-    '<link name="{child}"><inertial><mass value="{mass}"/>'
-    '<inertia ixx="0.1" ixy="0" ixz="0" iyy="0.1" iyz="0" izz="0.1"/></inertial>{visual}</link>'
-)
 
 
 def _drawn(color: Color, hand: Color, finger: Color, tip: Color) -> dict[str, Mesh]:
@@ -52,11 +46,15 @@ def _drawn(color: Color, hand: Color, finger: Color, tip: Color) -> dict[str, Me
     }
 
 
-def _visual(name: str, mesh: Mesh) -> str:
-    rgba = " ".join(f"{value:.4f}" for value in (*mesh.material.color, 1))
+def _fixed_link(
+    child: str, parent: str, xyz: str, *, rpy: str = "0 0 0", mass: float, visual: str = ""
+) -> str:
     return (
-        f'<visual><geometry><mesh filename="{name}.obj"/></geometry>'
-        f'<material name="{name}"><color rgba="{rgba}"/></material></visual>'
+        f'<joint name="{child}_joint" type="fixed"><origin xyz="{xyz}" rpy="{rpy}"/>'
+        f'<parent link="{parent}"/><child link="{child}"/></joint>'
+        f'<link name="{child}"><inertial><mass value="{mass}"/>'
+        '<inertia ixx="0.1" ixy="0" ixz="0" iyy="0.1" iyz="0" izz="0.1"/></inertial>'
+        f"{visual}</link>"
     )
 
 
@@ -67,34 +65,28 @@ def _finger_collision(side: int) -> str:
     )
 
 
-def arm_files(color: Color, hand: Color, finger: Color, tip: Color) -> dict[str, bytes]:
+def arm_files(color: Color, hand: Color, fingers: Color, tips: Color) -> dict[str, bytes]:
     """`panda.urdf` and its drawn meshes; the collision meshes stay where pybullet_data is installed."""
     root = Path(pybullet_data.getDataPath()) / "franka_panda"
     text = (root / "panda.urdf").read_text()
     text = re.sub(r"<visual>.*?</visual>", "", text, flags=re.S).replace("package://", f"{root}/")
-    drawn = _drawn(color, hand, finger, tip)
+    drawn = _drawn(color, hand, fingers, tips)
     for name, mesh in drawn.items():
-        text = text.replace(f'<link name="{name}">', f'<link name="{name}">{_visual(name, mesh)}')
+        text = text.replace(
+            f'<link name="{name}">', f'<link name="{name}">{visual_urdf(name, mesh.material.color)}'
+        )
     for side, name in ((1, "panda_leftfinger"), (-1, "panda_rightfinger")):
         pattern = rf'(<link name="{name}">.*?)<collision>.*?</collision>'
         text = re.sub(pattern, lambda m, s=side: m[1] + _finger_collision(s), text, flags=re.S)
     extra = [
-        _FIXED.format(
-            name="camera_joint", xyz="-0.1 0 0", rpy="1.3 0 -1.57", parent="panda_hand", child="gripper_cam",
-            mass=0.2, visual="",
-        ),
-        _FIXED.format(
-            name="tcp_joint", xyz="0 0 0.14", rpy="0 0 0", parent="panda_hand", child="tcp", mass=0.00001, visual=""
-        ),
-    ]  # fmt: skip
+        _fixed_link("gripper_cam", "panda_hand", "-0.1 0 0", rpy="1.3 0 -1.57", mass=0.2),
+        _fixed_link("tcp", "panda_hand", "0 0 0.14", mass=0.00001),
+    ]
     for side in ("left", "right"):
-        child = f"finger_{side}_tip"
-        extra.append(
-            _FIXED.format(
-                name=f"joint_finger_tip_{side}", xyz=f"0 0 {FINGER_LENGTH}", rpy="0 0 0",
-                parent=f"panda_{side}finger", child=child, mass=0.0001, visual=_visual(child, drawn[child]),
-            )
-        )  # fmt: skip
+        tip = f"finger_{side}_tip"
+        visual = visual_urdf(tip, drawn[tip].material.color)
+        finger = f"panda_{side}finger"
+        extra.append(_fixed_link(tip, finger, f"0 0 {FINGER_LENGTH}", mass=0.0001, visual=visual))
     files = {"panda.urdf": text.replace("</robot>", "\n".join(extra) + "\n</robot>").encode()}
     for name, mesh in drawn.items():
         files[f"{name}.obj"] = mesh.obj("plain.mtl").encode()

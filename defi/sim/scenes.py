@@ -1,8 +1,8 @@
 """The built-in scenes A, B, C and D, and random variations of A, B and C to train on.
 
-Scenes differ in colours, patterns, sizes and places. A and D have the switch on a bracket in front of the table's
-right corner, B and C behind at the left; the button stands on the table at the left, in B on the bracket. D's colours
-and places lie inside the spread of the variations, but no variation is D.
+Scenes differ in colours, patterns, sizes and places. A and D have the switch on a bracket in front of the
+table's right corner, B and C behind at the left; the button stands on the table at the left, in B on the
+bracket. D's colours and places lie inside the spread of the variations, but no variation is D.
 """
 
 import colorsys
@@ -61,29 +61,29 @@ class Family:
 FAMILIES = {
     "A": Family(
         top=(0.05, 0.55, 0.50), wall=(0.04, 0.60, 0.36), door=(0.07, 0.45, 0.62), drawer=(0.05, 0.50, 0.42),
-        knob=(0.50, 1.0, 0.85), handle=(0.14, 0.30, 0.18), lever=(0.76, 0.75, 0.80), button=(0.70, 0.30, 0.10),
-        plank=(0.60, 0.05, 0.80), patterns=("wood", "wood"),
+        knob=(0.50, 1.0, 0.85), handle=(0.14, 0.30, 0.18), lever=(0.76, 0.75, 0.80),
+        button=(0.70, 0.30, 0.10), plank=(0.60, 0.05, 0.80), patterns=("wood", "wood"),
         button_place=(-0.27, -0.13, TOP), switch_place=BRACKET, knob_offset=-0.05, drawer_x=0.08,
         lengths=(MIDDLE, BIG, SMALL),
     ),
     "B": Family(
         top=(0.11, 0.38, 0.88), wall=(0.10, 0.45, 0.70), door=(0.09, 0.55, 0.55), drawer=(0.11, 0.35, 0.78),
-        knob=(0.47, 0.9, 0.65), handle=(0.60, 0.30, 0.18), lever=(0.74, 0.65, 0.70), button=(0.60, 0.20, 0.16),
-        plank=(0.10, 0.05, 0.88), patterns=("planks", "plain"),
+        knob=(0.47, 0.9, 0.65), handle=(0.60, 0.30, 0.18), lever=(0.74, 0.65, 0.70),
+        button=(0.60, 0.20, 0.16), plank=(0.10, 0.05, 0.88), patterns=("planks", "plain"),
         button_place=(0.335, -0.245, TOP), switch_place=BEHIND_LEFT, knob_offset=0.06, drawer_x=0.09,
         lengths=(SMALL, BIG, MIDDLE), button_radius=0.042, handle_width=0.18,
     ),
     "C": Family(
         top=(0.58, 0.25, 0.62), wall=(0.60, 0.30, 0.48), door=(0.56, 0.12, 0.78), drawer=(0.59, 0.28, 0.52),
-        knob=(0.53, 0.9, 0.90), handle=(0.10, 0.30, 0.18), lever=(0.78, 0.70, 0.75), button=(0.05, 0.30, 0.14),
-        plank=(0.30, 0.05, 0.75), patterns=("speckle", "planks"),
+        knob=(0.53, 0.9, 0.90), handle=(0.10, 0.30, 0.18), lever=(0.78, 0.70, 0.75),
+        button=(0.05, 0.30, 0.14), plank=(0.30, 0.05, 0.75), patterns=("speckle", "planks"),
         button_place=(-0.23, -0.13, TOP), switch_place=BEHIND_LEFT, knob_offset=0.03, drawer_x=0.12,
         lengths=(BIG, SMALL, MIDDLE), handle_width=0.21,
     ),
     "D": Family(
         top=(0.24, 0.30, 0.68), wall=(0.22, 0.36, 0.50), door=(0.16, 0.32, 0.80), drawer=(0.25, 0.32, 0.55),
-        knob=(0.51, 0.95, 0.75), handle=(0.30, 0.30, 0.18), lever=(0.75, 0.70, 0.76), button=(0.40, 0.20, 0.13),
-        plank=(0.50, 0.05, 0.82), patterns=("wood", "planks"),
+        knob=(0.51, 0.95, 0.75), handle=(0.30, 0.30, 0.18), lever=(0.75, 0.70, 0.76),
+        button=(0.40, 0.20, 0.13), plank=(0.50, 0.05, 0.82), patterns=("wood", "planks"),
         button_place=(-0.25, -0.125, TOP), switch_place=(0.32, -0.335, 0.335), knob_offset=0.0, drawer_x=0.10,
         lengths=(MIDDLE, SMALL, BIG), handle_width=0.19,
     ),
@@ -126,7 +126,7 @@ def _vary(family: Family, rng: np.random.Generator) -> Family:
         plank=_jitter(rng, family.plank, 0.5, 0.05),
         patterns=(str(rng.choice(patterns)), str(rng.choice(patterns))),
         button_place=place(family.button_place, *((0.01, 0.01, 0) if on_bracket else (0.025, 0.01, 0))),
-        switch_place=place(family.switch_place, 0.015, 0.012, 0.01),
+        switch_place=place(family.switch_place, 0.018, 0.012, 0.01),
         knob_offset=place((family.knob_offset,), 0.03)[0],
         drawer_x=place((family.drawer_x,), 0.025)[0],
         lengths=tuple(rng.permutation([SMALL, MIDDLE, BIG]).tolist()),

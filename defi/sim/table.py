@@ -1,9 +1,9 @@
 """The built-in play table and its blocks: URDF text and meshes made by code.
 
-Joints, links, ranges and directions are those of CALVIN's table: the slide moves along −x (0 … 0.28 m), the drawer
-along −y (0 … 0.22 m), the button down (0 … 0.02 m), the switch up and back (0 … 0.088 m). The parts are made for a
-gripper that points down: a handle to hook from above, a knob to push sideways, a lever to push back and to press
-down, a wide button. Lengths in metres, in world coordinates.
+Joints, links, ranges and directions are those of CALVIN's table: the slide moves along −x (0 … 0.28 m), the
+drawer along −y (0 … 0.22 m), the button down (0 … 0.02 m), the switch up and back (0 … 0.088 m). The parts
+are made for a gripper that points down: a handle to hook from above, a knob to push sideways, a lever to push
+back and to press down, a wide button. Lengths in metres, in world coordinates.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defi.sim.mesh import ALL_FACES, Color, Material, Mesh, Vector, mtl
+from defi.sim.mesh import ALL_FACES, Color, Material, Mesh, Vector, mtl, visual_urdf
 
 TOP = 0.44  # height of the table top
 FRONT, BACK = -0.18, 0.20  # y of the table's edges
@@ -59,8 +59,11 @@ class TableSpec:
     slide_x: float = -0.1  # left edge of the closed door
 
     def grips(self) -> dict[str, Vector]:
-        """Joint name -> the middle of the knob, of the gap behind the drawer's handle, of the button's top and of
-        the lever's front edge at its lower end, with all joints at 0."""
+        """Joint name -> where it is worked, with all joints at 0.
+
+        The middle of the knob, the top of the gap behind the drawer's handle, the button's top, the lower front
+        edge of the lever.
+        """
         x, y, z = self.button
         return {
             "base__slide": (
@@ -126,12 +129,8 @@ class Link:
             '<inertia ixx="1" ixy="0" ixz="0" iyy="1" iyz="0" izz="1"/></inertial>',
         ]
         for number, mesh in enumerate(self.meshes):
-            color = mesh.material.color if mesh.material.pattern == "plain" else (1, 1, 1)
-            rgba = " ".join(f"{value:.4f}" for value in (*color, 1))
-            parts.append(
-                f'<visual><geometry><mesh filename="{self.name}_{number}.obj"/></geometry>'
-                f'<material name="{self.name}_{number}"><color rgba="{rgba}"/></material></visual>'
-            )
+            color = mesh.material.color if mesh.material.pattern == "plain" else (1.0, 1.0, 1.0)
+            parts.append(visual_urdf(f"{self.name}_{number}", color))
         return "\n".join([*parts, *(shape.urdf() for shape in self.shapes), "</link>"])
 
 
@@ -271,7 +270,7 @@ def block_files(name: str, color: Color, length: float) -> dict[str, bytes]:
 
 
 def plane_files() -> dict[str, bytes]:
-    """`plane.urdf`: the ground. Drawing it would cost as much as the table, so only a speck of it is drawn."""
+    """`plane.urdf`: the ground. Drawing all of it would cost much, so only a speck is drawn."""
     mesh = Mesh(Material((1.0, 1.0, 1.0))).box((0, 0, -0.01), (0.01, 0.01, 0.01), "+z")
     link = Link("plane", [mesh], [Shape((0, 0, -5), (200, 200, 10))], 0, 1.0)
     return {

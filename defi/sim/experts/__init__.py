@@ -1,7 +1,7 @@
 """Scripted experts: `Expert(task, world).act(world)` gives the next action until the task is done.
 
-They steer by the state of the world alone, with the hand pointing down, and leave with a short retreat, so that the
-next task starts from a sane pose. `python -m defi.sim.experts` measures how often the judge agrees with them.
+They steer by the state of the world alone, with the hand pointing down, and leave with a short retreat, so
+that the next task starts from a sane pose. `python -m defi.sim.experts` measures how often the judge agrees.
 """
 
 import numpy as np

@@ -34,7 +34,7 @@ BEFORE_KNOB = -0.058  # y up to which the hand can come down over the table
 OVER_TABLE = 0.535  # height of the TCP that clears blocks on the table
 OVER_BLOCKS = 0.55  # height of a carried block's middle that clears others
 OVER_DRAWER = HANDLE_TOP + 0.05
-# Where to put a block in each half of the shelf: in its middle, or, if a block is there, nearer to the other half.
+# Where to put a block in each half of the shelf: its middle; if a block is there, nearer to the other half.
 SHELF_PLACES = {"left": ((-0.24, 0.092), (-0.13, 0.092)), "right": ((0.07, 0.092), (-0.04, 0.092))}
 
 
@@ -264,7 +264,7 @@ class Place(Skill):
 
 @dataclass(frozen=True)
 class PushIntoDrawer(Skill):
-    """From behind the block, push it over the table's front edge; first beside it, if the drawer is not below."""
+    """From behind the block, push it over the table's front edge, after moving it to where the drawer is."""
 
     name: str
 

@@ -1,6 +1,6 @@
 """Experts for drawer, slide, switch and button: the closed fingers hook, push and press.
 
-Each skill gives the next move and says when it is done; how it leaves afterwards is a displacement of the hand.
+Each skill gives the next move and says when it is done; it leaves by a displacement of the hand.
 """
 
 from dataclasses import dataclass

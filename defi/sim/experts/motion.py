@@ -1,7 +1,7 @@
 """How experts see the world and how they move: goals for the hand, turned into relative actions.
 
-Experts feel their way: the action follows from where things are now, never from a clock, so that a picture determines
-it and a push of the arm is made good. Lengths in metres, angles in radians, world coordinates.
+The action follows from where things are now, never from a clock, so that a picture determines it and a push
+of the arm is made good. Lengths in metres, angles in radians, world coordinates.
 """
 
 from dataclasses import dataclass
@@ -133,8 +133,8 @@ def action(move: Move, view: View, commanded: Point) -> Float[np.ndarray, "7"]:
 def descend(tcp: Point, goal: Point, clear: float, near: float = 0.03, travel: float = TRAVEL) -> Point:
     """A waypoint towards `goal` from above: over it at height `clear` or more, then straight down.
 
-    The height rises with the horizontal distance, from `clear` to `travel`, and is at least `OVER_DOOR` on the way
-    out of the shelf; below it the hand first rises.
+    The height rises with the horizontal distance, from `clear` to `travel`, and is at least `OVER_DOOR` on
+    the way out of the shelf; below it the hand first rises.
     """
     distance = float(np.hypot(*(goal - tcp)[:2]))
     if distance < near:

@@ -16,7 +16,7 @@ from defi.sim.sequences import initial_states, start_state
 from defi.sim.tasks import TASK_TABLE, TASKS, Situation
 from defi.sim.world import World
 
-# How far from the protocol's pose the arm may start: -0.2 to 0.2 m in x, -0.08 to 0.08 in y, -0.06 to 0.06 in z.
+# How far from the protocol's pose the arm may start, in steps of 2 cm, along x, y and z.
 WANDER = np.array([10.0, 4.0, 3.0])
 STARTS = 20  # random starts tried until one can be set up
 DETOUR = 0.5  # probability that another task is played before
@@ -27,7 +27,7 @@ UNSETTLED = ("push", "rotate", "stack", "unstack")
 
 @dataclass(frozen=True)
 class Trial:
-    """One try: control steps until the judge first called it solved (None: never), and until the expert ended."""
+    """One try: control steps until the judge first called it solved (None: never), and until its end."""
 
     solved_after: int | None
     steps: int
