@@ -25,7 +25,8 @@ class Arm:
         self.gripper_action = 1
         self._joints = [*config.arm_joints, *config.finger_joints]
         self.body = bullet.load(config.urdf, config.base_position, config.base_euler, useFixedBase=True)
-        self._add_pedestal()
+        if config.pedestal:
+            self._add_pedestal()
         self._couple_fingers()
         dof = bullet.computeDofCount(self.body)
         limits = [-NULL_SPACE] * dof, [NULL_SPACE] * dof, [NULL_SPACE] * dof

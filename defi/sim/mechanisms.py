@@ -9,7 +9,6 @@ from defi.sim.scene import TableConfig
 FORCE = 4
 JOINTS = ("base__slide", "base__drawer", "base__button", "base__switch")
 BUTTON, SWITCH = 2, 3  # places in JOINTS
-OFF_COLOR = (1, 1, 1, 1)
 
 
 class Mechanisms:
@@ -67,11 +66,11 @@ class Mechanisms:
 
     def _set_lightbulb(self, on: int) -> None:
         self.lightbulb = on
-        self._paint("light_link", self.config.bulb_color if on else OFF_COLOR)
+        self._paint("light_link", self.config.bulb_color if on else self.config.off_color)
 
     def _set_led(self, on: int) -> None:
         self.led = on
-        self._paint("led_link", self.config.led_color if on else OFF_COLOR)
+        self._paint("led_link", self.config.led_color if on else self.config.off_color)
 
     def _paint(self, link: str, color: Sequence[float]) -> None:
         self._bullet.changeVisualShape(self.body, self.links[link], rgbaColor=color)
