@@ -6,7 +6,6 @@ names the faces that a camera can see. Lengths in metres, colours RGB in [0, 1].
 
 from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import pairwise, product
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,7 +18,6 @@ FACES = {"-x": (0, -1), "+x": (0, 1), "-y": (1, -1), "+y": (1, 1), "-z": (2, -1)
 ALL_FACES = "-x +x -y +y -z +z"
 TEXTURE_SIZE = 64  # pixels
 TEXTURE_SPAN = 0.5  # metres that one repetition of the texture covers
-CELL = 0.25  # metres: larger faces are cut, for the renderer visits all pixels of a triangle's bounding box
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,8 @@ class Mesh:
             normal, across = np.zeros(3), np.zeros(3)
             normal[axis], across[(axis + 1) % 3] = sign, 1
             along = np.cross(normal, across)
-            columns = np.linspace(-1, 1, 1 + int(np.ceil(2 * half @ np.abs(across) / CELL)))
-            rows = np.linspace(-1, 1, 1 + int(np.ceil(2 * half @ np.abs(along) / CELL)))
-            for s, t in product(pairwise(columns), pairwise(rows)):
-                cell = ((s[0], t[0]), (s[1], t[0]), (s[1], t[1]), (s[0], t[1]))
-                corners = np.array([normal + a * across + b * along for a, b in cell])
-                self.polygons.append((middle + half * corners, normal))
+            corners = [normal + a * across + b * along for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+            self.polygons.append((middle + half * np.array(corners), normal))
         return self
 
     def prism(

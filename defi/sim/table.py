@@ -61,8 +61,8 @@ class TableSpec:
     def grips(self) -> dict[str, Vector]:
         """Joint name -> where it is worked, with all joints at 0.
 
-        The middle of the knob, the top of the gap behind the handle, the button's top, the lower front edge of
-        the lever.
+        The middle of the knob, the top of the gap behind the handle, the button's top, the lower front edge
+        of the lever.
         """
         x, y, z = self.button
         return {
