@@ -21,7 +21,7 @@ class Drawer(Skill):
     leave = (0.0, 0.0, 0.14)
 
     def done(self, view: View) -> bool:
-        return view.joints["base__drawer"] > 0.19 if self.open else view.joints["base__drawer"] < 0.02
+        return view.joints["base__drawer"] > 0.21 if self.open else view.joints["base__drawer"] < 0.006
 
     def move(self, view: View) -> Move:
         gap = view.grips["base__drawer"]
@@ -42,7 +42,7 @@ class Slide(Skill):
     corridor = -0.17
 
     def done(self, view: View) -> bool:
-        return view.joints["base__slide"] > 0.255 if self.left else view.joints["base__slide"] < 0.025
+        return view.joints["base__slide"] > 0.272 if self.left else view.joints["base__slide"] < 0.006
 
     def move(self, view: View) -> Move:
         side = 1 if self.left else -1
@@ -56,6 +56,8 @@ class Slide(Skill):
         aligned = place > 0.065 and abs(place - self.beside) < 0.05
         if aligned:
             return Move(np.array([x + side * self.beside, y, z]))
+        if view.tcp[1] > y - 0.075:
+            before[0] = view.tcp[0]  # back off before going around
         return Move(before)
 
 
