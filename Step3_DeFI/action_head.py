@@ -135,6 +135,12 @@ def _init(module: nn.Module, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
+def _init_plain(module: nn.Module) -> None:
+    """Weights that keep the size of what passes through, for training from scratch."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+
+
 class ActionDenoiser(nn.Module):
     """The network inside the preconditioning: context and noisy actions → a 7-D vector per action."""
 
@@ -160,13 +166,15 @@ class ActionDenoiser(nn.Module):
         self.encoder_norm = nn.LayerNorm(dim, bias=False)
         self.embed_sigma = SigmaEmbedding(dim)
         self.embed_action = nn.Linear(action_dim, dim)
-        self.action_positions = nn.Parameter(torch.randn(chunk, dim)) if config.action_positions else None
+        positions = nn.Parameter(0.3 * torch.randn(chunk, dim))
+        self.action_positions = positions if config.action_positions else None
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(dim, bias=False)
         self.predict = nn.Linear(dim, action_dim)
         std = 0.02 * math.sqrt(384 / dim)  # the published 0.02 at the published width
         self.apply(lambda module: _init(module, std))
         if config.identity_modulation:
+            self.apply(_init_plain)
             for layer in self.decoder:
                 _, scale, gate, _, ff_scale, ff_gate = layer.modulation[1].bias.data.chunk(6)
                 for part in (scale, gate, ff_scale, ff_gate):

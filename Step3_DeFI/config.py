@@ -16,16 +16,13 @@ from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
 @dataclass
 class VideoFormerConfig:
-    """queries: tokens per frame. token_positions, normalise, query_gain: see `VideoFormer`."""
+    """queries: tokens per frame."""
 
     dim: int = 384
     depth: int = 6
     heads: int = 8
     head_dim: int = 64
     queries: int = 14
-    token_positions: bool = False
-    normalise: bool = False
-    query_gain: float = 1.0
 
 
 @dataclass
@@ -99,7 +96,9 @@ class PolicyConfig:
     frames, feature_tokens, feature_channels, sentence_width: F, L, C of stage 1's features, P of its CLIP.
     latent_action, latent_action_frames: stage 2's tokenizer and the two imagined frames it looks at.
     feature_noise: `fresh` noise per look, or the same (`fixed`) noise for all, which makes features a
-    function of image and text (published: fresh). codebook_weight, commitment_weight: of the loss.
+    function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
+    merge: side of the squares of neighbouring feature tokens that are joined into one (published: 1).
+    codebook_weight, commitment_weight: of the loss.
     """
 
     views: int = 2
@@ -110,6 +109,8 @@ class PolicyConfig:
     latent_action: LatentActionSizes = field(default_factory=LatentActionSizes)
     latent_action_frames: list[int] = field(default_factory=lambda: [0, 5])
     feature_noise: str = "fresh"
+    standardise: bool = False
+    merge: int = 1
     video_former: VideoFormerConfig = field(default_factory=VideoFormerConfig)
     action_head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     diffusion: ActionDiffusionConfig = field(default_factory=ActionDiffusionConfig)

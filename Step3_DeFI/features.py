@@ -1,8 +1,11 @@
 """From pictures to features of the imagined future: the one path of preparation, training and rollout."""
 
+import math
+
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from defi.engine.data import SampleNoise
 from Step1_GFDM.model import GFDM
@@ -36,3 +39,41 @@ def video_noise(
     if kind == "fixed":
         return SampleNoise(torch.zeros(1, dtype=torch.long), device).normal(*shape).expand(len(seeds), *shape)
     return SampleNoise(seeds, device).normal(*shape)
+
+
+def merge_tokens(features: Float[Tensor, "B V F L C"], side: int) -> Float[Tensor, "B V F M D"]:
+    """Squares of side × side neighbouring tokens as one: M = L / side² tokens of D = C·side² channels.
+
+    The projection that follows then has a weight of its own for each place in a square, so that a small
+    policy learns where things are in far fewer steps. Side 1 leaves the tokens as they are.
+    """
+    return rearrange(
+        features,
+        "b v f (y p x q) c -> b v f (y x) (p q c)",
+        y=math.isqrt(features.shape[3]) // side,
+        p=side,
+        q=side,
+    )
+
+
+class Standardise(nn.Module):
+    """Features less their mean over the training data, by their deviation, at each place and channel.
+
+    Most of what a small video model's features hold is the same in every picture of a scene; without this
+    a policy trained for minutes hardly sees the rest. The figures are buffers: they belong to the weights.
+    """
+
+    def __init__(self, look: tuple[int, int, int]) -> None:
+        super().__init__()
+        views, tokens, channels = look
+        self.register_buffer("mean", torch.zeros(views, 1, tokens, channels))
+        self.register_buffer("deviation", torch.ones(views, 1, tokens, channels))
+
+    @torch.no_grad()
+    def fit(self, features: Float[Tensor, "B V F L C"]) -> None:
+        """Take the figures from these features, over samples and frames."""
+        self.mean.copy_(features.mean((0, 2), dtype=torch.float32)[:, None])
+        self.deviation.copy_(features.float().std((0, 2))[:, None].clamp_min(1e-3))
+
+    def forward(self, features: Float[Tensor, "B V F L C"]) -> Float[Tensor, "B V F L C"]:
+        return (features - self.mean) / self.deviation

@@ -15,7 +15,7 @@ from Step2_GIDM.latent_action import LatentActions, LatentActionSizes, LatentAct
 class GIDMBranch(nn.Module):
     """Features at two imagined frames → latent actions. No DINO, no decoder; the rest is finetuned.
 
-    `frames` are the two frame numbers; `normalise` as in `VideoFormer`.
+    `frames` are the two frame numbers.
     """
 
     def __init__(
@@ -24,12 +24,10 @@ class GIDMBranch(nn.Module):
         *,
         feature_channels: int,
         frames: Sequence[int],
-        normalise: bool = False,
     ):
         super().__init__()
         width = sizes.patch_width
         self.frames = list(frames)
-        self.norm_in = nn.LayerNorm(feature_channels) if normalise else nn.Identity()
         self.project = nn.Sequential(nn.Linear(feature_channels, width), nn.GELU(), nn.Linear(width, width))
         self.frame_embedding = nn.Parameter(torch.randn(len(self.frames), 1, width))
         self.tokenizer = LatentActionTokenizer(sizes)
@@ -41,5 +39,5 @@ class GIDMBranch(nn.Module):
         text_mask: Bool[Tensor, "B T"] | None,
     ) -> LatentActions:
         """`features` of the static view at all frames; `states` and `text_mask` from the T5 tower."""
-        patches = self.project(self.norm_in(features[:, self.frames])) + self.frame_embedding
+        patches = self.project(features[:, self.frames]) + self.frame_embedding
         return self.tokenizer(patches, states, text_mask)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from defi.config import typed
 from defi.engine.checkpoint import find_weights
@@ -24,7 +24,7 @@ from Step2_GIDM.quantizer import perplexity
 from Step3_DeFI.action_head import ActionDenoiser, Memory
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.diffusion import SAMPLERS, denoising_loss, precondition
-from Step3_DeFI.features import encode_views, imagine, video_noise
+from Step3_DeFI.features import Standardise, encode_views, imagine, merge_tokens, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.sources import Sources, check_gfdm, check_gidm
 from Step3_DeFI.video_former import VideoFormer
@@ -65,22 +65,20 @@ class DeFI(StageModel):
         self.gfdm, self.t5 = gfdm, t5
         former = config.video_former
         self.video_former = VideoFormer(
-            feature_channels=config.feature_channels,
+            feature_channels=config.feature_channels * config.merge**2,
             dim=former.dim,
             depth=former.depth,
             heads=former.heads,
             head_dim=former.head_dim,
             frames=config.frames,
             queries=former.queries,
-            grid=(config.views, config.feature_tokens) if former.token_positions else None,
-            normalise=former.normalise,
-            query_gain=former.query_gain,
         )
+        look = (config.views, config.feature_tokens, config.feature_channels)
+        self.standardise = Standardise(look) if config.standardise else nn.Identity()
         self.gidm_branch = GIDMBranch(
             config.latent_action,
-            feature_channels=config.feature_channels,
+            feature_channels=config.feature_channels * config.merge**2,
             frames=config.latent_action_frames,
-            normalise=former.normalise,
         )
         self.action_head = ActionDenoiser(
             config.action_head,
@@ -101,6 +99,7 @@ class DeFI(StageModel):
 
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
         """Everything that does not depend on σ or on the noisy actions; computed once per chunk."""
+        features = merge_tokens(self.standardise(features), self.config.merge)
         video_tokens = self.video_former(features.transpose(1, 2).flatten(2, 3))
         latent_actions = self.gidm_branch(features[:, 0], *self.t5(texts, full_length=not self.training))
         memory = self.action_head.encode(
@@ -161,6 +160,11 @@ class DeFI(StageModel):
             sigma=sigma,
             sigma_data=diffusion.sigma_data,
         )
+
+    def fit_standardisation(self, batch: dict[str, Any]) -> None:
+        """Take the mean and deviation of features from a batch that represents the training data."""
+        if self.config.standardise:
+            self.standardise.fit(self._features_of(batch))
 
     def epoch_end(self) -> dict[str, float]:
         """Restart codes that no sample of the epoch used."""

@@ -6,6 +6,7 @@ Runs under `accelerate launch` unchanged. Settings: configs/step3_train.yaml.
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,6 +30,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+FITTED = 512  # samples that the features' mean and deviation are taken from
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 
@@ -54,21 +56,24 @@ def check_store(store: PolicyStore, policy: PolicyConfig, gfdm: Path, image_size
             )
 
 
+def spread(store: PolicyStore, count: int) -> dict[str, Any]:
+    """A batch of samples from all over a store."""
+    picked = np.linspace(0, len(store) - 1, min(count, len(store))).round().astype(int)
+    batch = default_collate([store[int(i)] for i in picked])
+    return batch | {"seed": torch.arange(len(picked))}
+
+
 def sampler(stores: dict[str, PolicyStore], count: int, seed: int) -> Inspect:
     """Pictures of predicted and expert actions, and the error of the policy's chunks, on fixed samples.
 
     `stores`: by name ("training", "held_out"); `count` samples, evenly spread, are taken of each.
     """
-    batches = {}
-    for name, store in stores.items():
-        picked = np.linspace(0, len(store) - 1, min(count, len(store))).round().astype(int)
-        batches[name] = default_collate([store[int(i)] for i in picked])
+    batches = {name: spread(store, count) for name, store in stores.items()}
 
     def sample(policy: DeFI, step: int, folder: Path) -> dict[str, float]:
         numbers = {}
         for name, batch in batches.items():
-            seeds = torch.arange(len(batch["text"])) + seed
-            predicted = policy.predict(batch | {"seed": seeds}).cpu()
+            predicted = policy.predict(batch | {"seed": batch["seed"] + seed}).cpu()
             expert = batch["actions"]
             numbers[f"{name}_action_error"] = (predicted - expert).square().mean().item()
             right = (predicted[..., -1] > 0) == (expert[..., -1] > 0)
@@ -122,6 +127,8 @@ def train_policy(cfg: DictConfig) -> Path:
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     for store in stores.values():
         check_store(store, config, find_weights(cfg.gfdm_checkpoint, "gfdm"), policy.image_size)
+    if not cfg.resume:
+        policy.fit_standardisation(spread(stores["training"], FITTED))
     return train(
         policy,
         stores["training"],

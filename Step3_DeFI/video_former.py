@@ -3,8 +3,6 @@
 DeFI (arXiv 2604.16391), action policy; the perceiver block is Flamingo's (arXiv 2204.14198, section 3.1.1).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -76,32 +74,8 @@ class VideoFormerLayer(nn.Module):
         return queries + self.feed_forward(queries)
 
 
-def grid_positions(views: int, tokens: int, dim: int) -> Float[Tensor, "VL D"]:
-    """Where to begin learned positions: sines and cosines of x and y on a square grid, and a vector per view.
-
-    Smooth in the picture, so that attention to one place is attention to its neighbourhood from the start.
-    """
-    side = math.isqrt(tokens)
-    assert side * side == tokens and dim % 4 == 0, (
-        f"{tokens} tokens, width {dim}: no square grid of sinusoids"
-    )
-    frequencies = math.pi * torch.logspace(0, math.log2(max(side / 2, 1)), dim // 4, base=2)
-    angle = torch.arange(side)[:, None] / side * frequencies
-    wave = torch.cat([angle.sin(), angle.cos()], dim=-1) * math.sqrt(2)  # unit variance
-    x, y = wave.expand(side, -1, -1), wave[:, None].expand(-1, side, -1)
-    grid = torch.cat([x, y], dim=-1).flatten(0, 1)
-    return torch.cat([grid + 0.5 * torch.randn(dim) for _ in range(views)])
-
-
 class VideoFormer(nn.Module):
-    """Features of all views of each frame → `queries` tokens per frame.
-
-    Three aids for learning from scratch, none in the published model (which starts on the features of a large
-    pretrained video network, and finds places through what its padding writes into them):
-    grid: (views V, tokens L): a learned position for each of the V·L tokens, begun as `grid_positions`.
-    normalise: a LayerNorm before the projection.
-    query_gain: factor on the initial query weights; at 1, attention begins almost uniform over the picture.
-    """
+    """Features of all views of each frame → `queries` tokens per frame."""
 
     def __init__(
         self,
@@ -114,28 +88,19 @@ class VideoFormer(nn.Module):
         frames: int,
         queries: int,
         ff_mult: int = 4,
-        grid: tuple[int, int] | None = None,
-        normalise: bool = False,
-        query_gain: float = 1.0,
     ):
         super().__init__()
-        self.norm_in = nn.LayerNorm(feature_channels) if normalise else nn.Identity()
         self.project = nn.Sequential(nn.Linear(feature_channels, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.queries = nn.Parameter(torch.randn(frames, queries, dim))
         self.frame_embedding = nn.Parameter(torch.randn(frames, 1, dim))
-        self.token_embedding = nn.Parameter(grid_positions(*grid, dim)) if grid else None
         self.layers = nn.ModuleList(
             VideoFormerLayer(dim, heads=heads, head_dim=head_dim, ff_mult=ff_mult) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
-        for layer in self.layers:
-            layer.cross.to_query.weight.data *= query_gain
 
     def forward(self, features: Float[Tensor, "B F N C"]) -> Float[Tensor, "B FQ D"]:
-        """N = V·L: the tokens of the views, joined. → F·Q tokens, frame by frame."""
-        x = self.project(self.norm_in(features)) + self.frame_embedding
-        if self.token_embedding is not None:
-            x = x + self.token_embedding
+        """N: the tokens of all views, joined. → F·Q tokens, frame by frame."""
+        x = self.project(features) + self.frame_embedding
         queries = self.queries.expand(len(x), -1, -1, -1)
         for layer in self.layers:
             queries = layer(x, queries)

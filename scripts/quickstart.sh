@@ -19,9 +19,9 @@ output=${output:-outputs/quickstart$([ $size = short ] || echo -$size)}
 tasks=open_drawer,close_drawer,move_slider_left,move_slider_right
 tasks+=,turn_on_lightbulb,turn_off_lightbulb,turn_on_led,turn_off_led
 if [ $size = short ]; then
-    demos=70 vae=500 gfdm=500 gidm=400 policy=1000 chains=60
+    demos=60 vae=300 gfdm=150 gidm=400 policy=900 chains=60
 else
-    demos=200 vae=1500 gfdm=2000 gidm=1200 policy=5000 chains=120
+    demos=180 vae=800 gfdm=1200 gidm=1200 policy=4000 chains=100
 fi
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 
@@ -35,28 +35,33 @@ step() { # name, what it does, command …: runs once, its time goes to done/<na
     printf '%s\t%s\t%s\n' "$((SECONDS - start))" "$title" "$*" > "$output/done/$name"
 }
 again() { [ -d "$1" ] && echo resume=true || echo resume=false; } # go on with what a killed step left
+train_again() { compgen -G "$1/checkpoints/step_*" > /dev/null && echo resume=true || echo overwrite=true; }
 
 data=$output/data ckpts=$output/ckpts
 step 01_collect "Demonstrations in scenes A, B, C" \
-    python -m defi.sim.collect output=$data "tasks=[$tasks]" demos_per_task=$demos static_size=128 workers=$cores $(again $data)
+    python -m defi.sim.collect output=$data "tasks=[$tasks]" demos_per_task=$demos static_size=128 \
+    workers=$cores $(again $data)
 step 02_vae "Stage 1: train the video autoencoder" \
-    python -m Step1_GFDM.train_vae data.root=$data output=$ckpts/vae trainer.max_steps=$vae $(again $ckpts/vae)
+    python -m Step1_GFDM.train_vae data.root=$data output=$ckpts/vae trainer.max_steps=$vae $(train_again $ckpts/vae)
 step 03_latents "Stage 1: demonstrations to latents" \
     python -m Step1_GFDM.prepare data.root=$data vae=$ckpts/vae output=$output/latents $(again $output/latents)
 step 04_gfdm "Stage 1: train the forward dynamics model (GFDM)" \
-    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm $(again $ckpts/gfdm)
+    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm trainer.sample_every=0 \
+    $(train_again $ckpts/gfdm)
 step 05_imagine "Stage 1: imagine scene D" \
     python -m Step1_GFDM.eval checkpoint=$ckpts/gfdm data.root=$output/latents output=$output/imagined overwrite=true
 step 06_gidm "Stage 2: train the inverse dynamics model (GIDM), without looking at actions" \
-    python -m Step2_GIDM.train data.root=$data output=$ckpts/gidm trainer.max_steps=$gidm $(again $ckpts/gidm)
+    python -m Step2_GIDM.train data.root=$data output=$ckpts/gidm trainer.max_steps=$gidm \
+    $(train_again $ckpts/gidm)
 step 07_codes "Stage 2: which latent action moves what" \
-    python -m Step2_GIDM.health checkpoint=$ckpts/gidm data.root=$data output=$output/codes
+    python -m Step2_GIDM.health checkpoint=$ckpts/gidm data.root=$data output=$output/codes overwrite=true
 step 08_features "Stage 3: features of the imagined future" \
-    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.tail=9 data.stride=2 $(again $output/features)
+    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.tail=9 data.stride=2 \
+    $(again $output/features)
 step 09_policy "Stage 3: train the policy (DeFI)" \
     python -m Step3_DeFI.train data.store=$output/features output=$ckpts/policy gfdm_checkpoint=$ckpts/gfdm \
-    gidm_checkpoint=$ckpts/gidm trainer.max_steps=$policy $(again $ckpts/policy)
+    gidm_checkpoint=$ckpts/gidm trainer.max_steps=$policy $(train_again $ckpts/policy)
 step 10_rollout "Rollout in the unseen scene D" \
-    python -m Step3_DeFI.rollout checkpoint=$ckpts/policy chains=$chains "tasks=[$tasks]" max_steps=[180] baseline=random \
+    python -m Step3_DeFI.rollout checkpoint=$ckpts/policy chains=$chains "tasks=[$tasks]" max_steps=[120] baseline=random sim.static_size=128 \
     output=$output/rollout $(again $output/rollout)
 python -m Step3_DeFI.quickstart output=$output

@@ -47,14 +47,14 @@ PRESET: dict[str, Any] = {
             "code_width": 8,
         },
         "latent_action_frames": [0, 2],
+        "standardise": True,
+        "merge": 2,
         "video_former": {
             "dim": 24,
             "depth": 1,
             "heads": 2,
             "head_dim": 12,
             "queries": 2,
-            "token_positions": True,
-            "normalise": True,
         },
         "action_head": {
             "dim": 32,

@@ -6,7 +6,8 @@ import torch
 from Step3_DeFI.action_head import ActionDenoiser
 from Step3_DeFI.config import ActionDiffusionConfig, ActionHeadConfig
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, precondition
-from Step3_DeFI.video_former import VideoFormer, grid_positions
+from Step3_DeFI.features import Standardise, merge_tokens
+from Step3_DeFI.video_former import VideoFormer
 
 B, K, A, N, Q = 2, 10, 7, 12, 4
 
@@ -99,26 +100,31 @@ def test_actions_see_earlier_actions_only():
     assert (moved[:, :6] == 0).all() and (moved[:, 6:] > 0).all()
 
 
-def test_video_former_mixes_frames_and_knows_places():
+def test_video_former_mixes_frames():
     torch.manual_seed(0)
-    sizes = {"feature_channels": 8, "dim": 16, "depth": 1, "heads": 2, "head_dim": 8}
     features = torch.randn(1, 3, N, 8)
-    shuffled = features[:, :, torch.randperm(N)]
     later = features.clone()
     later[:, 2] += 1
-    for grid in (None, (3, 4)):
-        model = VideoFormer(**sizes, frames=3, queries=2, grid=grid).eval()
-        tokens = model(features)
-        assert tokens.shape == (1, 6, 16)
-        assert torch.allclose(tokens, model(shuffled), atol=1e-5) == (grid is None)
-        assert not torch.allclose(tokens[:, :2], model(later)[:, :2], atol=1e-4)
+    model = VideoFormer(feature_channels=8, dim=16, depth=1, heads=2, head_dim=8, frames=3, queries=2).eval()
+    tokens = model(features)
+    assert tokens.shape == (1, 6, 16)
+    assert not torch.allclose(tokens[:, :2], model(later)[:, :2], atol=1e-4)
 
 
-def test_first_positions_are_smooth_over_the_picture():
-    torch.manual_seed(0)
-    first = grid_positions(2, 64, 32)[:64].reshape(8, 8, 32)
-    near = (first[:, 1:] - first[:, :-1]).norm(dim=-1).mean()
-    far = (first[:, 4:] - first[:, :-4]).norm(dim=-1).mean()
-    down = (first[1:] - first[:-1]).norm(dim=-1).mean()
-    assert near < far
-    assert torch.isclose(near, down, rtol=1e-3)  # x and y alike
+def test_merged_tokens_are_squares_of_neighbours():
+    grid = torch.arange(16.0).view(1, 1, 1, 16, 1)  # 4 × 4 places of one channel
+    merged = merge_tokens(grid, 2)
+    assert merged.shape == (1, 1, 1, 4, 4)
+    assert merged[0, 0, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert torch.equal(merge_tokens(grid, 1), grid)
+
+
+def test_standardised_features_have_no_mean_and_unit_deviation():
+    features = torch.randn(50, 2, 3, 4, 5) * 3 + torch.randn(1, 2, 1, 4, 5) * 10
+    layer = Standardise((2, 4, 5))
+    assert torch.equal(layer(features), features)
+    layer.fit(features)
+    even = layer(features)
+    assert torch.allclose(even.mean((0, 2)), torch.zeros(2, 4, 5), atol=1e-5)
+    assert torch.allclose(even.std((0, 2)), torch.ones(2, 4, 5), atol=1e-5)
+    assert {"mean", "deviation"} == set(layer.state_dict())
