@@ -17,7 +17,7 @@ from defi import html
 from defi.config import entry
 from defi.engine.plot import curves
 from defi.errors import UserError
-from Step3_DeFI.rollout.report import report_blocks, result_table, task_table
+from Step3_DeFI.rollout.report import report_blocks, result_table
 from Step3_DeFI.rollout.results import RESULTS, Results, read_results
 
 LOSSES = {"vae": "Video autoencoder", "gfdm": "GFDM", "gidm": "GIDM", "policy": "DeFI policy"}
@@ -53,8 +53,9 @@ def summary(steps: list[FinishedStep], results: Results) -> Markup:
     if results.baseline:
         figures["random actions"] = f"{results.baseline['limits'][limit]['average']:.2f}"
     figures["all steps together"] = str(total)
-    rows = [[step.title, str(timedelta(seconds=step.seconds)), html.code(step.command)] for step in steps]
-    return html.section("What ran", html.cards(figures), html.table(["step", "time", "command"], rows))
+    rows = [[step.title, str(timedelta(seconds=step.seconds))] for step in steps]
+    commands = html.code("\n".join(step.command for step in steps))
+    return html.section("What ran", html.cards(figures), html.table(["step", "time"], rows), commands)
 
 
 def loss_curves(ckpts: Path) -> Markup:
@@ -128,7 +129,6 @@ def main(cfg: DictConfig) -> None:
     results = read_results(folder / "rollout" / RESULTS)
     console = Console(highlight=False)
     console.print(result_table(results))
-    console.print(task_table(results))
     console.print(f"Report: {report}", markup=False, soft_wrap=True)
 
 
