@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,19 +26,40 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        @hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)
         @functools.wraps(main)
-        def run(cfg: DictConfig) -> None:
-            try:
+        def body(cfg: DictConfig) -> None:
+            with one_line_errors():
                 OmegaConf.resolve(cfg)
                 main(cfg)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(2)
+
+        @functools.wraps(main)
+        def run() -> None:
+            with one_line_errors():
+                check_preset(sys.argv[1:])
+            hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(body)()
 
         return run
 
     return decorate
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A user's mistake ends the program with one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_preset(arguments: Sequence[str]) -> None:
+    """Raises UserError if `preset=` names none; Hydra itself would complain of a recipe that depends on it."""
+    presets = sorted(file.stem for file in (CONFIG_DIR / "preset").glob("*.yaml"))
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "preset" and not set(value.split(",")) <= set(presets):
+            raise UserError(f"preset={value}: no such preset; choose from {', '.join(presets)}")
 
 
 def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
