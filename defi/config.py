@@ -54,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def check_preset(arguments: Sequence[str]) -> None:
-    """Raises UserError if `preset=` names none; Hydra itself would complain of a recipe that depends on it."""
+    """Raises UserError if `preset=` names none; Hydra would complain of a recipe that depends on it."""
     presets = sorted(file.stem for file in (CONFIG_DIR / "preset").glob("*.yaml"))
     for argument in arguments:
         name, _, value = argument.partition("=")
