@@ -2,6 +2,7 @@
 # From nothing to a policy that solves tasks in a scene it has never seen: demonstrations, all stages, rollout, report.
 #   scripts/quickstart.sh              at most 15 minutes on two CPU cores
 #   scripts/quickstart.sh size=long    the same with more of everything, at most an hour
+#   scripts/quickstart.sh size=smoke   two minutes: does everything run? (learns nothing)
 #   scripts/quickstart.sh output=DIR   elsewhere than outputs/quickstart
 # What a killed run has finished is kept: the same command goes on from there. To start over, delete the folder.
 . "$(dirname "$0")/setup.sh"
@@ -9,20 +10,20 @@
 size=short output=
 for setting in "$@"; do
     case $setting in
-        size=short | size=long) size=${setting#size=} ;;
+        size=short | size=long | size=smoke) size=${setting#size=} ;;
         output=*) output=${setting#output=} ;;
-        *) echo "error: $setting: unknown; settings are size=short, size=long, output=DIR" >&2; exit 2 ;;
+        *) echo "error: $setting: unknown; settings are size=short, size=long, size=smoke, output=DIR" >&2; exit 2 ;;
     esac
 done
 output=${output:-outputs/quickstart$([ $size = short ] || echo -$size)}
 
 tasks=open_drawer,close_drawer,move_slider_left,move_slider_right
 tasks+=,turn_on_lightbulb,turn_off_lightbulb,turn_on_led,turn_off_led
-if [ $size = short ]; then
-    demos=60 vae=300 gfdm=150 gidm=400 policy=900 chains=60
-else
-    demos=180 vae=800 gfdm=1200 gidm=1200 policy=4000 chains=100
-fi
+case $size in
+    smoke) demos=1 vae=2 gfdm=2 gidm=4 policy=4 chains=2 ;;
+    short) demos=60 vae=300 gfdm=150 gidm=400 policy=1000 chains=60 ;;
+    long) demos=180 vae=800 gfdm=1200 gidm=1200 policy=4000 chains=100 ;;
+esac
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 
 mkdir -p "$output/done"
@@ -56,12 +57,12 @@ step 06_gidm "Stage 2: train the inverse dynamics model (GIDM), without looking 
 step 07_codes "Stage 2: which latent action moves what" \
     python -m Step2_GIDM.health checkpoint=$ckpts/gidm data.root=$data output=$output/codes overwrite=true
 step 08_features "Stage 3: features of the imagined future" \
-    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.tail=9 data.stride=2 \
+    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.tail=9 data.stride=3 \
     $(again $output/features)
 step 09_policy "Stage 3: train the policy (DeFI)" \
     python -m Step3_DeFI.train data.store=$output/features output=$ckpts/policy gfdm_checkpoint=$ckpts/gfdm \
     gidm_checkpoint=$ckpts/gidm trainer.max_steps=$policy $(train_again $ckpts/policy)
 step 10_rollout "Rollout in the unseen scene D" \
-    python -m Step3_DeFI.rollout checkpoint=$ckpts/policy chains=$chains "tasks=[$tasks]" max_steps=[120] baseline=random sim.static_size=128 \
+    python -m Step3_DeFI.rollout checkpoint=$ckpts/policy chains=$chains "tasks=[$tasks]" max_steps=[120,240] baseline=random sim.static_size=128 \
     output=$output/rollout $(again $output/rollout)
 python -m Step3_DeFI.quickstart output=$output
