@@ -40,7 +40,7 @@ launch() { # module, settings …: `accelerate launch` with the user's configura
     local options=()
     if [ ! -e "${HF_HOME:-$HOME/.cache/huggingface}/accelerate/default_config.yaml" ]; then
         local gpus
-        gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | wc -l)
+        gpus=$({ nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true; } | wc -l)
         [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .) || gpus=0
         options=(--quiet --num_machines 1 --mixed_precision no --dynamo_backend no --num_processes $((gpus > 1 ? gpus : 1)))
         [ "$gpus" -le 1 ] || options+=(--multi_gpu)

@@ -163,7 +163,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
         (["resume=true", "max_steps=[10]"], "was begun with max_steps=.10, 20., now it is .10."),
     ):
         with pytest.raises(UserError, match=message):
-            main.__wrapped__.__wrapped__(composed([*settings, *changed]))
+            main.__wrapped__(composed([*settings, *changed]))
     assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 

@@ -37,7 +37,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_quickstart_reports_everything(quickstart: Path) -> None:
     page = (quickstart / "report.html").read_text()
-    for title in ("What ran", "Result", "Per task", "Imagined futures", "Latent actions", "Training"):
+    for title in ("What ran", "Result", "Tasks", "Imagined futures", "Latent actions", "Training"):
         assert title in page
     assert page.count("data:video/mp4") >= 2
     results = json.loads((quickstart / "rollout" / "results.json").read_text())
@@ -74,7 +74,7 @@ def test_quickstart_refuses_unknown_settings() -> None:
         ),
         (
             "step3_rollout.sh",
-            ("checkpoint={q}/ckpts/policy", "chains=1", "length=1", "max_steps=[10]", "processes=1"),
+            ("checkpoint={q}/ckpts/policy", "chains=1", "length=1", "tasks=[open_drawer]", "max_steps=[10]"),
         ),
     ],
 )
