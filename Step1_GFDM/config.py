@@ -1,4 +1,4 @@
-"""Sizes and constants of stage 1 (DESIGN section 2); the defaults are those of the published model."""
+"""Sizes and constants of stage 1; the defaults are those of the published model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -27,7 +27,7 @@ LATENTS = "latents"  # the tensor's name in a .safetensors file
 
 @dataclass
 class ClipsConfig:
-    """How one data set is cut into clips (DESIGN section 2, Data).
+    """How one data set is cut into clips.
 
     weight: share of this set in a mixture. clips: `window`, F frames `stride` apart, a window every `every`
     frames, the end repeated where it runs out; or `spread`, one clip per video, F frames over all of it.

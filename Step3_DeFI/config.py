@@ -1,4 +1,4 @@
-"""Sizes and constants of stage 3 (DESIGN section 4); the defaults are those of the published model."""
+"""Sizes and constants of stage 3; the defaults are those of the published model."""
 
 import math
 from collections.abc import Mapping

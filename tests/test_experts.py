@@ -11,8 +11,9 @@ from defi.errors import UserError
 from defi.sim.experts import EXPERT_TASKS, Expert
 from defi.sim.experts.fixtures import FIXTURE_SKILLS
 from defi.sim.experts.motion import Block, descend
-from defi.sim.experts.rates import measure, random_start, run_expert
+from defi.sim.experts.rates import Trial, measure, random_start, run_expert
 from defi.sim.judge import solved
+from defi.sim.scene import SceneConfig
 from defi.sim.scenes import builtin, variation
 from defi.sim.sequences import initial_states, start_state
 from defi.sim.tasks import TASK_TABLE, TASKS
@@ -28,13 +29,20 @@ def world_for(task: str, scene: str = "D") -> World:
     return world
 
 
+def trials(
+    scene: SceneConfig, tasks: list[str], *, n: int, seed: int, noise: float = 0.0, workers: int = 1
+) -> list[Trial]:
+    measured = measure(scene, tasks, n=n, seed=seed, noise=noise, max_steps=MAX_STEPS, workers=workers)
+    return [trial for _, tries in measured for trial in tries]
+
+
 def test_there_is_an_expert_for_every_task():
     assert EXPERT_TASKS == TASKS
 
 
 @pytest.mark.parametrize("task", EXPERT_TASKS)
 def test_expert_solves_its_task_from_random_states(task):
-    for trial in measure(builtin("D"), [task], n=2, seed=1, noise=0.0, max_steps=MAX_STEPS, workers=1)[task]:
+    for trial in trials(builtin("D"), [task], n=2, seed=1):
         assert trial.solved_after is not None
         assert trial.steps <= trial.solved_after + 30  # and comes to an end
 
@@ -44,14 +52,13 @@ def test_expert_solves_its_task_from_random_states(task):
 )
 def test_experts_know_every_table(scene):
     tasks = [*FIXTURE_SKILLS, "push_red_block_right", "lift_pink_block_table", "rotate_blue_block_left"]
-    results = measure(scene, tasks, n=1, seed=3, noise=0.0, max_steps=MAX_STEPS, workers=1)
-    assert all(trial.solved_after is not None for trials in results.values() for trial in trials)
+    assert all(trial.solved_after is not None for trial in trials(scene, tasks, n=1, seed=3))
 
 
 @pytest.mark.parametrize("task", ["open_drawer", "move_slider_right", "turn_on_led", "lift_red_block_table"])
 def test_expert_makes_good_a_disturbance(task):
-    trials = measure(builtin("D"), [task], n=2, seed=2, noise=0.5, max_steps=MAX_STEPS, workers=1)[task]
-    assert all(trial.solved_after is not None for trial in trials)
+    disturbed = trials(builtin("D"), [task], n=2, seed=2, noise=0.5)
+    assert all(trial.solved_after is not None for trial in disturbed)
 
 
 @pytest.mark.parametrize("task", ["close_drawer", "move_slider_left", "turn_off_lightbulb", "turn_on_led"])
@@ -110,10 +117,10 @@ def test_a_held_block_is_put_down_first():
 
 
 def test_rates_do_not_depend_on_the_number_of_processes():
-    settings = {"n": 2, "seed": 5, "noise": 0.3, "max_steps": MAX_STEPS}
+    settings = {"n": 2, "seed": 5, "noise": 0.3}
     tasks = ["turn_on_led", "open_drawer"]
-    alone = measure(builtin("D"), tasks, workers=1, **settings)
-    assert alone == measure(builtin("D"), tasks, workers=2, **settings)
+    alone = trials(builtin("D"), tasks, workers=1, **settings)
+    assert alone == trials(builtin("D"), tasks, workers=2, **settings)
 
 
 def test_random_starts_allow_the_task():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from defi.config import entry
@@ -58,20 +59,14 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output)
     if not output.parent.is_dir():
         raise UserError(f"output={output}: there is no folder {output.parent}; make it or choose another")
-    start, rates = time.perf_counter(), {}
+    console, start = Console(), time.perf_counter()
+    rates: dict[str, dict[str, dict]] = {}
     for name, scene in scenes.items():
-        trials = measure(
-            scene,
-            tasks,
-            n=cfg.n,
-            seed=cfg.seed,
-            noise=cfg.noise,
-            max_steps=cfg.max_steps,
-            workers=cfg.workers,
-        )
-        rates[name] = {task: summarise(tries) for task, tries in trials.items()}
-    write_file(output, json.dumps(rates, indent=1))
-    console = Console()
+        settings = {key: cfg[key] for key in ("n", "seed", "noise", "max_steps", "workers")}
+        trials = measure(scene, tasks, **settings)
+        shown = track(trials, f"scene {name}", total=len(tasks), console=console)
+        rates[name] = {task: summarise(tries) for task, tries in shown}
+        write_file(output, json.dumps(rates, indent=1))
     console.print(table(rates))
     console.print(f"{output}: written after {time.perf_counter() - start:.0f} s")
 

@@ -1,6 +1,6 @@
 """How often an expert solves its task, by the judge's word, from random start states."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -121,11 +121,19 @@ def measure_task(
 
 
 def measure(
-    scene: SceneConfig, tasks: Sequence[str], *, n: int, seed: int, noise: float, max_steps: int, workers: int
-) -> dict[str, list[Trial]]:
-    """Trials per task, over `workers` processes; the same numbers for any number of them."""
+    scene: SceneConfig,
+    tasks: Sequence[str],
+    *,
+    n: int,
+    seed: int,
+    noise: float,
+    max_steps: int,
+    workers: int,
+) -> Iterator[tuple[str, list[Trial]]]:
+    """Tasks and their trials as they are done, over `workers` processes; the same for any number of them."""
     work = partial(measure_task, scene=scene, n=n, seed=seed, noise=noise, max_steps=max_steps)
     if workers == 1:
-        return dict(zip(tasks, map(work, tasks)))
+        yield from ((task, work(task)) for task in tasks)
+        return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        return dict(zip(tasks, pool.map(work, tasks)))
+        yield from zip(tasks, pool.map(work, tasks))
