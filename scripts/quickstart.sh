@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a policy that solves tasks in a scene it has never seen: demonstrations, all stages, rollout, report.
-#   scripts/quickstart.sh              at most 15 minutes on two CPU cores
-#   scripts/quickstart.sh size=long    the same with more of everything, at most an hour
+#   scripts/quickstart.sh              about a quarter of an hour on two CPU cores
+#   scripts/quickstart.sh size=long    the same with more of everything
 #   scripts/quickstart.sh size=smoke   two minutes: does everything run? (learns nothing)
 #   scripts/quickstart.sh output=DIR   elsewhere than outputs/quickstart
 # What a killed run has finished is kept: the same command goes on from there. To start over, delete the folder.
