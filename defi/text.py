@@ -123,16 +123,17 @@ class _Tower(nn.Module):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     @torch.no_grad()
     def _cached(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
-        """The encodings of `texts`; new ones take one forward and are remembered, oldest out first."""
-        known = {text: self._cache[text] for text in texts if text in self._cache}
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        if new:
-            known |= zip(new, self._encode(new))
+        """The encodings of `texts`; new ones are encoded and remembered, oldest out first.
+
+        Each text goes through the tower alone: in a batch its rounding would depend on the texts beside it,
+        and so on what was encoded before, and a resumed run would not equal an uninterrupted one.
+        """
+        known = {text: self._cache.get(text) or self._encode(text) for text in dict.fromkeys(texts)}
         for text in known:
             self._cache[text] = known[text]
             self._cache.move_to_end(text)
@@ -185,12 +186,12 @@ class CLIPText(_Tower):
         """P, the width of the sentence embedding."""
         return self.model.config.projection_dim
 
-    def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         batch = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.config.tokens, return_tensors="pt"
+            [text], padding="max_length", truncation=True, max_length=self.config.tokens, return_tensors="pt"
         ).to(self._device)
         output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return list(zip(output.last_hidden_state, output.text_embeds))
+        return output.last_hidden_state[0], output.text_embeds[0]
 
     def tokens(self, texts: list[str]) -> Float[Tensor, "B T D"]:
         """Last hidden states after the final LayerNorm, padded to T tokens."""
@@ -237,13 +238,12 @@ class T5Text(_Tower):
         """D, the width of the states."""
         return self.model.config.d_model
 
-    def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         batch = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.config.tokens, return_tensors="pt"
+            [text], truncation=True, max_length=self.config.tokens, return_tensors="pt"
         ).to(self._device)
-        mask = batch["attention_mask"].bool()
-        states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        return [(states[i, keep], keep[keep]) for i, keep in enumerate(mask)]
+        states = self.model(**batch).last_hidden_state
+        return states[0], batch["attention_mask"][0].bool()
 
     def forward(
         self, texts: list[str], *, full_length: bool = False

@@ -42,7 +42,7 @@ def test_shapes_and_truncation(clip: CLIPText) -> None:
 def test_each_distinct_string_is_encoded_once(clip: CLIPText, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     encode = clip._encode
-    monkeypatch.setattr(clip, "_encode", lambda texts: (seen.extend(texts), encode(texts))[1])
+    monkeypatch.setattr(clip, "_encode", lambda text: (seen.append(text), encode(text))[1])
     first = clip.tokens(["a", "b", "a"])
     assert torch.equal(clip.tokens(["b", "a"]), first[[1, 0]])
     clip.sentence(["a", "c"])
