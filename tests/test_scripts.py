@@ -47,7 +47,7 @@ def test_quickstart_reports_everything(quickstart: Path) -> None:
 def test_quickstart_does_nothing_twice(quickstart: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (quickstart / "ckpts").rglob("*")}
     again = run("quickstart.sh", "size=smoke", f"output={quickstart}")
-    assert again.returncode == 0 and "──" not in again.stdout
+    assert again.returncode == 0 and "\n── " not in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (quickstart / "ckpts").rglob("*")}
 
 

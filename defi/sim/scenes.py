@@ -1,8 +1,9 @@
 """The built-in scenes A, B, C and D, and random variations of A, B and C to train on.
 
-Scenes differ in colours, patterns, sizes and places. A and D have the switch on a bracket in front of the
-table's right corner, B and C behind at the left; the button stands on the table at the left, in B on the
-bracket. D's colours and places lie inside the spread of the variations, but no variation is D.
+Scenes differ in colours, patterns, sizes and places. A, C and D have the switch on a bracket in front of
+the table's right corner and the button on the table at the left; B has the button on the bracket and the
+switch behind at the left. D's colours and places lie inside the spread of the variations, but no variation
+is D.
 """
 
 import colorsys
@@ -77,7 +78,7 @@ FAMILIES = {
         top=(0.58, 0.25, 0.62), wall=(0.60, 0.30, 0.48), door=(0.56, 0.12, 0.78), drawer=(0.59, 0.28, 0.52),
         knob=(0.53, 0.9, 0.90), handle=(0.10, 0.30, 0.18), lever=(0.78, 0.70, 0.75),
         button=(0.15, 0.95, 0.90), plank=(0.30, 0.05, 0.75), patterns=("speckle", "planks"),
-        button_place=(-0.23, -0.13, TOP), switch_place=BEHIND_LEFT, knob_offset=0.03, drawer_x=0.12,
+        button_place=(-0.23, -0.13, TOP), switch_place=(0.31, -0.34, 0.33), knob_offset=0.03, drawer_x=0.12,
         lengths=(BIG, SMALL, MIDDLE), handle_width=0.21,
     ),
     "D": Family(
