@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from fake_world import FakeWorld, judge, start_of
 
+from defi.sim.renderers import Renderer
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation
 from Step3_DeFI.rollout.messages import Look, Trial
@@ -47,6 +48,7 @@ def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings:
     protocol = Protocol(
         scene="fake",
         assets="builtin",
+        backend="native",
         sequences="subset",
         sequence_hash=fingerprint([trial.tasks for trial in trials]),
         chains=config.chains,
@@ -56,4 +58,4 @@ def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings:
         instruction_hash=fingerprint([trial.instructions for trial in trials]),
         world=config.sim.world,
     )
-    return Evaluation(config, protocol, trials, make_world, judge)
+    return Evaluation(config, protocol, trials, make_world, judge, Renderer("cpu", "none"))

@@ -73,7 +73,9 @@ def main(cfg: DictConfig) -> None:
     shard = Shard(state.process_index, state.num_processes, state.wait_for_everyone)
     if state.is_main_process:
         check_output(config.output, resume=config.resume, overwrite=config.overwrite)
-    evaluation = Evaluation.prepare(config)
+    evaluation = Evaluation.prepare(config, state.process_index)
+    if state.is_main_process:
+        print(f"renderer: {evaluation.renderer}")
     policy, known = None, {}
     if config.agent == "policy":
         model = load_policy(config.checkpoint, device=state.device, gfdm=config.gfdm, gidm=config.gidm)
@@ -101,7 +103,8 @@ def identity_of(evaluation: Evaluation, known: Mapping[str, Any]) -> dict[str, A
     settings = {key: value for key, value in asdict(evaluation.config).items() if key not in HOWEVER_DONE}
     settings.pop("threads", None)  # as resolved, in `known`
     policy = {key: value for key, value in known.items() if key != "checkpoint"}
-    return json.loads(json.dumps(asdict(evaluation.protocol) | settings | policy))
+    renderer = {"renderer": str(evaluation.renderer)}
+    return json.loads(json.dumps(asdict(evaluation.protocol) | settings | policy | renderer))
 
 
 def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]) -> None:

@@ -11,13 +11,23 @@ class SimConfig:
     """Which world. calvin_root: a clone of the CALVIN repository; None for the built-in table."""
 
     calvin_root: str | None = None
+    backend: str = "native"
     world: str = "fresh"
+    renderer: str = "cpu"
+    renderer_fallback: bool = False
+    instructions: str | None = None
     static_size: int | None = None
     gripper_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.world not in ("fresh", "persistent"):
             raise UserError(f"sim.world={self.world}: must be fresh or persistent")
+        if self.backend not in ("native", "calvin_env"):
+            raise UserError(f"sim.backend={self.backend}: must be native or calvin_env")
+        if self.backend == "calvin_env" and self.calvin_root is None:
+            raise UserError("sim.backend=calvin_env: name the clone of CALVIN too (sim.calvin_root=…)")
+        if self.backend == "calvin_env" and (self.static_size or self.gripper_size):
+            raise UserError("sim.static_size, sim.gripper_size: calvin_env draws the scene's own sizes only")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from defi.sim.renderers import Renderer, find_renderer
 from Step3_DeFI.rollout.clips import write_clip
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.fleet import Fleet
@@ -17,7 +18,6 @@ from Step3_DeFI.rollout.protocol import Protocol, build_scene, build_trials, wor
 from Step3_DeFI.rollout.results import ChainLog, Results, summaries, versions
 from Step3_DeFI.rollout.server import Policy, PolicyServer
 
-RENDERER = "PyBullet's software renderer, on the CPU"
 AGENT_NAMES = {"policy": "DeFI", "random": "random actions", "expert": "scripted experts"}
 
 
@@ -46,19 +46,23 @@ class Evaluation:
     trials: Sequence[Trial]
     make_world: Callable[[], Any]
     judge: Judge
+    renderer: Renderer
 
     @classmethod
-    def prepare(cls, config: RolloutConfig) -> "Evaluation":
-        """Chains, scene and judge of `config`.
+    def prepare(cls, config: RolloutConfig, rank: int = 0) -> "Evaluation":
+        """Chains, scene, judge and renderer of `config`, for the process `rank` of `accelerate launch`.
 
         Raises:
-            UserError: an unknown task or scene, a wrong clone, an impossible chain.
+            UserError: an unknown task or scene, a wrong clone, an impossible chain, a renderer that does not
+                work here.
         """
         from defi.sim.judge import solved
 
         scene = build_scene(config.sim, config.scene)
         protocol, trials = build_trials(config, scene)
-        return cls(config, protocol, trials, world_maker(config.sim, scene), solved)
+        renderer = find_renderer(config.sim.renderer, fallback=config.sim.renderer_fallback, share=rank)
+        make_world = world_maker(config.sim, scene, renderer.backend)
+        return cls(config, protocol, trials, make_world, solved, renderer)
 
     def setup(self, agent: str, *, filmed: bool) -> Setup:
         """What the simulator processes are told."""
@@ -72,6 +76,7 @@ class Evaluation:
             fresh=config.sim.world == "fresh",
             recorded=frozenset(range(config.videos.chains if filmed else 0)),
             record_every=config.videos.every,
+            environment=self.renderer.environment,
         )
 
     def processes(self, shard: Shard, trials: int) -> int:
@@ -160,7 +165,7 @@ def evaluate(
             "earlier_chains": earlier,  # finished before it
             "control_steps": sum(chain.control_steps for chain in chains),
             "looks": sum(chain.looks for chain in chains),
-            "renderer": RENDERER,
+            "renderer": str(evaluation.renderer),
             "settings": asdict(config),
             "versions": versions(),
         },

@@ -1,7 +1,7 @@
 """What goes between the policy's process and the simulators'."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,12 +69,13 @@ class Setup:
     """What a simulator process is told once.
 
     Args:
-        make_world: returns a `defi.sim.world.World`.
+        make_world: returns a `defi.sim.world.World`, or something that behaves like one.
         agent: who acts, one of `AGENTS`; the policy is asked over the connection, the others act here.
         fresh: load the world anew before each chain. Bullet's contact order remembers what ran before
             in the same world, so only then does a chain not depend on those before it.
         limit: control steps per task.
         recorded: indices of the chains to keep clips of, a picture every `record_every` control steps.
+        environment: variables that the process is started with.
     """
 
     make_world: Callable[[], Any]
@@ -85,6 +86,7 @@ class Setup:
     fresh: bool = True
     recorded: frozenset[int] = frozenset()
     record_every: int = 3
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from defi.errors import UserError
+from defi.npy import load_npy
 from defi.sim import sequences
 from defi.sim.scene import BLOCKS, SceneConfig
-from defi.sim.tasks import INSTRUCTIONS, Situation
+from defi.sim.tasks import INSTRUCTIONS, TASKS, Situation
 from Step3_DeFI.rollout.config import RolloutConfig, SimConfig
 from Step3_DeFI.rollout.messages import Trial
 
@@ -24,12 +28,14 @@ class Protocol:
 
     Args:
         assets: `builtin`, or `calvin` for the scenes of a clone.
+        backend: `native`, or `calvin_env` for the official package.
         sequences: `official`, or `subset` where tasks were named.
         sequence_hash, instruction_hash: of start states and tasks, and of the words, of all chains in order.
     """
 
     scene: str
     assets: str
+    backend: str
     sequences: str
     sequence_hash: str
     chains: int
@@ -62,11 +68,17 @@ def build_scene(sim: SimConfig, scene: str) -> SceneConfig:
     return scenes.builtin(scene)
 
 
-def world_maker(sim: SimConfig, scene: SceneConfig) -> Callable[[], Any]:
-    """Makes a world in a simulator process."""
+def world_maker(sim: SimConfig, scene: SceneConfig, renderer: str) -> Callable[[], Any]:
+    """Makes a world in a simulator process; `renderer` is cpu or egl."""
+    if sim.backend == "calvin_env":
+        from defi.sim.official import OfficialWorld
+
+        return partial(OfficialWorld, sim.calvin_root, scene.name, renderer=renderer)
     from defi.sim.world import World
 
-    return partial(World, scene, static_size=sim.static_size, gripper_size=sim.gripper_size)
+    return partial(
+        World, scene, renderer=renderer, static_size=sim.static_size, gripper_size=sim.gripper_size
+    )
 
 
 def build_chains(config: RolloutConfig) -> list[sequences.Chain]:
@@ -81,17 +93,48 @@ def build_chains(config: RolloutConfig) -> list[sequences.Chain]:
     return sequences.chains(config.tasks, config.chains, config.length, config.seed)
 
 
-def read_instructions(calvin_root: str | None) -> tuple[str, dict[str, Sequence[str]]]:
-    """Where the words come from, and the phrasings per task: a clone's annotations, or this project's own."""
-    if calvin_root is None:
-        return "builtin", INSTRUCTIONS
-    from omegaconf import OmegaConf
+def read_instructions(sim: SimConfig) -> tuple[str, Mapping[str, Sequence[str]]]:
+    """Where the words come from, and the phrasings per task.
 
+    They come from the file `sim.instructions` (YAML as in a clone, or a data set's embeddings.npy), else from
+    the annotations of the clone, else they are this project's own.
+
+    Raises:
+        UserError: no such file, or one that lacks a task.
+    """
     relative = Path("calvin_models/conf/annotations/new_playtable_validation.yaml")
-    file = Path(calvin_root) / relative
+    if sim.instructions is not None:
+        source, file = Path(sim.instructions).name, Path(sim.instructions)
+    elif sim.calvin_root is not None:
+        source, file = str(relative), Path(sim.calvin_root) / relative
+    else:
+        return "builtin", INSTRUCTIONS
     if not file.is_file():
-        raise UserError(f"{file}: missing; check that the clone of CALVIN is complete")
-    return str(relative), OmegaConf.to_container(OmegaConf.load(file))
+        hint = "check sim.instructions" if sim.instructions else "check that the clone of CALVIN is complete"
+        raise UserError(f"{file}: missing; {hint}")
+    return source, read_phrasings(file)
+
+
+def read_phrasings(file: Path) -> dict[str, list[str]]:
+    """Task -> phrasings, from YAML (task: [phrasing, …]) or embeddings.npy (task: {ann: [phrasing, …]})."""
+    if file.suffix == ".npy":
+        entries = load_npy(file)
+        entries = entries if isinstance(entries, dict) else {}
+        found = {task: entry.get("ann") for task, entry in entries.items() if isinstance(entry, dict)}
+    else:
+        try:
+            found = OmegaConf.to_container(OmegaConf.load(file))
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{file}: not a file of instructions ({str(error).splitlines()[0]})") from error
+    phrasings = {
+        task: [str(text) for text in texts]
+        for task, texts in dict(found or {}).items()
+        if isinstance(texts, (list, tuple, np.ndarray))
+    }
+    for task in TASKS:
+        if not phrasings.get(task):
+            raise UserError(f"{file}: no instruction for {task}; needs one or more for each of the tasks")
+    return phrasings
 
 
 def start_state(situation: Situation, scene: SceneConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +147,7 @@ def start_state(situation: Situation, scene: SceneConfig) -> tuple[np.ndarray, n
 def build_trials(config: RolloutConfig, scene: SceneConfig) -> tuple[Protocol, list[Trial]]:
     """All chains with the first phrasing of each task, and the protocol that they make up."""
     chains = build_chains(config)
-    source, phrasings = read_instructions(config.sim.calvin_root)
+    source, phrasings = read_instructions(config.sim)
     trials = [
         Trial(
             index,
@@ -117,6 +160,7 @@ def build_trials(config: RolloutConfig, scene: SceneConfig) -> tuple[Protocol, l
     protocol = Protocol(
         scene=config.scene,
         assets="builtin" if config.sim.calvin_root is None else "calvin",
+        backend=config.sim.backend,
         sequences="official" if config.tasks is None else "subset",
         sequence_hash=fingerprint([[chain.initial_state, chain.tasks] for chain in chains]),
         chains=len(chains),

@@ -197,7 +197,7 @@ def save(
         (folder / "state").mkdir()
         state(folder / "state")
     (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    manifest = _provenance() | {
+    manifest = environment() | {
         "stage": model.stage,
         "preset": config.get("preset_name"),
         "step": step,
@@ -234,7 +234,7 @@ def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
 
 
 @functools.cache
-def _provenance() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Where the weights come from: code version, packages, machine; as they were when first asked."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -4,9 +4,6 @@ import contextlib
 import functools
 import importlib.util
 import os
-import re
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,20 +86,3 @@ class Bullet:
 def _check_renderer(renderer: str) -> None:
     if renderer not in RENDERERS:
         raise UserError(f"renderer={renderer}: must be one of {', '.join(RENDERERS)}")
-
-
-def probe_renderer(renderer: str) -> str:
-    """What draws the pictures, in words; UserError where `renderer` does not work here.
-
-    Tried in a process of its own, because a broken OpenGL driver ends the process.
-    """
-    _check_renderer(renderer)
-    if renderer == "cpu":
-        return "CPU (TinyRenderer)"
-    code = "import sys; from defi.sim.bullet import Bullet; b = Bullet(sys.argv[1]); b.getCameraImage(8, 8)"
-    run = subprocess.run([sys.executable, "-c", code, renderer], capture_output=True, text=True)
-    device = re.search(r"^GL_RENDERER=(.*)$", run.stdout, re.MULTILINE)
-    if run.returncode or not device:
-        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"renderer={renderer}: does not work here ({reason}); use renderer=cpu")
-    return f"EGL ({device[1]})"

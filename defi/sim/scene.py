@@ -113,14 +113,10 @@ class SceneConfig:
     @classmethod
     def from_calvin(cls, calvin_root: str | Path, scene: str) -> "SceneConfig":
         """Scene "A" … "D" of a clone of the CALVIN repository (with its submodule calvin_env)."""
-        env = _calvin_env(Path(calvin_root))
+        env = calvin_env_folder(Path(calvin_root))
         conf, data = env / "conf", env / "data"
-        scenes = {
-            path.stem.removeprefix("calvin_scene_"): path for path in conf.glob("scene/calvin_scene_*.yaml")
-        }
-        if scene not in scenes:
-            raise UserError(f"{scene}: no such scene in {conf}; choose one of {', '.join(sorted(scenes))}")
-        cfg = _load(scenes[scene])
+        file = scene_file(env, scene)
+        cfg = _load(file)
         robot = _load(conf / "robot" / "panda.yaml") | _load(conf / "robot" / "panda_longer_finger.yaml")
         try:
             return cls(
@@ -139,10 +135,10 @@ class SceneConfig:
                 cameras={name: _camera(conf, name) for name in ("static", "gripper")},
             )
         except KeyError as error:
-            raise UserError(f"{scenes[scene]}: has no {error}; check that the clone is complete") from error
+            raise UserError(f"{file}: has no {error}; check that the clone is complete") from error
 
 
-def _calvin_env(calvin_root: Path) -> Path:
+def calvin_env_folder(calvin_root: Path) -> Path:
     """The folder of the simulator's assets in a clone."""
     clone = "`git clone --recurse-submodules https://github.com/mees/calvin`"
     env = calvin_root / "calvin_env"
@@ -159,6 +155,16 @@ def _calvin_env(calvin_root: Path) -> Path:
             f"{env}: empty submodule; run `git submodule update --init --recursive` in {calvin_root}"
         )
     return env
+
+
+def scene_file(env: Path, scene: str) -> Path:
+    """The configuration of a scene in the folder that `calvin_env_folder` found."""
+    files = {
+        path.stem.removeprefix("calvin_scene_"): path for path in env.glob("conf/scene/calvin_scene_*.yaml")
+    }
+    if scene not in files:
+        raise UserError(f"{scene}: no such scene in {env / 'conf'}; choose one of {', '.join(sorted(files))}")
+    return files[scene]
 
 
 def _arm(data: Path, scene: dict, robot: dict) -> ArmConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from replay import assert_obs, replay
 
 from defi.sim import judge, sequences
 from defi.sim.tasks import TASK_TABLE, TASKS
@@ -14,8 +15,6 @@ from defi.sim.tasks import TASK_TABLE, TASKS
 pytest.importorskip("pybullet")
 from defi.sim.scene import SceneConfig
 from defi.sim.world import World
-
-PLATFORM = 1e-9  # what another processor's arithmetic may change; here the difference is 0
 
 
 def recordings(reference: Path) -> Iterator[tuple[World, dict[str, np.ndarray]]]:
@@ -28,31 +27,9 @@ def recordings(reference: Path) -> Iterator[tuple[World, dict[str, np.ndarray]]]
             yield world, dict(file)
 
 
-def assert_obs(world: World, robot_obs: np.ndarray, scene_obs: np.ndarray) -> None:
-    assert np.abs(world.robot_obs() - robot_obs).max() <= PLATFORM
-    assert np.abs(world.scene_obs() - scene_obs).max() <= PLATFORM
-
-
 def test_trajectories_frames_and_judgements(reference: Path) -> None:
     for world, data in recordings(reference):
-        names = data["task_names"].tolist()
-        for episode, actions in enumerate(data["actions"]):  # one after the other in one world
-            world.reset(data["init_robot_obs"][episode], data["init_scene_obs"][episode])
-            start = world.state()
-            assert_obs(world, data["reset_robot_obs"][episode], data["reset_scene_obs"][episode])
-            assert_frames(world, data, episode, 0)
-            for i, action in enumerate(actions):
-                world.step(action)
-                assert_obs(world, data["robot_obs"][episode, i], data["scene_obs"][episode, i])
-                solved = {name for name, yes in zip(names, data["tasks"][episode, i]) if yes}
-                assert judge.solved_tasks(start, world.state()) == solved
-            assert_frames(world, data, episode, -1)
-
-
-def assert_frames(world: World, data: dict[str, np.ndarray], episode: int, frame: int) -> None:
-    pictures = world.render()
-    for camera in ("static", "gripper"):
-        assert np.array_equal(pictures[f"rgb_{camera}"], data[f"frames_{camera}"][episode, frame])
+        replay(world, data)
 
 
 def test_reload_forgets_the_past(reference: Path) -> None:

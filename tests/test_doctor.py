@@ -1,0 +1,76 @@
+"""The doctor: right about what is there, clear about what is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from policy_fakes import write_stages
+
+from defi import doctor
+from defi.engine.checkpoint import find_checkpoint
+from defi.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stages")
+    write_stages(folder)
+    return find_checkpoint(folder / "gidm")
+
+
+def test_this_environment_is_in_order(tmp_path: Path) -> None:
+    found = [*doctor.check_python(), *doctor.check_torch(), *doctor.check_machine(tmp_path / "not" / "yet")]
+    assert {finding.verdict for finding in found} <= {"ok", "note"}
+    assert {"Python", "packages", "PyTorch", "machine", "disk"} <= {finding.what for finding in found}
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = ["torch>=999", "no-such-package", "numpy", "wandb>=0.20; extra == 'track'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: needs)
+    packages = list(doctor.check_python())[1]
+    assert packages.verdict == "wrong" and packages.mend == "run scripts/setup.sh"
+    assert "torch" in packages.detail and "(needs >=999)" in packages.detail
+    assert "no-such-package missing" in packages.detail
+    assert "numpy" not in packages.detail and "wandb" not in packages.detail
+
+
+def test_errors_become_findings() -> None:
+    def check():
+        yield doctor.Finding("a", "ok", "fine")
+        raise UserError("clone: empty; fill it")
+
+    fine, wrong = doctor.examine("b", check)
+    assert (fine.what, wrong.what, wrong.verdict) == ("a", "b", "wrong")
+    assert (wrong.detail, wrong.mend) == ("clone: empty", "fill it")
+
+
+def test_a_checkpoint_is_compared_with_this_environment(checkpoint: Path, tmp_path: Path) -> None:
+    (same,) = doctor.check_checkpoint(str(checkpoint))
+    assert same.verdict == "ok" and "gidm" in same.detail
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["packages"]["torch"] = "0.1"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    _, other = doctor.check_checkpoint(str(copy))
+    assert (other.what, other.verdict) == ("packages torch", "note") and "made with 0.1" in other.detail
+    (copy / "config.json").unlink()
+    (damaged,) = doctor.examine("checkpoint", doctor.check_checkpoint, str(copy))
+    assert damaged.verdict == "wrong" and "damaged" in damaged.detail
+
+
+def test_an_incomplete_clone_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "calvin_env").mkdir()
+    (finding,) = doctor.examine("CALVIN", doctor.check_clone, str(tmp_path))
+    assert finding.verdict == "wrong" and "git submodule update" in finding.mend
+
+
+def test_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "defi.doctor", f"checkpoint={tmp_path / 'none'}", f"output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "no checkpoint here" in " ".join(done.stdout.split())
+    assert done.stdout.splitlines()[1].startswith("Python")
