@@ -22,7 +22,7 @@ tasks+=,turn_on_lightbulb,turn_off_lightbulb,turn_on_led,turn_off_led
 case $size in
     smoke) demos=1 vae=2 gfdm=2 gidm=4 policy=4 chains=2 ;;
     short) demos=60 vae=300 gfdm=150 gidm=400 policy=1000 chains=60 ;;
-    long) demos=180 vae=800 gfdm=1200 gidm=1200 policy=4000 chains=100 ;;
+    long) demos=150 vae=500 gfdm=600 gidm=1000 policy=3500 chains=100 ;;
 esac
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 
