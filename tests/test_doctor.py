@@ -1,6 +1,7 @@
 """The doctor: right about what is there, clear about what is not."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,8 +70,10 @@ def test_an_incomplete_clone_is_wrong(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "defi.doctor", f"checkpoint={tmp_path / 'none'}", f"output={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "defi.doctor", "checkpoint=nowhere", f"output={tmp_path}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"}
+    )
     assert done.returncode == 1, done.stderr
-    assert "no checkpoint here" in " ".join(done.stdout.split())
+    assert "nowhere: no checkpoint here" in done.stdout and "wrong" in done.stdout
     assert done.stdout.splitlines()[1].startswith("Python")

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 pytest.importorskip("pybullet", reason="the simulation needs pybullet")
 
 from defi.errors import UserError
 from defi.sim.scene import SceneConfig
+from defi.sim.scenes import builtin
+from defi.sim.tasks import TASKS as TASK_NAMES
 from Step3_DeFI.rollout.chain import ExpertAgent, RandomAgent, Recorder, attempt, run_chain
 from Step3_DeFI.rollout.clips import find_clips
 from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
@@ -143,10 +146,33 @@ def build_situation() -> dict[str, int | str]:
     return {"led": 0, "lightbulb": 0, "slider": "right", "drawer": "closed", **places, "grasped": 0}
 
 
+def test_words_come_from_the_file_that_is_named(tmp_path):
+    texts = {task: [f"please {task}", "second"] for task in TASK_NAMES}
+    entries = {task: {"task": task, "ann": words, "emb": np.zeros((2, 3))} for task, words in texts.items()}
+    np.save(tmp_path / "embeddings.npy", np.array(entries, dtype=object), allow_pickle=True)
+    OmegaConf.save(OmegaConf.create(texts), tmp_path / "words.yaml")
+    for name in ("embeddings.npy", "words.yaml"):
+        config = RolloutConfig(chains=2, sim=SimConfig(instructions=str(tmp_path / name)))
+        protocol, trials = build_trials(config, builtin("D"))
+        assert protocol.instruction_source == name
+        assert trials[0].instructions == tuple(f"please {task}" for task in trials[0].tasks)
+    del texts["open_drawer"]
+    OmegaConf.save(OmegaConf.create(texts), tmp_path / "words.yaml")
+    (tmp_path / "broken.yaml").write_text("{open_drawer: [")
+    for name, message in (
+        ("words.yaml", "no instruction for open_drawer"),
+        ("broken.yaml", "not a file of instructions"),
+        ("none.yaml", "missing; check sim.instructions"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            read_instructions(SimConfig(instructions=str(tmp_path / name)))
+
+
 def test_words_of_a_clone_are_used(reference):
     root = str(reference / "calvin_root")
-    source, phrasings = read_instructions(root)
-    config = RolloutConfig(chains=2, sim=SimConfig(calvin_root=root))
+    sim = SimConfig(calvin_root=root)
+    source, phrasings = read_instructions(sim)
+    config = RolloutConfig(chains=2, sim=sim)
     protocol, trials = build_trials(config, SceneConfig.from_calvin(root, "D"))
     assert protocol.instruction_source == source and source.endswith(".yaml")
     assert trials[0].instructions == tuple(phrasings[task][0] for task in trials[0].tasks)

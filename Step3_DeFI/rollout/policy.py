@@ -41,9 +41,6 @@ class ModelPolicy:
         images = torch.stack([observe(look.images, self.model.image_size) for look in looks])
         noise = self.model.noise(torch.tensor([noise_seed(look.seed) for look in looks]))
         texts = [look.instruction for look in looks]
-        for text in dict.fromkeys(texts):  # alone, so that what the towers remember depends on no other text
-            self.model.gfdm.clip.tokens([text])
-            self.model.t5([text])
         with torch.autocast(self.model.device.type, **self._autocast):
             return self.model.act(images, texts, noise=noise).float().cpu().numpy()
 

@@ -17,6 +17,7 @@ from defi.sim.tasks import TASK_TABLE, TASKS, Situation, check_tasks
 
 CHAIN_LENGTH = 5
 BLOCK_PLACES = ("table", "slider_right", "slider_left")
+MOST_SEQUENCES = 100_000  # some minutes to draw; weeks to roll out
 DRAWS = 4096  # shuffles made at a time: about one in 4000 is a feasible chain
 
 ROBOT_START = (
@@ -69,8 +70,8 @@ DOORS = ({"move_slider_left", "move_slider_right"}, {"open_drawer", "close_drawe
 
 def sequences(n: int) -> list[Chain]:
     """The protocol's n chains of five tasks from five categories: the same n gives the same chains."""
-    if n < 1:
-        raise UserError(f"{n}: not a number of sequences; ask for 1 or more")
+    if not 1 <= n <= MOST_SEQUENCES:
+        raise UserError(f"{n} sequences: ask for 1 to {MOST_SEQUENCES}; the official number is 1000")
     states = initial_states()
     shares = [len(share) for share in np.array_split(np.arange(n), len(states))]
     result = [
