@@ -64,15 +64,6 @@ def test_quickstart_refuses_unknown_settings() -> None:
         ("step1_eval.sh", ("data.root={q}/latents", "checkpoint={q}/ckpts/gfdm", "episodes=1", "steps=2")),
         ("step2_train.sh", ("data.root={q}/data", *SHORT)),
         (
-            "step3_train.sh",
-            (
-                "data.store={q}/features",
-                "gfdm_checkpoint={q}/ckpts/gfdm",
-                "gidm_checkpoint={q}/ckpts/gidm",
-                *SHORT,
-            ),
-        ),
-        (
             "step3_rollout.sh",
             ("checkpoint={q}/ckpts/policy", "chains=1", "length=1", "tasks=[open_drawer]", "max_steps=[10]"),
         ),
@@ -84,6 +75,27 @@ def test_each_job(quickstart: Path, tmp_path: Path, script: str, settings: tuple
     done = run(script, *filled, f"output={output}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert any(output.iterdir())
+
+
+def test_training_a_policy_with_rollouts_at_intervals(quickstart: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rollout = ("trainer.rollout_every=1", "rollout.chains=1", "rollout.length=1", "rollout.max_steps=[10]")
+    done = run(
+        "step3_train.sh",
+        f"output={output}",
+        f"data.store={quickstart}/features",
+        f"gfdm_checkpoint={quickstart}/ckpts/gfdm",
+        f"gidm_checkpoint={quickstart}/ckpts/gidm",
+        *SHORT,
+        *rollout,
+        "rollout.tasks=[open_drawer]",
+        "rollout.videos={chains: 1, every: 5}",
+        "trainer.best_metric=average_length",
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    manifest = json.loads((output / "checkpoints" / "step_00000001" / "manifest.json").read_text())
+    assert manifest["metrics"] == {"average_length": 0.0, "success_1": 0.0}
+    assert list((output / "rollouts" / "step_00000001").rglob("*.mp4"))
 
 
 @pytest.mark.parametrize(
