@@ -49,7 +49,7 @@ class Probed:
         clips, rows = [], []
         for pair in seen.pairs:
             clip, now = data.locate(int(pair))
-            last = min(now + seen.distance, clip.length - 1)
+            last = min(now + data.distance[1], clip.length - 1)
             actions = source.data.stack("rel_actions", range(clip.start + now, clip.start + last))
             clips.append(numbers[clip])
             rows.append([*actions[:, :6].sum(0), actions[:, 6].mean()])
@@ -105,7 +105,7 @@ def main(cfg: DictConfig) -> None:
     data = held_out_pairs(cfg.data, side)
     seen = observe(model, data, cfg.pairs)
     numbers: dict[str, Any] = seen.numbers(codes)
-    if cfg.data.source == "calvin":
+    if isinstance(data, PairDataset) and isinstance(data.source, CalvinClips):
         if cfg.data.split == cfg.data.held_out:
             raise UserError(f"data.held_out={cfg.data.held_out}: is the training split; name another")
         training = training_pairs(cfg.data, side, augment=False)

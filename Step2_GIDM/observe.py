@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from Step2_GIDM.data.augment import resize
+from Step2_GIDM.data.mixture import PairMixture
 from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import perplexity
@@ -28,7 +29,6 @@ class Observed:
     """
 
     pairs: Int[np.ndarray, " N"]
-    distance: int
     frames: UInt8[Tensor, "N 2 3 H W"]
     indices: Int[Tensor, "N Q"]
     difference: Float[Tensor, "N X"]
@@ -51,10 +51,9 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(model: GIDM, data: PairDataset, count: int) -> Observed:
+def observe(model: GIDM, data: PairDataset | PairMixture, count: int) -> Observed:
     """Run the model in eval mode over at most `count` pairs, at the largest distance."""
     model.eval()
-    distance = data.distance[1]
     pairs = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int))
     # In random order, so that the other pair whose latent action is tried is not its neighbour in time.
     pairs = np.random.default_rng(0).permutation(pairs)
@@ -62,12 +61,12 @@ def observe(model: GIDM, data: PairDataset, count: int) -> Observed:
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, len(pairs), BATCH):
         chosen = [int(pair) for pair in pairs[first : first + BATCH]]
-        frames = torch.stack([resize(data.frames(pair, distance), data.image_size) for pair in chosen])
+        frames = torch.stack([resize(data.frames(pair), data.image_size) for pair in chosen])
         texts = [data.locate(pair)[0].text for pair in chosen]
         small = F.interpolate(frames.flatten(0, 1), PICTURE, mode="bilinear", antialias=True)
         pictures = (small * 255).round().byte().unflatten(0, frames.shape[:2])
         parts.append((pictures, *(t.cpu() for t in _look(model, frames.to(device), texts))))
-    return Observed(pairs, distance, *(torch.cat(part) for part in zip(*parts)))
+    return Observed(pairs, *(torch.cat(part) for part in zip(*parts)))
 
 
 def _look(model: GIDM, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from rlds_writer import write_videos
 
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
@@ -123,6 +124,18 @@ def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(labels["vectors"], codebook[labels["indices"]])
     assert labels["name"].tolist() == [str(tmp_path / "video.mp4")]
     assert run(label, *arguments, monkeypatch=monkeypatch) == 2, "the file exists"
+
+
+def test_train_on_rlds_and_on_a_mixture(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = write_videos(tmp_path, {"train": [[6, 7]], "val": [[5]]})
+    small = [*(a for a in SMALL if "distance" not in a), "trainer.max_steps=2", f"output={tmp_path / 'run'}"]
+    cache = f"data.index={tmp_path / 'index'}"
+    assert run(train, "data=pairs_rlds", f"data.root={toy}", cache, *small, monkeypatch=monkeypatch) == 0
+    rlds = f"{{source: rlds, root: {toy}, weight: 0.5, index: {tmp_path / 'index'}, distance: [2, 2]}}"
+    calvin = f"{{source: calvin, root: {data}, weight: 1}}"
+    mixture = ["data=pairs_mixture", f"+data.sets.toy={rlds}", f"+data.sets.own={calvin}", "overwrite=true"]
+    assert run(train, *mixture, *small, "trainer.sample_every=2", monkeypatch=monkeypatch) == 0
+    assert read_manifest(tmp_path / "run", "gidm")["step"] == 2
 
 
 def test_controllable_run_starts_from_a_language_run(

@@ -80,9 +80,10 @@ class PairDataset(Dataset):
         before = int(self._ends[which - 1]) if which else 0
         return self.source.clips[which], (index - before) * self.stride
 
-    def frames(self, index: int, distance: int) -> UInt8[Tensor, "2 3 H W"]:
-        """The two frames of pair `index`, as they are stored."""
+    def frames(self, index: int, distance: int | None = None) -> UInt8[Tensor, "2 3 H W"]:
+        """The two frames of pair `index`, as they are stored. distance: None for the largest."""
         clip, now = self.locate(index)
+        distance = self.distance[1] if distance is None else distance
         pair = self.source.read(clip, [now, min(now + distance, clip.length - 1)])
         return torch.from_numpy(pair).permute(0, 3, 1, 2)
 

@@ -1,0 +1,68 @@
+"""Several data sets of pairs as one, by weight × size."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from defi.errors import UserError
+from Step2_GIDM.data.pairs import Clip, PairDataset
+
+
+class PairMixture(Dataset):
+    """An epoch has round(weight · size) places for each set.
+
+    With weight 2 each pair of the set comes twice in an epoch; with weight 0.1 a place stands for ten
+    neighbouring pairs, of which the sample's generator draws one. The order over all places is the engine's.
+    """
+
+    def __init__(self, sets: Mapping[str, PairDataset], weights: Mapping[str, float]) -> None:
+        for name, weight in weights.items():
+            if not weight > 0:
+                raise UserError(f"data.sets.{name}: weight {weight}: must be positive")
+        self.sets = dict(sets)
+        self._sizes = [max(1, round(weights[name] * len(pairs))) for name, pairs in sets.items()]
+        self._ends = np.cumsum(self._sizes)
+
+    @property
+    def image_size(self) -> int:
+        return next(iter(self.sets.values())).image_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the data and their shares."""
+        lines = (f"{n} {d.fingerprint} {size}\n" for (n, d), size in zip(self.sets.items(), self._sizes))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+    def shares(self) -> dict[str, float]:
+        """Share of each set in an epoch."""
+        return {name: size / len(self) for name, size in zip(self.sets, self._sizes)}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def member(self, index: int, u: float = 0.0) -> tuple[PairDataset, int]:
+        """The set and its pair at place `index`; u in [0, 1) chooses among the pairs the place stands for."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        pairs, size = list(self.sets.values())[which], self._sizes[which]
+        place = index - int(self._ends[which]) + size
+        return pairs, min(int((place + u) * len(pairs) / size), len(pairs) - 1)
+
+    def locate(self, index: int) -> tuple[Clip, int]:
+        """Clip and position of the earlier frame of the (first) pair at a place."""
+        pairs, pair = self.member(index)
+        return pairs.locate(pair)
+
+    def frames(self, index: int) -> UInt8[Tensor, "2 3 H W"]:
+        """The two frames of the (first) pair at a place, at its set's largest distance, as they are stored."""
+        pairs, pair = self.member(index)
+        return pairs.frames(pair)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """`frames` [2, 3, H, W] in [0, 1], `text`."""
+        pairs, pair = self.member(index, rng.random())
+        return pairs.sample(pair, rng)

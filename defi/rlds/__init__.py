@@ -1,0 +1,11 @@
+"""Robot recordings in RLDS (Open X-Embodiment's format), read without TensorFlow.
+
+tfrecord.py   records with their checksums; the protocol-buffer messages in them
+spec.py       features.json and dataset_info.json: what a data set holds, its splits and files
+index.py      where every picture of a split lies, found once and kept in a cache folder
+dataset.py    any frame of any episode, by number
+"""
+
+from defi.rlds.dataset import RLDSDataset, default_splits
+
+__all__ = ["RLDSDataset", "default_splits"]

@@ -1,0 +1,159 @@
+"""Any frame of any episode of an RLDS data set, by number."""
+
+import io
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from defi.errors import UserError
+from defi.rlds.index import open_index, read_texts
+from defi.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_spec, read_splits
+from defi.rlds.tfrecord import BYTES, FLOATS, INTS, Values, parse_example, read_places
+
+# Where data sets keep their instruction, in order of preference.
+LANGUAGE = ("language_instruction", "observation/natural_language_instruction", "observation/instruction")
+INDEX_FOLDER = Path("data/rlds_index")
+
+
+def default_splits(folder: str | Path) -> tuple[str, str]:
+    """Splits for training and for holding out: `val` where there is one, else the end of `train`.
+
+    The end is 5 %, or the last episode.
+
+    Raises:
+        UserError: there is no `train`.
+    """
+    there = read_splits(find_version(Path(folder)))
+    if "val" in there:
+        return "train", "val"
+    _, whole = choose_split(there, "train")
+    boundary = "95%" if round(0.95 * len(whole)) < len(whole) else "-1"
+    return f"train[:{boundary}]", f"train[{boundary}:]"
+
+
+class RLDSDataset:
+    """One split, or a slice of it, of a TFDS folder of episodes; episodes in the order of its files.
+
+    Args:
+        folder: `<data set>/<version>`, or `<data set>`: its highest version.
+        split: as TFDS names them: `train`, `train[:95%]`, `val[10:20]`.
+        index: folder that keeps indices; the first opening of a split reads it once, and checks it all.
+
+    Raises:
+        UserError: what is missing or damaged is named with file and position.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train", *, index: str | Path = INDEX_FOLDER) -> None:
+        self.folder = find_version(Path(folder))
+        self.name = self.folder.resolve().parent.name
+        self.spec = read_spec(self.folder)
+        self.split, chosen = choose_split(read_splits(self.folder), split)
+        self.index = open_index(self.folder, self.split, self.spec, Path(index))
+        self.first = chosen.start
+        self._episodes = self.index.episodes[chosen.start : chosen.stop]
+        firsts = np.append(self.index.episodes[:, 3], self.index.frames)
+        self.lengths = np.diff(firsts)[chosen.start : chosen.stop]
+        self.fingerprint = f"{self.index.fingerprint}-{split}"
+
+    def __len__(self) -> int:
+        """Episodes."""
+        return len(self._episodes)
+
+    @cached_property
+    def pictures(self) -> list[str]:
+        """Features that hold RGB pictures, as paths below `steps/`."""
+        return list(self.index.pictures)
+
+    def picture(self, key: str | None) -> str:
+        """The feature that `key` means: itself, or within `observation`; None: the only one there is.
+
+        Raises:
+            UserError: there is none, or None could mean several.
+        """
+        matching = [name for name in self.pictures if key in (None, name, name.removeprefix("observation/"))]
+        if len(matching) != 1:
+            listed = ", ".join(name.removeprefix("observation/") for name in self.pictures)
+            raise UserError(f"{self.folder / FEATURES}: image={key}: choose one of {listed}")
+        return matching[0]
+
+    def language(self, key: str | None) -> str | None:
+        """The feature that holds instructions: `key`, or for None the usual places; None if there is none.
+
+        Raises:
+            UserError: the data set has no such feature.
+        """
+        if key is None:
+            return next((name for name in LANGUAGE if name in self.index.texts), None)
+        if key not in self.index.texts:
+            found = ", ".join(self.index.texts) or "no text in its steps"
+            raise UserError(f"{self.folder / FEATURES}: language={key}: there is {found}")
+        return key
+
+    def text(self, episode: int, language: str | None) -> str:
+        """What a feature of text says at an episode's first step ("" for None)."""
+        if language is None:
+            return ""
+        texts, ids = self.index.texts[language]
+        return texts[ids[self.first + episode]]
+
+    def shard(self, episode: int) -> Path:
+        """The file that holds an episode."""
+        return self.split.shards[self._episodes[episode, 0]]
+
+    def encoded(self, episode: int, steps: Sequence[int], picture: str) -> list[bytes]:
+        """Pictures of some steps as they are stored (JPEG or PNG)."""
+        rows = self._episodes[episode, 3] + np.asarray(steps)
+        places = [(int(start), int(end)) for start, end in self.index.pictures[picture][rows]]
+        return read_places(self.shard(episode), places)
+
+    def frames(self, episode: int, steps: Sequence[int], picture: str) -> UInt8[np.ndarray, "N H W 3"]:
+        """Pictures of some steps; nothing else is read or decoded.
+
+        Raises:
+            UserError: a picture is damaged.
+        """
+        frames = []
+        for step, coded in zip(steps, self.encoded(episode, steps, picture)):
+            try:
+                frames.append(np.asarray(Image.open(io.BytesIO(coded)).convert("RGB")))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise UserError(
+                    f"{self.shard(episode)}: episode {episode}, step {step}: {picture} is no picture "
+                    f"({error}); copy the file again"
+                ) from None
+        return np.stack(frames)
+
+    def values(self, episode: int, name: str) -> np.ndarray | list[str]:
+        """A feature of all steps (say, `action`): an array [steps, ...], or a list of texts.
+
+        Raises:
+            UserError: there is no such feature, it is not of a kind that is read, or the record is damaged.
+        """
+        feature = self.spec.get(STEPS + name)
+        if feature is None or feature.kind not in ("tensor", "text"):
+            kind = "missing" if feature is None else f"a {feature.kind}"
+            raise UserError(
+                f"{self.folder / FEATURES}: {STEPS + name} is {kind}; only tensors and text are read"
+            )
+        _, offset, length, _ = (int(n) for n in self._episodes[episode])
+        (data,) = read_places(self.shard(episode), [(offset, offset + length)])
+        try:
+            values = parse_example(data)[STEPS + name]
+            if feature.kind == "text":
+                return read_texts(values, data, feature)
+            shape = [-1 if n is None else n for n in feature.shape]
+            return _numbers(values, data).astype(feature.dtype).reshape(int(self.lengths[episode]), *shape)
+        except (ValueError, KeyError, IndexError) as error:
+            where = f"{self.shard(episode)}: episode {episode}"
+            raise UserError(f"{where}: cannot read {STEPS + name} ({error}); copy the file again") from None
+
+
+def _numbers(values: Values, data: bytes) -> np.ndarray:
+    if values.kind == BYTES:
+        raise ValueError("it is text")
+    assert values.kind in (FLOATS, INTS)
+    return values.floats(data) if values.kind == FLOATS else values.ints(data)

@@ -1,0 +1,290 @@
+"""RLDS without TensorFlow: formats, splits, random access, damage, pairs and mixtures."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rlds_writer import encode, example, features_dict, image, record, tensor, text, write_set, write_videos
+
+from defi.errors import UserError
+from defi.rlds import RLDSDataset, default_splits
+from defi.rlds.index import _scan
+from defi.rlds.spec import Split, choose_split, read_spec
+from defi.rlds.tfrecord import masked_crc, parse_example, read_records
+from Step2_GIDM.data.build import held_out_pairs, training_pairs
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return write_videos(tmp_path, {"train": [[5, 3], [4]], "val": [[6]]})
+
+
+def opened(folder: Path, split: str = "train") -> RLDSDataset:
+    return RLDSDataset(folder, split, index=folder.parent / "index")
+
+
+def file_of(folder: Path, number: int) -> Path:
+    return folder / "1.0.0" / f"toy-train.tfrecord-{number:05d}-of-00002"
+
+
+# ------------------------------------------------------------ format
+
+
+def test_checksums_are_those_of_the_format() -> None:
+    """CRC-32C of "123456789" is 0xE3069283 (RFC 3720's polynomial), then masked as TFRecord says."""
+    assert masked_crc(b"123456789") == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) % 2**32
+
+
+def test_messages_of_all_three_kinds() -> None:
+    numbers = [0, 1, 127, 128, 300, 2**31, 2**62, -1, -300]
+    data = example({"a": [b"x", b"", "gr\u00fcn".encode()], "b": [0.5, -2.0], "c": numbers})
+    found = parse_example(data)
+    assert [data[slice(*place)] for place in found["a"].bytes_places(data)] == [b"x", b"", "grün".encode()]
+    assert found["b"].floats(data).tolist() == [0.5, -2.0]
+    assert found["c"].ints(data).tolist() == numbers
+
+
+def test_messages_whose_numbers_are_not_packed() -> None:
+    """Old writers give each number a field of its own: tag 8 (varint) or 13 (four bytes)."""
+    ints = b"\x1a\x05\x08\x05\x08\x80\x01"  # Feature.int64_list: 5, 128
+    floats = b"\x12\x05\x0d\x00\x00\x80\x3f"  # Feature.float_list: 1.0
+    entry = [b"\x0a\x01" + name + b"\x12" + bytes([len(v)]) + v for name, v in ((b"i", ints), (b"f", floats))]
+    features = b"".join(b"\x0a" + bytes([len(e)]) + e for e in entry)
+    data = b"\x0a" + bytes([len(features)]) + features
+    found = parse_example(data)
+    assert found["i"].ints(data).tolist() == [5, 128] and found["f"].floats(data).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("cut", [1, 3, 10, 30])
+def test_cut_messages_are_refused(cut: int) -> None:
+    with pytest.raises(ValueError, match=r"ends at byte|not a tf\.train\.Example"):
+        parse_example(example({"name": [b"value" * 9]})[:-cut])
+
+
+# ------------------------------------------------------------ reading
+
+
+def test_any_frame_of_any_episode(toy: Path) -> None:
+    data = opened(toy)
+    assert len(data) == 3 and data.lengths.tolist() == [5, 3, 4]
+    assert data.pictures == ["observation/image"], "a depth map is no picture"
+    for episode, step in ((2, 3), (0, 0), (1, 2), (0, 4)):
+        frame = data.frames(episode, [step], "observation/image")[0]
+        assert frame.shape == (48, 48, 3) and frame[5, 5].tolist() == [10 * episode, 8 * step, 0]
+    assert [data.text(i, data.language(None)) for i in range(3)] == ["do thing 0", "do thing 1", "do thing 2"]
+    actions = data.values(1, "action")
+    assert actions.shape == (3, 7) and actions[0].tolist() == [i - 1 for i in range(7)]
+    assert data.values(2, "is_last").tolist() == [False, False, False, True]
+    assert data.values(2, "language_instruction") == ["do thing 2"] * 4
+
+
+def test_language_as_an_array_of_character_codes(tmp_path: Path) -> None:
+    codes = [[ord(c) for c in "push left"] + [0] * 7, [ord(c) for c in "push left"] + [0] * 7]
+    picture = encode(np.full((20, 24, 3), 90, np.uint8), "JPEG")
+    features = {"observation": features_dict(rgb=image(20, 24, "jpeg"), instruction=tensor("int32", 16))}
+    episode = {"steps/observation/rgb": [picture] * 2, "steps/observation/instruction": codes}
+    data = opened(write_set(tmp_path, features, {"train": [[episode]]}))
+    assert data.language(None) == "observation/instruction"
+    assert data.text(0, "observation/instruction") == "push left"
+    assert abs(data.frames(0, [1], "observation/rgb").mean() - 90) < 1
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", range(41)),
+        ("train[:95%]", range(39)),  # 38.95, rounded to the nearest as TFDS does
+        ("train[95%:]", range(39, 41)),
+        ("train[3:10]", range(3, 10)),
+        ("train[-5:]", range(36, 41)),
+        ("train[:-50%]", range(21)),
+    ],
+)
+def test_slices(split: str, expected: range) -> None:
+    splits = {"train": Split("train", [Path("a"), Path("b")], [40, 1])}
+    assert choose_split(splits, split)[1] == expected
+
+
+def test_slices_count_episodes_over_all_files(toy: Path) -> None:
+    data = opened(toy, "train[1:]")
+    assert data.lengths.tolist() == [3, 4] and data.text(1, "language_instruction") == "do thing 2"
+    assert data.frames(1, [2], "observation/image")[0, 0, 0].tolist() == [20, 16, 0]
+    assert default_splits(toy) == ("train", "val")
+    few = write_videos(toy.parent, {"train": [[2] * 8]}, name="few")
+    assert default_splits(few) == ("train[:-1]", "train[-1:]"), "5 % of 8 episodes are none"
+    many = write_videos(toy.parent, {"train": [[2] * 20]}, name="many")
+    assert default_splits(many) == ("train[:95%]", "train[95%:]")
+    for split, message in (("test", "has train, val"), ("train[9:]", "is empty"), ("train[a]", "slices")):
+        with pytest.raises(UserError, match=message):
+            opened(toy, split)
+
+
+def test_the_index_is_made_once_and_outside_the_data(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(toy.rglob("*"))
+    opened(toy)
+    assert sorted(toy.rglob("*")) == before
+    with monkeypatch.context() as patch:
+        patch.setattr("defi.rlds.index._scan", lambda *a, **k: pytest.fail("read again"))
+        assert opened(toy).lengths.tolist() == [5, 3, 4]
+    shutil.copy(file_of(toy, 1), file_of(toy, 0))  # another file under the same name
+    with pytest.raises(UserError, match=r"00000-of-00002: has 1 episodes, dataset_info\.json counts 2"):
+        opened(toy)
+
+
+def test_an_interrupted_index_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = file_of(toy, 1).read_bytes()
+    stamp = file_of(toy, 1).stat().st_mtime_ns
+    scanned = []
+
+    def scan(shard: Path, *args, **kwargs):
+        scanned.append(shard.name[-14:])
+        if len(scanned) == 2:
+            raise KeyboardInterrupt
+        return _scan(shard, *args, **kwargs)
+
+    monkeypatch.setattr("defi.rlds.index.READERS", 1)
+    monkeypatch.setattr("defi.rlds.index._scan", scan)
+    with pytest.raises(KeyboardInterrupt):
+        opened(toy)
+    assert good == file_of(toy, 1).read_bytes() and stamp == file_of(toy, 1).stat().st_mtime_ns
+    assert opened(toy).lengths.tolist() == [5, 3, 4]
+    assert scanned == ["00000-of-00002", "00001-of-00002", "00001-of-00002"]
+
+
+# ------------------------------------------------------------ damage
+
+
+def test_damaged_files_are_named_with_the_position(toy: Path) -> None:
+    file = file_of(toy, 0)
+    whole = file.read_bytes()
+    second = next(r.offset - 12 for r in read_records(file) if r.number == 1)
+    for damaged, message in (
+        (whole[:-7], f"record 1 at byte {second} is cut short"),
+        (whole[: second + 5], f"record 1 at byte {second} is cut short"),
+        (whole[:second], "has 1 episodes, dataset_info.json counts 2"),
+        (
+            whole[: second + 100] + b"?" + whole[second + 101 :],
+            f"record 1 at byte {second}: wrong checksum of its",
+        ),
+        (
+            whole[:second] + b"?" + whole[second + 1 :],
+            f"record 1 at byte {second}: wrong checksum of its length",
+        ),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=message) as caught:
+            opened(toy)
+        assert str(caught.value).startswith(str(file))
+    file.unlink()
+    with pytest.raises(UserError, match=r"00000-of-00002: missing"):
+        opened(toy)
+
+
+def test_data_that_are_not_what_the_specification_says(tmp_path: Path) -> None:
+    features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
+    picture = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    good = {"steps/observation/image": [picture] * 2, "steps/language_instruction": [b"go"] * 2}
+    for number, (change, message) in enumerate(
+        (
+            ({"steps/language_instruction": [b"go"]}, "different numbers of steps"),
+            ({"steps/observation/image": [1.0, 2.0]}, "steps/observation/image is of another type"),
+        )
+    ):
+        folder = write_set(tmp_path, features, {"train": [[good, good | change]]}, name=f"toy{number}")
+        with pytest.raises(UserError, match=rf"record 1 at byte \d+: .*{message}"):
+            opened(folder)
+    folder = write_set(
+        tmp_path, features, {"train": [[{"steps/language_instruction": [b"go"]}]]}, name="toy9"
+    )
+    with pytest.raises(UserError, match="record 0 at byte 0: has no feature steps/observation/image"):
+        opened(folder)
+
+
+def test_a_record_that_is_no_example(toy: Path) -> None:
+    file_of(toy, 1).write_bytes(record(b"\x0a\xff\x01nonsense"))
+    with pytest.raises(UserError, match="00001-of-00002: record 0 at byte 0: .*do not belong together"):
+        opened(toy)
+
+
+def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+    features = {"observation": features_dict(image=image(8, 8, "png"))}
+    pictures = [encode(np.zeros((8, 8, 3), np.uint8), "PNG"), b"no picture"]
+    folder = write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]]})
+    data = opened(folder)
+    assert data.language(None) is None and data.text(0, None) == ""
+    with pytest.raises(UserError, match="episode 0, step 1: observation/image is no picture"):
+        data.frames(0, [0, 1], "observation/image")
+
+
+def test_folders_that_hold_no_rlds(tmp_path: Path, toy: Path) -> None:
+    with pytest.raises(UserError, match=r"no features\.json here or in a version below"):
+        RLDSDataset(tmp_path / "nothing")
+    info = toy / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace('{"name"', '{"fileFormat": "array_record", "name"', 1))
+    with pytest.raises(UserError, match="array_record; only tfrecord"):
+        opened(toy)
+    info.write_text("{")
+    with pytest.raises(UserError, match=r"dataset_info\.json: cannot be read"):
+        opened(toy)
+    (toy / "1.0.0" / "features.json").write_text('{"featuresDict": {"features": {}}}')
+    with pytest.raises(UserError, match="no feature `steps`"):
+        read_spec(toy / "1.0.0")
+
+
+# ------------------------------------------------------------ pairs
+
+
+def section(folder: Path, **changes) -> dict:
+    data = {"source": "rlds", "root": str(folder), "split": None, "held_out": None, "image": None}
+    data |= {"language": None, "index": str(folder.parent / "index"), "distance": [2, 2], "stride": 1}
+    return data | {"augmentation": None} | changes
+
+
+def test_pairs(toy: Path) -> None:
+    pairs = training_pairs(section(toy), 48)
+    assert len(pairs) == 4 + 2 + 3
+    sample = pairs.sample(5, np.random.default_rng(0))  # second episode, step 1; two later is past its end
+    assert sample["text"] == "do thing 1"
+    assert (sample["frames"][:, :2, 0, 0] * 255).round().tolist() == [[10, 8], [10, 16]]
+    held_out = held_out_pairs(section(toy), 48)
+    assert len(held_out) == 5 and held_out.locate(0)[0].text == "do thing 3"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "wrist"}, "image=wrist: choose one of image"),
+        ({"language": "observation/words"}, "language=observation/words: there is language_instruction"),
+        ({"split": "test"}, "this data set has train, val"),
+        ({"index": "/proc/index"}, "/proc/index.*data.index"),
+    ],
+)
+def test_mistakes_in_the_section_are_named(toy: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        training_pairs(section(toy, **change), 48)
+
+
+def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
+    """Per epoch, pairs come twice at weight 2, once at weight 1; at weight 0.25 every fourth, drawn anew."""
+    sets = {}
+    for name, lengths, weight in (("a", [[5]], 2.0), ("b", [[9]], 1.0), ("c", [[9, 9]], 0.25)):
+        folder = write_videos(tmp_path, {"train": lengths, "val": [[3]]}, name=name)
+        sets[name] = {"root": str(folder), "weight": weight}
+    common = section(tmp_path / "index")
+    mixture = training_pairs({k: v for k, v in common.items() if k != "root"} | {"sets": sets}, 48)
+    assert mixture.shares() == {"a": 8 / 20, "b": 8 / 20, "c": 4 / 20}
+
+    def epoch(seed: int) -> list[tuple[str, str, int]]:
+        rng = np.random.default_rng(seed)
+        drawn = [mixture.member(i, rng.random()) for i in range(len(mixture))]
+        return [(pairs.source.data.name, pairs.locate(i)[0].name, pairs.locate(i)[1]) for pairs, i in drawn]
+
+    first, second = epoch(1), epoch(2)
+    assert sorted(first[:8]) == sorted([("a", "a:0", i) for i in range(4)] * 2)
+    assert first[8:16] == [("b", "b:0", i) for i in range(8)]
+    assert len(set(first[16:])) == 4 and set(first[16:]) != set(second[16:])
+    every = {pair for seed in range(60) for pair in epoch(seed)[16:]}
+    assert every == {("c", f"c:{episode}", i) for episode in range(2) for i in range(8)}
+    sample = mixture.sample(9, np.random.default_rng(0))
+    assert (sample["frames"][:, 1, 0, 0] * 255).round().tolist() == [8, 24]
