@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rlds_writer import encode, example, features_dict, image, record, tensor, text, write_set, write_videos
+from benchmarks.rlds_writer import encode, example, features_dict, image, record, tensor, text, write_set, write_videos
 
 from defi.errors import UserError
 from defi.rlds import RLDSDataset, default_splits
@@ -221,7 +221,7 @@ def test_folders_that_hold_no_rlds(tmp_path: Path, toy: Path) -> None:
     with pytest.raises(UserError, match=r"no features\.json here or in a version below"):
         RLDSDataset(tmp_path / "nothing")
     info = toy / "1.0.0" / "dataset_info.json"
-    info.write_text(info.read_text().replace('{"name"', '{"fileFormat": "array_record", "name"', 1))
+    info.write_text(info.read_text().replace('"tfrecord"', '"array_record"', 1))
     with pytest.raises(UserError, match="array_record; only tfrecord"):
         opened(toy)
     info.write_text("{")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from rlds_writer import write_videos
+from benchmarks.rlds_writer import write_videos
 
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest

@@ -1,9 +1,9 @@
-"""Small RLDS data sets in TFDS's layout, for tests; the bytes are put together here by the formats' rules."""
+"""Made-up RLDS data sets in TFDS's layout, for benchmarks and tests; the bytes follow the formats' rules."""
 
 import io
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,14 @@ def steps(**features: Any) -> dict[str, Any]:
 def write_set(
     root: Path,
     step_features: Mapping[str, Any],
-    splits: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    splits: Mapping[str, Sequence[Iterable[Mapping[str, Any]]]],
     *,
     name: str = "toy",
 ) -> Path:
-    """A data set root/name/1.0.0 of these step features; `splits`: the examples of each shard. Gives root/name."""
+    """A data set root/name/1.0.0. step_features: its specification. splits: the examples of each shard.
+
+    Returns root/name.
+    """
     folder = root / name / "1.0.0"
     folder.mkdir(parents=True)
     metadata = features_dict(file_path=text())
@@ -95,11 +98,15 @@ def write_set(
     (folder / "features.json").write_text(json.dumps(described))
     listed = []
     for split, shards in splits.items():
+        lengths = []
         for i, episodes in enumerate(shards):
             file = folder / f"{name}-{split}.tfrecord-{i:05d}-of-{len(shards):05d}"
-            file.write_bytes(b"".join(record(example(episode)) for episode in episodes))
-        listed.append({"name": split, "shardLengths": [str(len(episodes)) for episodes in shards]})
-    (folder / "dataset_info.json").write_text(json.dumps({"name": name, "splits": listed}))
+            records = [record(example(episode)) for episode in episodes]
+            file.write_bytes(b"".join(records))
+            lengths.append(str(len(records)))
+        listed.append({"name": split, "shardLengths": lengths})
+    info = {"name": name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": listed}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
     return root / name
 
 
