@@ -225,13 +225,13 @@ class GFDM(StageModel):
     ) -> Float[Tensor, "N F L C"]:
         """Features of the imagined future of each image: one partial UNet pass at the first sampling step.
 
-        latents: scaled. noise: standard normal, drawn from `generator` where it is not given.
+        latents: scaled. noise: standard normal, drawn from `generator` where it is not given. Gradients reach
+        the UNet's weights that require them; where none does, no graph is built.
         """
         noise = self.noise(len(latents), generator) if noise is None else noise
         maps = self.feature_maps(latents, self.encode_text(texts), noise=noise)
         return maps.flatten(3).transpose(2, 3)
 
-    @torch.no_grad()
     def feature_maps(
         self,
         latents: Float[Tensor, "N 4 h w"],

@@ -6,6 +6,17 @@ from diffusers import UNetSpatioTemporalConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
+FEATURE_PARTS = (
+    "conv_in",
+    "time_embedding",
+    "add_embedding",
+    "down_blocks",
+    "mid_block",
+    "up_blocks.0",
+    "up_blocks.1",
+)
+"""Every sub-network of the UNet that `up_block_features` runs."""
+
 
 def _time_embedding(
     unet: UNetSpatioTemporalConditionModel, timestep: Tensor, time_ids: Tensor, dtype: torch.dtype

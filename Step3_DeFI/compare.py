@@ -18,7 +18,7 @@ from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.results import Results, read_results
 from Step3_DeFI.rollout.statistics import lengths, paired_difference
 
-REMARKED = ("seed", "chunk", "batch", "sampler_steps", "precision", "sim")
+REMARKED = ("seed", "chunk", "batch", "sampler", "sampler_steps", "guidance", "precision", "sim")
 
 
 def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:

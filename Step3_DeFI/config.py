@@ -57,6 +57,9 @@ class ActionDiffusionConfig:
     """Training σ: log-logistic around sigma_data. Sampling: `steps` levels, sigma_max … last_sigma, then 0.
 
     draws: (σ, noise) pairs per sample and training step, which share one encoded context (published: 1).
+    sampler: ddim (published), dpmpp_2m or heun; heun calls the network twice per step.
+    text_dropout: share of the training samples whose sentence embedding the head sees as zero (published: 0).
+    guidance: scale of classifier-free guidance on the sentence embedding; 1: off, at no cost.
     """
 
     sigma_data: float = 0.5
@@ -67,10 +70,21 @@ class ActionDiffusionConfig:
     sampler: str = "ddim"
     steps: int = 10
     last_sigma: float = 1.0
+    text_dropout: float = 0.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise UserError(f"policy.diffusion.sampler={self.sampler}: choose one of {', '.join(SAMPLERS)}")
+        if self.steps < 1:
+            raise UserError(f"policy.diffusion.steps={self.steps}: must be 1 or more")
+        if not 0 <= self.text_dropout < 1:
+            raise UserError(f"policy.diffusion.text_dropout={self.text_dropout}: must lie in [0, 1)")
+        if self.guidance != 1 and self.text_dropout == 0:
+            raise UserError(
+                f"policy.diffusion.guidance={self.guidance}: the policy never saw a dropped text; "
+                "train it with policy.diffusion.text_dropout=0.1, or leave guidance at 1"
+            )
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise levels of training from uniform u in [0, 1]."""
@@ -90,6 +104,30 @@ class ActionDiffusionConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """What of the video model learns with the policy, through the features (published: nothing).
+
+    mode: `none`; `lora`: adapters of `rank` on its attention; `full`: all weights on the way to the features.
+    video_loss: weight of stage 1's own loss on the same samples, which keeps it a video model; 0: off.
+    Settings: gfdm.finetune, gfdm.lora_rank, gfdm.video_loss.
+    """
+
+    mode: str = "none"
+    rank: int = 16
+    video_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("none", "lora", "full"):
+            raise UserError(f"gfdm.finetune={self.mode}: must be none, lora or full")
+        if self.rank < 1:
+            raise UserError(f"gfdm.lora_rank={self.rank}: must be 1 or more")
+        if self.video_loss < 0 or (self.video_loss and self.mode == "none"):
+            raise UserError(
+                f"gfdm.video_loss={self.video_loss}: must be 0, or positive with gfdm.finetune=lora or full"
+            )
+
+
+@dataclass
 class PolicyConfig:
     """What the policy expects of the checkpoints it is built on, and its own sizes.
 
@@ -98,7 +136,7 @@ class PolicyConfig:
     feature_noise: `fresh` noise per look, or the same (`fixed`) noise for all, which makes features a
     function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
     merge: side of the squares of neighbouring feature tokens that are joined into one (published: 1).
-    codebook_weight, commitment_weight: of the loss.
+    codebook_weight, commitment_weight: of the loss. finetune: whether the video model learns as well.
     """
 
     views: int = 2
@@ -118,6 +156,7 @@ class PolicyConfig:
     action_dim: int = 7
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
         if self.feature_noise not in ("fresh", "fixed"):

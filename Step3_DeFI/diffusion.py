@@ -1,6 +1,7 @@
 """Diffusion of action chunks: EDM preconditioning, noise levels of training, samplers.
 
-Karras et al. 2022 (arXiv 2206.00364, table 1 and algorithm 1); DPM-Solver++ (arXiv 2211.01095).
+EDM: Karras et al. 2022 (arXiv 2206.00364, table 1 and algorithm 1); DPM-Solver++ (arXiv 2211.01095, algorithm
+2); classifier-free guidance: Ho and Salimans 2022 (arXiv 2207.12598).
 Actions are in units of the environment's relative actions, σ in the same units.
 """
 
@@ -29,6 +30,19 @@ def precondition(network: Denoiser, *, sigma_data: float) -> Denoiser:
         return c_skip * x + c_out * network(c_in * x, sigma)
 
     return denoise
+
+
+def guide(denoise: Denoiser, scale: float) -> Denoiser:
+    """Classifier-free guidance, D = D_without + scale·(D_with − D_without), from one pass over 2B rows.
+
+    `denoise` answers [2B, K, A]: the first B rows with the condition, the last B without.
+    """
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        conditioned, without = denoise(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
+        return without + scale * (conditioned - without)
+
+    return guided
 
 
 def denoising_loss(
@@ -72,7 +86,7 @@ def ddim(
     return x
 
 
-def dpm_solver_2m(
+def dpmpp_2m(
     denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
 ) -> Float[Tensor, "*B K A"]:
     """DPM-Solver++(2M): as `ddim`, with D extrapolated from the step before; first order at both ends."""
@@ -102,4 +116,4 @@ def heun(
     return x
 
 
-SAMPLERS = {"ddim": ddim, "dpm_solver_2m": dpm_solver_2m, "heun": heun}
+SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}

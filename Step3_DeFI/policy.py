@@ -4,12 +4,12 @@ DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictu
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from defi.config import typed
@@ -20,11 +20,12 @@ from defi.errors import UserError
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.model import GIDM
-from Step2_GIDM.quantizer import perplexity
+from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, Memory
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.diffusion import SAMPLERS, denoising_loss, precondition
+from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
 from Step3_DeFI.features import Standardise, encode_views, imagine, merge_tokens, video_noise
+from Step3_DeFI.finetune import idle, open_for_finetuning
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.sources import Sources, check_gfdm, check_gidm
 from Step3_DeFI.video_former import VideoFormer
@@ -40,20 +41,36 @@ class PolicyNoise:
 
 @dataclass
 class Context:
-    """What the action decoder looks at, and the latent actions in it."""
+    """What the action head encodes: all that depends neither on σ nor on the noisy actions; and the codes."""
 
-    memory: Memory
-    codes: Int[Tensor, "B Q"]
-    codebook_loss: Float[Tensor, ""]
-    commitment_loss: Float[Tensor, ""]
+    sentence: Float[Tensor, "B P"]
+    video_tokens: Float[Tensor, "B FQ D"]
+    latent_actions: Float[Tensor, "B Q Dg"]
+    codes: Quantized
+
+    def without_sentence(self, dropped: Bool[Tensor, "B 1"]) -> "Context":
+        """The same with the sentence at zero where `dropped`; video and latent actions stay as they are."""
+        return replace(self, sentence=self.sentence * ~dropped)
+
+    def both(self) -> "Context":
+        """2B rows for guidance: B as they are, then the same without sentence."""
+        return replace(
+            self,
+            sentence=torch.cat([self.sentence, torch.zeros_like(self.sentence)]),
+            video_tokens=self.video_tokens.repeat(2, 1, 1),
+            latent_actions=self.latent_actions.repeat(2, 1, 1),
+        )
 
 
 class DeFI(StageModel):
-    """VideoFormer, GIDM branch and action head, trained together on top of a frozen GFDM."""
+    """VideoFormer, GIDM branch and action head, trained together on top of GFDM.
+
+    GFDM is frozen as in the paper, or finetuned as `config.finetune` says: then what changes of its UNet is
+    trained, averaged and saved with the rest, and the stage-1 checkpoint is loaded below it.
+    """
 
     stage: ClassVar[str] = "policy"
     config_class: ClassVar[type] = PolicyConfig
-    frozen: ClassVar[tuple[str, ...]] = ("gfdm", "t5")
     config: PolicyConfig
 
     def __init__(
@@ -63,6 +80,8 @@ class DeFI(StageModel):
         check_gfdm(config, gfdm)
         self.config, self.sources = config, sources
         self.gfdm, self.t5 = gfdm, t5
+        open_for_finetuning(gfdm, config.finetune)
+        self.frozen = (*idle(gfdm, "gfdm"), "t5")
         former = config.video_former
         self.video_former = VideoFormer(
             feature_channels=config.feature_channels * config.merge**2,
@@ -98,17 +117,23 @@ class DeFI(StageModel):
         return video_noise(self.gfdm, seeds, views=views, kind=kind, device=self.device)
 
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
-        """Everything that does not depend on σ or on the noisy actions; computed once per chunk."""
+        """From features and instructions to what the action head encodes; computed once per chunk."""
         features = merge_tokens(self.standardise(features), self.config.merge)
-        video_tokens = self.video_former(features.transpose(1, 2).flatten(2, 3))
         latent_actions = self.gidm_branch(features[:, 0], *self.t5(texts, full_length=not self.training))
-        memory = self.action_head.encode(
+        return Context(
             sentence=self.gfdm.clip.sentence(texts),
-            video_tokens=video_tokens,
+            video_tokens=self.video_former(features.transpose(1, 2).flatten(2, 3)),
             latent_actions=latent_actions.tokens,
+            codes=latent_actions.codes,
         )
-        codes = latent_actions.codes
-        return Context(memory, codes.indices, codes.codebook_loss, codes.commitment_loss)
+
+    def encode(self, context: Context) -> Memory:
+        """What the action decoder looks at."""
+        return self.action_head.encode(
+            sentence=context.sentence,
+            video_tokens=context.video_tokens,
+            latent_actions=context.latent_actions,
+        )
 
     # ------------------------------------------------------------ training
 
@@ -117,26 +142,32 @@ class DeFI(StageModel):
 
         Args:
             batch: `text` (B strings), `actions` [B, K, 7], `seed` [B], and one of `features` [B, V, F, L, C],
-                `latents` [B, V, 4, h, w] (scaled), `images` [B, V, 3, H, W] (uint8 or in [-1, 1]).
+                `latents` [B, V, 4, h, w] (scaled), `images` [B, V, 3, H, W] (uint8 or in [-1, 1]); for a
+                video loss also `video`, the frames that really follow: latents or images [B, V, F, ...].
         """
         context = self.context(self._features_of(batch), batch["text"])
-        action_loss = self._action_loss(context.memory, batch["actions"].float(), batch["seed"])
-        weights = self.config
+        action_loss = self._action_loss(context, batch["actions"].float(), batch["seed"])
+        codes, weights = context.codes, self.config
         loss = (
             action_loss
-            + weights.codebook_weight * context.codebook_loss
-            + weights.commitment_weight * context.commitment_loss
+            + weights.codebook_weight * codes.codebook_loss
+            + weights.commitment_weight * codes.commitment_loss
         )
-        counts = torch.bincount(context.codes.flatten(), minlength=self.config.latent_action.codes)
-        return {
-            "loss": loss,
+        counts = torch.bincount(codes.indices.flatten(), minlength=self.config.latent_action.codes)
+        result = {
             "action_loss": action_loss.detach(),
-            "codebook": context.codebook_loss.detach(),
-            "commitment": context.commitment_loss.detach(),
+            "codebook": codes.codebook_loss.detach(),
+            "commitment": codes.commitment_loss.detach(),
             "perplexity": perplexity(counts),
         }
+        if weights.finetune.video_loss:
+            video_loss = self._video_loss(batch)
+            loss = loss + weights.finetune.video_loss * video_loss
+            result["video_loss"] = video_loss.detach()
+        return {"loss": loss, **result}
 
     def _features_of(self, batch: dict[str, Any]) -> Float[Tensor, "B V F L C"]:
+        """Features, stored or imagined now; with a gradient where the video model learns."""
         if "features" in batch:
             return batch["features"].to(self.device, self.dtype)
         if "latents" in batch:
@@ -146,13 +177,14 @@ class DeFI(StageModel):
         return imagine(self.gfdm, latents, batch["text"], noise=self.video_noise(batch["seed"]))
 
     def _action_loss(
-        self, memory: Memory, actions: Float[Tensor, "B K A"], seeds: Int[Tensor, " B"]
+        self, context: Context, actions: Float[Tensor, "B K A"], seeds: Int[Tensor, " B"]
     ) -> Float[Tensor, ""]:
-        """Denoising loss over `draws` pairs of σ and noise per sample."""
+        """Denoising loss over `draws` pairs of σ and noise per sample, which share one encoded context."""
         diffusion = self.config.diffusion
         draw = SampleNoise(seeds, self.device)
         sigma = diffusion.sigma(draw.uniform(diffusion.draws))
         noise = draw.normal(diffusion.draws, *actions.shape[1:])
+        memory = self.encode(context.without_sentence(draw.uniform(1) < diffusion.text_dropout))
         return denoising_loss(
             lambda noisy, level: self.action_head.decode(memory, noisy, level),
             actions[:, None],
@@ -161,6 +193,19 @@ class DeFI(StageModel):
             sigma_data=diffusion.sigma_data,
         )
 
+    def _video_loss(self, batch: dict[str, Any]) -> Float[Tensor, ""]:
+        """Stage 1's loss on the real next frames of the same samples; each view is a clip of its own."""
+        video, views = batch["video"].to(self.device), self.config.views
+        clips = video.flatten(0, 1)
+        seeds = batch["seed"][:, None] ^ (torch.arange(views) << 40)  # other noise for each view
+        clip_batch = {
+            "latents": encode_views(self.gfdm, clips) if "images" in batch else clips.to(self.dtype),
+            "text": [text for text in batch["text"] for _ in range(views)],
+            "seed": seeds.flatten(),
+        }
+        return self.gfdm(clip_batch)["loss"]
+
+    @torch.no_grad()
     def fit_standardisation(self, batch: dict[str, Any]) -> None:
         """Take the mean and deviation of features from a batch that represents the training data."""
         if self.config.standardise:
@@ -196,13 +241,20 @@ class DeFI(StageModel):
     ) -> Float[Tensor, "B K A"]:
         """As `act`, from features."""
         diffusion = self.config.diffusion
-        memory = self.context(features.to(self.dtype), texts).memory
+        denoise = self.denoiser(self.context(features.to(self.dtype), texts))
+        sigmas = diffusion.schedule(self.device)
+        return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+
+    def denoiser(self, context: Context) -> Denoiser:
+        """D(x, σ) of B chunks; each context is encoded once, or with and without its sentence if guided."""
+        diffusion = self.config.diffusion
+        guided = diffusion.guidance != 1
+        memory = self.encode(context.both() if guided else context)
         denoise = precondition(
             lambda noisy, sigma: self.action_head.decode(memory, noisy, sigma),
             sigma_data=diffusion.sigma_data,
         )
-        sigmas = diffusion.schedule(self.device)
-        return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        return guide(denoise, diffusion.guidance) if guided else denoise
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Any]) -> Float[Tensor, "B K A"]:

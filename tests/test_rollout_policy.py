@@ -99,6 +99,18 @@ def test_sampler_steps_and_precision_can_be_chosen():
     assert not np.allclose(ModelPolicy(policy, sampler_steps=2).act([look(0)]), base)
 
 
+def test_sampler_and_guidance_can_be_chosen():
+    policy = build_policy(diffusion={"text_dropout": 0.1})
+    answers = {}
+    for sampler, guidance in (("ddim", 1.0), ("dpmpp_2m", 1.0), ("heun", 1.0), ("ddim", 3.0)):
+        chosen = ModelPolicy(policy, sampler=sampler, guidance=guidance)
+        assert (policy.config.diffusion.sampler, policy.config.diffusion.guidance) == (sampler, guidance)
+        answers[sampler, guidance] = chosen.act([look(0)])
+    assert len({answer.tobytes() for answer in answers.values()}) == 4
+    with pytest.raises(UserError, match="never saw a dropped text"):
+        ModelPolicy(build_policy(), guidance=2.0)
+
+
 def test_threads_are_limited_and_put_back():
     before = torch.get_num_threads()
     with policy_threads(3) as threads:
@@ -161,6 +173,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     for changed, message in (
         ([], "resume=true continues it"),
         (["resume=true", "max_steps=[10]"], "was begun with max_steps=.10, 20., now it is .10."),
+        (["resume=true", "sampler=heun"], "was begun with sampler=None, now it is heun"),
     ):
         with pytest.raises(UserError, match=message):
             main.__wrapped__(composed([*settings, *changed]))
@@ -173,6 +186,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
         ([], "checkpoint=: not given"),
         (["agent=magic"], "agent=magic: must be one of policy, random, expert"),
         (["agent=random", "baseline=random"], "baseline=random: the same as agent"),
+        (["agent=random", "sampler=euler"], "sampler=euler: must be one of ddim, dpmpp_2m, heun"),
         (["agent=random", "precision=half"], "precision=half: must be one of"),
         (["agent=random", "sim.world=old"], "sim.world=old: must be fresh or persistent"),
         (["agent=random", "videos.every=0"], "videos.every=0"),

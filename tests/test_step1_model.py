@@ -36,7 +36,9 @@ def test_features_have_the_announced_sizes(model: GFDM) -> None:
     assert (
         features.shape == (2, CONFIG.frames, model.feature_tokens, model.feature_channels) == (2, 3, 64, 64)
     )
-    assert not features.requires_grad
+    assert features.requires_grad  # a policy may finetune the UNet through them
+    frozen = GFDM.from_config(CONFIG).requires_grad_(False)
+    assert not frozen.features(latents, ["open the drawer", "close it"]).requires_grad
 
 
 def test_features_are_those_of_the_whole_unet(model: GFDM) -> None:

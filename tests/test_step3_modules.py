@@ -5,7 +5,7 @@ import torch
 
 from Step3_DeFI.action_head import ActionDenoiser
 from Step3_DeFI.config import ActionDiffusionConfig, ActionHeadConfig
-from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, precondition
+from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, guide, precondition
 from Step3_DeFI.features import Standardise, merge_tokens
 from Step3_DeFI.video_former import VideoFormer
 
@@ -46,17 +46,45 @@ def test_samplers_reach_the_data_distribution(name):
     assert samples.std().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_second_order_samplers_are_closer_to_the_exact_solution():
-    """For N(0, s²) data the flow is x(0) = x(σ)·s/√(s² + σ²)."""
-    s, start = 0.5, torch.full((1, 1, 1), 80.0)
-    exact = start * s / (s**2 + 80.0**2) ** 0.5
-    sigmas = exponential_schedule(20, sigma_max=80.0, sigma_min=0.01)
-    error = {
-        name: (sample(gaussian_denoiser(0.0, s), start, sigmas) - exact).abs().item()
-        for name, sample in SAMPLERS.items()
-    }
-    assert error["heun"] < error["ddim"] / 3
-    assert error["dpm_solver_2m"] < error["ddim"] / 3
+def sampling_error(name: str, steps: int, *, deviation: float = 0.5) -> float:
+    """Distance to the exact solution: for data N(0, s²) the flow is x(0) = x(σ)·s/√(s² + σ²)."""
+    start = torch.full((1, 1, 1), 80.0, dtype=torch.float64)
+    exact = start * deviation / (deviation**2 + 80.0**2) ** 0.5
+    sigmas = exponential_schedule(steps, sigma_max=80.0, sigma_min=1e-4).double()
+    return (SAMPLERS[name](gaussian_denoiser(0.0, deviation), start, sigmas) - exact).abs().item()
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_samplers_converge_to_the_exact_solution(name):
+    assert sampling_error(name, 1000) < 2e-3 < 0.1 < sampling_error(name, 5)
+
+
+@pytest.mark.parametrize("name, factor", [("ddim", 2), ("dpmpp_2m", 4), ("heun", 4)])
+def test_order_of_the_samplers(name, factor):
+    """Twice the steps: half the error at first order, a quarter at second."""
+    assert sampling_error(name, 80) / sampling_error(name, 160) == pytest.approx(factor, rel=0.1)
+
+
+def test_second_order_samplers_need_fewer_steps():
+    """Heun calls the network twice per step, DPM-Solver++(2M) once."""
+    assert sampling_error("dpmpp_2m", 10) < sampling_error("ddim", 80)
+    assert sampling_error("heun", 40) < sampling_error("ddim", 160)
+
+
+def test_guidance_of_gaussians():
+    """Gaussian data of mean 0.3 with the condition and 0 without: guided by s, its mean is 0.3·s."""
+    scale, sigmas = 3.0, exponential_schedule(60, sigma_max=80.0, sigma_min=0.01)
+
+    def both(x, sigma):
+        conditioned, without = gaussian_denoiser(0.3, 0.5), gaussian_denoiser(0.0, 0.5)
+        rows = len(x) // 2
+        return torch.cat([conditioned(x[:rows], sigma[:rows]), without(x[rows:], sigma[rows:])])
+
+    x = torch.randn(100, K, A, generator=torch.Generator().manual_seed(0)) * 80
+    for sample in SAMPLERS.values():
+        guided = sample(guide(both, scale), x, sigmas)
+        moved = sample(gaussian_denoiser(scale * 0.3, 0.5), x, sigmas)
+        torch.testing.assert_close(guided, moved, rtol=1e-4, atol=1e-4)
 
 
 def test_training_noise_levels_follow_the_density():

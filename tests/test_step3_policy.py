@@ -1,6 +1,7 @@
 """The policy: gradients, learning, independence of the batch, work done once, checkpoints of all stages."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> li
     original = getattr(owner, name)
 
     def counted(*args, **kwargs):
-        calls.append(name)
+        calls.append((args, kwargs))
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, counted)
@@ -128,6 +129,78 @@ def test_the_context_is_encoded_once_per_chunk(policy: DeFI, looks: torch.Tensor
     assert len(steps) == policy.config.diffusion.steps
 
 
+@pytest.fixture(scope="module")
+def guidable() -> DeFI:
+    return build_policy(diffusion={"text_dropout": 0.5}).eval()
+
+
+def guide_by(policy: DeFI, scale: float) -> None:
+    policy.config.diffusion = replace(policy.config.diffusion, guidance=scale)
+
+
+@pytest.mark.parametrize("sampler, calls", [("ddim", 6), ("dpmpp_2m", 6), ("heun", 11)])
+def test_guidance_encodes_twice_as_many_rows_once(
+    guidable: DeFI, monkeypatch, sampler: str, calls: int
+) -> None:
+    monkeypatch.setattr(
+        guidable.config, "diffusion", replace(guidable.config.diffusion, sampler=sampler, steps=6)
+    )
+    encoded = count_calls(monkeypatch, guidable.action_head, "encode")
+    decoded = count_calls(monkeypatch, guidable.action_head.decoder[0], "forward")
+    once = count_calls(monkeypatch, guidable.gidm_branch, "forward")
+    features = guidable.config.fake_batch(3)["features"]
+    for scale, rows in ((1.0, 3), (2.0, 6)):
+        for seen in (encoded, decoded, once):
+            seen.clear()
+        guide_by(guidable, scale)
+        guidable.act_on_features(features, TEXTS, noise=torch.zeros(3, 10, 7))
+        assert [len(kwargs["sentence"]) for _, kwargs in encoded] == [rows]
+        assert [len(args[0]) for args, _ in decoded] == [rows] * calls
+        assert len(once) == 1
+
+
+def test_guidance_leads_away_from_what_the_policy_does_without_words(guidable: DeFI, monkeypatch) -> None:
+    monkeypatch.setattr(guidable.config, "diffusion", guidable.config.diffusion)
+    features, noise = guidable.config.fake_batch(3)["features"], torch.randn(3, 10, 7)
+    noisy, sigma = torch.randn(3, 10, 7), torch.full((3,), 2.0)
+    context = guidable.context(features, TEXTS)
+    with torch.no_grad():
+        conditioned = guidable.denoiser(context)(noisy, sigma)
+        without = guidable.denoiser(context.without_sentence(torch.ones(3, 1, dtype=torch.bool)))(
+            noisy, sigma
+        )
+        unguided = guidable.act_on_features(features, TEXTS, noise=noise)
+        for scale in (0.0, 1.0, 2.5):
+            guide_by(guidable, scale)
+            expected = without + scale * (conditioned - without)
+            torch.testing.assert_close(guidable.denoiser(context)(noisy, sigma), expected)
+            same = torch.equal(guidable.act_on_features(features, TEXTS, noise=noise), unguided)
+            assert same == (scale == 1)
+    assert not torch.allclose(conditioned, without, atol=1e-4)
+
+
+def test_text_is_dropped_for_its_share_of_the_samples(monkeypatch) -> None:
+    policy = build_policy(diffusion={"text_dropout": 0.25})
+    encoded = count_calls(monkeypatch, policy.action_head, "encode")
+    batch = policy.config.fake_batch(200)
+    policy(batch)
+    policy({name: value[:1] for name, value in batch.items()})
+    (_, all_of_them), (_, first) = encoded
+    dropped = (all_of_them["sentence"] == 0).all(1)
+    assert 30 < dropped.sum() < 70
+    kept = policy.gfdm.clip.sentence(batch["text"])[~dropped]
+    assert torch.equal(all_of_them["sentence"][~dropped], kept)
+    assert (first["sentence"] == 0).all() == dropped[0], "depends on the sample's seed alone"
+
+
+def test_without_text_dropout_training_is_as_it_was(monkeypatch) -> None:
+    policy = build_policy().train()
+    batch = policy.config.fake_batch(2)
+    loss = policy(batch)["action_loss"]
+    dropping = build_policy(diffusion={"draws": 2, "text_dropout": 1e-9}).train()
+    assert torch.equal(loss, dropping(batch)["action_loss"])
+
+
 def test_several_draws_share_a_context(monkeypatch) -> None:
     policy = build_policy(diffusion={"draws": 5})
     encoded = count_calls(monkeypatch, policy.action_head, "encode")
@@ -214,7 +287,10 @@ def test_settings_are_checked() -> None:
         ({"feature_noise": "some"}, "policy.feature_noise=some: must be fresh or fixed"),
         ({"latent_action_frames": [0, 5]}, r"beyond policy.frames=3"),
         ({"action_head": {"cross_attention": "half"}}, "must be full or causal"),
-        ({"diffusion": {"sampler": "euler"}}, "choose one of ddim, dpm_solver_2m, heun"),
+        ({"diffusion": {"sampler": "euler"}}, "choose one of ddim, dpmpp_2m, heun"),
+        ({"diffusion": {"steps": 0}}, "policy.diffusion.steps=0: must be 1 or more"),
+        ({"diffusion": {"text_dropout": 1.0}}, r"policy.diffusion.text_dropout=1.0: must lie in \[0, 1\)"),
+        ({"diffusion": {"guidance": 2.0}}, "the policy never saw a dropped text"),
         ({"chunks": 3}, "policy.chunks"),
     ):
         with pytest.raises(UserError, match=message):

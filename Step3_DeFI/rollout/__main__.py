@@ -15,6 +15,7 @@ from rich.console import Console
 from defi.config import entry, typed
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
+from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
 from Step3_DeFI.rollout.messages import AGENTS
@@ -45,7 +46,9 @@ class CommandConfig(RolloutConfig):
     checkpoint: str | None = None
     gfdm: str | None = None
     gidm: str | None = None
+    sampler: str | None = None
     sampler_steps: int | None = None
+    guidance: float | None = None
     precision: str = "no"
     threads: int | None = None
     output: str = "outputs/rollout"
@@ -54,9 +57,10 @@ class CommandConfig(RolloutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, choices in (("agent", AGENTS), ("precision", PRECISIONS)):
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key}={getattr(self, key)}: must be one of {', '.join(choices)}")
+        for key, choices in (("agent", AGENTS), ("sampler", SAMPLERS), ("precision", PRECISIONS)):
+            value = getattr(self, key)
+            if value is not None and value not in choices:
+                raise UserError(f"{key}={value}: must be one of {', '.join(choices)}")
         if self.agent == "policy" and self.checkpoint is None:
             raise UserError(
                 "checkpoint=: not given; name the output folder of a stage-3 run, or agent=random"
@@ -79,7 +83,13 @@ def main(cfg: DictConfig) -> None:
     policy, known = None, {}
     if config.agent == "policy":
         model = load_policy(config.checkpoint, device=state.device, gfdm=config.gfdm, gidm=config.gidm)
-        policy = ModelPolicy(model, sampler_steps=config.sampler_steps, precision=config.precision)
+        policy = ModelPolicy(
+            model,
+            sampler=config.sampler,
+            sampler_steps=config.sampler_steps,
+            guidance=config.guidance,
+            precision=config.precision,
+        )
         known = identify(config.checkpoint) | {"device": state.device.type}
     output = Path(config.output)
     with policy_threads(config.threads, ranks=state.num_processes) as threads:

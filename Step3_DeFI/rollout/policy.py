@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,24 @@ class ModelPolicy:
     """Answers looks with a DeFI model, on the model's device.
 
     Args:
-        sampler_steps: denoising steps of the action sampler; None for the checkpoint's own.
+        sampler, sampler_steps, guidance: of the action diffusion (`ActionDiffusionConfig`); None for the
+            checkpoint's own.
         precision: of the computation: no (the weights' own), fp16 or bf16.
     """
 
-    def __init__(self, model: DeFI, *, sampler_steps: int | None = None, precision: str = "no") -> None:
+    def __init__(
+        self,
+        model: DeFI,
+        *,
+        sampler: str | None = None,
+        sampler_steps: int | None = None,
+        guidance: float | None = None,
+        precision: str = "no",
+    ) -> None:
         self.model = model.eval()
-        if sampler_steps is not None:
-            model.config.diffusion.steps = sampler_steps
+        given = {"sampler": sampler, "steps": sampler_steps, "guidance": guidance}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        model.config.diffusion = replace(model.config.diffusion, **chosen)
         self._autocast = {"dtype": PRECISIONS[precision], "enabled": precision != "no"}
 
     def act(self, looks: Sequence[Look]) -> Float[np.ndarray, "B K 7"]:
