@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from defi.config import entry
+from defi.engine.checkpoint import continues
 from defi.engine.config import TrainerConfig
 from defi.engine.loop import train
 from defi.engine.output import check_output
@@ -44,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     held_out = FrameClips.from_config(cfg.data, preset.image_size, held_out=True).spread(cfg.held_out)
     torch.manual_seed(cfg.seed)
     model = VideoVAE.from_config(VAEConfig(preset.image_size, preset.vae, cfg.kl))
-    if not cfg.resume:
+    if not continues(cfg.output, cfg.resume):
         start_from_principal_components(model.vae, clips.spread(START_CLIPS).flatten(0, 1))
 
     def sample(model: VideoVAE, step: int, folder: Path) -> dict[str, float]:

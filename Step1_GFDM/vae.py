@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder
 from jaxtyping import Float
@@ -14,12 +15,13 @@ from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import StageModel
-from defi.errors import UserError
+from defi.files import read_json
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.parts import build_vae
 
 CONFIG = "vae.json"
+LATENTS = "latents.json"  # what was measured of them, for an exact resume
 MEMORY = 20  # batches over which the deviation of the latents is averaged
 
 
@@ -56,7 +58,7 @@ class VideoVAE(StageModel):
         middle = vae.decoder.mid_block  # with one layer per block its attention exists but is never called
         middle.attentions[len(middle.resnets) - 1 :].requires_grad_(False)
         self.register_buffer("deviation", torch.tensor(1 / vae.config.scaling_factor), persistent=False)
-        self.measured = 0  # batches that went into it
+        self.register_buffer("measured", torch.zeros((), dtype=torch.long), persistent=False)  # batches in it
 
     @classmethod
     def from_config(cls, config: VAEConfig) -> "VideoVAE":
@@ -67,9 +69,8 @@ class VideoVAE(StageModel):
     def from_pretrained(cls, folder: Path | str) -> "VideoVAE":
         """What `save_pretrained` wrote. Raises UserError for a missing or damaged file."""
         file = Path(folder) / CONFIG
-        if not file.is_file():
-            raise UserError(f"{file}: missing; give a checkpoint folder of Step1_GFDM.train_vae")
-        config = typed(VAEConfig, json.loads(file.read_text()), str(file))
+        values = read_json(file, "give a checkpoint folder of Step1_GFDM.train_vae")
+        config = typed(VAEConfig, values, str(file))
         return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
 
     def save_pretrained(self, folder: Path) -> None:
@@ -77,12 +78,14 @@ class VideoVAE(StageModel):
         self.vae.register_to_config(scaling_factor=1 / self.deviation.item())
         self.vae.save_pretrained(folder)
         (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
+        latents = {"deviation": self.deviation.item(), "measured": int(self.measured)}
+        (folder / LATENTS).write_text(json.dumps(latents))
 
     def load_weights(self, folder: Path) -> None:
         pipeline.load_network(self.vae, Path(folder))
-        stored = json.loads((Path(folder) / "config.json").read_text())
-        self.deviation.fill_(1 / stored["scaling_factor"])
-        self.measured = MEMORY
+        latents = read_json(Path(folder) / LATENTS, "give a checkpoint of this version of the code")
+        self.deviation.fill_(latents["deviation"])
+        self.measured.fill_(latents["measured"])
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Loss of `frames` [B, F, 3, H, W] in [-1, 1]: short clips, so that the decoder learns time too."""
@@ -95,9 +98,19 @@ class VideoVAE(StageModel):
         l1, mse = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
         kl = 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean()
         if self.training:
-            self.measured += 1
-            self.deviation.lerp_(mean.detach().float().std(), 1 / min(self.measured, MEMORY))
+            self._measure(mean.detach())
         return {"loss": l1 + mse + self.config.kl * kl, "mse": mse, "kl": kl, "deviation": mean.std()}
+
+    @torch.no_grad()
+    def _measure(self, latents: Float[Tensor, "N 4 h w"]) -> None:
+        """Let the deviation follow that of these latents, taken over all processes."""
+        moments = torch.stack([latents.double().mean(), latents.double().square().mean()])
+        if dist.is_initialized():
+            dist.all_reduce(moments)
+            moments /= dist.get_world_size()
+        deviation = (moments[1] - moments[0] ** 2).clamp(min=0).sqrt().float()
+        self.measured += 1
+        self.deviation.lerp_(deviation, 1 / self.measured.clamp(max=MEMORY))
 
     @torch.no_grad()
     def reconstruct(self, frames: Float[Tensor, "B F 3 H W"]) -> Float[Tensor, "B F 3 H W"]:

@@ -63,7 +63,12 @@ class VectorQuantizer(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(counts)
         self.usage += counts
-        # Evenly spread over the batch, so that a few large samples do not fill the store.
+        # Evenly spread over the batch of all processes, which share its samples in turn (`StepOrder`): a few
+        # large samples do not fill the store, and every process keeps the same vectors.
+        if dist.is_initialized():
+            shares = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+            dist.all_gather(shares, z.contiguous())
+            z = torch.stack(shares, dim=1).flatten(0, 1)
         flat = z.flatten(0, 1)
         pick = torch.linspace(0, len(flat) - 1, RECENT, device=z.device).round().long()
         self.recent.copy_(flat[pick])
@@ -72,18 +77,15 @@ class VectorQuantizer(nn.Module):
     def restart_unused(self) -> int:
         """Move every code unused since the last call onto a recent encoder vector; returns how many were.
 
-        The draw depends on the number of earlier restarts only and the vectors come from the first process,
-        so all processes end with the same codebook. Counting starts anew.
+        The draw depends on the number of earlier restarts only and all processes hold the same vectors, so
+        they end with the same codebook. Counting starts anew.
         """
         dead = (self.usage == 0).nonzero().flatten()
         used = bool(self.usage.any())
         if used and len(dead) and self.codebook.requires_grad:
-            source = self.recent.clone()
-            if dist.is_initialized():
-                dist.broadcast(source, src=0)
             generator = torch.Generator().manual_seed(int(self.restarts))
             draw = torch.randperm(RECENT, generator=generator)[: len(dead)]
-            self.codebook[dead] = source[draw.to(source.device)].to(self.codebook.dtype)
+            self.codebook[dead] = self.recent[draw.to(self.recent.device)].to(self.codebook.dtype)
             self.restarts += 1
         self.usage.zero_()
         return len(dead) if used else 0

@@ -28,10 +28,11 @@ from jaxtyping import Int64
 from numpy.lib import format as npy_format
 
 from defi.errors import UserError
-from defi.npy import load_npy
+from defi.npy import load_npy, plain_array
 
 TRAINING, VALIDATION = "training", "validation"
 ANNOTATIONS = "lang_annotations/auto_lang_ann.npy"
+LARGEST_MEMBER = 64 * 2**20  # bytes of one array of a frame; a camera of 4000² pixels has 48 MB
 EMBEDDING = (1, 384)  # CALVIN's sentence embedding of one annotation
 
 # Key -> (type, shape). Cameras keep their own sizes (CALVIN: static 200x200, gripper 84x84); depth is unused.
@@ -66,10 +67,7 @@ def read_frame(path: Path, keys: Iterable[str] = tuple(FRAME)) -> dict[str, np.n
     """The arrays `keys` of one frame's file; the file's other members are not decompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
-            arrays = {
-                key: npy_format.read_array(io.BytesIO(archive.read(f"{key}.npy")), allow_pickle=False)
-                for key in keys
-            }
+            arrays = {key: plain_array(_member(archive, f"{key}.npy")) for key in keys}
     except FileNotFoundError:
         raise UserError(f"{path}: missing, though the index counts it; copy the data set again") from None
     except _FRAME_FAULTS as error:
@@ -83,6 +81,14 @@ def read_frame(path: Path, keys: Iterable[str] = tuple(FRAME)) -> dict[str, np.n
                 f"this is no frame in CALVIN's format"
             )
     return arrays
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member of a frame's archive; a small file may hold gigabytes of zeros."""
+    size = archive.getinfo(name).file_size
+    if size > LARGEST_MEMBER:
+        raise ValueError(f"{name} has {size:,} bytes")
+    return archive.read(name)
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

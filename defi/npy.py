@@ -9,6 +9,7 @@ sizes, and any other global is refused by name, without being imported.
 import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -168,18 +169,50 @@ def load_npy(path: str | Path) -> Any:
         raise UserError(f"{path}: not a readable .npy file ({reason}); copy or write it again") from None
 
 
-def _load(data: bytes) -> Any:
+def plain_array(data: bytes) -> np.ndarray:
+    """The array in the bytes of a `.npy` file without pickled objects.
+
+    The header is checked against the size of what follows before any memory is taken for it.
+
+    Raises:
+        ValueError: the bytes are something else.
+    """
+    shape, fortran, dtype, content = _split(data)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are pickled; only plain numbers are read here")
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError("the header does not describe the contents")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def _split(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, bytes]:
+    """Shape, Fortran order and type from the header of a `.npy` file, and the bytes after it."""
     file = io.BytesIO(data)
     version = npy_format.read_magic(file)
     if version == (1, 0):
-        shape, _, dtype = npy_format.read_array_header_1_0(file)
+        header = npy_format.read_array_header_1_0(file)
     elif version == (2, 0):
-        shape, _, dtype = npy_format.read_array_header_2_0(file)
+        header = npy_format.read_array_header_2_0(file)
     else:
         raise ValueError(f"format version {version}")
+    if any(n < 0 for n in header[0]):
+        raise ValueError(f"shape {header[0]}")
+    return (*header, data[file.tell() :])
+
+
+def _refuse_bombs(pickled: bytes) -> None:
+    """Look through a pickle before it is loaded: a number of a few bytes may ask for gigabytes of memory."""
+    for places, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > places:
+            raise ValueError(f"{opcode.name} {argument} within the first {places} operations")
+
+
+def _load(data: bytes) -> Any:
+    shape, _, dtype, content = _split(data)
     if not dtype.hasobject:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    array = _Builder().build(_Unpickler(file).load())
+        return plain_array(data)
+    _refuse_bombs(content)
+    array = _Builder().build(_Unpickler(io.BytesIO(content)).load())
     if type(array) is not np.ndarray or array.shape != shape or not array.dtype.hasobject:
         raise ValueError("the header does not describe the contents")
     return array.item() if shape == () else array

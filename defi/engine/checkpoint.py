@@ -29,6 +29,7 @@ from torch import Tensor
 import defi
 from defi.engine.output import sync
 from defi.errors import UserError
+from defi.files import one_line, read_json, read_yaml
 
 if TYPE_CHECKING:
     from defi.engine.ema import EMA
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"
+COPY_AGAIN = "copy the checkpoint again"
+REQUIRED = {"stage": str, "step": int, "data": dict, "metrics": dict, "files": dict}  # of a manifest
 PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safetensors")
 Config = TypeVar("Config")
 
@@ -72,8 +75,7 @@ def read_manifest(path: Path | str, stage: str | None = None) -> dict[str, Any]:
     Keys: stage, preset, version, step, data {size, fingerprint}, metrics, packages, git_commit, hardware,
     files {name: size}.
     """
-    folder = find_checkpoint(path)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(find_checkpoint(path) / MANIFEST, COPY_AGAIN)
     if stage is not None and manifest["stage"] != stage:
         raise UserError(
             f"{path}: holds a {manifest['stage']} checkpoint, not {stage}; give the folder of a {stage} run"
@@ -83,7 +85,26 @@ def read_manifest(path: Path | str, stage: str | None = None) -> dict[str, Any]:
 
 def read_run_config(path: Path | str) -> dict[str, Any]:
     """The resolved configuration that the checkpoint at `path` was trained with."""
-    return OmegaConf.to_container(OmegaConf.load(find_checkpoint(path) / RUN_CONFIG))
+    return read_yaml(find_checkpoint(path) / RUN_CONFIG, COPY_AGAIN)
+
+
+def continues(run: Path | str, resume: bool) -> bool:
+    """Whether a run with this `resume` goes on from a checkpoint in its folder, instead of starting anew.
+
+    A run that was killed before its first checkpoint left a configuration and nothing to go on from: resumed,
+    it starts anew, so that a cluster can repeat one command whatever happened.
+
+    Raises:
+        UserError: there is no run to resume.
+    """
+    run = Path(run)
+    if not resume:
+        return False
+    if list_checkpoints(run):
+        return True
+    if (run / RUN_CONFIG).is_file() and not any((run / "checkpoints").glob("step_*")):
+        return False
+    raise UserError(f"{run}: resume=true, but it holds no complete checkpoint; leave resume out to start")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -94,9 +115,11 @@ def list_checkpoints(run: Path) -> list[Path]:
 def is_complete(folder: Path) -> bool:
     """Whether a folder has a manifest and every file in it has its recorded size."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_json(folder / MANIFEST, COPY_AGAIN)
+        return all(isinstance(manifest.get(key), kind) for key, kind in REQUIRED.items()) and all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError):
         return False
 
 
@@ -107,26 +130,23 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{file}: missing; copy the checkpoint folder as a whole") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
 
 
 def read_config(config_class: type[Config], file: Path) -> Config:
     """A config dataclass from its JSON file; unknown and missing keys are errors."""
+    values = read_json(file, "copy the checkpoint folder as a whole")
+    unknown = sorted(set(values) - {field.name for field in fields(config_class)})  # type: ignore[arg-type]
+    if unknown:
+        raise UserError(
+            f"{file}: unknown setting {unknown[0]!r}; it was written by another version of this code"
+        )
     try:
-        values = json.loads(file.read_text())
-        known = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(
-                f"{file}: unknown setting {unknown[0]!r}; it was written by another version of this code"
-            )
         return config_class(**values)
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; copy the checkpoint folder as a whole") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
 
 
 @torch.no_grad()
@@ -183,38 +203,48 @@ def save(
 
     Returns:
         The checkpoint folder.
+
+    Raises:
+        UserError: the disk is full or cannot be written to; nothing half-written stays.
     """
     final = run / "checkpoints" / f"step_{step:08d}"
     folder = final.with_name(f".writing_{final.name}")
-    for leftover in final.parent.glob(".writing_*"):
-        shutil.rmtree(leftover)
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder)
-    if ema is not None:
-        with ema.applied():
-            model.save_pretrained(folder / "ema")
-    if state is not None:
-        (folder / "state").mkdir()
-        state(folder / "state")
-    (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    manifest = environment() | {
-        "stage": model.stage,
-        "preset": config.get("preset_name"),
-        "step": step,
-        "data": dict(data or {}),
-        "metrics": dict(metrics or {}),
-        "files": {
-            str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()
-        },
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync(path)
-    sync(folder)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(folder, final)
-    sync(final.parent)
+    try:
+        for leftover in final.parent.glob(".*_step_*"):
+            shutil.rmtree(leftover)
+        folder.mkdir(parents=True)
+        model.save_pretrained(folder)
+        if ema is not None:
+            with ema.applied():
+                model.save_pretrained(folder / "ema")
+        if state is not None:
+            (folder / "state").mkdir()
+            state(folder / "state")
+        (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        manifest = environment() | {
+            "stage": model.stage,
+            "preset": config.get("preset_name"),
+            "step": step,
+            "data": dict(data or {}),
+            "metrics": dict(metrics or {}),
+            "files": {
+                str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()
+            },
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in sorted(folder.rglob("*"), reverse=True):
+            sync(path)
+        sync(folder)
+        if final.exists():
+            remove(final)
+        os.replace(folder, final)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot be written ({one_line(error)}); make room there or mend the disk, "
+            "then continue with resume=true"
+        ) from None
     return final
 
 
@@ -229,8 +259,14 @@ def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
             kept.add(max(scored, key=scored.__getitem__))  # the oldest of equals: the one evaluated
     for folder in checkpoints:
         if folder not in kept:
-            (folder / MANIFEST).unlink()  # first: a half-deleted folder is no checkpoint
-            shutil.rmtree(folder)
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a half-deleted one is none; the next save tidies up."""
+    hidden = folder.with_name(f".removing_{folder.name}")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
 
 
 @functools.cache

@@ -37,6 +37,9 @@ class TrainerConfig:
     precision: str = "no"
     workers: int = 0  # loader processes per training process
 
+    skip_nonfinite: int = 0  # steps that may be left out because their loss or gradient is not finite
+    bad_samples: float = 0.0  # share of samples that may be replaced because they cannot be read
+
     log_every: int = 10
     save_every: int = 500
     sample_every: int = 0
@@ -49,7 +52,14 @@ class TrainerConfig:
         object.__setattr__(self, "phases", tuple(self.phases))
         for name in ("global_batch", "max_steps", "log_every", "keep"):
             self._demand(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("workers", "save_every", "sample_every", "rollout_every", "weight_decay"):
+        for name in (
+            "workers",
+            "save_every",
+            "sample_every",
+            "rollout_every",
+            "weight_decay",
+            "skip_nonfinite",
+        ):
             self._demand(name, getattr(self, name) >= 0, "must not be negative")
         self._demand("lr", self.lr > 0, "must be positive")
         self._demand(
@@ -61,6 +71,7 @@ class TrainerConfig:
         self._demand("precision", self.precision in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}")
         self._demand("warmup", 0 <= self.warmup <= 1, "is a share of the steps, in [0, 1]")
         self._demand("phases", self._are_phases(), "three shares that sum to 1")
+        self._demand("bad_samples", 0 <= self.bad_samples < 1, "is a share of the samples, in [0, 1)")
         self._demand("ema", self.ema is None or 0 < self.ema < 1, "must lie in (0, 1), or null for none")
 
     def _are_phases(self) -> bool:

@@ -7,6 +7,7 @@ the next epoch. Global generators (torch.rand, np.random) must not be used insid
 """
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,12 +64,32 @@ class StepOrder(Sampler[list[Draw]]):
 
 
 class SeededDataset(Dataset):
-    """Gives each draw of a data set its own random numbers, and the sample its number `seed`."""
+    """Gives each draw of a data set its own random numbers, and the sample its number `seed`.
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    If `tolerant`, a sample that cannot be read is replaced by another one, a function of the draw alone, and
+    `fault` says why, a line per sample ("" if there was none).
+    """
+
+    TRIES = 20
+
+    def __init__(self, dataset: Dataset, seed: int, *, tolerant: bool) -> None:
+        self.dataset, self.seed, self.tolerant = dataset, seed, tolerant
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        if not self.tolerant:
+            return self.read(draw)
+        epoch, index = draw
+        others = np.random.default_rng([self.seed, epoch, index]).integers(len(self.dataset), size=self.TRIES)
+        faults: list[str] = []
+        for candidate in (index, *others.tolist()):
+            try:
+                return {**self.read((epoch, candidate)), "fault": "\n".join(faults)}
+            except UserError as error:
+                faults.append(f"sample {candidate}: {error}")
+        raise UserError(faults[-1])
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """The sample of one draw."""
         epoch, index = draw
         digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little") >> 1  # fits a signed 64-bit integer
@@ -106,6 +127,8 @@ class Feed:
     Attributes:
         samples: position in the stream: samples that all processes have consumed.
         waited: seconds spent waiting for data since it was last set to 0.
+        parts: pieces that a loaded micro-batch is cut into, where the memory does not hold it.
+        faults: samples of this process that could not be read and were replaced, and why.
     """
 
     def __init__(
@@ -115,14 +138,18 @@ class Feed:
         *,
         accumulation: int,
         workers: int,
+        bad_samples: float,
         device: torch.device,
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
         self.order, self.accumulation, self.device = order, accumulation, device
+        self.workers, self.bad_samples = workers, bad_samples
         self.samples = order.start
         self.waited = 0.0
+        self.parts = 1
+        self.faults: list[str] = []
         loader = DataLoader(
-            SeededDataset(dataset, order.seed),
+            SeededDataset(dataset, order.seed, tolerant=bad_samples > 0),
             batch_sampler=order,
             num_workers=workers,
             collate_fn=collate,
@@ -136,11 +163,43 @@ class Feed:
         start = time.perf_counter()
         try:
             batches = [next(self._batches) for _ in range(self.accumulation)]
-        except UserError as error:  # a loader worker sends its traceback along
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        except UserError as error:
+            raise UserError(_reason(error)) from None
+        except (ConnectionError, EOFError) as error:  # before the loader notices
+            raise RuntimeError(f"DataLoader worker: {error}") from error
+        except OSError as error:
+            raise UserError(f"data: {_reason(error)}; restore it, then continue with resume=true") from None
         self.waited += time.perf_counter() - start
         self.samples += self.order.global_batch
-        return [self._to_device(batch) for batch in batches]
+        for batch in batches:
+            self._note_faults(batch.pop("fault", []))
+        return [self._to_device(part) for batch in batches for part in split(batch, self.parts)]
+
+    def _note_faults(self, faults: list[str]) -> None:
+        """Raise UserError where more samples than allowed, of a pass or of all since the start, were bad."""
+        self.faults += [line for lines in faults for line in lines.splitlines()]
+        drawn = max(self.samples - self.order.start, self.order.size) / self.order.processes
+        if len(self.faults) > self.bad_samples * drawn:
+            latest = "; ".join(dict.fromkeys(self.faults[-3:]))
+            raise UserError(
+                f"data: {len(self.faults)} samples could not be read, more than "
+                f"trainer.bad_samples={self.bad_samples} allows; mend or remove them, or raise it: {latest}"
+            )
+
+    def indices(self) -> list[int]:
+        """Indices in the data set of the latest step's samples, of all processes."""
+        first = self.samples - self.order.global_batch
+        return [self.order.draw(position)[1] for position in range(first, self.samples)]
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one forward pass."""
+        return self.order.micro_batch // self.parts
+
+    def shrink(self) -> None:
+        """From now on take fewer samples at a time, and more times."""
+        micro = self.micro_batch
+        self.parts *= next(factor for factor in range(2, micro + 1) if micro % factor == 0)
 
     @property
     def epochs(self) -> float:
@@ -166,3 +225,19 @@ class Feed:
             else value
             for name, value in batch.items()
         }
+
+
+def _reason(error: Exception) -> str:
+    """Its message; a loader worker sends its traceback along, which ends with it."""
+    return re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+
+
+def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """A batch of B samples as `parts` batches of B / parts."""
+    if parts == 1:
+        return [batch]
+    size = len(batch["seed"]) // parts
+    return [
+        {name: value[first : first + size] for name, value in batch.items()}
+        for first in range(0, size * parts, size)
+    ]

@@ -43,7 +43,8 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the model's weights and the averages."""
-        kept = [p.detach().clone() for p in self.parameters]
-        torch._foreach_copy_(self.parameters, self.average)
-        torch._foreach_copy_(self.average, kept)
+        """Exchange the model's weights and the averages, one tensor after the other to need little memory."""
+        for parameter, average in zip(self.parameters, self.average):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)

@@ -3,13 +3,13 @@
 import math
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
@@ -18,7 +18,6 @@ from defi.engine.model import StageModel
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
 from defi.engine.schedule import learning_rate
 from defi.engine.start import open_run
-from defi.errors import UserError
 
 Inspect = Callable[[StageModel, int, Path], Mapping[str, float]]
 
@@ -56,8 +55,9 @@ def train(
             `trainer.best_metric` is one of them.
 
     Raises:
-        UserError: the output folder, the batch or the checkpoint does not fit (`open_run`), or the loss or
-            gradient is no longer finite: the run stops before that step moves the weights.
+        UserError: the output folder, the batch or the checkpoint does not fit (`open_run`); the loss or
+            gradient is no longer finite: the run stops before that step moves the weights, unless
+            `trainer.skip_nonfinite` lets it go on; or disk, memory or data fail (`Run.explained`).
         SystemExit: with `EXIT_PREEMPTED`, after saving, when SIGTERM or SIGUSR1 came.
     """
     run = open_run(
@@ -65,14 +65,17 @@ def train(
         overwrite=overwrite, tracker=tracker, collate=collate,
     )  # fmt: skip
     preemption = Preemption(run.accelerator)
-    try:
+    with run.explained(), closing(run), closing(preemption):
         for step in range(run.step + 1, trainer.max_steps + 1):
-            batches = run.feed.next_step()
+            batches = run.next_batches()
             lr = learning_rate(step - 1, trainer)
-            scalars = train_step(
-                run.accelerator, run.wrapped, run.optimizer, batches, lr=lr, clip=trainer.clip
-            )
-            run.step_done(scalars)
+            try:
+                scalars, loss = train_step(
+                    run.accelerator, run.wrapped, run.optimizer, batches, lr=lr, clip=trainer.clip
+                )
+                run.step_done(scalars, loss)
+            except FloatingPointError as error:
+                run.leave_out(batches, error)
             if due(step, trainer.log_every) or step == trainer.max_steps:
                 run.log(lr)
             if sample is not None and due(step, trainer.sample_every):
@@ -83,14 +86,10 @@ def train(
             if due(step, trainer.save_every) or step == trainer.max_steps or run.new_best or preempted:
                 run.save()
             if preempted:
+                run.settle()
                 run.display.say(f"stopped by a signal after step {step}; continue with resume=true")
                 sys.exit(EXIT_PREEMPTED)
         return run.finish()
-    except FloatingPointError as error:
-        raise UserError(f"{run.output}: {error} at step {run.step + 1}; {run.way_back()}") from None
-    finally:
-        preemption.restore()
-        run.close()
 
 
 def train_step(
@@ -101,11 +100,12 @@ def train_step(
     *,
     lr: float,
     clip: float | None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], float]:
     """Accumulate the gradients of the micro-batches, clip their norm, and move the weights once.
 
     Returns:
-        Means over the micro-batches of what the model reports, and `grad_norm` before clipping.
+        Means over the micro-batches of what the model reports, and `grad_norm` before clipping; and the loss
+        over all processes.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; the weights have not been moved.
@@ -121,24 +121,30 @@ def train_step(
             share = value.detach() / len(batches)
             means[name] = means[name] + share if name in means else share
     means["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
-    demand_finite(means["loss"], means["grad_norm"], accelerator.scaler)
+    loss = demand_finite(means["loss"], means["grad_norm"], accelerator)
     optimizer.step()
     optimizer.zero_grad()
-    return means
+    return means, loss
 
 
-def demand_finite(loss: Tensor, grad_norm: Tensor, scaler: GradScaler | None) -> None:
-    """Raise FloatingPointError where the loss or the gradient norm is NaN or infinite.
+def demand_finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> float:
+    """The mean loss over all processes, which all come to the same verdict.
 
     With fp16 an infinite gradient means that the loss scale is too large: the scaler leaves out the step and
     halves the scale. Only when the scale cannot fall further is it an error.
+
+    Raises:
+        FloatingPointError: the loss or the gradient norm is NaN or infinite.
     """
-    if math.isfinite(loss + grad_norm):
-        return
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()}")
-    if scaler is None or scaler.get_scale() <= 1:
-        raise FloatingPointError(f"the gradient norm is {grad_norm.item()} (loss {loss.item():.4g})")
+    numbers = torch.stack([loss.float(), grad_norm.float()])
+    if accelerator.num_processes > 1:
+        numbers = accelerator.reduce(numbers, "mean")
+    mean_loss, norm = numbers.tolist()
+    if not math.isfinite(mean_loss):
+        raise FloatingPointError(f"the loss is {mean_loss}")
+    if not math.isfinite(norm) and (accelerator.scaler is None or accelerator.scaler.get_scale() <= 1):
+        raise FloatingPointError(f"the gradient norm is {norm} (loss {mean_loss:.4g})")
+    return mean_loss
 
 
 def due(step: int, every: int) -> bool:

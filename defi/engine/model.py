@@ -23,7 +23,8 @@ class StageModel(nn.Module):
 
     A subclass names its `stage` ("vae", "gfdm", "gidm" or "policy"), its `config_class` (a dataclass, kept as
     `self.config`) and the sub-networks that stay as they are (`frozen`, dotted names): those are never
-    trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist.
+    trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist. All that training
+    changes are parameters and buffers: checkpoints are written from a copy of those (`defi.engine.writer`).
 
     Several processes: parameters get averaged gradients; buffers are *not* broadcast, so a buffer that
     accumulates over samples must be reduced over processes inside `forward` or `epoch_end`.
@@ -64,6 +65,12 @@ class StageModel(nn.Module):
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer moves, in a fixed order."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def moving(self) -> dict[str, Tensor]:
+        """Parameters and all buffers outside the frozen sub-networks: everything that training changes."""
+        outside = tuple(f"{name}." for name in self.frozen)
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        return {name: tensor for name, tensor in tensors if not name.startswith(outside)}
 
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers outside the frozen sub-networks."""

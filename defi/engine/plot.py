@@ -29,7 +29,7 @@ def curves(path: Path | str) -> dict[str, Curve]:
     points: dict[str, list[tuple[int, float]]] = {}
     for record in read_metrics(path / METRICS if path.is_dir() else path):
         for name, value in record.items():
-            if name not in BOOKKEEPING:
+            if name not in BOOKKEEPING and isinstance(value, int | float):
                 points.setdefault(f"{record['kind']}/{name}", []).append((record["step"], value))
     return {name: tuple(np.array(pairs, dtype=float).T) for name, pairs in points.items()}
 

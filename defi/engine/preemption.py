@@ -22,7 +22,7 @@ class Preemption:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.noticed = True
-        self.restore()
+        self.close()
 
     def requested(self) -> bool:
         """Whether a signal came to any process; every process must ask at the same step."""
@@ -31,7 +31,7 @@ class Preemption:
         flag = torch.tensor(float(self.noticed), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def restore(self) -> None:
+    def close(self) -> None:
         """Give the signals back to whom they belonged."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,21 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from defi.engine import checkpoint, state
+from defi.engine import checkpoint, memory, state, trouble
 from defi.engine.config import TrainerConfig
-from defi.engine.data import Feed
+from defi.engine.data import Feed, split
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
 from defi.engine.progress import ProgressDisplay
 from defi.engine.tracking import METRICS, Journal
+from defi.engine.writer import CheckpointWriter
+from defi.errors import UserError
+from defi.files import one_line
 
 
 @dataclass
 class Run:
-    """One training run in progress. `step`, `metrics` and `elapsed` survive a resume."""
+    """One training run in progress. What `_progress` notes survives a resume."""
 
     accelerator: Accelerator
     model: StageModel
@@ -36,6 +39,7 @@ class Run:
     feed: Feed
     journal: Journal
     display: ProgressDisplay
+    writer: CheckpointWriter | None  # only in the main process
     trainer: TrainerConfig
     output: Path
     config: dict[str, Any]
@@ -45,20 +49,105 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
     best: float = -math.inf
     new_best: bool = False  # the evaluation of this step is the best so far
+    spikes: trouble.SpikeWatch = field(default_factory=trouble.SpikeWatch)
+    left_out: int = 0  # steps whose numbers were not finite
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # and what they held before the step
+    fitted: bool = False  # a micro-batch is known to fit the memory
+    faults_told: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def step_done(self, scalars: Mapping[str, Tensor]) -> None:
-        """Take note of a step: averages, log, and the end of a pass over the data."""
-        self.step += 1
-        self.new_best = False
+    def next_batches(self) -> list[dict[str, Any]]:
+        """The micro-batches of the next step, small enough for the memory."""
+        batches = self.feed.next_step()
+        if not self.fitted and self.accelerator.device.type != "cpu":
+            batches = self.fit(batches)
+        if self.trainer.skip_nonfinite:
+            moving = self.model.moving().values()
+            self.buffers = [(t, t.clone()) for t in moving if not isinstance(t, nn.Parameter)]
+        return batches
+
+    def fit(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The batches in as many parts as it takes to have room for one; the global batch stays."""
+        asked = self.feed.micro_batch
+        while not memory.fits(self.model, batches[0], self.optimizer, self.accelerator):
+            if self.feed.micro_batch == 1:
+                raise UserError(
+                    "trainer.micro_batch=1: out of memory with a single sample; choose a smaller preset, "
+                    "trainer.precision=bf16, or a larger GPU"
+                )
+            before = self.feed.micro_batch
+            self.feed.shrink()
+            parts = before // self.feed.micro_batch
+            batches = [part for batch in batches for part in split(batch, parts)]
+        self.fitted = True
+        if self.feed.micro_batch < asked:
+            self.display.say(
+                f"  batch        out of memory with {asked} samples at a time: now {self.feed.micro_batch}, "
+                f"{len(batches)} times per step; the global batch stays {self.trainer.global_batch}"
+            )
+        return batches
+
+    def step_done(self, scalars: Mapping[str, Tensor], loss: float) -> None:
+        """Take note of a step: averages, log, spikes, and the end of a pass over the data."""
         if self.ema is not None:
             self.ema.update()
         self.journal.add(scalars)
+        self._advance()
+        usual = self.spikes.mean
+        if self.spikes.sees(loss):
+            spike = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
+            self.journal.write("spike", self.step, spike)
+
+    def leave_out(self, batches: list[dict[str, Any]], error: FloatingPointError) -> None:
+        """Write down a step whose numbers are not finite, and go on without it if that is still allowed.
+
+        Raises:
+            UserError: more such steps than `trainer.skip_nonfinite`.
+        """
+        file, origin = trouble.write_report(
+            self.output / "nonfinite",
+            self.model,
+            batches,
+            step=self.step + 1,
+            process=self.accelerator.process_index,
+            reason=str(error),
+            samples=self.feed.indices(),
+        )
+        what = f"{error} at step {self.step + 1}, first in {origin}; its batch is in {file}"
+        if self.left_out >= self.trainer.skip_nonfinite:
+            raise UserError(
+                f"{self.output}: {what}; lower trainer.lr or trainer.clip, mend the data, or allow "
+                f"trainer.skip_nonfinite, {self.way_back()}"
+            )
+        for buffer, before in self.buffers:
+            buffer.copy_(before)
+        self.optimizer.zero_grad()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.left_out += 1
+        self._advance()
+        self.display.say(
+            f"left out: {what} ({self.left_out} of trainer.skip_nonfinite={self.trainer.skip_nonfinite})"
+        )
+        self.journal.write("left_out", self.step, {"reason": str(error), "samples": self.feed.indices()})
+
+    def _advance(self) -> None:
+        """The step is over, whatever became of it."""
+        self.step += 1
+        self.new_best = False
+        if self.writer is not None:
+            self.writer.check()
+        for fault in self.feed.faults[self.faults_told :]:
+            self.journal.write("bad_sample", self.step, {"reason": fault})
+            self.display.say(f"replaced: {fault}")
+        self.faults_told = len(self.feed.faults)
         if self.feed.ended_epoch:
             self.journal.write("epoch", self.step, {"epoch": int(self.feed.epochs), **self.model.epoch_end()})
 
     def log(self, rate: float) -> None:
         """Write and show the averages since the last time."""
+        if self.journal.empty:  # all steps since then were left out
+            return
         means, steps, seconds = self.journal.averages()
         numbers = means | {
             "lr": rate,
@@ -108,44 +197,80 @@ class Run:
                 self.ema.swap()
 
     def save(self) -> None:
-        """Write a checkpoint and delete the ones that are no longer kept."""
+        """Begin to write a checkpoint of this step; `settle` waits for its end."""
         rng = state.rng_state()
         rng = gather_object([rng]) if self.accelerator.num_processes > 1 else [rng]
+        if self.writer is None:
+            return
         with self.journal.paused():
-            if self.accelerator.is_main_process:
-                checkpoint.save(
-                    self.model, self.output, step=self.step, config=self.config, data=self.data,
-                    metrics=self.metrics, ema=self.ema, state=lambda folder: self._save_state(folder, rng),
-                )  # fmt: skip
-                checkpoint.rotate(self.output, self.trainer.keep, self.trainer.best_metric)
-            self.accelerator.wait_for_everyone()
+            self.writer.save(
+                step=self.step,
+                metrics=self.metrics,
+                optimizer=state.optimizer_tensors(
+                    self.optimizer, [name for name, _ in self.model.trainable()]
+                ),
+                progress=self._progress(),
+                rng=rng,
+            )
 
-    def _save_state(self, folder: Path, rng: list[dict[str, Any]]) -> None:
+    def settle(self) -> None:
+        """Return when the checkpoints are on the disk, in every process at the same time."""
+        if self.writer is not None:
+            self.writer.wait()
+        self.accelerator.wait_for_everyone()
+
+    def _progress(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        state.save_optimizer(folder, self.optimizer, [name for name, _ in self.model.trainable()])
-        progress = {
+        return {
             "step": self.step,
             "samples": self.feed.samples,
             "seed": self.feed.order.seed,
             "elapsed_s": self.elapsed_now(),
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "best": self.best,
+            "left_out": self.left_out,
+            "spikes": asdict(self.spikes),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        state.save_progress(folder, progress, rng)
 
     def elapsed_now(self) -> float:
         """Seconds of training so far, over all starts."""
         return self.elapsed + time.monotonic() - self.started
 
     def way_back(self) -> str:
-        """What to do after numbers went wrong."""
+        """What a person can do to go on."""
+        if self.writer is not None:
+            with suppress(UserError):  # another error is being told
+                self.writer.wait()
         saved = checkpoint.list_checkpoints(self.output)
-        advice = "lower trainer.lr or trainer.clip, or look at the data"
-        return f"{advice}; {saved[-1]} is intact, resume=true continues from it" if saved else advice
+        return f"then continue from {saved[-1].name} with resume=true" if saved else "then start again"
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Faults of disk, memory and loader workers as one line that says what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"trainer.micro_batch={self.feed.micro_batch}: out of memory at step {self.step + 1}; "
+                f"lower it (the global batch stays), {self.way_back()}"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.output}: {error.strerror or one_line(error)}; mend that, "
+                f"{self.way_back()}"
+            ) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"trainer.workers={self.trainer.workers}: a loader worker died ({one_line(error)}), "
+                f"often for want of memory; lower trainer.workers, {self.way_back()}"
+            ) from error
 
     def finish(self) -> Path:
         """Say where everything is and return the last checkpoint."""
+        self.settle()
         final = checkpoint.find_checkpoint(self.output)
         spent = timedelta(seconds=round(self.elapsed_now()))
         self.display.close()
@@ -157,8 +282,13 @@ class Run:
         return final
 
     def close(self) -> None:
-        """Let go of loader workers, files and the terminal."""
+        """Let go of the checkpoint thread, loader workers, files and the terminal."""
         self.display.close()
+        if self.writer is not None:
+            try:
+                self.writer.close()
+            except UserError as error:  # something else ends the run already; this is not to be lost
+                self.display.say(f"error: {error}")
         self.feed.close()
         self.journal.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)

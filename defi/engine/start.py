@@ -22,7 +22,9 @@ from defi.engine.model import StageModel
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.progress import ProgressDisplay
 from defi.engine.run import Run
-from defi.engine.tracking import Journal, find_tracker
+from defi.engine.tracking import Journal, find_tracker, open_tracker
+from defi.engine.trouble import SpikeWatch
+from defi.engine.writer import CheckpointWriter
 from defi.errors import UserError
 
 LONGEST_WAIT = timedelta(hours=2)  # of the other processes while the main one samples, rolls out or saves
@@ -49,14 +51,11 @@ def open_run(
             the data set is empty, the precision is not available, or the checkpoint does not fit.
     """
     check_output(output, resume=resume, overwrite=overwrite)
-    if resume and not checkpoint.list_checkpoints(output):
-        raise UserError(
-            f"{output}: resume=true, but it holds no complete checkpoint; leave resume out to start"
-        )
+    goes_on = checkpoint.continues(output, resume)
     if len(dataset) == 0:
         raise UserError("data: no training samples; check the data folder and the filters set for it")
-    tracker_class = find_tracker(tracker)
-    source = checkpoint.find_checkpoint(output, model.stage) if resume else None
+    find_tracker(tracker)
+    source = checkpoint.find_checkpoint(output, model.stage) if goes_on else None
     progress, rng = state.load_progress(source / "state") if source else ({}, [])
 
     accelerator = start_processes(trainer)
@@ -75,7 +74,11 @@ def open_run(
         prepare_output(output, resume=resume, overwrite=overwrite)
         write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
     accelerator.wait_for_everyone()
-    opened = tracker_class(tracker, output, config) if main and tracker_class else None
+    opened = open_tracker(tracker, output, config) if main else None
+    data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
+    writer = CheckpointWriter(
+        model, ema, output, config=config, data=data, keep=trainer.keep, best_metric=trainer.best_metric
+    )
     run = Run(
         accelerator=accelerator,
         model=model,
@@ -85,16 +88,21 @@ def open_run(
         feed=feed,
         journal=Journal(accelerator, output, step, opened),
         display=ProgressDisplay(model.stage, trainer.max_steps, step, enabled=main),
+        writer=writer if main else None,
         trainer=trainer,
         output=output,
         config=config,
-        data={"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)},
+        data=data,
         step=step,
         elapsed=progress.get("elapsed_s", 0.0),
         metrics=checkpoint.read_manifest(source)["metrics"] if source else {},
         best=progress.get("best", -math.inf),
+        spikes=SpikeWatch(**progress.get("spikes", {})),
+        left_out=progress.get("left_out", 0),
     )
     summarise(run)
+    if resume and not source:
+        run.display.say("  resuming     nothing: it was stopped before its first checkpoint, and starts anew")
     if source:
         report_resume(run, source, processes_then=len(rng))
         if accelerator.process_index < len(rng):
@@ -153,6 +161,7 @@ def open_feed(
         order,
         accumulation=accumulation,
         workers=trainer.workers,
+        bad_samples=trainer.bad_samples,
         device=accelerator.device,
         collate=collate,
     )

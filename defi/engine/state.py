@@ -20,17 +20,19 @@ PROGRESS = "progress.json"
 RNG = "rng.json"
 
 
-def save_optimizer(folder: Path, optimizer: Optimizer, names: list[str]) -> None:
-    """Write the optimizer's tensors as `<kind>.<parameter name>`; its settings are the configuration's."""
+def optimizer_tensors(optimizer: Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors as `<kind>.<parameter name>`; its settings are the configuration's."""
     state = optimizer.state_dict()["state"]
-    tensors = {
-        f"{kind}.{names[i]}": t.contiguous() for i, kinds in state.items() for kind, t in kinds.items()
-    }
-    save_file(tensors, folder / OPTIMIZER)
+    return {f"{kind}.{names[i]}": tensor for i, kinds in state.items() for kind, tensor in kinds.items()}
+
+
+def save_optimizer(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write what `optimizer_tensors` returned."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, names: list[str]) -> None:
-    """Give the optimizer the tensors that `save_optimizer` wrote.
+    """Give the optimizer the tensors that `save_optimizer` wrote, those of the parameters `names`.
 
     Raises:
         UserError: the trained parameters are others than those of the checkpoint.

@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from defi.engine.output import write_file
 from defi.errors import UserError
+from defi.files import one_line
 
 METRICS = "metrics.jsonl"
 
@@ -86,6 +88,27 @@ def find_tracker(section: Mapping[str, Any] | None) -> type[Tracker] | None:
     return TRACKERS[name]
 
 
+def open_tracker(
+    section: Mapping[str, Any] | None, output: Path, config: Mapping[str, Any]
+) -> Tracker | None:
+    """The tracker of `find_tracker`, ready to log; None, with a warning, where its server does not answer."""
+    tracker = find_tracker(section)
+    if tracker is None or section is None:
+        return None
+    try:
+        return tracker(section, output, config)
+    except Exception as error:  # whatever its client raises: training does not need it
+        _warn_of_loss(section["name"], error)
+        return None
+
+
+def _warn_of_loss(name: str, error: Exception) -> None:
+    warnings.warn(
+        f"tracker={name}: {one_line(error)}; the run goes on without it, {METRICS} has all numbers",
+        stacklevel=3,
+    )
+
+
 class Journal:
     """Averages what the steps report and writes it, one JSON object per line, on the main process.
 
@@ -108,24 +131,44 @@ class Journal:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
 
+    @property
+    def empty(self) -> bool:
+        """Whether no step has been taken in since the last averages."""
+        return self._steps == 0
+
     def averages(self) -> tuple[dict[str, float], int, float]:
         """Means over the steps since the last call and over processes; those steps, and their seconds."""
         names = sorted(self._sums)
         means = torch.stack([self._sums[name].float() for name in names]) / self._steps
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, "mean")
-        steps, seconds = self._steps, time.monotonic() - self._start
+        steps, seconds = self._steps, max(time.monotonic() - self._start, 1e-9)
         self._sums, self._steps, self._start = {}, 0, time.monotonic()
         return dict(zip(names, means.tolist())), steps, seconds
 
-    def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Append one line; `kind` is train, epoch, sample or evaluate."""
+    def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        """Append one line; `kind` is train, epoch, sample, evaluate, spike, left_out or bad_sample.
+
+        Its numbers also go to the tracker.
+        """
         if not self.accelerator.is_main_process:
             return
         with self._path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
-        if self.tracker is not None:
-            self.tracker.log({f"{kind}/{name}": value for name, value in numbers.items()}, step)
+            file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        numbers = {
+            f"{kind}/{name}": value for name, value in record.items() if isinstance(value, int | float)
+        }
+        self._tell(lambda tracker: tracker.log(numbers, step))
+
+    def _tell(self, action: Callable[[Tracker], None]) -> None:
+        """Let the tracker do something; it is given up at its first error, as training does not need it."""
+        if self.tracker is None:
+            return
+        try:
+            action(self.tracker)
+        except Exception as error:  # whatever its client raises
+            _warn_of_loss(type(self.tracker).__name__, error)
+            self.tracker = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -136,8 +179,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the tracker."""
-        if self.tracker is not None:
-            self.tracker.close()
+        self._tell(lambda tracker: tracker.close())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,144 @@
+"""Numbers that go wrong: which batch it was, where in the model it began, and losses far above the others."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from defi.engine.model import StageModel
+from defi.engine.output import write_file
+from defi.engine.state import preserved_rng
+
+
+@dataclass
+class SpikeWatch:
+    """Finds losses that lie far above the recent ones, by their exponential mean and variance."""
+
+    steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    FIRST = 50  # steps without a verdict
+    MEMORY = 200  # steps
+    DEVIATIONS = 6.0
+    FACTOR = 2.0  # and so many times the mean: where all losses are equal, noise is no spike
+
+    def sees(self, loss: float) -> bool:
+        """Take in the loss of a step; whether it is a spike."""
+        excess = loss - self.mean
+        spike = (
+            self.steps >= self.FIRST
+            and excess > self.DEVIATIONS * math.sqrt(self.variance)
+            and loss > self.FACTOR * self.mean
+        )
+        self.steps += 1
+        share = 1 / min(self.steps, self.MEMORY)
+        self.mean += share * excess
+        self.variance = (1 - share) * (self.variance + share * excess**2)
+        return spike
+
+
+def write_report(
+    folder: Path,
+    model: StageModel,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    step: int,
+    process: int,
+    reason: str,
+    samples: Sequence[int],
+) -> tuple[Path, str]:
+    """Write a process's share of a step that went wrong, as `step_<step>_process_<n>.{json,safetensors}`.
+
+    The tensors of the i-th micro-batch are named `<i>.<name>`; its texts are in the JSON file, beside the
+    reason, the samples' indices in the data set and where the trouble began.
+
+    Returns:
+        The JSON file, and where the trouble began.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step_{step:08d}_process_{process}.json"
+    origin = find_origin(model, batches)
+    tensors: dict[str, Tensor] = {}
+    rest: list[dict[str, Any]] = []
+    for number, batch in enumerate(batches):
+        named = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+        tensors |= {f"{number}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
+        rest.append({name: value for name, value in batch.items() if name not in named})
+    save_file(tensors, file.with_suffix(".safetensors"))
+    report = {"step": step, "reason": reason, "origin": origin, "samples": list(samples), "batches": rest}
+    write_file(file, json.dumps(report, indent=1))
+    return file, origin
+
+
+def find_origin(model: StageModel, batches: Sequence[Mapping[str, Any]]) -> str:
+    """What is the first not to be finite: input, weights, a module's output, or a gradient.
+
+    Runs forward and backward passes over the batches again; gradients are dropped, random generators kept.
+    """
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and not _finite(value):
+                return f"{name!r} of the batch"
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return f"the weights {name}"
+
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if not _finite(tensor):
+                    found.append(f"the output of {name}")
+                elif tensor.requires_grad:
+                    tensor.register_hook(look_back)
+
+        def look_back(gradient: Tensor) -> None:
+            if not _finite(gradient):
+                found.append(f"the gradient that {name} receives")
+
+        return look
+
+    hooks = [
+        module.register_forward_hook(watch(name or "the loss")) for name, module in model.named_modules()
+    ]
+    try:
+        with preserved_rng():
+            for batch in batches:
+                model(batch)["loss"].backward()
+                if found:
+                    return found[0]
+        for name, parameter in model.trainable():
+            if parameter.grad is not None and not _finite(parameter.grad):
+                return f"the gradient of {name}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    return "nothing when the batch was run again; the random numbers of the step are to blame"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in what a module returned."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))

@@ -1,0 +1,68 @@
+"""Small text files that strangers may have written: read as plain data, whatever is in them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from defi.errors import UserError
+
+LARGEST = 64 * 2**20  # bytes; the text files of a checkpoint or a data set are far smaller
+
+
+def read_json(file: Path, mend: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file is missing, damaged, too large or holds no object; it ends with `mend`.
+    """
+    text = read_text(file, mend)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({one_line(error)}); {mend}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds a {type(values).__name__}, not named values; {mend}")
+    return values
+
+
+def read_yaml(file: Path, mend: str) -> dict[str, Any]:
+    """The mapping in a YAML file, interpolations left as they are.
+
+    Tags that name code are refused, and aliases, with which a short file can fill the memory.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    text = read_text(file, mend)
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it has an alias (*name)")
+        values = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError) as error:
+        raise UserError(f"{file}: not YAML that is read here ({one_line(error)}); {mend}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds a {type(values).__name__}, not named values; {mend}")
+    return values
+
+
+def read_text(file: Path, mend: str) -> str:
+    """The text of a file. Raises UserError as `read_json` does."""
+    try:
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than any file of its kind; {mend}")
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; {mend}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not text ({error.reason}); {mend}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {mend}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks, at most 200 characters; its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
