@@ -6,9 +6,12 @@
 """
 
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -49,37 +52,48 @@ class ClipsConfig:
             raise UserError(f"{self.root}: stride, every and weight must be positive, cameras not negative")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Episode:
-    """One annotated video with its latents, a file per camera."""
+    """One annotated video, a file per camera, and its latents if there are any; paths within the data set."""
 
     id: str
     texts: list[str]
-    frames: int
-    latents: list[Path]
-    videos: list[Path]
+    frames: int | None  # None: the annotation does not say
+    latents: list[str]
+    videos: list[str]
 
 
-def inside(root: Path, path: str) -> Path:
-    """A path named in an annotation. Raises UserError if it leaves the data set's folder."""
-    whole = (root / path).resolve()
-    if not whole.is_relative_to(root.resolve()):
-        raise UserError(f"{root}: an annotation names {path}, outside the folder; this data set is not safe")
-    return whole
+def inside(root: Path, path: str) -> str:
+    """A path named in a data set's file. Raises UserError if it leaves the data set's folder.
+
+    Links within the folder may lead where they like: they are its owner's.
+    """
+    normal = os.path.normpath(path)
+    if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
+        raise UserError(f"{root}: its files name {path}, outside the folder; this data set is not safe")
+    return normal
 
 
 def read_episode(root: Path, file: Path) -> Episode:
-    """One annotation. Raises UserError naming the file."""
+    """One annotation, with or without latents; `video_length`, or one `state` per frame.
+
+    Raises:
+        UserError: names the file.
+    """
     try:
         values = json.loads(file.read_text())
+        texts = [str(text) for text in values["texts"]]
+        if not any(text.strip() for text in texts):
+            raise UserError(f"{file}: has no caption; stage 1 needs texts")
+        frames = values["video_length"] if "video_length" in values else len(values.get("state", ()))
         return Episode(
-            str(values["episode_id"]),
-            [str(text) for text in values["texts"]],
-            int(values["video_length"]),
-            [inside(root, latent["latent_video_path"]) for latent in values["latent_videos"]],
+            str(values.get("episode_id", file.stem)),
+            texts,
+            int(frames) or None,
+            [inside(root, latent["latent_video_path"]) for latent in values.get("latent_videos", ())],
             [inside(root, video["video_path"]) for video in values["videos"]],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not an annotation ({error!r}); run Step1_GFDM.prepare again") from error
@@ -95,14 +109,15 @@ def read_episodes(root: str | Path, split: str) -> list[Episode]:
     files = sorted((root / "annotation" / split).glob("*.json"))
     if not files:
         raise UserError(f"{root}/annotation/{split}: no annotations; make them with Step1_GFDM.prepare")
-    return [read_episode(root, file) for file in files]
+    with ThreadPoolExecutor(8) as pool:  # a hundred thousand small files, perhaps over a network
+        return list(pool.map(lambda file: read_episode(root, file), files))
 
 
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
     """Some frames of an episode's latents, as float32; only what lies between them is read.
 
     Raises:
-        UserError: the file is missing, damaged, or shorter than an index.
+        UserError: the file is missing, damaged, shorter than an index, or a `.pt` of PyTorch's old format.
     """
     try:
         first, last = int(indices.min()), int(indices.max())
@@ -112,33 +127,47 @@ def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
         else:
             part = torch.load(path, weights_only=True, map_location="cpu", mmap=True)[first : last + 1]
         return part[torch.from_numpy(indices - first)].float()
-    except (OSError, SafetensorError, RuntimeError, IndexError, AttributeError) as error:
-        raise UserError(f"{path}: cannot read latents ({error}); run Step1_GFDM.prepare again") from error
+    except (OSError, SafetensorError, RuntimeError, IndexError, AttributeError, UnpicklingError) as error:
+        how = "convert it with Step1_GFDM.convert" if "mmap" in str(error) else "run Step1_GFDM.prepare again"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot read latents ({reason}); {how}") from error
 
 
 class Clips:
-    """The clips of one data set: a list of (episode, first frame)."""
+    """The clips of one data set: windows of every episode, or one clip of each."""
 
     def __init__(self, config: ClipsConfig, *, frames: int, split: str) -> None:
-        self.config, self.frames = config, frames
+        self.config, self.frames, self.root = config, frames, Path(config.root)
         longest = config.longest or float("inf")
-        self.episodes = [e for e in read_episodes(config.root, split) if e.frames <= longest]
-        for episode in self.episodes:
-            if len(config.cameras) > len(episode.latents):
-                raise UserError(
-                    f"{config.root}: episode {episode.id} has {len(episode.latents)} cameras, "
-                    f"data.sets.….cameras={config.cameras} asks for {len(config.cameras)}"
-                )
-        self.starts = [
-            (episode, start)
-            for episode in self.episodes
-            for start in (range(0, episode.frames, config.every) if config.clips == "window" else (0,))
-        ]
-        if not self.starts:
+        episodes = read_episodes(config.root, split)
+        for episode in episodes:
+            self._check(episode)
+        self.episodes = [episode for episode in episodes if episode.frames <= longest]
+        if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {config.longest} frames; raise longest")
+        step = config.every if config.clips == "window" else None
+        self._ends = np.cumsum([-(-e.frames // step) if step else 1 for e in self.episodes])
+
+    def _check(self, episode: Episode) -> None:
+        where = f"{self.root}: episode {episode.id}"
+        if not episode.latents or not episode.frames:
+            raise UserError(
+                f"{where} has no latents or no length; encode it with Step1_GFDM.prepare, source vpp"
+            )
+        if len(self.config.cameras) > len(episode.latents):
+            raise UserError(
+                f"{where} has {len(episode.latents)} cameras, "
+                f"data.sets.….cameras={self.config.cameras} asks for {len(self.config.cameras)}"
+            )
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return int(self._ends[-1])
+
+    def locate(self, index: int) -> tuple[Episode, int]:
+        """Episode and first frame of clip `index`."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[which - 1]) if which else 0
+        return self.episodes[which], (index - before) * self.config.every
 
     def indices(self, episode: Episode, start: int) -> np.ndarray:
         """Frames of the clip [F]."""
@@ -148,11 +177,11 @@ class Clips:
 
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Latents [F, 4, h, w] of a randomly chosen camera, and one of the texts."""
-        episode, start = self.starts[index]
+        episode, start = self.locate(index)
         shares = np.array(self.config.cameras) / sum(self.config.cameras)
         camera = int(rng.choice(len(shares), p=shares))
         return {
-            "latents": read_latents(episode.latents[camera], self.indices(episode, start)),
+            "latents": read_latents(self.root / episode.latents[camera], self.indices(episode, start)),
             "text": str(rng.choice(episode.texts)),
         }
 

@@ -87,9 +87,10 @@ def main(cfg: DictConfig) -> None:
     for number, episode in enumerate(track(episodes, "imagine")):
         indices = clips.indices(episode, 0)
         text = cfg.instruction or episode.texts[0]
-        first = read_latents(episode.latents[cfg.camera], indices[:1])
+        first = read_latents(clips.root / episode.latents[cfg.camera], indices[:1])
         imagined = imagine(model, first, [text], steps=cfg.steps, seed=cfg.seed + number)[0]
-        real = prepare_frames(read_frames(episode.videos[cfg.camera], indices), model.config.image_size)
+        frames = read_frames(clips.root / episode.videos[cfg.camera], indices)
+        real = prepare_frames(frames, model.config.image_size)
         for name, value in (
             ("psnr", psnr(imagined, real)),
             ("ssim", ssim(imagined, real)),

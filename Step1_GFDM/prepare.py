@@ -1,38 +1,39 @@
-"""Captioned demonstrations → latents, annotations and videos in VPP's layout (`Step1_GFDM.data` reads them).
+"""Captioned video → latents, annotations and videos in VPP's layout (`Step1_GFDM.data` reads them).
 
-    python -m Step1_GFDM.prepare data.root=<folder in CALVIN's format> vae=<run> output=<folder>
+    python -m Step1_GFDM.prepare data=captioned_videos data.root=<folder> vae=<run> output=<folder>
 
-Each annotated span becomes an episode. Its annotation is written last, so an episode is there as a whole or
-not at all: a killed run goes on with `resume=true`. Processes of `accelerate launch` share the episodes.
+Sources: `Step1_GFDM.sources`. An episode's annotation is written last, so it is there as a whole or not at
+all: a killed run goes on with `resume=true`. Processes of `accelerate launch` share the episodes. A damaged
+video is reported, noted in `skipped/` and left out; `resume=true` tries it again.
 """
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKLTemporalDecoder
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from omegaconf import DictConfig
 from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
 
-from defi.calvin import CalvinFolder
 from defi.config import entry
+from defi.engine.checkpoint import MANIFEST as CHECKPOINT
 from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
-from defi.video import prepare_frames, write_mp4
-from Step1_GFDM.data import LATENTS
-from Step1_GFDM.vae import load_vae
+from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
+from Step1_GFDM import pipeline
+from Step1_GFDM.data import LATENTS, SPLITS
+from Step1_GFDM.sources import Recording, Scene, Source, build_source
 
-CAMERAS = ("rgb_static", "rgb_gripper")
-SOURCE_FPS = 30
-MANIFEST = "manifest.json"
+MANIFEST, SKIPPED = "manifest.json", "skipped"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class Manifest:
     vae: str  # fingerprint
     scaling: float
     image_size: int
-    fps: float
+    every: int  # frames of the source per stored frame
     cameras: list[str]
+    latents: str
+    videos: dict[str, str]  # codec
 
     def check(self, file: Path) -> None:
         """Raises UserError if the folder was begun with something else."""
@@ -72,89 +75,141 @@ class Encoder:
         return torch.cat(modes).cpu() * self.vae.config.scaling_factor
 
 
+def find_vae(path: Path | str) -> Path:
+    """The VAE's folder: of a run of `Step1_GFDM.train_vae`, of a diffusers pipeline, or `path` itself."""
+    if not (Path(path) / CHECKPOINT).is_file():
+        for folder in (Path(path), Path(path) / "vae"):
+            if (folder / "config.json").is_file():
+                return folder
+    return find_weights(path, "vae")
+
+
 def write_episode(
-    output: Path,
-    split: str,
-    name: str,
-    views: dict[str, UInt8[np.ndarray, "F H W 3"]],
-    text: str,
-    *,
-    encode: Encoder,
-    image_size: int,
-    fps: float,
+    output: Path, split: str, name: str, scene: Scene, *, encode: Encoder, image_size: int
 ) -> None:
     """Latents and videos of all cameras, then the annotation that makes them count."""
     latents, videos = [], []
-    for camera, frames in views.items():
+    for camera, frames in scene.views.items():
         latent = f"latent_videos/{split}/{name}/{camera}.safetensors"
         video = f"videos/{split}/{name}/{camera}.mp4"
         (output / latent).parent.mkdir(parents=True, exist_ok=True)
         coded = encode(prepare_frames(frames, image_size))
         write_file(output / latent, save({LATENTS: coded.half().contiguous()}))
-        write_mp4(output / video, frames, fps)
+        write_mp4(output / video, frames, scene.fps)
         latents.append({"latent_video_path": latent})
         videos.append({"video_path": video})
     annotation = {
         "episode_id": name,
-        "texts": [text],
+        "texts": scene.texts,
         "videos": videos,
         "latent_videos": latents,
         "video_length": len(frames),
+        "fps": scene.fps,
     }
     write_file(output / "annotation" / split / f"{name}.json", json.dumps(annotation))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recording that is not there yet."""
+
+    split: str
+    source: Source
+    recording: Recording
+
+    def read(self, every: int) -> Scene | UserError:
+        """Its scene, or why there is none."""
+        try:
+            return self.source.read(self.recording, every)
+        except UserError as error:
+            return error
+
+
+def read_ahead(jobs: list[Job], every: int) -> Iterator[tuple[Job, Scene | UserError]]:
+    """Scenes in order; the next one is read while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(job.read, every) for job in jobs[:1]]
+        for number, job in enumerate(jobs):
+            scene = coming.pop().result()
+            coming = [pool.submit(later.read, every) for later in jobs[number + 1 : number + 2]]
+            yield job, scene
 
 
 @entry("step1_prepare")
 def main(cfg: DictConfig) -> None:
     state = PartialState()
     output = check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
-    root, every = Path(cfg.data.root), int(cfg.data.every)
+    every = int(cfg.data.every)
     if every < 1:
         raise UserError(f"data.every={every}: must be at least 1")
-    folders = {ours: CalvinFolder(root / theirs) for ours, theirs in cfg.data.splits.items()}
-    vae = load_vae(cfg.vae)
+    sources = {split: build_source(cfg.data, split) for split in SPLITS}
+    weights = find_vae(cfg.vae)
+    vae = pipeline.load_part(AutoencoderKLTemporalDecoder, weights).requires_grad_(False)
     manifest = Manifest(
-        source=str(root),
-        splits={split: data.fingerprint for split, data in folders.items()},
-        vae=fingerprint(find_weights(cfg.vae, "vae")),
+        source=f"{cfg.data.source}:{cfg.data.root}",
+        splits={split: source.fingerprint for split, source in sources.items()},
+        vae=fingerprint(weights),
         scaling=vae.config.scaling_factor,
-        image_size=vae.config.sample_size,
-        fps=SOURCE_FPS / every,
-        cameras=list(CAMERAS),
+        image_size=cfg.image_size or vae.config.sample_size,
+        every=every,
+        cameras=sources["train"].cameras,
+        latents="float16 safetensors, posterior's mode × scaling",
+        videos=VIDEO_CODEC,
     )
     if cfg.resume and (output / MANIFEST).is_file():
         manifest.check(output / MANIFEST)
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
-        for split in folders:
-            (output / "annotation" / split).mkdir(parents=True, exist_ok=True)
+        for split in sources:
+            for folder in ("annotation", SKIPPED):
+                (output / folder / split).mkdir(parents=True, exist_ok=True)
         write_file(output / MANIFEST, json.dumps(asdict(manifest), indent=1))
     state.wait_for_everyone()
 
-    encode = Encoder(vae.to(state.device), cfg.batch)
-    todo = [
-        (split, f"{number:06d}", data, span)
-        for split, data in folders.items()
-        for number, span in enumerate(data.spans)
-        if not (output / "annotation" / split / f"{number:06d}.json").exists()
+    jobs = [
+        Job(split, source, recording)
+        for split, source in sources.items()
+        for recording in source.recordings
+        if not (output / "annotation" / split / f"{recording.id}.json").exists()
     ][state.process_index :: state.num_processes]
-    for split, name, data, span in track(todo, "latents", disable=not state.is_local_main_process):
-        frames = range(span.start, span.end + 1, every)
-        views = {camera.removeprefix("rgb_"): data.stack(camera, frames) for camera in CAMERAS}
-        write_episode(
-            output,
-            split,
-            name,
-            views,
-            span.instruction,
-            encode=encode,
-            image_size=manifest.image_size,
-            fps=manifest.fps,
-        )
+    encode = Encoder(vae.to(state.device), cfg.batch)
+    coming = read_ahead(jobs, every)
+    for job, scene in track(coming, "latents", total=len(jobs), disable=not state.is_local_main_process):
+        finish(output, job, scene, encode=encode, image_size=manifest.image_size)
     state.wait_for_everyone()
     if state.is_main_process:
-        counts = ", ".join(f"{len(data.spans)} episodes in {split}" for split, data in folders.items())
-        print(f"{output}: {counts}")
+        report(output)
+
+
+def finish(output: Path, job: Job, scene: Scene | UserError, *, encode: Encoder, image_size: int) -> None:
+    """Write an episode, or note why it is left out."""
+    name = job.recording.id
+    note = output / SKIPPED / job.split / f"{name}.txt"
+    try:
+        if isinstance(scene, UserError):
+            print(f"left out: {scene}")
+            write_file(note, f"{scene}\n")
+        else:
+            write_episode(output, job.split, name, scene, encode=encode, image_size=image_size)
+            note.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot write episode {job.split}/{name} ({error.strerror}); what is finished stays: "
+            "make room, then go on with resume=true"
+        ) from None
+
+
+def report(output: Path) -> None:
+    """Print what is there. Raises UserError if a split has no episode at all."""
+    counts, skipped = (
+        {split: len(list((output / folder / split).glob(f"*.{end}"))) for split in SPLITS}
+        for folder, end in (("annotation", "json"), (SKIPPED, "txt"))
+    )
+    left_out = f"; {sum(skipped.values())} left out, see {output / SKIPPED}" if any(skipped.values()) else ""
+    print(f"{output}: " + ", ".join(f"{n} episodes in {split}" for split, n in counts.items()) + left_out)
+    for split, count in counts.items():
+        if count == 0:
+            raise UserError(f"{output}: no episode of {split} could be read; see {output / SKIPPED / split}")
 
 
 if __name__ == "__main__":

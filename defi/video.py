@@ -18,6 +18,7 @@ from defi.errors import UserError
 # isort: split
 import decord  # after torch: loaded before it, decord's libraries take over torch's BLAS, which then crashes
 
+VIDEO_CODEC = {"codec": "libx264", "crf": "18", "preset": "veryfast"}
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
 Frames = UInt8[np.ndarray, "F H W 3"]
@@ -40,6 +41,18 @@ def frame_count(path: Path) -> int:
     return len(_open(path))
 
 
+def frame_rate(path: Path) -> float:
+    """Frames per second of a video.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not say.
+    """
+    rate = float(_open(path).get_avg_fps())
+    if not 0 < rate < 1000:
+        raise UserError(f"{path}: says {rate} frames per second; write it anew with a frame rate")
+    return rate
+
+
 def read_frames(path: Path, indices: Sequence[int] | None = None) -> Frames:
     """The frames `indices` of a video (default: all), in that order; repeated indices are fine.
 
@@ -47,12 +60,31 @@ def read_frames(path: Path, indices: Sequence[int] | None = None) -> Frames:
         UserError: the file is missing, damaged, or shorter than an index.
     """
     reader = _open(path)
-    wanted = list(range(len(reader)) if indices is None else indices)
+    wanted = [int(i) for i in (range(len(reader)) if indices is None else indices)]
     if wanted and not (min(wanted) >= 0 and max(wanted) < len(reader)):
         raise UserError(f"{path}: has {len(reader)} frames, frame {max(wanted)} was asked for")
     try:
         return reader.get_batch(wanted).asnumpy()
-    except (decord.DECORDError, RuntimeError) as error:
+    except (decord.DECORDError, RuntimeError):  # damage; or a width that decord cannot copy (96 or 144, say)
+        return _read_in_order(path, wanted)
+
+
+def _read_in_order(path: Path, wanted: Sequence[int]) -> Frames:
+    """Frames of a video by decoding all that come before them.
+
+    Raises:
+        UserError: the video is damaged.
+    """
+    found: dict[int, np.ndarray] = {}
+    try:
+        with av.open(str(path)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    found[number] = frame.to_ndarray(format="rgb24")
+                if number >= max(wanted):
+                    break
+        return np.stack([found[number] for number in wanted])
+    except (av.FFmpegError, KeyError, ValueError) as error:
         raise UserError(f"{path}: damaged within frames {min(wanted)} to {max(wanted)}") from error
 
 
@@ -63,10 +95,10 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream = container.add_stream(VIDEO_CODEC["codec"], rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "18", "preset": "veryfast"}
+        stream.options = {key: VIDEO_CODEC[key] for key in ("crf", "preset")}
         stream.thread_count = 1
         for frame in frames:
             container.mux(

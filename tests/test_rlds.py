@@ -5,8 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.rlds_writer import encode, example, features_dict, image, record, tensor, text, write_set, write_videos
 
+from benchmarks.rlds_writer import (
+    encode,
+    example,
+    features_dict,
+    image,
+    record,
+    tensor,
+    text,
+    write_set,
+    write_videos,
+)
 from defi.errors import UserError
 from defi.rlds import RLDSDataset, default_splits
 from defi.rlds.index import _scan

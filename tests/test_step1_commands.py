@@ -168,8 +168,8 @@ def test_vae_run_is_what_the_next_stage_loads(outputs: Path) -> None:
 def test_latents_are_scaled_codes_of_the_frames(outputs: Path) -> None:
     episodes = read_episodes(outputs / "latents", "train")
     assert [e.frames for e in episodes] == [6, 6, 6]  # every second frame of twelve
-    assert [frame_count(video) for video in episodes[0].videos] == [6, 6]
-    latents = read_latents(episodes[0].latents[0], np.arange(6))
+    assert [frame_count(outputs / "latents" / video) for video in episodes[0].videos] == [6, 6]
+    latents = read_latents(outputs / "latents" / episodes[0].latents[0], np.arange(6))
     assert latents.shape == (6, 4, 8, 8)
     assert 0.3 < latents.std() < 3
 

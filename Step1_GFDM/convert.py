@@ -1,0 +1,69 @@
+"""Latents in `.pt` files (VPP's) → `.safetensors`, of which a clip is read without its episode.
+
+    python -m Step1_GFDM.convert root=<data set in VPP's layout>
+
+The new file lies beside the old one, then the annotation names it. Values and types stay. Annotations that
+name no `.pt` are left alone, so a killed run simply goes on; the old files can be deleted afterwards.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from omegaconf import DictConfig
+from rich.progress import track
+from safetensors.torch import save
+
+from defi.config import entry
+from defi.engine.output import write_file
+from defi.errors import UserError
+from Step1_GFDM.data import LATENTS, read_episode
+
+
+def read_old(path: Path) -> torch.Tensor:
+    """The tensor [F, 4, h, w] of a `.pt` file; only tensors are unpickled.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        latents = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read ({reason}); copy it again") from None
+    if not torch.is_tensor(latents) or latents.dim() != 4 or not latents.is_floating_point():
+        raise UserError(f"{path}: holds no latents [frames, 4, h, w]; run Step1_GFDM.prepare again")
+    return latents
+
+
+def convert(root: Path, annotation: Path) -> int:
+    """Convert an episode's `.pt` files; returns their number."""
+    old = [path for path in read_episode(root, annotation).latents if path.endswith(".pt")]
+    for path in old:
+        latents = read_old(root / path)
+        write_file((root / path).with_suffix(".safetensors"), save({LATENTS: latents.contiguous()}))
+    if old:
+        values = json.loads(annotation.read_text())
+        for latent in values["latent_videos"]:
+            latent["latent_video_path"] = latent["latent_video_path"].removesuffix(".pt") + ".safetensors"
+        write_file(annotation, json.dumps(values))
+    return len(old)
+
+
+@entry("step1_convert")
+def main(cfg: DictConfig) -> None:
+    root = Path(cfg.root)
+    annotations = sorted(root.glob("annotation/*/*.json"))
+    if not annotations:
+        raise UserError(f"{root}/annotation: no annotations; give a data set in VPP's layout")
+    with ProcessPoolExecutor(cfg.workers) as pool:
+        jobs = pool.map(partial(convert, root), annotations, chunksize=16)
+        counts = list(track(jobs, "episodes", total=len(annotations)))
+    print(f"{root}: {sum(counts)} files converted, {len(counts)} episodes looked at")
+
+
+if __name__ == "__main__":
+    main()

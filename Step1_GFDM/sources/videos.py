@@ -1,0 +1,103 @@
+"""A folder of videos and a file that says what each shows.
+
+captions.jsonl   a line per video: {"video": "kitchen/1.mp4", "text": "open the drawer"}, or "texts": [...]
+captions.csv     the columns `video` and `text`
+labels.json      Something-Something's: [{"id": "78687", "label": "holding potato next to vicks"}, ...]
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from defi.errors import UserError
+from defi.video import frame_count, frame_rate, read_frames
+from Step1_GFDM.data import inside
+from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
+
+SOMETHING_SUFFIX = ".webm"
+
+
+class CaptionedVideos:
+    """One recording per caption; its only camera is `rgb`.
+
+    Args:
+        captions: the file with the captions.
+        videos: the folder that its names of videos start from.
+        held_out: None: all captions; True: every 20th, False: the others.
+        longest: frames; longer videos are left out when they are read.
+    """
+
+    cameras = ["rgb"]
+
+    def __init__(
+        self, captions: Path, videos: Path, *, held_out: bool | None = None, longest: int | None = None
+    ) -> None:
+        if not videos.is_dir():
+            raise UserError(f"{videos}: no such folder; give the folder of the videos as data.videos")
+        self.longest = longest
+        said = part(list(read_captions(captions)), held_out)
+        recordings = [
+            Recording(file_name(name.rpartition(".")[0] or name), (videos / inside(videos, name), texts))
+            for name, texts in said
+        ]
+        self.recordings = distinct(recordings)
+        if not self.recordings:
+            raise UserError(f"{captions}: no captions in it; one line per video is expected")
+        self.fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+    def read(self, recording: Recording, every: int) -> Scene:
+        path, texts = recording.place
+        frames = frame_count(path)
+        if self.longest is not None and frames > self.longest:
+            raise UserError(f"{path}: has {frames} frames, data.longest={self.longest} leaves it out")
+        views = {"rgb": read_frames(path, range(0, frames, every))}
+        return Scene(views, texts, frame_rate(path) / every)
+
+
+def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name of each video, and its texts.
+
+    Raises:
+        UserError: the file is missing or of another kind, or a caption is; file and line are named.
+    """
+    readers = {".jsonl": _lines, ".csv": _table, ".json": _something}
+    if file.suffix not in readers:
+        raise UserError(f"{file}: captions are read from {', '.join(readers)}")
+    try:
+        for place, video, texts in readers[file.suffix](file):
+            if not video or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+                raise UserError(f"{file}: {place}: a video or its caption is missing")
+            yield video, [text.strip() for text in texts]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the captions of the videos as data.splits") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: not captions as expected ({error!r})") from None
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str, list[str]]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    values = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{file}: line {number}: not JSON ({error})") from None
+                texts = values.get("texts", [values.get("text")])
+                yield f"line {number}", values.get("video"), texts
+
+
+def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in (table := csv.DictReader(lines)):
+            if not {"video", "text"} <= row.keys():
+                raise UserError(f"{file}: its first line must name the columns video and text")
+            yield f"line {table.line_num}", row["video"], [row["text"]]
+
+
+def _something(file: Path) -> Iterator[tuple[str, str, list[str]]]:
+    for number, entry in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        yield f"entry {number}", f"{entry['id']}{SOMETHING_SUFFIX}", [entry["label"]]

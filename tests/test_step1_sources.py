@@ -1,0 +1,349 @@
+"""Stage 1's preparation from every source, restarts, damage; old latents converted."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from benchmarks.rlds_writer import encode, write_videos
+from defi.errors import UserError
+from defi.video import frame_count, frame_rate, read_frames, write_mp4
+from Step1_GFDM import convert, prepare
+from Step1_GFDM.config import VAESizes
+from Step1_GFDM.data import Clips, ClipsConfig, read_episodes, read_latents
+from Step1_GFDM.parts import build_vae
+from Step1_GFDM.sources.recordings import Recording, distinct, file_name, part
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as diffusers writes it, half the side of a picture to a latent."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    build_vae(VAESizes([32, 32], 1), 16).save_pretrained(folder)
+    return folder
+
+
+def run(module: Any, *settings: str) -> int:
+    """Exit code of a command, run in this process."""
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *settings])
+        try:
+            module.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+def prepared(source: str, root: Path, vae: Path, *settings: str) -> Path:
+    output = root.parent / f"{root.name}_latents"
+    common = [f"data=captioned_{source}", f"data.root={root}", f"vae={vae}", f"output={output}", "batch=4"]
+    assert run(prepare, *common, *settings) == 0
+    return output
+
+
+def video(path: Path, frames: int, shade: int = 0, fps: int = 10) -> None:
+    """Frame i has the shade `shade` + 8 i."""
+    ramp = (shade + 8 * np.arange(frames, dtype=np.uint8))[:, None, None, None]
+    write_mp4(path, np.broadcast_to(ramp, (frames, 32, 32, 3)).copy(), fps)
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Three videos, one of them broken, and their captions."""
+    root = tmp_path / "videos"
+    video(root / "kitchen" / "1.mp4", 6, shade=10)
+    video(root / "kitchen" / "2.mp4", 9, shade=90)
+    (root / "broken.mp4").write_bytes(b"no video at all")
+    lines = [
+        {"video": "kitchen/1.mp4", "text": "open the drawer"},
+        {"video": "broken.mp4", "text": "break"},
+        {"video": "kitchen/2.mp4", "texts": ["push it", "push the block"]},
+    ]
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+# ------------------------------------------------------------ sources
+
+
+def test_a_folder_of_videos_and_captions(
+    videos: Path, vae: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    output = prepared("videos", videos, vae, "data.every=2")
+    printed = capsys.readouterr().out
+    assert (
+        "broken.mp4: cannot be read" in printed
+        and "1 episodes in train, 1 episodes in val; 1 left out" in printed
+    )
+    (train,), (val,) = read_episodes(output, "train"), read_episodes(output, "val")
+    assert (train.id, train.texts, train.frames) == ("kitchen_1", ["open the drawer"], 3)
+    assert (val.id, val.texts, val.frames) == ("kitchen_2", ["push it", "push the block"], 5)
+    stored = output / train.videos[0]
+    assert frame_rate(stored) == pytest.approx(5) and frame_count(stored) == 3
+    np.testing.assert_allclose(read_frames(stored)[:, 16, 16, 0], [10, 26, 42], atol=4)
+    assert read_latents(output / train.latents[0], np.arange(3)).shape == (3, 4, 8, 8)
+    assert "broken.mp4" in (output / "skipped" / "train" / "broken.txt").read_text()
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["source"] == f"videos:{videos}" and manifest["image_size"] == 16
+    assert manifest["videos"]["codec"] == "libx264" and manifest["every"] == 2 and len(manifest["vae"]) == 16
+    clips = Clips(ClipsConfig(str(output), clips="spread", cameras=[1.0]), frames=3, split="train")
+    assert clips.clip(0, np.random.default_rng(0))["text"] == "open the drawer"
+
+
+def test_captions_as_a_table_and_as_something_something_has_them(tmp_path: Path, vae: Path) -> None:
+    root = tmp_path / "sthv2"
+    video(root / "clips" / "11.webm.mp4", 3)
+    (root / "clips" / "11.webm.mp4").rename(root / "clips" / "11.webm")
+    video(root / "clips" / "12.mp4", 3)
+    (root / "clips" / "12.mp4").rename(root / "clips" / "12.webm")
+    labels = [
+        {"id": "11", "label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]}
+    ]
+    (root / "train.json").write_text(json.dumps(labels))
+    (root / "val.csv").write_text('video,text\n12.webm,"pushing a pen, slowly"\n')
+    output = prepared(
+        "videos", root, vae, "data.videos=clips", "data.splits={train: train.json, val: val.csv}"
+    )
+    assert read_episodes(output, "train")[0].texts == ["holding a cup"]
+    assert read_episodes(output, "val")[0].texts == ["pushing a pen, slowly"]
+
+
+def test_longer_videos_are_left_out(videos: Path, vae: Path) -> None:
+    (videos / "captions.jsonl").write_text(
+        '{"video": "kitchen/1.mp4", "text": "a"}\n{"video": "kitchen/2.mp4", "text": "b"}\n'
+        '{"video": "kitchen/1.mp4", "text": "c"}\n'
+    )
+    output = prepared("videos", videos, vae, "data.longest=8")
+    assert [e.id for e in read_episodes(output, "train")] == ["kitchen_1"]
+    assert [e.texts for e in read_episodes(output, "val")] == [["c"]], "a second caption of the same video"
+
+
+def test_vpp_layout_without_latents(tmp_path: Path, vae: Path) -> None:
+    root = tmp_path / "vpp"
+    for split, frames in (("train", 5), ("val", 4)):
+        names = []
+        for camera, shade in (("static", 20), ("gripper", 120)):
+            names.append(f"videos/{split}/7/{camera}.mp4")
+            video(root / names[-1], frames, shade)
+        annotation = {
+            "texts": ["lift"],
+            "videos": [{"video_path": name} for name in names],
+            "state": [[0]] * frames,
+        }
+        (root / "annotation" / split).mkdir(parents=True)
+        (root / "annotation" / split / "7.json").write_text(json.dumps(annotation))
+    output = prepared("vpp", root, vae)
+    (episode,) = read_episodes(output, "train")
+    assert (episode.frames, episode.texts) == (5, ["lift"])
+    assert [Path(path).name for path in episode.latents] == ["static.safetensors", "gripper.safetensors"]
+    shades = [read_frames(output / path)[0, 0, 0, 0] for path in episode.videos]
+    np.testing.assert_allclose(shades, [20, 120], atol=4)
+
+
+def test_rlds(tmp_path: Path, vae: Path) -> None:
+    root = write_videos(tmp_path, {"train": [[5, 4]], "val": [[3]]})
+    output = prepared("rlds", root, vae, f"data.index={tmp_path / 'index'}", "data.every=2")
+    episodes = read_episodes(output, "train")
+    assert [(e.id, e.frames, e.texts) for e in episodes] == [
+        ("000000", 3, ["do thing 0"]),
+        ("000001", 2, ["do thing 1"]),
+    ]
+    assert read_episodes(output, "val")[0].texts == ["do thing 2"]
+
+
+def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    root = tmp_path / "aloha"
+    root.mkdir()
+    frames = np.zeros((5, 20, 30, 3), np.uint8)
+    frames[...] = (20 * np.arange(5))[:, None, None, None]
+    frames[:, :, :10] = 250  # to be cropped away
+    coded = [encode(frame, "JPEG") for frame in frames]
+    for name in ("one", "two"):
+        with h5py.File(root / f"{name}.hdf5", "w") as file:
+            file["observations/images/raw"] = frames
+            padded = np.zeros((5, max(map(len, coded)) + 9), np.uint8)
+            for row, code in zip(padded, coded):
+                row[: len(code)] = np.frombuffer(code, np.uint8)
+            file["observations/images/jpeg"] = padded
+            rows = file.create_dataset("observations/images/rows", (5,), h5py.vlen_dtype(np.uint8))
+            for i, code in enumerate(coded):
+                rows[i] = np.frombuffer(code, np.uint8)
+            file.attrs["language_instruction"] = f"fold {name}"
+    cameras = ", ".join(f"{camera}: observations/images/{camera}" for camera in ("raw", "jpeg", "rows"))
+    crop = "data.crop={raw: [0, 10, 20, 20], jpeg: [0, 10, 20, 20]}"
+    output = prepared("hdf5", root, vae, f"data.cameras={{{cameras}}}", crop, "data.pad=true", "data.every=2")
+    (episode,) = read_episodes(output, "train")
+    assert (episode.id, episode.texts, episode.frames) == ("one", ["fold one"], 3)
+    raw, jpeg, rows = (read_frames(output / path) for path in episode.videos)
+    assert raw.shape == jpeg.shape == (3, 20, 20, 3) and rows.shape == (3, 30, 30, 3)
+    for seen in (raw, jpeg, rows[:, 5:25, 12:]):
+        np.testing.assert_allclose(seen[:, 10, 10, 0], [0, 40, 80], atol=5)
+    assert rows[0, 2].max() < 12 and rows[0, 15, 3, 0] > 230, (
+        "black borders above and below, the picture between"
+    )
+
+
+def test_hdf5_with_several_episodes_in_a_file(tmp_path: Path, vae: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    root = tmp_path / "robomimic"
+    root.mkdir()
+    with h5py.File(root / "lift.hdf5", "w") as file:
+        for i in range(3):
+            file[f"data/demo_{i}/obs/agentview_image"] = np.full((2 + i, 16, 16, 3), 50 * i, np.uint8)
+    (root / "cut.hdf5").write_bytes((root / "lift.hdf5").read_bytes()[:700])
+    settings = [
+        "data.groups=data",
+        "data.cameras={static: obs/agentview_image}",
+        "data.instruction=lift the cube",
+    ]
+    output = prepared("hdf5", root, vae, *settings)
+    assert [e.id for e in read_episodes(output, "train")] == ["lift-data-demo_0", "lift-data-demo_1"]
+    assert [(e.id, e.frames) for e in read_episodes(output, "val")] == [("lift-data-demo_2", 4)]
+    (note,) = (output / "skipped" / "train").iterdir()
+    assert "cut.hdf5: damaged" in note.read_text()
+
+
+def test_hdf5_links_out_of_the_file_are_not_followed(tmp_path: Path, vae: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    root = tmp_path / "links"
+    root.mkdir()
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["pictures"] = np.zeros((3, 16, 16, 3), np.uint8)
+    with h5py.File(root / "episode.h5", "w") as file:
+        file["pictures"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "/pictures")
+    common = [f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}", "data.instruction=go"]
+    assert run(prepare, "data=captioned_hdf5", *common, "data.cameras={static: pictures}") == 2
+    assert "leads out of the file" in (tmp_path / "out" / "skipped" / "train" / "episode.txt").read_text()
+
+
+# ------------------------------------------------------------ restarts and damage
+
+
+def test_a_killed_preparation_goes_on_and_redoes_nothing(
+    videos: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = videos.parent / "videos_latents"
+    settings = ["data=captioned_videos", f"data.root={videos}", f"vae={vae}", f"output={output}"]
+    write, written = prepare.write_episode, []
+
+    def dies(output: Path, split: str, name: str, *args: Any, **kwargs: Any) -> None:
+        written.append(name)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(output, split, name, *args, **kwargs)
+
+    monkeypatch.setattr(prepare, "write_episode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare, *settings)
+    assert run(prepare, *settings) == 2, "the folder exists"
+    video(videos / "broken.mp4", 4)  # mended meanwhile
+    assert run(prepare, *settings, "resume=true") == 0
+    assert written == ["kitchen_1", "kitchen_2", "broken", "kitchen_2"]
+    assert len(read_episodes(output, "train")) == 2 and not list((output / "skipped").rglob("*.txt"))
+    assert run(prepare, *settings, "resume=true", "image_size=32") == 2, "another size than it was begun with"
+
+
+def test_a_full_disk_is_named(
+    videos: Path, vae: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "write_episode", full)
+    settings = [
+        "data=captioned_videos",
+        f"data.root={videos}",
+        f"vae={vae}",
+        f"output={videos.parent / 'out'}",
+    ]
+    assert run(prepare, *settings) == 2
+    message = capsys.readouterr().err.strip()
+    assert "train/kitchen_1 (No space left on device)" in message and "resume=true" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "captions.jsonl",
+            '{"video": "a.mp4", "text": "x"}\n{"video": "b.mp4"}',
+            "line 2: a video or its caption",
+        ),
+        ("captions.jsonl", '{"video": "a.mp4", "text": "x"}\n{"video": ', "line 2: not JSON"),
+        ("captions.jsonl", '{"video": "../../etc/a.mp4", "text": "x"}', "outside the folder"),
+        ("captions.jsonl", "", "no captions in it"),
+        ("captions.csv", "file,words\na.mp4,x\n", "must name the columns video and text"),
+        ("captions.csv", "video,text\na.mp4,\n", "line 2: a video or its caption"),
+        ("labels.json", '[{"id": "1"}]', "not captions as expected"),
+        ("labels.txt", "x", "captions are read from"),
+        (None, "", "no such file"),
+    ],
+)
+def test_bad_captions_are_named(
+    tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture, name: str | None, content: str, message: str
+) -> None:
+    if name is not None:
+        (tmp_path / name).write_text(content)
+    settings = [f"data.root={tmp_path}", f"data.splits={{train: {name or 'none.csv'}, val: null}}"]
+    code = run(prepare, "data=captioned_videos", *settings, f"vae={vae}", f"output={tmp_path / 'out'}")
+    assert code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_recordings() -> None:
+    assert file_name("a/b c:d.é") == "a_b_c_d.é" and file_name("../..") == "_"
+    same = distinct([Recording("a", 1), Recording("b", 2), Recording("a", 3)])
+    assert [(r.id, r.place) for r in same] == [("a", 1), ("b", 2), ("a-2", 3)]
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, [1]), (20, [19]), (45, [19, 39])])
+def test_every_twentieth_is_held_out(count: int, held: list[int]) -> None:
+    items = list(range(count))
+    assert part(items, True) == held and part(items, False) == [i for i in items if i not in held]
+    assert part(items, None) == items and part([7], True) == part([7], False) == [7]
+
+
+# ------------------------------------------------------------ old latents
+
+
+def test_old_latents_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Those of PyTorch's old format cannot be read in part; afterwards they can, value for value."""
+    latents = torch.randn(7, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    for split in ("train", "val"):
+        (tmp_path / "annotation" / split).mkdir(parents=True)
+        (tmp_path / "latent_videos" / split).mkdir(parents=True)
+        path = f"latent_videos/{split}/0.pt"
+        torch.save(latents, tmp_path / path, _use_new_zipfile_serialization=False)
+        annotation = {"texts": ["go"], "videos": [], "latent_videos": [{"latent_video_path": path}]}
+        file = tmp_path / "annotation" / split / "0.json"
+        file.write_text(json.dumps(annotation | {"video_length": 7, "episode_id": 0}))
+    with pytest.raises(UserError, match=r"0\.pt: cannot read.*Step1_GFDM\.convert"):
+        read_latents(tmp_path / "latent_videos/train/0.pt", np.array([1]))
+    assert run(convert, f"root={tmp_path}", "workers=2") == 0
+    for split in ("train", "val"):
+        (episode,) = read_episodes(tmp_path, split)
+        assert episode.latents == [f"latent_videos/{split}/0.safetensors"]
+        assert torch.equal(
+            read_latents(tmp_path / episode.latents[0], np.array([5, 2, 6])), latents[[5, 2, 6]]
+        )
+    assert run(convert, f"root={tmp_path}") == 0
+    assert "0 files converted, 2 episodes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_damaged_old_latents_are_named(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    for content in (torch.zeros(3), {"a": 1}, Evil()):
+        torch.save(content, tmp_path / "0.pt")
+        with pytest.raises(UserError, match=r"0\.pt"):
+            convert.read_old(tmp_path / "0.pt")
