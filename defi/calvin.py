@@ -9,12 +9,15 @@ A data set is a folder with the splits `training` and `validation`; a split hold
     lang_annotations/auto_lang_ann.npy   {"language": {"ann", "task", "emb"}, "info": {"indx", "episodes"}}
     .hydra/merged_config.yaml        the simulator's settings
 
+The folder may be one within a zip (`task_ABC_D.zip/training`), which is read without unpacking it.
+
 Reading never runs code from a file: pictures and states are plain arrays, the pickled dicts go through
 `defi.npy`. Every fault of a file is a `UserError` that names the file.
 """
 
 import hashlib
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,10 +30,13 @@ import numpy as np
 from jaxtyping import Int64
 from numpy.lib import format as npy_format
 
+from defi.archive import FolderFiles, open_files
 from defi.errors import UserError
-from defi.npy import load_npy, plain_array
+from defi.npy import parse_npy, plain_array
 
 TRAINING, VALIDATION = "training", "validation"
+INDEX, LENGTHS, SCENES = "ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy"
+FRAME_FILE = re.compile(r"episode_\d{7}\.npz")
 ANNOTATIONS = "lang_annotations/auto_lang_ann.npy"
 LARGEST_MEMBER = 64 * 2**20  # bytes of one array of a frame; a camera of 4000² pixels has 48 MB
 EMBEDDING = (1, 384)  # CALVIN's sentence embedding of one annotation
@@ -63,10 +69,18 @@ def frame_name(frame: int) -> str:
     return f"episode_{frame:07d}.npz"
 
 
-def read_frame(path: Path, keys: Iterable[str] = tuple(FRAME)) -> dict[str, np.ndarray]:
-    """The arrays `keys` of one frame's file; the file's other members are not decompressed."""
+def read_frame(
+    path: Path, keys: Iterable[str] = tuple(FRAME), *, content: bytes | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays `keys` of one frame's file; the file's other members are not decompressed.
+
+    content: the file's bytes where they do not lie at `path`, in a zip say.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds no frame in CALVIN's format.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path if content is None else io.BytesIO(content)) as archive:
             arrays = {key: plain_array(_member(archive, f"{key}.npy")) for key in keys}
     except FileNotFoundError:
         raise UserError(f"{path}: missing, though the index counts it; copy the data set again") from None
@@ -96,23 +110,24 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 
 class CalvinFolder:
-    """One split of a data set in CALVIN's format, read lazily.
+    """One split of a data set in CALVIN's format, a folder or one within a zip, read lazily.
 
     Raises:
-        UserError: the folder is missing, has no frames, or its index is not one.
+        UserError: the folder is missing, has no frames, its index is not one or contradicts itself.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        self._files = open_files(self.folder)
+        if isinstance(self._files, FolderFiles) and not self.folder.is_dir():
             raise UserError(
                 f"{self.folder}: no such folder; give the data set in CALVIN's format that holds it, "
                 f"or collect one with `python -m defi.sim.collect`"
             )
-        index = self.folder / "ep_start_end_ids.npy"
-        if not index.is_file():
+        index = self._files.path(INDEX)
+        if INDEX not in self._files:
             raise UserError(f"{index}: missing, so this is no split of a CALVIN data set; check the path")
-        ids = load_npy(index)
+        ids = self._load(INDEX)
         if not (isinstance(ids, np.ndarray) and ids.shape[1:] == (2,) and ids.dtype.kind in "iu"):
             raise UserError(f"{index}: not an integer array of shape [N, 2]; copy the data set again")
         if len(ids) == 0:
@@ -120,6 +135,11 @@ class CalvinFolder:
         if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
             raise UserError(f"{index}: a recording ends before it starts; copy the data set again")
         self.episodes: list[tuple[int, int]] = [(int(start), int(end)) for start, end in ids]
+        if LENGTHS in self._files and not np.array_equal(self._load(LENGTHS), ids[:, 1] - ids[:, 0] + 1):
+            raise UserError(f"{self._files.path(LENGTHS)}: contradicts {INDEX}; copy the data set again")
+
+    def _load(self, name: str) -> Any:
+        return parse_npy(self._files.read(name), self._files.path(name))
 
     def __repr__(self) -> str:
         return f"CalvinFolder({str(self.folder)!r})"
@@ -132,10 +152,10 @@ class CalvinFolder:
     @cached_property
     def spans(self) -> list[Span]:
         """The annotated demonstrations, in the file's order."""
-        path = self.folder / ANNOTATIONS
-        if not path.is_file():
+        path = self._files.path(ANNOTATIONS)
+        if ANNOTATIONS not in self._files:
             raise UserError(f"{path}: missing annotation; only data with language can be trained on")
-        annotation = load_npy(path)
+        annotation = self._load(ANNOTATIONS)
         try:
             texts, tasks = annotation["language"]["ann"], annotation["language"]["task"]
             bounds = [(int(start), int(end)) for start, end in annotation["info"]["indx"]]
@@ -156,33 +176,50 @@ class CalvinFolder:
     @cached_property
     def scenes(self) -> dict[str, tuple[int, int]]:
         """Scene name ("A") -> its first and last frame; empty where the data set does not say."""
-        path = self.folder / "scene_info.npy"
-        if not path.is_file():
+        path = self._files.path(SCENES)
+        if SCENES not in self._files:
             return {}
-        info = load_npy(path)
+        info = self._load(SCENES)
         try:
             return {str(k).rpartition("_")[2]: (int(first), int(last)) for k, (first, last) in info.items()}
         except (AttributeError, TypeError, ValueError):
             raise UserError(f"{path}: not a dict of scene -> [first frame, last frame]") from None
 
     def path(self, frame: int) -> Path:
-        return self.folder / frame_name(frame)
+        return self._files.path(frame_name(frame))
 
     def frame(self, frame: int, keys: Iterable[str] = tuple(FRAME)) -> dict[str, np.ndarray]:
         """Arrays of one frame, as stored (pictures uint8 [H, W, 3], states float64)."""
-        return read_frame(self.path(frame), keys)
+        path = self.path(frame)
+        if isinstance(self._files, FolderFiles):  # only the parts of the file that hold the keys are read
+            return read_frame(path, keys)
+        return read_frame(path, keys, content=self._files.read(frame_name(frame)))
 
     def stack(self, key: str, frames: Iterable[int]) -> np.ndarray:
         """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7]."""
         return np.stack([self.frame(frame, (key,))[key] for frame in frames])
 
+    def check_frames(self) -> None:
+        """Compare the files that are there with the index.
+
+        Raises:
+            UserError: frames are missing; their number and the first are named.
+        """
+        there = np.array([int(name[8:-4]) for name in self._files if FRAME_FILE.fullmatch(name)], np.int64)
+        missing = np.setdiff1d(self.frame_ids, there)
+        if len(missing):
+            raise UserError(
+                f"{self.path(int(missing[0]))}: missing, and {len(missing) - 1:,} more of the "
+                f"{len(self.frame_ids):,} frames that {INDEX} counts; copy the data set again"
+            )
+
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the data: hash of the index files and of 16 frames spread over the split."""
         digest = hashlib.sha256()
-        for name in ("ep_start_end_ids.npy", ANNOTATIONS):
-            if (self.folder / name).is_file():
-                digest.update((self.folder / name).read_bytes())
+        for name in (INDEX, ANNOTATIONS):
+            if name in self._files:
+                digest.update(self._files.read(name))
         for i in np.linspace(0, len(self.frame_ids) - 1, 16).astype(int):
             frame = self.frame(int(self.frame_ids[i]), ("rgb_static", "rel_actions"))
             digest.update(frame["rgb_static"].tobytes() + frame["rel_actions"].tobytes())
@@ -237,8 +274,8 @@ def index_files(
         "info": {"episodes": [], "indx": [(span.start, span.end) for span in spans]},
     }
     return {
-        "ep_start_end_ids.npy": _npy(ids),
-        "ep_lens.npy": _npy(ids[:, 1] - ids[:, 0] + 1),
-        "scene_info.npy": _npy({f"calvin_scene_{name}": list(ends) for name, ends in scenes.items()}),
+        INDEX: _npy(ids),
+        LENGTHS: _npy(ids[:, 1] - ids[:, 0] + 1),
+        SCENES: _npy({f"calvin_scene_{name}": list(ends) for name, ends in scenes.items()}),
         ANNOTATIONS: _npy(annotation),
     }

@@ -160,6 +160,11 @@ def load_npy(path: str | Path) -> Any:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    return parse_npy(data, path)
+
+
+def parse_npy(data: bytes, path: Path) -> Any:
+    """As `load_npy`, of a file's bytes; `path` names the file in errors."""
     try:
         return _load(data)
     except _Refused as refusal:

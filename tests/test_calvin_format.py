@@ -1,5 +1,7 @@
 """CALVIN's format: what is written is read back, by this project and by NumPy alone; faults name the file."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,12 @@ def made_up_frame(i: int) -> dict[str, np.ndarray]:
         "robot_obs": rng.normal(size=15),
         "scene_obs": rng.normal(size=24),
     }
+
+
+def cut_index(split: Path) -> None:
+    """Another data set's index: one recording of 51 frames."""
+    np.save(split / "ep_start_end_ids.npy", np.array([[0, 50]]))
+    np.save(split / "ep_lens.npy", np.array([51]))
 
 
 @pytest.fixture
@@ -104,11 +112,12 @@ def test_a_frame_of_another_format(split: Path) -> None:
     [
         (lambda split: (split / "ep_start_end_ids.npy").unlink(), r"ep_start_end_ids\.npy: missing"),
         (lambda split: (split / ANNOTATIONS).unlink(), r"auto_lang_ann\.npy: missing annotation"),
+        (lambda split: np.save(split / "ep_lens.npy", [40, 59]), r"ep_lens\.npy: contradicts"),
         (lambda split: (split / frame_name(99)).unlink(), r"episode_0000099\.npz: missing"),
         (lambda split: np.save(split / "ep_start_end_ids.npy", np.zeros((0, 2), int)), "no frames"),
         (lambda split: np.save(split / "ep_start_end_ids.npy", np.zeros((3, 2))), "not an integer array"),
         (lambda split: np.save(split / "ep_start_end_ids.npy", np.array([[3, 2]])), "ends before it starts"),
-        (lambda split: np.save(split / "ep_start_end_ids.npy", np.array([[0, 50]])), r"span \(45, 99\)"),
+        (lambda split: cut_index(split), r"span \(45, 99\)"),
         (lambda split: np.save(split / ANNOTATIONS, {"language": {}}), "not CALVIN's annotation"),
         (
             lambda split: (split / ANNOTATIONS).write_bytes(b"\x93NUMPY"),
@@ -127,6 +136,55 @@ def test_damage_is_named(split: Path, damage, message: str) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
         CalvinFolder(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------ within a zip
+
+
+@pytest.fixture(params=[zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def packed(split: Path, request: pytest.FixtureRequest) -> Path:
+    """The data set as it is downloaded: a zip with one folder, the splits in it."""
+    archive = split.parent / "task_ABC_D.zip"
+    with zipfile.ZipFile(archive, "w", request.param) as file:
+        file.writestr("task_ABC_D/", "")
+        for path in sorted(p for p in split.rglob("*") if p.is_file()):
+            file.write(path, f"task_ABC_D/training/{path.relative_to(split)}")
+    return archive
+
+
+def test_a_zip_reads_as_the_folder_it_holds(split: Path, packed: Path) -> None:
+    whole, data = CalvinFolder(split), CalvinFolder(packed / "training")
+    assert (data.episodes, data.spans, data.scenes) == (whole.episodes, whole.spans, whole.scenes)
+    assert data.fingerprint == whole.fingerprint
+    for i in (0, 57, 99):
+        for key, expected in whole.frame(i).items():
+            np.testing.assert_array_equal(data.frame(i)[key], expected)
+    data.check_frames()
+    assert str(data.path(3)) == f"{packed}/task_ABC_D/training/episode_0000003.npz"
+
+
+def test_a_damaged_zip_is_named_with_the_position(split: Path, packed: Path) -> None:
+    content = packed.read_bytes()
+    packed.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"task_ABC_D\.zip: cut short or damaged"):
+        CalvinFolder(packed / "training")
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        info = file.getinfo("task_ABC_D/training/episode_0000042.npz")
+    at = info.header_offset + 30 + len(info.filename) + info.compress_size // 2
+    packed.write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
+    data = CalvinFolder(packed / "training")
+    data.frame(41)
+    with pytest.raises(UserError, match=r"episode_0000042\.npz, at byte \d+ of the zip: damaged"):
+        data.frame(42)
+    with pytest.raises(UserError, match="no folder validation in it"):
+        CalvinFolder(packed / "validation")
+
+
+def test_missing_frames_are_counted(split: Path) -> None:
+    for i in (7, 8, 50):
+        (split / frame_name(i)).unlink()
+    with pytest.raises(UserError, match=r"episode_0000007\.npz: missing, and 2 more of the 100 frames"):
+        CalvinFolder(split).check_frames()
 
 
 def test_the_fingerprint_follows_the_data(split: Path) -> None:

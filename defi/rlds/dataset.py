@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from defi.archive import read_places
 from defi.errors import UserError
 from defi.rlds.index import open_index, read_texts
 from defi.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_spec, read_splits
-from defi.rlds.tfrecord import BYTES, FLOATS, INTS, Values, parse_example, read_places
+from defi.rlds.tfrecord import BYTES, FLOATS, INTS, Values, parse_example
 
 # Where data sets keep their instruction, in order of preference.
 LANGUAGE = ("language_instruction", "observation/natural_language_instruction", "observation/instruction")

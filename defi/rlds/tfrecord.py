@@ -9,7 +9,6 @@ listed: a picture is decoded from its place, without its episode (the protocol-b
 places, and need compiled classes).
 """
 
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ import google_crc32c
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from defi.archive import Place
 from defi.errors import UserError
 
 HEADER, FOOTER = 12, 4  # bytes around a record's data
 BYTES, FLOATS, INTS = 1, 2, 3  # field numbers of tf.train.Feature's lists
-
-Place = tuple[int, int]  # first byte and the one after the last
 
 
 @dataclass(frozen=True)
@@ -72,26 +70,6 @@ def _read_record(path: Path, header: bytes, number: int, start: int, size: int, 
     if masked_crc(data) != struct.unpack("<I", read(FOOTER))[0]:
         raise UserError(f"{where}: wrong checksum of its {length} bytes of data; copy the file again")
     return Record(number, start + HEADER, data)
-
-
-def read_places(path: Path, places: list[Place]) -> list[bytes]:
-    """Some bytes of a file.
-
-    Raises:
-        UserError: the file is missing or shorter than that.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            parts = [os.pread(descriptor, end - start, start) for start, end in places]
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy the data set again") from None
-    for part, (start, end) in zip(parts, places):
-        if len(part) != end - start:
-            raise UserError(f"{path}: ends before byte {end}; copy the file again")
-    return parts
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
