@@ -7,6 +7,7 @@
                             images    uint8   [rows, V, 3, H, W]
         actions.npy     float32 [N, K, 7]
         index.npy       int64 [N, 2]: row of inputs, number of the instruction
+        video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `video_stride`)
 """
 
 import json
@@ -21,13 +22,16 @@ from torch.utils.data import Dataset
 from defi.errors import UserError
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
-INPUTS, ACTIONS, INDEX = "inputs.npy", "actions.npy", "index.npy"
+INPUTS, ACTIONS, INDEX, VIDEO = "inputs.npy", "actions.npy", "index.npy", "video.npy"
 KINDS = ("features", "latents", "images")
 
 
 @dataclass
 class StoreManifest:
-    """What a store holds. look: shape of one row less its draws. gfdm: fingerprint of the stage-1 weights."""
+    """What a store holds. look: shape of one row less its draws. gfdm: fingerprint of the stage-1 weights.
+
+    video_stride: frames between the frames of the kept videos; None: no videos.
+    """
 
     kind: str
     samples: int
@@ -44,6 +48,7 @@ class StoreManifest:
     seed: int
     gfdm: str | None = None
     feature_noise: str | None = None
+    video_stride: int | None = None
     tasks: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -70,7 +75,10 @@ def read_manifest(folder: Path) -> StoreManifest:
 
 
 class PolicyStore(Dataset):
-    """Samples {features | latents | images, text, actions}; features in several draws: a sample per draw."""
+    """Samples {features | latents | images, text, actions} and, where the store has it, `video` [V, F, ...].
+
+    Features in several draws: a sample per draw.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -80,6 +88,7 @@ class PolicyStore(Dataset):
         self.inputs = self._array(INPUTS, (m.rows, *draws, *m.look))
         self.actions = self._array(ACTIONS, (m.samples, m.chunk, None))
         self.index = self._array(INDEX, (m.samples, 2))
+        self.video = None if m.video_stride is None else self._array(VIDEO, (m.samples, None))
 
     def _array(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
         file = self.folder / name
@@ -103,8 +112,11 @@ class PolicyStore(Dataset):
         sample, draw = divmod(i, self.manifest.draws)
         row, text = self.index[sample]
         look = self.inputs[row, draw] if self.manifest.kind == "features" else self.inputs[row]
-        return {
+        found = {
             self.manifest.kind: torch.from_numpy(np.array(look)),
             "text": self.manifest.texts[text],
             "actions": torch.from_numpy(np.array(self.actions[sample])),
         }
+        if self.video is not None:
+            found["video"] = torch.from_numpy(self.inputs[self.video[sample]]).transpose(0, 1)
+        return found

@@ -29,7 +29,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import ACTIONS, INDEX, INPUTS, KINDS, MANIFEST, PROGRESS, StoreManifest
+from Step3_DeFI.data import ACTIONS, INDEX, INPUTS, KINDS, MANIFEST, PROGRESS, VIDEO, StoreManifest
 from Step3_DeFI.features import encode_views, imagine, video_noise
 from Step3_DeFI.observation import CAMERAS, observe
 from Step3_DeFI.sources import check_gfdm
@@ -44,12 +44,17 @@ class Plan:
     looks: list[Look]
     index: np.ndarray  # int64 [N, 2]: look, instruction
     actions: np.ndarray  # float32 [N, K, A]
+    video: np.ndarray | None  # int64 [N, F]: looks at the frames that follow
     texts: list[str]
     tasks: dict[str, int]
 
 
-def plan_samples(data: CalvinFolder, *, chunk: int, tail: int, stride: int, by_text: bool) -> Plan:
+def plan_samples(
+    data: CalvinFolder, *, chunk: int, tail: int, stride: int, by_text: bool, video: range | None = None
+) -> Plan:
     """Samples start at s … e − tail of every annotated span (s, e); sample i has `chunk` actions from i on.
+
+    `video`: frames of the clip that is kept with each sample, counted from its own; past e, e is repeated.
 
     Raises:
         UserError: `tail` leaves no room for a chunk, or no span is long enough.
@@ -58,7 +63,7 @@ def plan_samples(data: CalvinFolder, *, chunk: int, tail: int, stride: int, by_t
         raise UserError(f"data.tail={tail}: a chunk has {chunk} actions; set data.tail={chunk - 1} or more")
     looks: dict[Look, int] = {}
     texts: dict[str, int] = {}
-    index, actions, tasks = [], [], {}
+    index, actions, clips, tasks = [], [], [], {}
     for span in data.spans:
         starts = range(span.start, span.end - tail + 1, stride)
         if not starts:
@@ -69,10 +74,19 @@ def plan_samples(data: CalvinFolder, *, chunk: int, tail: int, stride: int, by_t
             look = looks.setdefault((frame, text if by_text else -1), len(looks))
             index.append((look, text))
             actions.append(taken[frame - span.start : frame - span.start + chunk])
+            following = [min(frame + offset, span.end) for offset in video or ()]
+            clips.append([looks.setdefault((next_frame, -1), len(looks)) for next_frame in following])
         tasks[span.task] = tasks.get(span.task, 0) + len(starts)
     if not index:
         raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
-    return Plan(list(looks), np.array(index, np.int64), np.stack(actions), list(texts), tasks)
+    return Plan(
+        looks=list(looks),
+        index=np.array(index, np.int64),
+        actions=np.stack(actions),
+        video=None if video is None else np.array(clips, np.int64),
+        texts=list(texts),
+        tasks=tasks,
+    )
 
 
 def read_looks(data: CalvinFolder, frames: Sequence[int], size: int) -> UInt8[Tensor, "N V 3 size size"]:
@@ -147,12 +161,14 @@ def prepare(cfg: DictConfig) -> Path:
     policy = PolicyConfig.from_preset(cfg)
     data = CalvinFolder(Path(cfg.data.root) / cfg.data.split)
     encoder, image_size = build_encoder(cfg, policy)
+    apart = cfg.store.video_stride
     plan = plan_samples(
         data,
         chunk=policy.chunk,
         tail=cfg.data.tail,
         stride=cfg.data.stride,
         by_text=encoder.kind == "features",
+        video=None if apart is None else range(0, policy.frames * apart, apart),
     )
     shape = encoder.row_shape(policy, image_size)
     manifest = StoreManifest(
@@ -171,6 +187,7 @@ def prepare(cfg: DictConfig) -> Path:
         seed=cfg.seed,
         gfdm=None if encoder.gfdm is None else fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
         feature_noise=policy.feature_noise if encoder.kind == "features" else None,
+        video_stride=apart,
         tasks=plan.tasks,
     )
     done = rows_done(output, manifest) if cfg.resume else 0
@@ -180,6 +197,8 @@ def prepare(cfg: DictConfig) -> Path:
         return output
     np.save(output / INDEX, plan.index)
     np.save(output / ACTIONS, plan.actions)
+    if plan.video is not None:
+        np.save(output / VIDEO, plan.video)
     inputs = np.lib.format.open_memmap(
         output / INPUTS,
         mode="r+" if done else "w+",
@@ -201,6 +220,10 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
     if draws < 1 or (draws > 1 and (kind != "features" or policy.feature_noise == "fixed")):
         raise UserError(
             f"store.draws={draws}: only features with fresh noise come in several draws; set it to 1"
+        )
+    if cfg.store.video_stride is not None and (kind == "features" or cfg.store.video_stride < 1):
+        raise UserError(
+            f"store.video_stride={cfg.store.video_stride}: 1 or more, with store.kind=latents or images"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gfdm, image_size = None, cfg.gfdm.image_size

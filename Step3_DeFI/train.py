@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from defi.config import entry, typed
-from defi.engine.checkpoint import find_weights
+from defi.engine.checkpoint import continues, find_weights
 from defi.engine.config import TrainerConfig
 from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
@@ -35,12 +35,17 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 
 def check_store(store: PolicyStore, policy: PolicyConfig, gfdm: Path, image_size: int) -> None:
-    """Refuse a store that was made for other sizes, another stage-1 checkpoint, or other noise.
+    """Refuse a store made for other sizes, another stage-1 checkpoint, other noise, or without finetuning.
 
     Raises:
         UserError: names what the store has and what the policy expects.
     """
     made = store.manifest
+    if made.kind == "features" and policy.finetune.mode != "none":
+        raise UserError(
+            f"{store.folder}: stored features have no gradient for gfdm.finetune={policy.finetune.mode}; "
+            "prepare a store with store.kind=latents, or leave finetune at none"
+        )
     expected: dict[str, tuple[object, object]] = {"chunk": (made.chunk, policy.chunk)}
     if made.kind == "features":
         shape = [policy.views, policy.frames, policy.feature_tokens, policy.feature_channels]
@@ -54,6 +59,15 @@ def check_store(store: PolicyStore, policy: PolicyConfig, gfdm: Path, image_size
             raise UserError(
                 f"{store.folder}: prepared with {name} {found}, the policy expects {wanted}; prepare it again"
             )
+
+
+def check_videos(store: PolicyStore, policy: PolicyConfig) -> None:
+    """Refuse a store to train from that lacks the videos which a video loss needs."""
+    if policy.finetune.video_loss and (store.video is None or store.video.shape[1] != policy.frames):
+        raise UserError(
+            f"{store.folder}: holds no videos of {policy.frames} frames for gfdm.video_loss; "
+            "prepare it with store.video_stride=2, or leave video_loss at 0"
+        )
 
 
 def spread(store: PolicyStore, count: int) -> dict[str, Any]:
@@ -127,7 +141,8 @@ def train_policy(cfg: DictConfig) -> Path:
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     for store in stores.values():
         check_store(store, config, find_weights(cfg.gfdm_checkpoint, "gfdm"), policy.image_size)
-    if not cfg.resume:
+    check_videos(stores["training"], config)
+    if not continues(cfg.output, cfg.resume):
         policy.fit_standardisation(spread(stores["training"], FITTED))
     return train(
         policy,
