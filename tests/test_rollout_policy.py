@@ -140,13 +140,13 @@ def composed(settings: list[str]) -> DictConfig:
         return compose("step3_rollout", settings)
 
 
-def command(*settings: str) -> subprocess.CompletedProcess:
+def command(*settings: str, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "Step3_DeFI.rollout", *settings],
+        [sys.executable, *launch, "-m", "Step3_DeFI.rollout", *settings],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
 
 
@@ -169,6 +169,16 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     assert results.policy["fingerprint"] == identify(run)["fingerprint"] and results.policy["step"] == 3
     assert "video/mp4" in (output / "report.html").read_text()
     assert results.policy["device"] == "cpu" and results.policy["threads"] == 1
+
+    shared = tmp_path / "shared"
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
+    launch += ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
+    done = command(*settings, f"output={shared}", "baseline=null", launch=launch)
+    assert done.returncode == 0, done.stderr
+    assert [(shared / name).read_text().count("\n") for name in ("chains.jsonl", "chains.1.jsonl")] == [1, 1]
+    alike = [[(c.index, c.tasks, c.steps, c.looks) for c in read_results(o).chains] for o in (output, shared)]
+    assert alike[0] == alike[1]
+
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for changed, message in (
         ([], "resume=true continues it"),
