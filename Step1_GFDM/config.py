@@ -67,11 +67,13 @@ class FeatureConfig:
 @dataclass
 class GFDMConfig:
     """frames: F. image_size: H = W in pixels. pretrained: a Stable Video Diffusion folder to start from
-    instead of random weights; its sizes then take the place of `unet` and `vae`."""
+    instead of random weights; its sizes then take the place of `unet` and `vae`. gradient_checkpointing: in
+    training, compute the UNet's activations again on the way back instead of keeping them."""
 
     frames: int = 16
     image_size: int = 256
     pretrained: str | None = None
+    gradient_checkpointing: bool = False
     unet: UNetSizes = field(default_factory=UNetSizes)
     vae: VAESizes = field(default_factory=VAESizes)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

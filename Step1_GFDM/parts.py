@@ -1,5 +1,6 @@
 """Stable Video Diffusion's networks at the sizes of a preset, with random weights."""
 
+import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 
 from Step1_GFDM.config import GFDMConfig, VAESizes
@@ -7,18 +8,19 @@ from Step1_GFDM.config import GFDMConfig, VAESizes
 
 def build_scheduler() -> EulerDiscreteScheduler:
     """SVD's sampling schedule: v-prediction, Karras sigmas 0.002…700, continuous timesteps ln(sigma)/4."""
-    return EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="leading",
-        timestep_type="continuous",
-        steps_offset=1,
-        use_karras_sigmas=True,
-        sigma_min=0.002,
-        sigma_max=700.0,
-    )
+    with torch.device("cpu"):  # a few numbers, whatever device the networks are being built on
+        return EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            timestep_spacing="leading",
+            timestep_type="continuous",
+            steps_offset=1,
+            use_karras_sigmas=True,
+            sigma_min=0.002,
+            sigma_max=700.0,
+        )
 
 
 def build_vae(sizes: VAESizes, image_size: int) -> AutoencoderKLTemporalDecoder:

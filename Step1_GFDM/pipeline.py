@@ -19,9 +19,10 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from defi.checkpoints.foreign import read_foreign
 from defi.config import typed
 from defi.engine.checkpoint import load_strict, read_tensors
 from defi.errors import UserError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CONFIG = "gfdm.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PUBLISHED_WEIGHTS = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
 Part = TypeVar("Part", bound=ConfigMixin)
 
 diffusers_logging.disable_progress_bar()
@@ -101,7 +103,18 @@ def load_part(cls: type[Part], folder: Path) -> Part:
 
 def load_network(model: nn.Module, folder: Path) -> None:
     """Copy a diffusers network's weights into `model`, strictly."""
-    load_strict(model.state_dict(), read_tensors(folder / WEIGHTS), source=folder / WEIGHTS)
+    load_strict(model.state_dict(), read_weights(folder), source=weights_file(folder))
+
+
+def weights_file(folder: Path) -> Path:
+    """Where a network's tensors lie: as this project writes them, or as a published folder may have them."""
+    return next((folder / name for name in PUBLISHED_WEIGHTS if (folder / name).is_file()), folder / WEIGHTS)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A network's tensors."""
+    file = weights_file(folder)
+    return read_foreign(file) if file.suffix == ".bin" else read_tensors(file)
 
 
 def load_foreign(folder: Path, clip: CLIPText) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -49,8 +49,13 @@ class DinoPatches(nn.Module):
         """The pretrained encoder the config names, or the random one it describes."""
         if config.pretrained:
             return cls.load(config.pretrained, config.image_size)
+        return cls.random(config, positions=config.image_size)
+
+    @classmethod
+    def random(cls, config: DinoConfig, *, positions: int) -> "DinoPatches":
+        """Random weights, with position embeddings for images of `positions` × `positions` pixels."""
         sizes = Dinov2WithRegistersConfig(
-            image_size=config.image_size,
+            image_size=positions,
             patch_size=config.patch,
             hidden_size=config.width,
             num_hidden_layers=config.layers,

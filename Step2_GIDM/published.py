@@ -6,38 +6,33 @@ One table from our parameter names to the published ones; where ours is one tens
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from defi.errors import UserError
+from defi.checkpoints.account import Report, account, shapes
+from defi.checkpoints.names import Names, both, join, split
 from Step2_GIDM.latent_action import LatentActionSizes
 
-Names = dict[str, tuple[str, ...]]
 # Counters of the quantizer: state of a training run, not weights.
 COUNTERS = ("usage", "recent", "restarts")
 
 
-def _both(ours: str, published: str) -> Names:
-    return {f"{ours}.{kind}": (f"{published}.{kind}",) for kind in ("weight", "bias")}
-
-
 def _attention(ours: str, published: str) -> Names:
     parts = tuple(f"{published}.to_{part}.weight" for part in "qkv")
-    return {f"{ours}.qkv.weight": parts, **_both(f"{ours}.out", f"{published}.to_out.0")}
+    return {f"{ours}.qkv.weight": parts, **both(f"{ours}.out", f"{published}.to_out.0")}
 
 
 def _input(ours: str, published: str) -> Names:
-    return {k: v for i in range(3) for k, v in _both(f"{ours}.{i}", f"{published}.{i}").items()}
+    return {k: v for i in range(3) for k, v in both(f"{ours}.{i}", f"{published}.{i}").items()}
 
 
 def _block(ours: str, published: str, *, temporal: bool) -> Names:
     norms = ("spatial_norm", "temporal_norm", "ffn_norm") if temporal else ("spatial_norm", "ffn_norm")
     names: Names = {}
     for i, norm in enumerate(norms, start=1):
-        names |= _both(f"{ours}.{norm}", f"{published}.norm{i}")
+        names |= both(f"{ours}.{norm}", f"{published}.norm{i}")
     for kind in ("spatial", "temporal") if temporal else ("spatial",):
         names |= _attention(f"{ours}.{kind}", f"{published}.{kind}_attn")
-    return names | _both(f"{ours}.ffn.0", f"{published}.ffn.0") | _both(f"{ours}.ffn.2", f"{published}.ffn.3")
+    return names | both(f"{ours}.ffn.0", f"{published}.ffn.0") | both(f"{ours}.ffn.2", f"{published}.ffn.3")
 
 
 def tokenizer_names(sizes: LatentActionSizes) -> Names:
@@ -46,15 +41,15 @@ def tokenizer_names(sizes: LatentActionSizes) -> Names:
     for i in range(sizes.blocks):
         names |= _block(f"encoder.blocks.{i}", f"encoder.transformer_blocks.{i}", temporal=True)
     if sizes.text_width is not None:
-        names |= _both("encoder.embed_text", "lang_proj")
-    names |= _both("encoder.to_code.0", "to_codebook") | _both("from_code", "action_up")
+        names |= both("encoder.embed_text", "lang_proj")
+    names |= both("encoder.to_code.0", "to_codebook") | both("from_code", "action_up")
     if sizes.frozen_codes is None:
         return names | {
             "encoder.queries.0": ("action_latent",),
             "quantizer.codebook": ("vq.codebook.weight",),
         }
-    names |= _both("encoder.to_code.1", "to_codebook_uncontrol")
-    names |= _both("from_frozen_code", "action_up_uncontrol")
+    names |= both("encoder.to_code.1", "to_codebook_uncontrol")
+    names |= both("from_frozen_code", "action_up_uncontrol")
     return names | {
         "encoder.queries.0": ("action_latent_controllable",),
         "encoder.queries.1": ("action_latent",),
@@ -66,43 +61,32 @@ def tokenizer_names(sizes: LatentActionSizes) -> Names:
 def model_names(sizes: LatentActionSizes, *, decoder_blocks: int) -> Names:
     """`LatentActionModel`'s parameters in the published model."""
     names = {f"tokenizer.{ours}": theirs for ours, theirs in tokenizer_names(sizes).items()}
-    names |= _both("decoder.embed_patches", "patch_up") | _input("decoder.embed", "decoder.ffn")
+    names |= both("decoder.embed_patches", "patch_up") | _input("decoder.embed", "decoder.ffn")
     for i in range(decoder_blocks):
         names |= _block(f"decoder.blocks.{i}", f"decoder.transformer_blocks.{i}", temporal=False)
-    return names | _both("decoder.out", "decoder.out")
-
-
-def from_published(tensors: Mapping[str, Tensor], names: Names, *, source: str) -> dict[str, Tensor]:
-    """Our state dict from published tensors; a missing or unknown one is a `UserError` that names it."""
-    wanted = {name for parts in names.values() for name in parts}
-    if missing := sorted(wanted - set(tensors)):
-        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    if extra := sorted(set(tensors) - wanted):
-        raise UserError(f"{source}: {len(extra)} tensors are not of this model, the first is {extra[0]}")
-    return {ours: torch.cat([tensors[name] for name in parts]) for ours, parts in names.items()}
+    return names | both("decoder.out", "decoder.out")
 
 
 def to_published(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """The inverse of `from_published` (also for gradients): our tensors under the published names."""
-    published: dict[str, Tensor] = {}
-    for ours, parts in names.items():
-        if ours in state:
-            published.update(zip(parts, state[ours].chunk(len(parts))))
+    """Our tensors (weights or gradients) under the published names."""
     return {
         name: tensor[None, None] if name.startswith("action_latent") else tensor
-        for name, tensor in published.items()
+        for name, tensor in split(state, names).items()
     }
 
 
-def load_published(module: nn.Module, tensors: Mapping[str, Tensor], names: Names, *, source: str) -> None:
-    """Load published tensors into `module`, strictly: names and shapes must fit, counters start at zero."""
-    state = from_published(tensors, names, source=source)
+def copy_published(module: nn.Module, tensors: Mapping[str, Tensor], names: Names) -> None:
+    """Copy published tensors, which must be complete, into `module`; its counters stay as they are."""
     own = module.state_dict()
-    for name, tensor in state.items():
-        if tensor.numel() != own[name].numel():
-            raise UserError(
-                f"{source}: {names[name][0]} has shape {list(tensor.shape)}, expected {list(own[name].shape)}"
-            )
-        state[name] = tensor.reshape(own[name].shape)
-    counters = {k: v for k, v in own.items() if k.rsplit(".", 1)[-1] in COUNTERS}
-    module.load_state_dict(state | counters)
+    counters = {name: tensor for name, tensor in own.items() if name.rsplit(".", 1)[-1] in COUNTERS}
+    weights = {name: tensor.reshape(own[name].shape) for name, tensor in join(tensors, names).items()}
+    module.load_state_dict(weights | counters)
+
+
+def load_published(
+    module: nn.Module, tensors: Mapping[str, Tensor], names: Names, *, source: object
+) -> Report:
+    """Load published tensors into `module`, strictly: a name or shape that does not fit is a `UserError`."""
+    report = account(tensors, shapes(to_published(module.state_dict(), names)), source=source).demand()
+    copy_published(module, tensors, names)
+    return report

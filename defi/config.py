@@ -3,11 +3,12 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -55,11 +56,26 @@ def one_line_errors() -> Iterator[None]:
 
 def check_preset(arguments: Sequence[str]) -> None:
     """Raises UserError if `preset=` names none; Hydra would complain of a recipe that depends on it."""
-    presets = sorted(file.stem for file in (CONFIG_DIR / "preset").glob("*.yaml"))
+    known = presets()
     for argument in arguments:
         name, _, value = argument.partition("=")
-        if name == "preset" and not set(value.split(",")) <= set(presets):
-            raise UserError(f"preset={value}: no such preset; choose from {', '.join(presets)}")
+        if name == "preset" and not set(value.split(",")) <= set(known):
+            raise UserError(f"preset={value}: no such preset; choose from {', '.join(known)}")
+
+
+def presets() -> list[str]:
+    """Names of the presets."""
+    return sorted(file.stem for file in (CONFIG_DIR / "preset").glob("*.yaml"))
+
+
+def compose_preset(name: str, *settings: str) -> DictConfig:
+    """A preset's sections, every network at random weights: for its sizes, without anything downloaded."""
+    random = [f"++{section}.pretrained=null" for section in ("text.clip", "text.t5", "gfdm", "gidm.dino")]
+    started = GlobalHydra.instance().is_initialized()  # inside a command
+    with nullcontext() if started else hydra.initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        cfg = hydra.compose(overrides=[f"+preset={name}", *random, *settings])
+    OmegaConf.resolve(cfg)
+    return cfg
 
 
 def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:

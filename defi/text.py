@@ -83,11 +83,14 @@ def _seeded(build, seed: int) -> nn.Module:
         return build()
 
 
-def _load(cls, source: str):
-    """Model and tokenizer from a Hugging Face folder or hub name; a `UserError` names what cannot be read."""
+def _load(cls, source: str, tokenizer: Path | None = None):
+    """Model and tokenizer from a Hugging Face folder or hub name; a `UserError` names what cannot be read.
+
+    tokenizer: its folder, where it does not lie beside the model.
+    """
     try:
         model, report = cls.from_pretrained(source, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else str(tokenizer))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source}: no {cls.__name__} with tokenizer here ({reason})") from error
@@ -172,9 +175,12 @@ class CLIPText(_Tower):
         return cls(_seeded(lambda: CLIPTextModelWithProjection(sizes), config.seed), tokenizer, config)
 
     @classmethod
-    def load(cls, folder: Path, config: TextConfig) -> "CLIPText":
-        """A tower that `save` wrote, used with the settings of `config` (T, cache)."""
-        return cls(*_load(CLIPTextModelWithProjection, str(folder)), config)
+    def load(cls, folder: Path, config: TextConfig, *, tokenizer: Path | None = None) -> "CLIPText":
+        """A tower that `save` wrote, used with the settings of `config` (T, cache).
+
+        tokenizer: its folder, where it does not lie beside the tower.
+        """
+        return cls(*_load(CLIPTextModelWithProjection, str(folder), tokenizer), config)
 
     @property
     def width(self) -> int:

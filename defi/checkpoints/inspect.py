@@ -1,0 +1,139 @@
+"""What is in a checkpoint, ours or published: sizes, types, stage, the presets it fits.
+
+python -m defi.checkpoints.inspect path=<run, folder or file>
+python -m defi.checkpoints.inspect path=lam_idm.ckpt tensors=true      every tensor
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from defi.checkpoints.account import shapes, top
+from defi.checkpoints.convert import ADAPTERS, adapter
+from defi.checkpoints.foreign import read_foreign
+from defi.config import compose_preset, entry, presets
+from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest, read_tensors
+from defi.errors import UserError
+from defi.files import read_json
+
+STATE = ("ema", "state")  # of our checkpoints: beside the weights themselves
+VARIANTS = {"gidm": ((), ("gidm.variant=controllable",))}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint. stage: None where it belongs to none. published: the names are not ours."""
+
+    title: str
+    tensors: dict[str, Tensor]
+    stage: str | None = None
+    published: bool = True
+
+
+def look(path: Path) -> Found:
+    """What lies at `path`.
+
+    Raises:
+        UserError: nothing that this project reads.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a run, a checkpoint folder or a file")
+    if path.is_file():
+        return _file(path)
+    if (path / MANIFEST).is_file() or list_checkpoints(path):
+        return _own(find_checkpoint(path))
+    if (path / "unet").is_dir():
+        video = adapter("gfdm")
+        return Found(video.TITLE, video.read(path), "gfdm")
+    if (path / "config.json").is_file():
+        kind = read_json(path / "config.json", "copy the folder again").get("model_type", "unknown kind")
+        return Found(f"Hugging Face folder ({kind})", _weights(path))
+    raise UserError(f"{path}: no checkpoint here; give a run, a diffusers or Hugging Face folder, or a file")
+
+
+def _file(path: Path) -> Found:
+    tensors = read_foreign(path)
+    for stage in ADAPTERS:
+        if adapter(stage).recognises(tensors):
+            return Found(adapter(stage).TITLE, tensors, stage)
+    return Found("tensors of an unknown model", tensors)
+
+
+def _own(folder: Path) -> Found:
+    manifest = read_manifest(folder)
+    title = f"{manifest['stage']} of this project, preset {manifest['preset']}, step {manifest['step']}"
+    return Found(title, _weights(folder), manifest["stage"], published=False)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of all safetensors files; those of a subfolder begin with its name."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        place = file.relative_to(folder).parts[:-1]
+        if place[:1] and place[0] in STATE:
+            continue
+        tensors |= {".".join([*place, name]): tensor for name, tensor in read_tensors(file).items()}
+    if not tensors:
+        raise UserError(f"{folder}: no safetensors files here; copy the folder again")
+    return tensors
+
+
+def fitting(found: Found) -> list[str]:
+    """The presets whose trained part has exactly these tensors (a controllable GIDM is named as such)."""
+    if found.stage not in ("gfdm", "gidm", "policy"):
+        return []
+    fits = []
+    for preset in presets():
+        for settings in VARIANTS.get(found.stage, ((),)):
+            if _fits(found, preset, settings):
+                fits.append(" ".join([preset, *settings]))
+    return fits
+
+
+def _fits(found: Found, preset: str, settings: tuple[str, ...]) -> bool:
+    stage = adapter(found.stage)
+    with torch.device("meta"):
+        model = stage.build(compose_preset(preset, *settings))
+        try:
+            wanted = stage.publish(model) if found.published else model.own_state()
+        except UserError:  # the preset has parts that the published model lacks
+            return False
+    present = shapes(found.tensors)
+    return all(present.get(name) == shape for name, shape in shapes(wanted).items())
+
+
+def table(tensors: Mapping[str, Tensor], *, each: bool) -> Table:
+    """One row per part, or per tensor."""
+    rows: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        rows.setdefault(name if each else top(name), []).append(tensor)
+    view = Table(box=None, pad_edge=False)
+    for column in ("tensor" if each else "part", "shape" if each else "tensors", "parameters", "type", "MB"):
+        view.add_column(column, justify="left" if column in ("tensor", "part", "type") else "right")
+    for name, group in [*rows.items(), ("total", list(tensors.values()))]:
+        which = "×".join(map(str, group[0].shape)) if each and name != "total" else f"{len(group):,}"
+        kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in group}))
+        parameters = sum(tensor.numel() for tensor in group)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in group)
+        view.add_row(name, which, f"{parameters:,}", kinds, f"{size / 1e6:,.1f}")
+    return view
+
+
+@entry("inspect")
+def main(cfg: DictConfig) -> None:
+    found = look(Path(cfg.path))
+    console = Console(highlight=False)
+    console.print(f"{cfg.path}: {found.title}")
+    console.print(table(found.tensors, each=cfg.tensors))
+    if found.stage not in (None, "clip", "vae"):
+        console.print(f"fits preset  {', '.join(fitting(found)) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Presets: every one composes for every command, and has the parameters it says, counted without memory."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from defi.config import CONFIG_DIR, compose_preset, presets
+from defi.engine.config import TrainerConfig
+from Step1_GFDM.config import GFDMConfig
+from Step2_GIDM import adapter as gidm_adapter
+from Step2_GIDM.model import GIDMConfig
+from Step3_DeFI import adapter as policy_adapter
+from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.policy import DeFI
+from Step3_DeFI.sources import check_gidm
+
+# Those that read a preset.
+COMMANDS = {
+    file.stem
+    for file in CONFIG_DIR.glob("*.yaml")
+    if any("preset" in str(line) for line in OmegaConf.load(file).get("defaults", []))
+}
+
+SETTINGS = {"step1": GFDMConfig, "step2": GIDMConfig, "step3": PolicyConfig}
+
+
+def millions(module: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def build(preset: str, *settings: str) -> DeFI:
+    with torch.device("meta"):
+        return policy_adapter.build(compose_preset(preset, *settings))
+
+
+@pytest.fixture(scope="module")
+def paper() -> DeFI:
+    return build("paper")
+
+
+def test_the_presets() -> None:
+    assert {"tiny", "small", "paper", "released"} <= set(presets())
+    assert {"step1_vae", "step1_train", "step2_train", "step3_prepare", "step3_train"} <= COMMANDS
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_composes_for_every_command(preset: str) -> None:
+    for command in sorted(COMMANDS):
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            cfg = compose(command, [f"preset={preset}"])
+        OmegaConf.resolve(cfg)
+        assert cfg.preset_name == preset
+        if (stage := command.split("_")[0]) in SETTINGS:
+            SETTINGS[stage].from_preset(cfg)
+        if "trainer" in cfg:
+            TrainerConfig.from_config(cfg.trainer)
+
+
+def test_random_weights_need_no_files() -> None:
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        start = compose("step3_train", ["preset=paper"])
+        dry = compose("step3_train", ["preset=paper", "weights=random"])
+    sections = ("text.clip", "text.t5", "gfdm", "gidm.dino")
+    for section in sections:
+        assert OmegaConf.select(start, f"{section}.pretrained").startswith("ckpts/")
+        assert OmegaConf.select(dry, f"{section}.pretrained") is None
+
+
+def test_published_sizes(paper: DeFI) -> None:
+    assert millions(paper.gfdm.unet) == pytest.approx(1524.6, abs=0.05)
+    assert paper.gfdm.feature_channels == 2560 and paper.gfdm.feature_tokens == 256
+    assert paper.gfdm.unet.config.cross_attention_dim == 1024
+    noise = paper.gfdm.config
+    assert (noise.latent_size, noise.frames) == (32, 16)
+
+
+@pytest.mark.parametrize("preset", [name for name in presets() if name != "paper"])
+def test_stages_of_a_preset_fit_each_other(preset: str) -> None:
+    """The policy's constructor checks stage 1; here stage 2 too."""
+    policy = build(preset)
+    with torch.device("meta"):
+        gidm = gidm_adapter.build(compose_preset(preset))
+    check_gidm(policy.config, gidm)
+
+
+def test_released_is_paper_with_the_published_settings() -> None:
+    def recipe(preset: str) -> dict:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            return OmegaConf.to_container(compose("step3_train", [f"preset={preset}"]))
+
+    paper, released = recipe("paper"), recipe("released")
+    assert released["policy"]["action_head"].pop("cross_attention") == "causal"
+    paper["policy"]["action_head"].pop("cross_attention")
+    assert (released["trainer"].pop("schedule"), released["trainer"].pop("ema")) == ("constant", None)
+    assert (paper["trainer"].pop("schedule"), paper["trainer"].pop("ema")) == ("tri_stage", 0.9999)
+    assert (released.pop("preset_name"), paper.pop("preset_name")) == ("released", "paper")
+    assert released == paper
+
+
+def test_small_runs_on_one_gpu() -> None:
+    """Adam in float32 takes 16 bytes per trained parameter: half of a 24 GB card at most."""
+    policy = build("small")
+    assert 16 * millions(policy.gfdm.unet) / 1e3 < 12
+    assert 50 < millions(policy.gfdm.unet) < 300
