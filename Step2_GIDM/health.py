@@ -1,8 +1,9 @@
 """Do the codes mean anything? `python -m Step2_GIDM.health …` (configs/step2_health.yaml).
 
-Three questions, on held-out pairs. Are the codes used (perplexity, dead codes)? Does the decoder read them
+Four questions, on held-out pairs. Are the codes used (perplexity, dead codes)? Does the decoder read them
 (its error with the right latent action against another pair's)? Do they name what a robot did (linear probe
 from codes to actions, fitted on training clips, beside random codes and differences of DINO features)?
+Does a latent action of one clip mean the same in another (transfer)?
 """
 
 import json
@@ -27,6 +28,7 @@ from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.observe import Observed, observe
 from Step2_GIDM.probe import fit_and_predict, one_hot, r2
+from Step2_GIDM.transfer import draw_transfer, transfer
 
 ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STILL = 0.1  # an action whose sums deviate less than this (2 mm, 0.3 degrees) does not count as varying
@@ -89,6 +91,10 @@ def report(numbers: dict[str, Any], codes: int) -> None:
         f"prediction      error {numbers['mse']:.4f}; with another pair's latent action "
         f"{numbers['shuffled_mse']:.4f}; copying the earlier frame {numbers['copy_mse']:.4f}"
     )
+    if numbers.get("transfer_cosine") is not None:
+        console.print(
+            f"transfer        to other clips: cosine of the motions {numbers['transfer_cosine']:.2f}"
+        )
     if "probe" in numbers:
         names = list(numbers["probe"]["codes"])
         table = Table("R²", *names, title="robot actions read linearly from")
@@ -112,6 +118,10 @@ def main(cfg: DictConfig) -> None:
         fit = Probed.of(training, observe(model, training, cfg.pairs))
         numbers["probe"] = probe(fit, Probed.of(data, seen), codes, seed=cfg.seed)
     prepare_output(output, overwrite=cfg.overwrite)
+    if isinstance(data, PairDataset):
+        moved = transfer(model, data)
+        numbers["transfer_cosine"] = moved.same_direction()
+        draw_transfer(moved, output / "transfer.png")
     write_file(output / "health.json", json.dumps(numbers, indent=1))
     draw_gallery(seen, codes, output / "gallery.png")
     report(numbers, codes)

@@ -1,12 +1,18 @@
 """Latent actions of every pair of frames: `python -m Step2_GIDM.label …` (configs/step2_label.yaml).
 
-The file holds one row per pair: `clip` (row of the clip tables), `frame` and `later` (positions in the clip),
-`indices` [N, Q] (codes) and `vectors` [N, Q, Z] (their entries in the codebook); and per clip `name`,
-`start`, `text`. Plain arrays only.
+One row per pair: `frame` and `later` (positions in the clip), `indices` [Q] (codes). The codes' vectors are
+the rows of the `codebook` [codes, Z].
+
+    codes.parquet   written clip by clip, so of any length; clip's name, start and text in every row, the
+                    codebook as JSON in the file's metadata. Needs the package pyarrow
+    codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name`, `start`, `text`
 """
 
 import io
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +33,15 @@ from Step2_GIDM.model import GIDM
 CHUNK = 64  # earlier frames labelled at once
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Pairs of one clip, in order, and their codes."""
+
+    clip: Clip
+    pairs: Int[np.ndarray, "N 2"]
+    indices: Int[np.ndarray, "N Q"]
+
+
 def pairs_of(clip: Clip, distance: int) -> Int[np.ndarray, "N 2"]:
     """Positions (now, later) of all pairs of a clip, the later frame clamped to the clip's end."""
     now = np.arange(clip.length - 1)
@@ -34,61 +49,103 @@ def pairs_of(clip: Clip, distance: int) -> Int[np.ndarray, "N 2"]:
 
 
 @torch.no_grad()
-def label_clip(
-    model: GIDM, source: Source, clip: Clip, distance: int
-) -> Iterator[tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, "n Q"]]]:
-    """Pairs of a clip and their codes, chunk by chunk; every frame of a chunk goes through DINO once."""
+def label_clip(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels:
+    """A clip of at least two frames; every frame of a chunk of pairs is read and goes through DINO once."""
     device = next(model.core.parameters()).device
-    pairs = pairs_of(clip, distance)
+    pairs, indices = pairs_of(clip, distance), []
     for first in range(0, len(pairs), CHUNK):
         chunk = pairs[first : first + CHUNK]
         positions = np.unique(chunk)
         pixels = torch.from_numpy(source.read(clip, positions.tolist())).permute(0, 3, 1, 2)
         patches = model.dino(resize(pixels, model.config.dino.image_size).to(device))
         rows = torch.from_numpy(np.searchsorted(positions, chunk)).to(device)
-        actions = model.encode(patches[rows], [clip.text] * len(chunk))
-        yield chunk, actions.indices.cpu().numpy()
+        indices.append(model.encode(patches[rows], [clip.text] * len(chunk)).indices.cpu().numpy())
+    return Labels(clip, pairs, np.concatenate(indices).astype(np.int16))
 
 
-def label(model: GIDM, source: Source, distance: int) -> dict[str, np.ndarray]:
-    """The arrays of the output file."""
+def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels]:
+    """All clips of at least two frames, in order.
+
+    Raises:
+        UserError: there is none.
+    """
     model.eval()
-    clips, pairs, indices = [], [], []
-    for number, clip in enumerate(track(source.clips, description="clips")):
-        for chunk, codes in label_clip(model, source, clip, distance):
-            clips.append(np.full(len(chunk), number))
-            pairs.append(chunk)
-            indices.append(codes)
-    if not pairs:
+    long = [number for number, clip in enumerate(source.clips) if clip.length > 1]
+    if not long:
         raise UserError("data: no clip has two frames; give longer videos")
-    now, later = np.concatenate(pairs).T
-    codes = np.concatenate(indices)
-    return {
-        "clip": np.concatenate(clips),
+    for number in track(long, description="clips"):
+        yield label_clip(model, source, source.clips[number], distance)
+
+
+def write_npz(path: Path, labels: Iterator[Labels], codebook: np.ndarray) -> int:
+    """Write plain arrays; returns the number of pairs."""
+    found = list(labels)
+    now, later = np.concatenate([part.pairs for part in found]).T
+    arrays = {
+        "clip": np.repeat(np.arange(len(found)), [len(part.pairs) for part in found]),
         "frame": now,
         "later": later,
-        "indices": codes,
-        "vectors": model.tokenizer.quantizer.codebook.detach().cpu().numpy()[codes],
-        "name": np.array([clip.name for clip in source.clips], dtype=str),
-        "start": np.array([clip.start for clip in source.clips]),
-        "text": np.array([clip.text for clip in source.clips], dtype=str),
+        "indices": np.concatenate([part.indices for part in found]),
+        "codebook": codebook,
+        "name": np.array([part.clip.name for part in found], dtype=str),
+        "start": np.array([part.clip.start for part in found]),
+        "text": np.array([part.clip.text for part in found], dtype=str),
     }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_file(path, buffer.getvalue())
+    return len(now)
+
+
+def write_parquet(path: Path, labels: Iterator[Labels], codebook: np.ndarray) -> int:
+    """Write a table, clip by clip; it appears when it is whole. Returns the number of pairs."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f"output={path}: needs the package pyarrow; pip install it, or write .npz") from None
+    fields = {"name": pa.string(), "start": pa.int64(), "text": pa.string(), "frame": pa.int32()}
+    fields |= {"later": pa.int32(), "indices": pa.list_(pa.int16())}
+    schema = pa.schema(fields, metadata={"codebook": json.dumps(codebook.tolist())})
+    partial, rows = path.with_name(f".{path.name}.writing"), 0
+    with pq.ParquetWriter(partial, schema, compression="zstd") as file:
+        for part in labels:
+            count = len(part.pairs)
+            columns = {key: [getattr(part.clip, key)] * count for key in ("name", "start", "text")}
+            columns |= {"frame": part.pairs[:, 0], "later": part.pairs[:, 1], "indices": list(part.indices)}
+            file.write_table(pa.table(columns, schema=schema))
+            rows += count
+    os.replace(partial, path)
+    return rows
+
+
+WRITERS: dict[str, Callable[[Path, Iterator[Labels], np.ndarray], int]] = {
+    ".parquet": write_parquet,
+    ".npz": write_npz,
+}
 
 
 @entry("step2_label")
 def main(cfg: DictConfig) -> None:
     output = Path(cfg.output)
-    if output.suffix != ".npz":
-        raise UserError(f"output={output}: must be a file that ends in .npz")
+    if output.suffix not in WRITERS:
+        raise UserError(f"output={output}: must be a file that ends in {' or '.join(WRITERS)}")
     if output.exists() and not cfg.overwrite:
         raise UserError(f"{output}: exists; overwrite=true replaces it")
+    if "sets" in cfg.data:
+        raise UserError("data: is a mixture; label its data sets one by one")
     model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm"))
-    arrays = label(model, build_source(cfg.data), cfg.data.distance[1])
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    codebook = model.tokenizer.quantizer.codebook.detach().cpu().numpy()
+    labels = label(model, build_source(cfg.data), cfg.data.distance[1])
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, buffer.getvalue())
-    print(f"{len(arrays['frame']):,} pairs of {len(arrays['name']):,} clips in {output}")
+    try:
+        pairs = WRITERS[output.suffix](output, labels, codebook)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); make room and run it again"
+        ) from None
+    print(f"{output}: {pairs:,} pairs")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from benchmarks.rlds_writer import write_videos
 
+from benchmarks.rlds_writer import write_videos
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
 from defi.engine.tracking import read_metrics
-from defi.video import write_mp4
+from defi.video import read_frames, write_mp4
 from Step2_GIDM import health, label, train
+from Step2_GIDM.data.augment import resize
 from Step2_GIDM.model import GIDM
 
 SMALL = [
@@ -103,7 +104,8 @@ def test_health(trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert numbers["probe"]["feature differences"]["all"] > 0.25, "pixels say how the square moves"
     assert numbers["probe"]["random codes"]["all"] < 0.1
     assert set(numbers["probe"]["codes"]) == {"dx", "dy", "all"}, "actions that vary"
-    assert (tmp_path / "codes" / "gallery.png").is_file()
+    assert (tmp_path / "codes" / "gallery.png").is_file() and (tmp_path / "codes" / "transfer.png").is_file()
+    assert numbers["transfer_cosine"] is None or -1 <= numbers["transfer_cosine"] <= 1
     before = sorted((tmp_path / "codes").iterdir())
     assert run(health, *arguments, f"output={tmp_path / 'codes'}", monkeypatch=monkeypatch) == 2
     assert sorted((tmp_path / "codes").iterdir()) == before
@@ -120,10 +122,30 @@ def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert labels["frame"].tolist() == list(range(79))
     assert labels["later"].tolist() == [min(i + 5, 79) for i in range(79)]
     model = GIDM.from_pretrained(find_weights(trained, "gidm")).eval()
-    codebook = model.tokenizer.quantizer.codebook.detach().numpy()
-    np.testing.assert_array_equal(labels["vectors"], codebook[labels["indices"]])
+    np.testing.assert_array_equal(labels["codebook"], model.tokenizer.quantizer.codebook.detach().numpy())
+    pixels = torch.from_numpy(read_frames(tmp_path / "video.mp4", [7, 12])).permute(0, 3, 1, 2)
+    pair = resize(pixels, model.config.dino.image_size)
+    assert labels["indices"][7].tolist() == model.encode(model.patches(pair[None]), [""]).indices[0].tolist()
     assert labels["name"].tolist() == [str(tmp_path / "video.mp4")]
     assert run(label, *arguments, monkeypatch=monkeypatch) == 2, "the file exists"
+
+
+def test_label_rlds_as_a_table(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows as Parquet and as npz."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    toy = write_videos(tmp_path, {"train": [[4, 1, 3]], "val": [[2]]})
+    arguments = [f"checkpoint={trained}", "data=pairs_rlds", f"data.root={toy}", f"data.index={tmp_path}"]
+    for suffix in ("parquet", "npz"):
+        assert run(label, *arguments, f"output={tmp_path / 'codes'}.{suffix}", monkeypatch=monkeypatch) == 0
+    table = parquet.read_table(tmp_path / "codes.parquet")
+    with np.load(tmp_path / "codes.npz", allow_pickle=False) as arrays:
+        assert table["name"].to_pylist() == ["toy:0"] * 3 + ["toy:2"] * 2
+        assert table["text"].to_pylist() == arrays["text"][arrays["clip"]].tolist()
+        for key in ("frame", "later", "indices"):
+            assert table[key].to_pylist() == arrays[key].tolist()
+        codebook = json.loads(table.schema.metadata[b"codebook"])
+        np.testing.assert_allclose(codebook, arrays["codebook"])
+    assert not list(tmp_path.glob(".*writing"))
 
 
 def test_train_on_rlds_and_on_a_mixture(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
