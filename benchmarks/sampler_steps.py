@@ -3,7 +3,7 @@
 Each sampler with few steps against Heun with 100, on one checkpoint, the same stored features and the same
 noise. The noise levels go from σ_max to the last level and then to 0 in one step; a table per last level.
   calls      of the network per chunk (Heun: two per step)
-  reference  root mean square distance of the actions to the 100-step reference, in units of an action's range
+  reference  root mean square distance of the actions (which lie in [−1, 1]) to the 100-step reference
   expert     the same to the demonstrated actions: what the difference matters
 """
 
