@@ -4,11 +4,12 @@
 
 `store.kind=features` runs the frozen stage 1 once per sample, so that training needs no video model;
 `latents` stores what its VAE makes of the pictures, `images` only resized pictures (any stage 1 will do).
+The root may be CALVIN's zip itself. Processes of `accelerate launch` share the work; a killed run goes on
+with `resume=true`, on any number of processes.
 """
 
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig
 from rich.progress import track
@@ -31,68 +33,11 @@ from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import ACTIONS, INDEX, INPUTS, KINDS, MANIFEST, PROGRESS, VIDEO, StoreManifest
 from Step3_DeFI.features import encode_views, imagine, video_noise
-from Step3_DeFI.observation import CAMERAS, observe
+from Step3_DeFI.observation import CAMERAS
+from Step3_DeFI.samples import ROBOT, SPANS, Plan, plan_samples, read_looks
 from Step3_DeFI.sources import check_gfdm
 
-Look = tuple[int, int]  # frame, number of the instruction (-1 where the input does not depend on it)
-
-
-@dataclass
-class Plan:
-    """Which samples there are: N starts of chunks, and the distinct looks they need."""
-
-    looks: list[Look]
-    index: np.ndarray  # int64 [N, 2]: look, instruction
-    actions: np.ndarray  # float32 [N, K, A]
-    video: np.ndarray | None  # int64 [N, F]: looks at the frames that follow
-    texts: list[str]
-    tasks: dict[str, int]
-
-
-def plan_samples(
-    data: CalvinFolder, *, chunk: int, tail: int, stride: int, by_text: bool, video: range | None = None
-) -> Plan:
-    """Samples start at s … e − tail of every annotated span (s, e); sample i has `chunk` actions from i on.
-
-    `video`: frames of the clip that is kept with each sample, counted from its own; past e, e is repeated.
-
-    Raises:
-        UserError: `tail` leaves no room for a chunk, or no span is long enough.
-    """
-    if tail < chunk - 1:
-        raise UserError(f"data.tail={tail}: a chunk has {chunk} actions; set data.tail={chunk - 1} or more")
-    looks: dict[Look, int] = {}
-    texts: dict[str, int] = {}
-    index, actions, clips, tasks = [], [], [], {}
-    for span in data.spans:
-        starts = range(span.start, span.end - tail + 1, stride)
-        if not starts:
-            continue
-        taken = data.stack("rel_actions", range(span.start, starts[-1] + chunk)).astype(np.float32)
-        text = texts.setdefault(span.instruction, len(texts))
-        for frame in starts:
-            look = looks.setdefault((frame, text if by_text else -1), len(looks))
-            index.append((look, text))
-            actions.append(taken[frame - span.start : frame - span.start + chunk])
-            following = [min(frame + offset, span.end) for offset in video or ()]
-            clips.append([looks.setdefault((next_frame, -1), len(looks)) for next_frame in following])
-        tasks[span.task] = tasks.get(span.task, 0) + len(starts)
-    if not index:
-        raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
-    return Plan(
-        looks=list(looks),
-        index=np.array(index, np.int64),
-        actions=np.stack(actions),
-        video=None if video is None else np.array(clips, np.int64),
-        texts=list(texts),
-        tasks=tasks,
-    )
-
-
-def read_looks(data: CalvinFolder, frames: Sequence[int], size: int) -> UInt8[Tensor, "N V 3 size size"]:
-    """Both cameras' pictures of some frames, as the policy sees them."""
-    with ThreadPoolExecutor(2) as pool:
-        return torch.stack(list(pool.map(lambda f: observe(data.frame(f, CAMERAS), size), frames)))
+DONE = "done.npy"
 
 
 @dataclass
@@ -140,23 +85,32 @@ class Encoder:
         return noise(torch.tensor(seeds), views=len(CAMERAS))
 
 
-@dataclass
 class Progress:
-    """How many rows are on disk; `batch` of them are made at a time."""
+    """Which batches of rows are on disk, whichever process wrote them: a byte for each, in a file."""
 
-    output: Path
-    manifest: StoreManifest
-    done: int
-    batch: int
+    def __init__(self, output: Path, rows: int) -> None:
+        self.rows, self.batch = rows, json.loads((output / PROGRESS).read_text())["batch"]
+        self.done = np.load(output / DONE, mmap_mode="r+")
 
-    def note(self, done: int) -> None:
-        self.done = done
-        record = json.loads(self.manifest.to_json()) | {"done": done}
-        write_file(self.output / PROGRESS, json.dumps(record))
+    @staticmethod
+    def begin(output: Path, manifest: StoreManifest, batch: int) -> None:
+        """Nothing is done yet. Written when the store's other files are there."""
+        np.save(output / DONE, np.zeros(-(-manifest.rows // batch), np.uint8))
+        write_file(output / PROGRESS, json.dumps(json.loads(manifest.to_json()) | {"batch": batch}))
+
+    def missing(self) -> list[range]:
+        """Rows of the batches that are left, shared among the processes."""
+        state = PartialState()
+        left = np.flatnonzero(self.done == 0)[state.process_index :: state.num_processes]
+        return [range(b * self.batch, min((b + 1) * self.batch, self.rows)) for b in left.tolist()]
+
+    def note(self, rows: range) -> None:
+        self.done[rows.start // self.batch] = 1
+        self.done.flush()
 
 
 def prepare(cfg: DictConfig) -> Path:
-    """Make (or finish) a store. Rows are written in order; an interrupted run goes on where it stopped."""
+    """Make (or finish) a store: what was noted as done is not done again."""
     output = check_output(Path(cfg.output), resume=cfg.resume, overwrite=cfg.overwrite)
     policy = PolicyConfig.from_preset(cfg)
     data = CalvinFolder(Path(cfg.data.root) / cfg.data.split)
@@ -190,26 +144,59 @@ def prepare(cfg: DictConfig) -> Path:
         video_stride=apart,
         tasks=plan.tasks,
     )
-    done = rows_done(output, manifest) if cfg.resume else 0
-    prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
+    state = PartialState()
+    goes_on = cfg.resume and is_begun(output, manifest)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
+    state.wait_for_everyone()
     if (output / MANIFEST).exists():
         print(f"{output}: complete already, {manifest.samples} samples")
         return output
-    np.save(output / INDEX, plan.index)
-    np.save(output / ACTIONS, plan.actions)
-    if plan.video is not None:
-        np.save(output / VIDEO, plan.video)
-    inputs = np.lib.format.open_memmap(
-        output / INPUTS,
-        mode="r+" if done else "w+",
-        dtype=np.uint8 if encoder.kind == "images" else np.float16,
-        shape=(len(plan.looks), *shape),
-    )
-    write_rows(inputs, plan, data, encoder, Progress(output, manifest, done=done, batch=cfg.store.batch))
-    write_file(output / MANIFEST, manifest.to_json())
-    (output / PROGRESS).unlink()
-    print(f"{output}: {manifest.samples} samples of {len(plan.tasks)} tasks, {inputs.nbytes / 1e6:.0f} MB")
+    dtype = np.dtype(np.uint8 if encoder.kind == "images" else np.float16)
+    if state.is_main_process and not goes_on:
+        write_plan(output, plan)
+        allocate(output / INPUTS, dtype, (len(plan.looks), *shape))
+        Progress.begin(output, manifest, cfg.store.batch)
+    state.wait_for_everyone()
+    inputs = np.load(output / INPUTS, mmap_mode="r+")
+    write_rows(inputs, plan, data, encoder, Progress(output, manifest.rows), image_size)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_file(output / MANIFEST, manifest.to_json())
+        for file in (PROGRESS, DONE):
+            (output / file).unlink()
+        print(
+            f"{output}: {manifest.samples} samples of {len(plan.tasks)} tasks, {inputs.nbytes / 1e6:.0f} MB"
+        )
     return output
+
+
+def write_plan(output: Path, plan: Plan) -> None:
+    """The arrays that do not come from pictures."""
+    arrays = {INDEX: plan.index, ACTIONS: plan.actions, ROBOT: plan.robot_obs, SPANS: plan.spans}
+    if plan.video is not None:
+        arrays[VIDEO] = plan.video
+    for name, array in arrays.items():
+        np.save(output / name, array)
+
+
+def allocate(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """An `.npy` file of this size. Its room is taken at once: writing to mapped memory cannot fail later.
+
+    Raises:
+        UserError: the disk has not that much room.
+    """
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    size = array.offset + array.nbytes
+    del array
+    try:
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot take {size / 1e9:.1f} GB ({error.strerror}); make room or choose another output="
+        ) from None
 
 
 def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
@@ -225,7 +212,7 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
         raise UserError(
             f"store.video_stride={cfg.store.video_stride}: 1 or more, with store.kind=latents or images"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = PartialState().device
     gfdm, image_size = None, cfg.gfdm.image_size
     if kind != "images":
         weights = find_weights(cfg.gfdm_checkpoint, "gfdm")
@@ -235,34 +222,30 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
     return Encoder(kind, draws, cfg.seed, gfdm, policy.feature_noise, device), image_size
 
 
-def rows_done(output: Path, manifest: StoreManifest) -> int:
-    """Rows that an interrupted preparation has finished; it must have been one of the same store."""
+def is_begun(output: Path, manifest: StoreManifest) -> bool:
+    """Whether the folder holds this store, complete or not. Raises UserError if it holds another."""
     for file in (output / MANIFEST, output / PROGRESS):
         if file.exists():
             record: dict[str, Any] = json.loads(file.read_text())
-            done = record.pop("done", manifest.rows)
+            record.pop("batch", None)
             if record != json.loads(manifest.to_json()):
                 raise UserError(f"{output}: was begun with other data or settings; set overwrite=true")
-            return done
-    return 0
+            return True
+    return False
 
 
 def write_rows(
-    inputs: np.ndarray,
-    plan: Plan,
-    data: CalvinFolder,
-    encoder: Encoder,
-    progress: Progress,
+    inputs: np.ndarray, plan: Plan, data: CalvinFolder, encoder: Encoder, progress: Progress, image_size: int
 ) -> None:
-    """Fill the missing rows, noting after every batch how far it is."""
-    starts = range(progress.done, len(plan.looks), progress.batch)
-    for first in track(starts, description=f"{encoder.kind} of {len(plan.looks)} looks"):
-        looks = plan.looks[first : first + progress.batch]
-        images = read_looks(data, [frame for frame, _ in looks], progress.manifest.image_size)
+    """Fill this process's share of the missing rows, noting every batch that is on disk."""
+    quiet = not PartialState().is_local_main_process
+    for rows in track(progress.missing(), f"{encoder.kind} of {len(plan.looks)} looks", disable=quiet):
+        looks = plan.looks[rows.start : rows.stop]
+        images = read_looks(data, [frame for frame, _ in looks], image_size)
         texts = [plan.texts[text] for _, text in looks]
-        inputs[first : first + len(looks)] = encoder(images, texts, first)
+        inputs[rows.start : rows.stop] = encoder(images, texts, rows.start)
         inputs.flush()
-        progress.note(first + len(looks))
+        progress.note(rows)
 
 
 @entry("step3_prepare")

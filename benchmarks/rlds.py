@@ -86,11 +86,11 @@ def ours(root: Path, pairs: int) -> dict[str, float]:
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    section = OmegaConf.load(CONFIG_DIR / "data" / "pairs_rlds.yaml")
+    section = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "data" / "pairs_rlds.yaml"))
     section |= {"root": str(root), "split": "train", "index": str(root.parent / "index")}
     section["distance"] = [SETTINGS["distance"]] * 2
     began = time.perf_counter()
-    data = training_pairs(OmegaConf.to_container(section), SETTINGS["side"])
+    data = training_pairs(section, SETTINGS["side"])
     opened = time.perf_counter() - began
     order = iter(StepOrder(len(data), seed=0, start=0, global_batch=1, micro_batch=1, process=(0, 1)))
 

@@ -199,18 +199,18 @@ class CalvinFolder:
         """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7]."""
         return np.stack([self.frame(frame, (key,))[key] for frame in frames])
 
-    def check_frames(self) -> None:
-        """Compare the files that are there with the index.
+    def check_frames(self, frames: Int64[np.ndarray, " N"]) -> None:
+        """Check that the files of some frames are there, without opening them.
 
         Raises:
             UserError: frames are missing; their number and the first are named.
         """
         there = np.array([int(name[8:-4]) for name in self._files if FRAME_FILE.fullmatch(name)], np.int64)
-        missing = np.setdiff1d(self.frame_ids, there)
+        missing = np.setdiff1d(frames, there)
         if len(missing):
             raise UserError(
                 f"{self.path(int(missing[0]))}: missing, and {len(missing) - 1:,} more of the "
-                f"{len(self.frame_ids):,} frames that {INDEX} counts; copy the data set again"
+                f"{len(frames):,} frames that are needed; copy the data set again"
             )
 
     @cached_property
