@@ -24,8 +24,10 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from defi.checkpoints.foreign import read_foreign
 from defi.config import typed
-from defi.engine.checkpoint import load_strict, read_tensors
+from defi.engine.checkpoint import COPY_AGAIN, demand_fit, load_strict, read_tensors
+from defi.engine.state import preserved_rng
 from defi.errors import UserError
+from defi.files import check_sizes, one_line, read_json
 from defi.text import CLIPText
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 
@@ -50,9 +52,12 @@ def _image_encoder(width: int) -> CLIPVisionModelWithProjection:
         patch_size=112,
         projection_dim=width,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return CLIPVisionModelWithProjection(sizes)
+    with torch.device("meta"):  # its weights are zeros: a thread writes this while the training draws numbers
+        tower = CLIPVisionModelWithProjection(sizes)
+    tower.to_empty(device="cpu")
+    for parameter in tower.parameters():
+        nn.init.zeros_(parameter)
+    return tower
 
 
 def save(model: "GFDM", folder: Path) -> None:
@@ -72,14 +77,10 @@ def save(model: "GFDM", folder: Path) -> None:
 def read_config(folder: Path) -> GFDMConfig:
     """The configuration stored beside the weights."""
     file = folder / CONFIG
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{file}: missing, so this is no GFDM; give a checkpoint folder of Step1_GFDM.train"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None
+    if not file.is_file():
+        raise UserError(f"{file}: missing, so this is no GFDM; give a checkpoint folder of Step1_GFDM.train")
+    values = read_json(file, COPY_AGAIN)
+    check_sizes(values, file)
     return typed(GFDMConfig, values, str(file))
 
 
@@ -87,8 +88,9 @@ def _part_config(cls: type[Part], folder: Path) -> dict:
     """A part's configuration, checked to be one of `cls`."""
     try:
         values = dict(cls.load_config(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as in `_build`
         raise UserError(f"{folder}: no {cls.__name__} here; copy the checkpoint folder as a whole") from error
+    check_sizes(values, folder / "config.json")
     if values.get("_class_name") != cls.__name__:
         raise UserError(f"{folder}: holds a {values.get('_class_name')}, expected {cls.__name__}")
     return values
@@ -96,9 +98,24 @@ def _part_config(cls: type[Part], folder: Path) -> dict:
 
 def load_part(cls: type[Part], folder: Path) -> Part:
     """A network of a diffusers folder, every tensor accounted for."""
-    model = cls.from_config(_part_config(cls, folder))
-    load_network(model, folder)
+    tensors = read_weights(folder)
+    with (
+        preserved_rng(),
+        torch.device("meta"),
+    ):  # before memory is taken: a damaged file may ask for all
+        demand_fit(_build(cls, folder).state_dict(), tensors, source=weights_file(folder))
+    model = _build(cls, folder)
+    load_strict(model.state_dict(), tensors, source=weights_file(folder))
     return model.eval()
+
+
+def _build(cls: type[Part], folder: Path) -> Part:
+    """A part as its configuration describes it."""
+    values = _part_config(cls, folder)
+    try:
+        return cls.from_config(values)
+    except Exception as error:  # whatever a damaged configuration makes the library raise
+        raise UserError(f"{folder}: describes no {cls.__name__} ({one_line(error)}); {COPY_AGAIN}") from error
 
 
 def load_network(model: nn.Module, folder: Path) -> None:
@@ -132,7 +149,7 @@ def load_foreign(folder: Path, clip: CLIPText) -> tuple[dict[str, Any], dict[str
             f"{folder}/unet: attends to width {unet.config.cross_attention_dim}, text.clip gives "
             f"2 x {clip.width}; choose the text tower it was trained with"
         )
-    scheduler = EulerDiscreteScheduler.from_config(_part_config(EulerDiscreteScheduler, folder / "scheduler"))
+    scheduler = _build(EulerDiscreteScheduler, folder / "scheduler")
     sizes = {
         "unet": UNetSizes(
             block_out_channels=list(unet.config.block_out_channels),
@@ -157,8 +174,6 @@ def load_parts(folder: Path, config: GFDMConfig) -> dict[str, nn.Module | EulerD
     return {
         "unet": load_part(UNetSpatioTemporalConditionModel, folder / "unet"),
         "vae": load_part(AutoencoderKLTemporalDecoder, folder / "vae"),
-        "scheduler": EulerDiscreteScheduler.from_config(
-            _part_config(EulerDiscreteScheduler, folder / "scheduler")
-        ),
+        "scheduler": _build(EulerDiscreteScheduler, folder / "scheduler"),
         "clip": clip,
     }

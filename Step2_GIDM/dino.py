@@ -10,6 +10,7 @@ from torchvision.transforms import functional as TF
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from defi.errors import UserError
+from defi.files import check_sizes, one_line, read_json
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,11 +70,12 @@ class DinoPatches(nn.Module):
     @classmethod
     def load(cls, source: Path | str, image_size: int) -> "DinoPatches":
         """From a Hugging Face folder or hub name."""
+        if (file := Path(source) / "config.json").is_file():
+            check_sizes(read_json(file, "copy the folder again"), file)
         try:
             model, report = Dinov2WithRegistersModel.from_pretrained(str(source), output_loading_info=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{source}: no DINOv2 with registers here ({reason})") from error
+        except Exception as error:  # whatever damaged files make the library raise
+            raise UserError(f"{source}: no DINOv2 with registers here ({one_line(error)})") from error
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"{source}: {len(missing)} DINOv2 tensors are missing, the first is {missing[0]}")
         return cls(model, image_size)

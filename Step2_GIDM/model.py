@@ -4,7 +4,6 @@ Paper section "General Inverse Dynamics Model": frozen DINOv2 patches of two fra
 action tokenizer and a decoder that predicts the later frame's patches. Actions of a robot are never used.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from defi.config import typed
 from defi.engine.model import CONFIG, StageModel
 from defi.errors import UserError
+from defi.files import check_sizes, read_json
 from defi.text import T5Text, TextConfig
 from Step2_GIDM.dino import DinoConfig, DinoPatches
 from Step2_GIDM.latent_action import (
@@ -193,9 +193,9 @@ class GIDM(StageModel):
     def from_pretrained(cls, folder: Path) -> "GIDM":
         """The model that `save_pretrained` wrote."""
         file = folder / CONFIG
-        if not file.is_file():
-            raise UserError(f"{file}: missing; copy the checkpoint folder as a whole")
-        config = typed(cls.config_class, json.loads(file.read_text()), str(file))
+        values = read_json(file, "copy the checkpoint folder as a whole")
+        check_sizes(values, file)
+        config = typed(cls.config_class, values, str(file))
         dino, text = config.dino, config.text
         model = cls(
             config,

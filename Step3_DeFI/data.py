@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from defi.config import typed
 from defi.errors import UserError
+from defi.files import read_json
+from defi.npy import map_npy
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 INPUTS, ACTIONS, INDEX, VIDEO = "inputs.npy", "actions.npy", "index.npy", "video.npy"
@@ -51,6 +54,10 @@ class StoreManifest:
     video_stride: int | None = None
     tasks: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or not all(isinstance(text, str) for text in self.texts):
+            raise UserError(f"{MANIFEST}: not that of a policy's store; prepare the data again")
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
@@ -62,16 +69,13 @@ def read_manifest(folder: Path) -> StoreManifest:
         UserError: there is no store, it is not complete, or its manifest is damaged.
     """
     file = folder / MANIFEST
-    try:
-        return StoreManifest(**json.loads(file.read_text()))
-    except FileNotFoundError:
+    if not file.is_file():
         if (folder / PROGRESS).exists():
             raise UserError(
                 f"{folder}: preparation was not finished; run Step3_DeFI.prepare again with resume=true"
-            ) from None
-        raise UserError(f"{folder}: no prepared data here; make it with Step3_DeFI.prepare") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
+            )
+        raise UserError(f"{folder}: no prepared data here; make it with Step3_DeFI.prepare")
+    return typed(StoreManifest, read_json(file, "prepare the data again"), str(file))
 
 
 class PolicyStore(Dataset):
@@ -88,14 +92,15 @@ class PolicyStore(Dataset):
         self.inputs = self._array(INPUTS, (m.rows, *draws, *m.look))
         self.actions = self._array(ACTIONS, (m.samples, m.chunk, None))
         self.index = self._array(INDEX, (m.samples, 2))
+        if m.samples and not (self.index.min() >= 0 and (self.index.max(0) < (m.rows, len(m.texts))).all()):
+            raise UserError(
+                f"{self.folder / INDEX}: names rows or texts that are not there; prepare it again"
+            )
         self.video = None if m.video_stride is None else self._array(VIDEO, (m.samples, None))
 
     def _array(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
         file = self.folder / name
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
+        array = map_npy(file)
         if len(array.shape) != len(shape) or any(e not in (None, n) for n, e in zip(array.shape, shape)):
             raise UserError(f"{file}: has shape {array.shape}, the manifest says {shape}; prepare it again")
         return array

@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from defi.config import typed
-from defi.engine.checkpoint import find_weights
+from defi.engine.checkpoint import COPY_AGAIN, find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel
-from defi.errors import UserError
+from defi.files import read_json
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.model import GIDM
@@ -309,15 +309,8 @@ class DeFI(StageModel):
             UserError: a file is missing or damaged, or a stage's checkpoint is not the one it was trained on.
         """
         folder = Path(folder)
-        config = typed(PolicyConfig, _read_json(folder / CONFIG), str(folder / CONFIG))
+        config = typed(PolicyConfig, read_json(folder / CONFIG, COPY_AGAIN), str(folder / CONFIG))
         sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
         policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)
         policy.load_weights(folder)
         return policy
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None

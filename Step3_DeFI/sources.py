@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defi.engine.checkpoint import find_weights
+from defi.engine.checkpoint import COPY_AGAIN, find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.errors import UserError
+from defi.files import read_json
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.model import GIDM
@@ -53,13 +54,13 @@ class Sources:
     def read(cls, folder: Path, *, gfdm: Path | str | None, gidm: Path | str | None) -> "Sources":
         """What `write` recorded, or the given places instead; the weights there must be the recorded ones."""
         file = folder / SOURCES
+        record = read_json(file, COPY_AGAIN)
         try:
-            record = json.loads(file.read_text())
             recorded = {
-                name: (record[name]["path"], record[name]["fingerprint"]) for name in ("gfdm", "gidm")
+                name: (str(record[name]["path"]), record[name]["fingerprint"]) for name in ("gfdm", "gidm")
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); copy the checkpoint again") from None
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{file}: names no weights of stages 1 and 2 ({error!r}); {COPY_AGAIN}") from None
         found = {}
         for name, given in (("gfdm", gfdm), ("gidm", gidm)):
             path, expected = recorded[name]
@@ -76,7 +77,11 @@ class Sources:
 def _locate(recorded: Path, given: Path | str | None, stage: str) -> Path:
     if given is not None:
         return find_weights(given, stage)
-    if not recorded.is_dir():
+    try:
+        there = recorded.is_dir()
+    except OSError:  # a path that cannot be
+        there = False
+    if not there:
         raise UserError(
             f"{recorded.resolve()}: the {stage} checkpoint of this policy is gone; "
             f"give its place with {stage}="

@@ -1,6 +1,7 @@
 """Small text files that strangers may have written: read as plain data, whatever is in them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from defi.errors import UserError
 
+MOST_LAYERS, LARGEST_SIZE = 200, 10**6  # in a network's configuration
+LAYERS = re.compile(r"(layers|blocks|depth)($|_per)")
 LARGEST = 64 * 2**20  # bytes; the text files of a checkpoint or a data set are far smaller
 
 
-def read_json(file: Path, mend: str) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(file: Path, mend: str, kind: type = dict) -> Any:
+    """What a JSON file holds: an object, or a list where that is the `kind`.
 
     Raises:
-        UserError: the file is missing, damaged, too large or holds no object; it ends with `mend`.
+        UserError: the file is missing, damaged, too large or holds something else; it ends with `mend`.
     """
     text = read_text(file, mend)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({one_line(error)}); {mend}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not named values; {mend}")
+    if not isinstance(values, kind):
+        raise UserError(f"{file}: holds a {type(values).__name__}, not a {kind.__name__}; {mend}")
     return values
 
 
@@ -45,7 +48,7 @@ def read_yaml(file: Path, mend: str) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{file}: not YAML that is read here ({one_line(error)}); {mend}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not named values; {mend}")
+        raise UserError(f"{file}: holds a {type(values).__name__}, not a dict; {mend}")
     return values
 
 
@@ -61,6 +64,22 @@ def read_text(file: Path, mend: str) -> str:
         raise UserError(f"{file}: not text ({error.reason}); {mend}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); {mend}") from None
+
+
+def check_sizes(values: Any, file: Path, name: str = "") -> None:
+    """Refuse sizes that no network has, before one is built from them.
+
+    Raises:
+        UserError: so many layers, or a number so large, that building would not end.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_sizes(value, file, str(key))
+    elif isinstance(values, list):
+        for value in (len(values), *values):
+            check_sizes(value, file, name)
+    elif isinstance(values, int) and values > (MOST_LAYERS if LAYERS.search(name) else LARGEST_SIZE):
+        raise UserError(f"{file}: {name}={values} is beyond all reason; copy the checkpoint again")
 
 
 def one_line(error: BaseException) -> str:

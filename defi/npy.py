@@ -10,8 +10,9 @@ import io
 import math
 import pickle
 import pickletools
+import tokenize
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -24,7 +25,7 @@ _MULTIARRAY = frozenset({"numpy.core.multiarray", "numpy._core.multiarray"})
 # What pickle and NumPy raise on bytes that are not what they should be.
 _DAMAGE = (
     *(ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError),
-    *(MemoryError, RecursionError, ImportError, SyntaxError, pickle.UnpicklingError),
+    *(MemoryError, RecursionError, ImportError, SyntaxError, pickle.UnpicklingError, tokenize.TokenError),
 )
 
 
@@ -190,9 +191,36 @@ def plain_array(data: bytes) -> np.ndarray:
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C").copy()
 
 
+def map_npy(path: Path) -> np.ndarray:
+    """The array of numbers in a `.npy` file, mapped into memory to be read only.
+
+    Raises:
+        UserError: the file is missing, or its header does not describe its contents.
+    """
+    try:
+        with path.open("rb") as file:
+            shape, fortran, dtype = _header(file)
+            start, size = file.tell(), path.stat().st_size
+        if dtype.kind not in _NUMERIC or dtype.itemsize == 0 or dtype.shape:
+            raise ValueError(f"arrays of type {dtype}")
+        if start + math.prod(shape) * dtype.itemsize != size:
+            raise ValueError("the header does not describe the contents")
+        if size == start:
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+    except (*_DAMAGE, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a readable .npy file ({reason}); copy or write it again") from None
+
+
 def _split(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, bytes]:
     """Shape, Fortran order and type from the header of a `.npy` file, and the bytes after it."""
     file = io.BytesIO(data)
+    return (*_header(file), data[file.tell() :])
+
+
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of the array that follows in the file."""
     version = npy_format.read_magic(file)
     if version == (1, 0):
         header = npy_format.read_array_header_1_0(file)
@@ -202,7 +230,7 @@ def _split(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, bytes]:
         raise ValueError(f"format version {version}")
     if any(n < 0 for n in header[0]):
         raise ValueError(f"shape {header[0]}")
-    return (*header, data[file.tell() :])
+    return header
 
 
 def _refuse_bombs(pickled: bytes) -> None:

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from defi.errors import UserError
+from defi.files import check_sizes, one_line, read_json
 
 transformers_logging.disable_progress_bar()  # a bar per small file hides what a command has to say
 
@@ -88,12 +89,13 @@ def _load(cls, source: str, tokenizer: Path | None = None):
 
     tokenizer: its folder, where it does not lie beside the model.
     """
+    if (file := Path(source) / "config.json").is_file():
+        check_sizes(read_json(file, "copy the folder again"), file)
     try:
         model, report = cls.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else str(tokenizer))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: no {cls.__name__} with tokenizer here ({reason})") from error
+    except Exception as error:  # whatever damaged files make the libraries raise
+        raise UserError(f"{source}: no {cls.__name__} with tokenizer here ({one_line(error)})") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
         raise UserError(

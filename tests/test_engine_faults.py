@@ -22,9 +22,9 @@ from defi.engine import checkpoint, output, tracking
 from defi.engine.data import Feed, StepOrder
 from defi.engine.loop import train
 from defi.engine.memory import fits
+from defi.engine.spikes import SpikeWatch
 from defi.engine.start import build_optimizer
 from defi.engine.tracking import read_metrics
-from defi.engine.trouble import SpikeWatch
 from defi.errors import UserError
 
 CONFIG = {"preset_name": "toy"}

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from defi.errors import UserError
+from defi.files import read_yaml
 from defi.npy import load_npy
 from defi.sim import sequences
 from defi.sim.scene import BLOCKS, SceneConfig
@@ -122,13 +120,10 @@ def read_phrasings(file: Path) -> dict[str, list[str]]:
         entries = entries if isinstance(entries, dict) else {}
         found = {task: entry.get("ann") for task, entry in entries.items() if isinstance(entry, dict)}
     else:
-        try:
-            found = OmegaConf.to_container(OmegaConf.load(file))
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{file}: not a file of instructions ({str(error).splitlines()[0]})") from error
+        found = read_yaml(file, "it is not a file of instructions (task: [phrasing, …]); give another")
     phrasings = {
         task: [str(text) for text in texts]
-        for task, texts in dict(found or {}).items()
+        for task, texts in found.items()
         if isinstance(texts, (list, tuple, np.ndarray))
     }
     for task in TASKS:

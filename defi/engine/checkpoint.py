@@ -29,7 +29,7 @@ from torch import Tensor
 import defi
 from defi.engine.output import sync
 from defi.errors import UserError
-from defi.files import one_line, read_json, read_yaml
+from defi.files import check_sizes, one_line, read_json, read_yaml
 
 if TYPE_CHECKING:
     from defi.engine.ema import EMA
@@ -136,6 +136,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def read_config(config_class: type[Config], file: Path) -> Config:
     """A config dataclass from its JSON file; unknown and missing keys are errors."""
     values = read_json(file, "copy the checkpoint folder as a whole")
+    check_sizes(values, file)
     unknown = sorted(set(values) - {field.name for field in fields(config_class)})  # type: ignore[arg-type]
     if unknown:
         raise UserError(
@@ -152,6 +153,17 @@ def read_config(config_class: type[Config], file: Path) -> Config:
 @torch.no_grad()
 def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
     """Copy `tensors` into `target` in place; names and shapes must agree entirely, else nothing is copied.
+
+    Raises:
+        UserError: as `demand_fit`.
+    """
+    demand_fit(target, tensors, source=source)
+    for name, tensor in target.items():
+        tensor.copy_(tensors[name])
+
+
+def demand_fit(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Compare the names and shapes of the tensors of a file with those of a model.
 
     Raises:
         UserError: names the source, the first tensor that does not fit, and how many do not.
@@ -172,8 +184,6 @@ def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, 
         raise UserError(
             f"{source}: has {extra[0]}, unknown to the model ({len(extra)} tensors too many); {fix}"
         )
-    for name, tensor in target.items():
-        tensor.copy_(tensors[name])
 
 
 # ---------------------------------------------------------------- writing

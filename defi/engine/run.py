@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from defi.engine.data import Feed, split
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
 from defi.engine.progress import ProgressDisplay
+from defi.engine.spikes import SpikeWatch
 from defi.engine.tracking import METRICS, Journal
 from defi.engine.writer import CheckpointWriter
 from defi.errors import UserError
@@ -49,7 +50,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
     best: float = -math.inf
     new_best: bool = False  # the evaluation of this step is the best so far
-    spikes: trouble.SpikeWatch = field(default_factory=trouble.SpikeWatch)
+    spikes: SpikeWatch = field(default_factory=SpikeWatch)
     left_out: int = 0  # steps whose numbers were not finite
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # and what they held before the step
     fitted: bool = False  # a micro-batch is known to fit the memory
@@ -219,19 +220,18 @@ class Run:
             self.writer.wait()
         self.accelerator.wait_for_everyone()
 
-    def _progress(self) -> dict[str, Any]:
+    def _progress(self) -> state.Progress:
         scaler = self.accelerator.scaler
-        return {
-            "step": self.step,
-            "samples": self.feed.samples,
-            "seed": self.feed.order.seed,
-            "elapsed_s": self.elapsed_now(),
-            "ema_updates": self.ema.updates if self.ema is not None else 0,
-            "best": self.best,
-            "left_out": self.left_out,
-            "spikes": asdict(self.spikes),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
+        return state.Progress(
+            step=self.step,
+            samples=self.feed.samples,
+            elapsed_s=self.elapsed_now(),
+            ema_updates=self.ema.updates if self.ema is not None else 0,
+            best=self.best,
+            left_out=self.left_out,
+            spikes=self.spikes,
+            scaler=scaler.state_dict() if scaler is not None else None,
+        )
 
     def elapsed_now(self) -> float:
         """Seconds of training so far, over all starts."""

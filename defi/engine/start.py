@@ -1,6 +1,5 @@
 """Opening a run: everything is checked and loaded before anything is written."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -23,7 +22,6 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.progress import ProgressDisplay
 from defi.engine.run import Run
 from defi.engine.tracking import Journal, find_tracker, open_tracker
-from defi.engine.trouble import SpikeWatch
 from defi.engine.writer import CheckpointWriter
 from defi.errors import UserError
 
@@ -56,20 +54,18 @@ def open_run(
         raise UserError("data: no training samples; check the data folder and the filters set for it")
     find_tracker(tracker)
     source = checkpoint.find_checkpoint(output, model.stage) if goes_on else None
-    progress, rng = state.load_progress(source / "state") if source else ({}, [])
+    progress, rng = state.load_progress(source / "state") if source else (state.Progress(), [])
 
     accelerator = start_processes(trainer)
     set_seed(seed, device_specific=True)
-    feed = open_feed(
-        dataset, trainer, accelerator, seed=seed, start=progress.get("samples", 0), collate=collate
-    )
+    feed = open_feed(dataset, trainer, accelerator, seed=seed, start=progress.samples, collate=collate)
     model.train().to(accelerator.device)
     ema = EMA(model, trainer.ema) if trainer.ema is not None else None
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, trainer, accelerator))
     if source:
         restore(source, progress, model=model, ema=ema, optimizer=optimizer, scaler=accelerator.scaler)
 
-    main, step = accelerator.is_main_process, progress.get("step", 0)
+    main, step = accelerator.is_main_process, progress.step
     if main:
         prepare_output(output, resume=resume, overwrite=overwrite)
         write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -94,11 +90,11 @@ def open_run(
         config=config,
         data=data,
         step=step,
-        elapsed=progress.get("elapsed_s", 0.0),
+        elapsed=progress.elapsed_s,
         metrics=checkpoint.read_manifest(source)["metrics"] if source else {},
-        best=progress.get("best", -math.inf),
-        spikes=SpikeWatch(**progress.get("spikes", {})),
-        left_out=progress.get("left_out", 0),
+        best=progress.best,
+        spikes=progress.spikes,
+        left_out=progress.left_out,
     )
     summarise(run)
     if resume and not source:
@@ -169,7 +165,7 @@ def open_feed(
 
 def restore(
     source: Path,
-    progress: Mapping[str, Any],
+    progress: state.Progress,
     *,
     model: StageModel,
     ema: EMA | None,
@@ -181,13 +177,13 @@ def restore(
     if ema is not None and has_averages:
         model.load_weights(source / "ema")
         ema.restart()
-        ema.updates = progress["ema_updates"]
+        ema.updates = progress.ema_updates
     model.load_weights(source)
     if ema is not None and not has_averages:
         ema.restart()
     state.load_optimizer(source / "state", optimizer, [name for name, _ in model.trainable()])
-    if scaler is not None and progress["scaler"] is not None:
-        scaler.load_state_dict(progress["scaler"])
+    if scaler is not None and progress.scaler is not None:
+        scaler.load_state_dict(progress.scaler)
 
 
 def report_resume(run: Run, source: Path, *, processes_then: int) -> None:

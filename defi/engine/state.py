@@ -1,9 +1,11 @@
 """What an exact resume needs besides weights: optimizer, random generators, position; no pickle."""
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch.optim import Optimizer
 
-from defi.engine.checkpoint import read_tensors
+from defi.config import typed
+from defi.engine.checkpoint import COPY_AGAIN, read_tensors
+from defi.engine.spikes import SpikeWatch
 from defi.errors import UserError
+from defi.files import read_json
 
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
@@ -92,17 +97,58 @@ def preserved_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
-def save_progress(folder: Path, progress: dict[str, Any], rng: list[dict[str, Any]]) -> None:
+@dataclass
+class Progress:
+    """Where a run is.
+
+    samples: position in the stream of samples. best: largest value of `trainer.best_metric` so far.
+    left_out: steps whose numbers were not finite. scaler: state of the loss scale, with fp16.
+    """
+
+    step: int = 0
+    samples: int = 0
+    elapsed_s: float = 0.0
+    ema_updates: int = 0
+    best: float = -math.inf
+    left_out: int = 0
+    spikes: SpikeWatch = field(default_factory=SpikeWatch)
+    scaler: dict[str, Any] | None = None
+
+
+def save_progress(folder: Path, progress: Progress, rng: list[dict[str, Any]]) -> None:
     """Write the position of a run and the random generators of all its processes."""
-    (folder / PROGRESS).write_text(json.dumps(progress, indent=1))
+    (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
     (folder / RNG).write_text(json.dumps(rng))
 
 
-def load_progress(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `save_progress` wrote."""
+def load_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
+    """What `save_progress` wrote.
+
+    Raises:
+        UserError: the folder holds none, or it is damaged.
+    """
     if not (folder / PROGRESS).is_file():
         raise UserError(f"{folder.parent}: holds weights but no training state; it cannot be resumed")
-    return json.loads((folder / PROGRESS).read_text()), json.loads((folder / RNG).read_text())
+    progress = typed(Progress, read_json(folder / PROGRESS, COPY_AGAIN), str(folder / PROGRESS))
+    rng = read_json(folder / RNG, COPY_AGAIN, kind=list)
+    if not (rng and all(map(_is_rng_state, rng))):
+        raise UserError(f"{folder / RNG}: not the states of random generators; {COPY_AGAIN}")
+    return progress, rng
+
+
+def _is_rng_state(state: Any) -> bool:
+    """Whether `set_rng_state` takes it; tried on generators that nobody uses."""
+    try:
+        version, python, gauss = state["python"]
+        random.Random().setstate((version, tuple(python), gauss))
+        kind, keys, position, *rest = state["numpy"]
+        if not 0 <= position <= len(keys):  # NumPy would read beyond the array
+            return False
+        np.random.RandomState().set_state((kind, np.array(keys, dtype=np.uint32), position, *rest))
+        torch.Generator().set_state(_bytes(state["torch"]))
+        return state["cuda"] is None or len(_bytes(state["cuda"])) > 0
+    except (ValueError, TypeError, LookupError, OverflowError, RuntimeError):
+        return False
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -190,14 +190,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; give the output folder of a training run")
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if not (isinstance(record["kind"], str) and isinstance(record["step"], int)):
+                raise ValueError("kind and step are missing")
+            records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON; delete that line") from None
+                raise UserError(f"{path}: line {number} is no record of a run; delete that line") from None
     return records
 
 

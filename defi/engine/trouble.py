@@ -1,9 +1,8 @@
-"""Numbers that go wrong: which batch it was, where in the model it began, and losses far above the others."""
+"""Numbers that are not finite: which batch it was, and where in the model it began."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,6 @@ from torch import Tensor, nn
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
 from defi.engine.state import preserved_rng
-
-
-@dataclass
-class SpikeWatch:
-    """Finds losses that lie far above the recent ones, by their exponential mean and variance."""
-
-    steps: int = 0
-    mean: float = 0.0
-    variance: float = 0.0
-
-    FIRST = 50  # steps without a verdict
-    MEMORY = 200  # steps
-    DEVIATIONS = 6.0
-    FACTOR = 2.0  # and so many times the mean: where all losses are equal, noise is no spike
-
-    def sees(self, loss: float) -> bool:
-        """Take in the loss of a step; whether it is a spike."""
-        excess = loss - self.mean
-        spike = (
-            self.steps >= self.FIRST
-            and excess > self.DEVIATIONS * math.sqrt(self.variance)
-            and loss > self.FACTOR * self.mean
-        )
-        self.steps += 1
-        share = 1 / min(self.steps, self.MEMORY)
-        self.mean += share * excess
-        self.variance = (1 - share) * (self.variance + share * excess**2)
-        return spike
 
 
 def write_report(

@@ -84,7 +84,7 @@ class CheckpointWriter:
         step: int,
         metrics: Mapping[str, float],
         optimizer: Mapping[str, Tensor],
-        progress: dict[str, Any],
+        progress: state.Progress,
         rng: list[dict[str, Any]],
     ) -> None:
         """Copy the state of this step and return while it is written; the write before it is waited for."""
@@ -93,7 +93,7 @@ class CheckpointWriter:
             self._snapshot = Snapshot(self._model, self._ema)
         snapshot = self._snapshot
         snapshot.take(optimizer)
-        metrics = dict(metrics)
+        metrics, progress = dict(metrics), copy.deepcopy(progress)
 
         def write_state(folder: Path) -> None:
             state.save_optimizer(folder, snapshot.optimizer)

@@ -8,11 +8,8 @@ Lengths in metres, angles in radians, colours RGBA in [0, 1].
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from defi.errors import UserError
+from defi.files import read_yaml
 
 Vector = tuple[float, float, float]
 BLOCKS = ("block_red", "block_blue", "block_pink")
@@ -208,9 +205,4 @@ def _camera(conf: Path, name: str) -> CameraConfig:
 
 def _load(path: Path) -> dict:
     """A configuration file, its `${…}` left alone."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing; the clone is incomplete")
-    try:
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a configuration ({str(error).splitlines()[0]}); get it anew") from error
+    return read_yaml(path, "get the clone anew, as a whole")
