@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from policy_fakes import build_gfdm, build_gidm, build_policy, policy_config, write_stages
 
+from defi.config import CONFIG_DIR, presets, typed
 from defi.engine import checkpoint
 from defi.errors import UserError
 from Step3_DeFI.config import PolicyConfig
@@ -280,6 +283,35 @@ def test_refuses_other_checkpoints(stages: tuple[Path, Path], tmp_path: Path) ->
         DeFI.from_stages(policy_config(), gfdm=tmp_path / "nothing", gidm=gidm)
     with pytest.raises(UserError, match="holds a gidm checkpoint, not gfdm"):
         DeFI.from_stages(policy_config(), gfdm=gidm, gidm=gidm)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_choice_can_be_set_with_any_preset(preset: str) -> None:
+    choices = {
+        "policy.diffusion.sampler": "heun",
+        "policy.diffusion.text_dropout": 0.1,
+        "policy.diffusion.guidance": 2.0,
+        "policy.action_head.cross_attention": "causal",
+        "gfdm.finetune": "lora",
+        "gfdm.video_loss": 0.5,
+    }
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        plain = compose("step3_train", [f"preset={preset}"])
+        cfg = compose(
+            "step3_train", [f"preset={preset}", *(f"{key}={value}" for key, value in choices.items())]
+        )
+    OmegaConf.resolve(plain), OmegaConf.resolve(cfg)
+    config = PolicyConfig.from_preset(cfg)
+    assert (config.diffusion.sampler, config.diffusion.guidance) == ("heun", 2.0)
+    assert (config.finetune.mode, config.finetune.video_loss) == ("lora", 0.5)
+    assert config.action_head.cross_attention == "causal"
+    assert PolicyConfig.from_preset(plain).finetune.mode == "none"
+
+
+def test_the_published_choices_are_the_defaults() -> None:
+    """configs/policy/paper.yaml says what the dataclasses say."""
+    chosen = OmegaConf.load(CONFIG_DIR / "policy" / "paper.yaml")
+    assert typed(PolicyConfig, chosen, "policy") == PolicyConfig()
 
 
 def test_settings_are_checked() -> None:
