@@ -24,7 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 from defi.calvin import CalvinFolder
-from defi.config import entry
+from defi.config import entry, typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
@@ -228,7 +228,7 @@ def is_begun(output: Path, manifest: StoreManifest) -> bool:
         if file.exists():
             record: dict[str, Any] = json.loads(file.read_text())
             record.pop("batch", None)
-            if record != json.loads(manifest.to_json()):
+            if typed(StoreManifest, record, str(file)) != manifest:
                 raise UserError(f"{output}: was begun with other data or settings; set overwrite=true")
             return True
     return False
