@@ -1,8 +1,6 @@
-"""A small model and data set for the engine's tests; as a script, a run for `accelerate launch`."""
+"""A small model and data set for the engine's tests."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +9,6 @@ from torch.utils.data import Dataset
 
 from defi.engine.config import TrainerConfig
 from defi.engine.data import SampleNoise
-from defi.engine.loop import train
 from defi.engine.model import StageModel
 
 
@@ -75,10 +72,3 @@ def trainer(**changes: object) -> TrainerConfig:
         "schedule": "constant", "workers": 0,
     }  # fmt: skip
     return TrainerConfig(**{**settings, **changes})
-
-
-if __name__ == "__main__":
-    train(
-        toy(dropout=0.0), Points(), trainer(max_steps=6, micro_batch=2),
-        output=Path(sys.argv[1]), config={"preset_name": "toy"},
-    )  # fmt: skip

@@ -1,9 +1,6 @@
 """The training loop on a toy model: what it learns, writes, refuses and stops at."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,7 +22,6 @@ from defi.engine.tracking import read_metrics
 from defi.errors import UserError
 
 CONFIG = {"preset_name": "toy", "trainer": {"lr": 1e-2}}
-TESTS = Path(__file__).resolve().parent
 
 
 def records(run: Path, kind: str) -> list[dict]:
@@ -104,30 +100,6 @@ def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
         for micro in (4, 1)
     ]  # fmt: skip
     assert_equal_weights(*folders, rtol=1e-5, atol=1e-6)
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    final = train(
-        toy(dropout=0.0),
-        Points(),
-        trainer(max_steps=6),
-        output=tmp_path / "one",
-        config={"preset_name": "toy"},
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent),
-    }  # fmt: skip
-    result = subprocess.run(
-        [*command, str(TESTS / "engine_toy.py"), str(tmp_path / "two")],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "2 process(es)" in result.stdout and result.stdout.count("done: step 6") == 1
-    assert_equal_weights(final, checkpoint.find_checkpoint(tmp_path / "two"), rtol=1e-5, atol=1e-7)
-    one, two = records(tmp_path / "one", "train"), records(tmp_path / "two", "train")
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
 
 
 def test_ema_follows_its_formula_and_steps_aside() -> None:

@@ -1,5 +1,6 @@
 """Opening a run: everything is checked and loaded before anything is written."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -26,6 +27,7 @@ from defi.engine.writer import CheckpointWriter
 from defi.errors import UserError
 
 LONGEST_WAIT = timedelta(hours=2)  # of the other processes while the main one samples, rolls out or saves
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -107,7 +109,17 @@ def open_run(
 
 
 def start_processes(trainer: TrainerConfig) -> Accelerator:
-    """Join the processes that `accelerate launch` started, or be the only one."""
+    """Join the processes that `accelerate launch` started, or be the only one.
+
+    Raises:
+        UserError: the precision is not available here, or the launcher was told to shard the model.
+    """
+    for switch in SHARDING:
+        if os.environ.get(switch, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"{switch}=true: sharded models are not supported, every process holds a whole one; "
+                "launch with --config_file configs/accelerate/ddp.yaml"
+            )
     # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     try:

@@ -116,9 +116,14 @@ class CheckpointWriter:
                 "mend the disk, then continue with resume=true"
             ) from None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._pending is None or self._pending.done()
+
     def check(self) -> None:
         """Raise the error of a write that has failed; does not wait."""
-        if self._pending is not None and self._pending.done():
+        if self.idle:
             self.wait()
 
     def wait(self) -> None:

@@ -1,0 +1,84 @@
+"""Every stage small, trained on made-up samples; as a script, all of them, for `accelerate launch`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine_toy import Points, toy, trainer
+from policy_fakes import PRESET, build_gfdm, build_gidm, build_policy
+from torch.utils.data import Dataset
+
+from defi.engine.config import TrainerConfig
+from defi.engine.loop import train
+from defi.engine.model import StageModel
+from Step1_GFDM.config import VAESizes
+from Step1_GFDM.vae import VAEConfig, VideoVAE
+
+TEXTS = ("open the drawer", "push the red block to the left", "turn on the light")
+
+
+class MadeUp(Dataset):
+    """Samples of normal numbers, drawn anew in every pass, in these shapes; `text` beside them."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def __len__(self) -> int:
+        return 11
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        tensors = {name: torch.from_numpy(rng.normal(size=s)).float() for name, s in self.shapes.items()}
+        return tensors | {"text": TEXTS[index % len(TEXTS)]}
+
+
+def build_vae() -> VideoVAE:
+    torch.manual_seed(0)
+    return VideoVAE.from_config(VAEConfig(image_size=16, sizes=VAESizes([32, 32], 1)))
+
+
+def build_dropping_policy() -> StageModel:
+    return build_policy(action_head=PRESET["policy"]["action_head"] | {"residual_dropout": 0.2})
+
+
+STAGES: dict[str, tuple[Callable[[], StageModel], dict[str, tuple[int, ...]]]] = {
+    "vae": (build_vae, {"frames": (2, 3, 16, 16)}),
+    "gfdm": (build_gfdm, {"latents": (3, 4, 8, 8)}),
+    "gidm": (lambda: build_gidm(restart_pairs=6), {"frames": (2, 3, 28, 28)}),
+    "policy": (build_policy, {"latents": (2, 4, 8, 8), "actions": (10, 7)}),
+}
+
+
+def train_stage(
+    stage: str,
+    output: Path,
+    *,
+    steps: int,
+    build: Callable[[], StageModel] | None = None,
+    resume: bool = False,
+    **changes: Any,
+) -> None:
+    """A few steps of a stage with averages, at a global batch of 4."""
+    standard, shapes = STAGES[stage]
+    settings = {
+        "global_batch": 4,
+        "max_steps": steps,
+        "lr": 1e-3,
+        "ema": 0.9,
+        "save_every": 0,
+        "log_every": 1,
+    }
+    numbers = TrainerConfig(**(settings | changes))
+    model = (build or standard)()
+    train(model, MadeUp(shapes), numbers, output=output, config={"preset_name": "test"}, resume=resume)
+
+
+if __name__ == "__main__":
+    for name in STAGES:
+        train_stage(name, Path(sys.argv[1]) / name, steps=3)
+    train(
+        toy(dropout=0.0), Points(), trainer(max_steps=3), output=Path(sys.argv[1]) / "toy",
+        config={"preset_name": "test"},
+    )  # fmt: skip
