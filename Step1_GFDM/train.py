@@ -59,6 +59,8 @@ def main(cfg: DictConfig) -> None:
         vae = load_vae(cfg.vae)
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     picks = np.linspace(0, len(held_out) - 1, SHOWN).astype(int)
     shown = [held_out.sample(int(i), np.random.default_rng(0)) for i in picks]
 
