@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -406,6 +407,19 @@ def test_the_commands(
     with pytest.raises(SystemExit) as refused:
         run("defi.checkpoints.convert", monkeypatch, *settings)
     assert refused.value.code == 2 and "exists and is not empty" in capsys.readouterr().err
+    changed(file, tmp_path / "less.ckpt", "state_dict", lambda tensors: tensors.pop("lam.lang_proj.bias"))
+    with pytest.raises(SystemExit):
+        run(
+            "defi.checkpoints.convert",
+            monkeypatch,
+            *settings,
+            f"source={tmp_path / 'less.ckpt'}",
+            "overwrite=true",
+        )
+    said = capsys.readouterr()
+    assert "lam.lang_proj.bias of shape (64,) is missing" in said.err
+    assert re.search(r"missing +1 +64 +lam.lang_proj.bias", said.out)
+    assert checkpoint.read_manifest(output, "gidm")
 
 
 def test_inspect_names_what_it_sees(released: Path, converted: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -30,61 +31,57 @@ class Report:
         """Itself, if everything is accounted for.
 
         Raises:
-            UserError: names the file, the first tensor that does not fit, its expected shape, and how many.
+            Unaccounted: names the file, the first tensor that does not fit, its expected shape, and how many.
         """
         if self.misshapen:
             name, (found, wanted) = next(iter(self.misshapen.items()))
-            raise UserError(
-                f"{self.source}: {name} has shape {found}, expected {wanted} ({len(self.misshapen)} such); "
-                "choose the preset that it fits (python -m defi.checkpoints.inspect)"
+            raise Unaccounted(
+                self,
+                f"{name} has shape {found}, expected {wanted} ({len(self.misshapen)} such); "
+                "choose the preset that it fits (python -m defi.checkpoints.inspect)",
             )
         if self.missing:
             name, wanted = next(iter(self.missing.items()))
-            raise UserError(
-                f"{self.source}: {name} of shape {wanted} is missing ({len(self.missing)} such); "
-                "give the checkpoint of this stage, complete"
+            raise Unaccounted(
+                self,
+                f"{name} of shape {wanted} is missing ({len(self.missing)} such); "
+                "give the checkpoint of this stage, complete",
             )
         if self.unknown:
-            raise UserError(
-                f"{self.source}: {self.unknown[0]} is not of this model ({len(self.unknown)} such); "
-                "give the checkpoint of this stage"
+            raise Unaccounted(
+                self,
+                f"{self.unknown[0]} is not of this model ({len(self.unknown)} such); "
+                "give the checkpoint of this stage",
             )
         return self
 
-    def __or__(self, other: "Report") -> "Report":
-        """Both as one, for a checkpoint of several parts."""
-        spare = {
-            reason: self.spare.get(reason, []) + other.spare.get(reason, [])
-            for reason in self.spare | other.spare
-        }
-        return Report(
-            self.source,
-            self.loaded | other.loaded,
-            spare,
-            self.missing | other.missing,
-            self.misshapen | other.misshapen,
-            self.unknown + other.unknown,
-        )
-
     def table(self) -> Table:
         """For the terminal: parts loaded, what is missing, what is left over and why."""
-        table = Table(title=self.source, title_justify="left", box=None, pad_edge=False)
+        table = Table(title=escape(self.source), title_justify="left", box=None, pad_edge=False)
         for column in ("", "tensors", "parameters", "what"):
             table.add_column(column, justify="right" if column in ("tensors", "parameters") else "left")
         parts: dict[str, list[int]] = {}
         for name, shape in self.loaded.items():
             parts.setdefault(top(name), []).append(count(shape))
         for part, counts in parts.items():
-            table.add_row("loaded", f"{len(counts):,}", f"{sum(counts):,}", part)
+            table.add_row("loaded", f"{len(counts):,}", f"{sum(counts):,}", escape(part))
         for reason, names in self.spare.items():
-            table.add_row("left over", f"{len(names):,}", "", f"{common(names)}: {reason}")
+            table.add_row("left over", f"{len(names):,}", "", f"{escape(common(names))}: {reason}")
         for name, (found, wanted) in self.misshapen.items():
-            table.add_row("[red]wrong shape[/]", "1", "", f"{name}: {found}, expected {wanted}")
+            table.add_row("[red]wrong shape[/]", "1", "", f"{escape(name)}: {found}, expected {wanted}")
         for name, wanted in self.missing.items():
-            table.add_row("[red]missing[/]", "1", f"{count(wanted):,}", f"{name} {wanted}")
+            table.add_row("[red]missing[/]", "1", f"{count(wanted):,}", f"{escape(name)} {wanted}")
         for name in self.unknown:
-            table.add_row("[red]unknown[/]", "1", "", name)
+            table.add_row("[red]unknown[/]", "1", "", escape(name))
         return table
+
+
+class Unaccounted(UserError):
+    """A file does not hold exactly what is expected of it; `report` lists all that does not fit."""
+
+    def __init__(self, report: Report, message: str) -> None:
+        super().__init__(f"{report.source}: {message}")
+        self.report = report
 
 
 def account(

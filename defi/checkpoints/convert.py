@@ -17,6 +17,7 @@ from types import ModuleType
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from defi.checkpoints.account import Unaccounted
 from defi.config import entry
 from defi.engine import checkpoint
 from defi.engine.model import StageModel
@@ -46,8 +47,13 @@ def adapter(stage: str) -> ModuleType:
 @entry("convert")
 def main(cfg: DictConfig) -> None:
     output = check_output(cfg.output, overwrite=cfg.overwrite)
-    model, report = adapter(cfg.stage).convert(cfg)
-    Console(highlight=False).print(report.table())
+    console = Console(highlight=False)
+    try:
+        model, report = adapter(cfg.stage).convert(cfg)
+    except Unaccounted as error:
+        console.print(error.report.table())
+        raise
+    console.print(report.table())
     if isinstance(model, StageModel):
         prepare_output(output, overwrite=cfg.overwrite)
         written = checkpoint.save(model, output, step=0, config=OmegaConf.to_container(cfg, resolve=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from defi.checkpoints.account import shapes, top
 from defi.checkpoints.convert import ADAPTERS, adapter
 from defi.checkpoints.foreign import read_foreign
 from defi.config import compose_preset, entry, presets
-from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest, read_tensors
+from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest
 from defi.errors import UserError
 from defi.files import read_json
 
@@ -72,15 +73,15 @@ def _own(folder: Path) -> Found:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of all safetensors files; those of a subfolder begin with its name."""
+    """Tensors of all files of weights; those of a subfolder begin with its name."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin")):
         place = file.relative_to(folder).parts[:-1]
         if place[:1] and place[0] in STATE:
             continue
-        tensors |= {".".join([*place, name]): tensor for name, tensor in read_tensors(file).items()}
+        tensors |= {".".join([*place, name]): tensor for name, tensor in read_foreign(file).items()}
     if not tensors:
-        raise UserError(f"{folder}: no safetensors files here; copy the folder again")
+        raise UserError(f"{folder}: no files of weights here; copy the folder again")
     return tensors
 
 
@@ -121,18 +122,17 @@ def table(tensors: Mapping[str, Tensor], *, each: bool) -> Table:
         kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in group}))
         parameters = sum(tensor.numel() for tensor in group)
         size = sum(tensor.numel() * tensor.element_size() for tensor in group)
-        view.add_row(name, which, f"{parameters:,}", kinds, f"{size / 1e6:,.1f}")
+        view.add_row(escape(name), which, f"{parameters:,}", kinds, f"{size / 1e6:,.1f}")
     return view
 
 
 @entry("inspect")
 def main(cfg: DictConfig) -> None:
     found = look(Path(cfg.path))
-    console = Console(highlight=False)
-    console.print(f"{cfg.path}: {found.title}")
-    console.print(table(found.tensors, each=cfg.tensors))
+    print(f"{cfg.path}: {found.title}")
+    Console(highlight=False).print(table(found.tensors, each=cfg.tensors))
     if found.stage not in (None, "clip", "vae"):
-        console.print(f"fits preset  {', '.join(fitting(found)) or 'none'}")
+        print(f"fits preset  {', '.join(fitting(found)) or 'none'}")
 
 
 if __name__ == "__main__":
