@@ -8,6 +8,8 @@
         actions.npy     float32 [N, K, 7]
         index.npy       int64 [N, 2]: row of inputs, number of the instruction
         video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `video_stride`)
+        robot_obs.npy   float32 [N, 15] at the sample's frame, and
+        spans.npy       int64 [N, 2]: number of the annotated span, frame in the source; training reads neither
 """
 
 import json
@@ -26,6 +28,7 @@ from defi.npy import map_npy
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 INPUTS, ACTIONS, INDEX, VIDEO = "inputs.npy", "actions.npy", "index.npy", "video.npy"
+ROBOT, SPANS = "robot_obs.npy", "spans.npy"
 KINDS = ("features", "latents", "images")
 
 

@@ -31,10 +31,21 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import ACTIONS, INDEX, INPUTS, KINDS, MANIFEST, PROGRESS, VIDEO, StoreManifest
+from Step3_DeFI.data import (
+    ACTIONS,
+    INDEX,
+    INPUTS,
+    KINDS,
+    MANIFEST,
+    PROGRESS,
+    ROBOT,
+    SPANS,
+    VIDEO,
+    StoreManifest,
+)
 from Step3_DeFI.features import encode_views, imagine, video_noise
 from Step3_DeFI.observation import CAMERAS
-from Step3_DeFI.samples import ROBOT, SPANS, Plan, plan_samples, read_looks
+from Step3_DeFI.samples import Plan, plan_samples, read_looks
 from Step3_DeFI.sources import check_gfdm
 
 DONE = "done.npy"

@@ -17,10 +17,6 @@ from defi.calvin import CalvinFolder
 from defi.errors import UserError
 from Step3_DeFI.observation import CAMERAS, observe
 
-# Of a store, beside what training reads (`Step3_DeFI.data`):
-ROBOT = "robot_obs.npy"  # float32 [N, 15], at the sample's frame
-SPANS = "spans.npy"  # int64 [N, 2]: number of the annotated span, frame in the source
-
 READERS = 4  # frames that a process reads at the same time
 
 Look = tuple[int, int]  # frame, number of the instruction (-1 where the input does not depend on it)

@@ -19,10 +19,10 @@ from defi.config import CONFIG_DIR, compose_preset
 from defi.errors import UserError
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import PolicyStore
+from Step3_DeFI.data import ROBOT, SPANS, PolicyStore
 from Step3_DeFI.observation import observe
 from Step3_DeFI.prepare import Encoder, prepare
-from Step3_DeFI.samples import ROBOT, SPANS, CalvinSamples, plan_samples
+from Step3_DeFI.samples import CalvinSamples, plan_samples
 
 
 @pytest.fixture(scope="module")
