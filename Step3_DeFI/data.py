@@ -9,7 +9,7 @@
         index.npy       int64 [N, 2]: row of inputs, number of the instruction
         video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `video_stride`)
         robot_obs.npy   float32 [N, 15] at the sample's frame, and
-        spans.npy       int64 [N, 2]: number of the annotated span, frame in the source; training reads neither
+        spans.npy       int64 [N, 2]: annotated span, frame in the source; training reads neither
 """
 
 import json

@@ -38,7 +38,7 @@ KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
 SIZES = [
     f"gfdm.image_size={SIDE}",
     "gfdm.vae={block_out_channels: [32, 32, 32, 32], layers_per_block: 1, latent_channels: 4}",
-    "policy.feature_tokens=1024",
+    "policy.feature_tokens=256",
 ]
 
 
