@@ -156,13 +156,17 @@ def megabytes(size: int | None) -> str:
 
 
 def table(files: list[File]) -> Table:
-    """Every file, its size on the hub, and whether it is there."""
+    """Every file below its repository: its size on the hub, and whether it is there."""
     view = Table(box=None, pad_edge=False)
-    for column in ("file", "size", "", "from"):
+    for column in ("file", "size", ""):
         view.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+    page = None
     for file in files:
+        if file.source.page != page:
+            page = file.source.page
+            view.add_row(f"[bold]{page}[/]")
         size = megabytes(file.size if file.size is not None else file.present)
-        view.add_row(str(file.path), size, file.state, file.source.page)
+        view.add_row(f"  {file.path}", size, file.state)
     return view
 
 
@@ -178,8 +182,8 @@ def main(cfg: DictConfig) -> None:
             print(f"the hub cannot be reached ({error}); every file is there, their sizes were not compared")
             return
         raise UserError(
-            f"the hub cannot be reached ({error}); from a machine with network, put each missing file above "
-            "at its place (column `file`)"
+            f"the hub cannot be reached ({error}); from a machine with network, fetch the missing "
+            "files above from the pages named and put them there"
         ) from None
     console.print(table(files))
     todo = [file for file in files if not file.complete]
