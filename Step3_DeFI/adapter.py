@@ -17,7 +17,7 @@ from defi.checkpoints.foreign import read_foreign
 from defi.errors import UserError
 from Step1_GFDM import adapter as gfdm_adapter
 from Step2_GIDM import adapter as gidm_adapter
-from Step2_GIDM.published import copy_published, to_published, tokenizer_names
+from Step2_GIDM.published import to_published, tokenizer_names
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.policy import DeFI
@@ -27,6 +27,7 @@ from Step3_DeFI.published import (
     GIDM_BRANCH,
     VIDEO_FORMER,
     inverse,
+    load_published_branch,
     rename,
 )
 
@@ -81,7 +82,8 @@ def publish_towers(policy: DeFI) -> dict[str, Tensor]:
 
 
 def adopt(policy: DeFI, tensors: Mapping[str, Tensor], *, source: object) -> Report:
-    """Load a published policy into `policy`, whose frozen towers must be the ones it was trained with.
+    """Load a published policy into `policy`, whose frozen towers must be the ones it was trained with: where
+    the file holds them too, they are compared.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape, or a tower has other weights.
@@ -114,11 +116,8 @@ def _load(policy: DeFI, published: dict[str, Tensor]) -> None:
 
     policy.video_former.load_state_dict(rename(below(FORMER), VIDEO_FORMER))
     policy.action_head.load_state_dict(rename(below(HEAD), ACTION_DENOISER))
-    tokenizer = policy.gidm_branch.tokenizer
-    copy_published(tokenizer, below(LATENT), tokenizer_names(tokenizer.sizes))
-    rest = {n: t for n, t in published.items() if not n.startswith((FORMER, HEAD, LATENT))}
-    own = policy.gidm_branch.state_dict()
-    policy.gidm_branch.load_state_dict(own | rename(rest, GIDM_BRANCH))
+    branch = {n: t for n, t in published.items() if not n.startswith((FORMER, HEAD))}
+    load_published_branch(policy.gidm_branch, branch)
 
 
 def _branch_state(branch: GIDMBranch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -135,8 +134,10 @@ def _compare(tensors: Mapping[str, Tensor], towers: Mapping[str, Tensor], *, sou
         if not name.startswith((T5, CLIP, SENTENCE)) or name.startswith(tuple(SPARE)):
             continue
         wanted = ours.get(_plain(name))
+        if wanted is None and name.endswith("position_ids"):
+            continue  # a buffer that older versions of transformers save
         if wanted is None:
-            continue  # a buffer that some versions of transformers save (position_ids)
+            raise UserError(f"{source}: {name} is not of its text tower; give the checkpoint of this stage")
         if tensor.shape != wanted.shape:
             found, expected = tuple(tensor.shape), tuple(wanted.shape)
             raise UserError(

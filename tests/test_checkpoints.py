@@ -265,7 +265,7 @@ def test_code_in_an_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("stage", ["gidm", "policy"])
-@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen", "truncated"])
+@pytest.mark.parametrize("fault", ["missing", "extra", "extra tower", "misshapen", "truncated"])
 def test_files_that_do_not_fit(
     stage: str, fault: str, released: Path, converted: Path, towers: Path, tmp_path: Path
 ) -> None:
@@ -274,11 +274,13 @@ def test_files_that_do_not_fit(
     changes = {
         "missing": lambda tensors: tensors.pop(name),
         "extra": lambda tensors: tensors.update({"lam.more.weight": torch.zeros(2)}),
+        "extra tower": lambda tensors: tensors.update({"lam.text_encoder.more": torch.zeros(2)}),
         "misshapen": lambda tensors: tensors.update({name: torch.zeros(3, 8)}),
     }
     messages = {
         "missing": r"lam.vq.codebook.weight of shape \(8, 8\) is missing \(1 such\)",
         "extra": r"lam.more.weight is not of this model",
+        "extra tower": r"lam.text_encoder.more is not of",
         "misshapen": r"lam.vq.codebook.weight has shape \(3, 8\), expected \(8, 8\)",
         "truncated": "damaged or no checkpoint",
     }
