@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from policy_fakes import build_gfdm
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_check, policy_full_size
@@ -50,6 +51,18 @@ def test_features_compute_only_what_they_need(unet_input: dict) -> None:
             added_time_ids=unet_input["time_ids"],
         )
     assert counter.get_total_flops() / 1e12 == pytest.approx(4.96, abs=0.01)
+
+
+def test_gradient_checkpointing_leaves_gradients_as_they_are() -> None:
+    """What `gfdm.gradient_checkpointing` of the large presets turns on."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = build_gfdm().train()
+        if checkpointed:
+            model.unet.enable_gradient_checkpointing()
+        model(model.config.fake_batch(2))["loss"].backward()
+        gradients.append(model.unet.conv_in.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_policy_with_its_unet_in_bf16_acts() -> None:
