@@ -40,7 +40,7 @@ class Augmentation:
     def recolour(
         self, frames: Float[Tensor, "N 3 H W"], rng: np.random.Generator
     ) -> Float[Tensor, "N 3 H W"]:
-        """Shift, scale about the mean colour, saturate, rotate the hue: together one affine map of colours."""
+        """Shift, scale about the mean colour, saturate, rotate the hue: together an affine map of colours."""
         shift = rng.uniform(-self.brightness, self.brightness)
         contrast = 1 + rng.uniform(-self.contrast, self.contrast)
         saturation = 1 + rng.uniform(-self.saturation, self.saturation)
@@ -48,8 +48,8 @@ class Augmentation:
         colour = torch.tensor(hue_rotation(angle) @ saturation_matrix(saturation), dtype=torch.float32)
         mean = frames.mean(dim=(0, 2, 3))
         offset = colour @ (mean * (1 - contrast) + shift * contrast)
-        mapped = torch.einsum("ij,njhw->nihw", contrast * colour, frames) + offset[:, None, None]
-        return mapped.clamp_(0, 1)
+        matrices = (contrast * colour).expand(len(frames), 3, 3)
+        return torch.baddbmm(offset[:, None], matrices, frames.flatten(2)).clamp_(0, 1).view_as(frames)
 
 
 def resize(frames: UInt8[Tensor, "N 3 H W"], side: int) -> Float[Tensor, "N 3 side side"]:
@@ -59,7 +59,7 @@ def resize(frames: UInt8[Tensor, "N 3 H W"], side: int) -> Float[Tensor, "N 3 si
 
 def to_unit(frames: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
     """Bytes to [0, 1]."""
-    return frames.float().div_(255)
+    return frames.contiguous().float().div_(255)
 
 
 def saturation_matrix(factor: float) -> np.ndarray:

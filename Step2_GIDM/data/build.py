@@ -46,7 +46,9 @@ def sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         if weights is None:
             raise UserError(f"data.mixture={data['mixture']}: choose from {', '.join(data['mixtures'])}")
         root = Path(data["root"])
-        chosen = {name: {"root": root / name, "weight": w, **data["sets"][name]} for name, w in weights.items()}
+        chosen = {
+            name: {"root": root / name, "weight": w, **data["sets"][name]} for name, w in weights.items()
+        }
     if not chosen:
         raise UserError("data.sets: names no data set; give at least one, each with source, root and weight")
     common = {key: value for key, value in data.items() if key not in ("sets", "mixture", "mixtures", "root")}

@@ -58,7 +58,7 @@ class PairMixture(Dataset):
         return pairs.locate(pair)
 
     def frames(self, index: int) -> UInt8[Tensor, "2 3 H W"]:
-        """The two frames of the (first) pair at a place, at its set's largest distance, as they are stored."""
+        """The two frames of the (first) pair at a place, at its set's largest distance, as they are."""
         pairs, pair = self.member(index)
         return pairs.frames(pair)
 

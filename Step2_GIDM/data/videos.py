@@ -14,13 +14,17 @@ from Step2_GIDM.data.pairs import Clip
 
 
 class VideoClips:
-    """One clip per video file anywhere below `root` (or `root` itself, a file). Damaged files are left out."""
+    """One clip per video file anywhere below `root` (or `root` itself, a file); damaged ones are left out."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         if not root.exists():
             raise UserError(f"{root}: no such file or folder; give a folder of videos")
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        files = (
+            [root]
+            if root.is_file()
+            else sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        )
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
         self.clips, damaged = [], []

@@ -1,13 +1,13 @@
 """Any frame of any episode of an RLDS data set, by number."""
 
-import io
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+import torchvision
 from jaxtyping import UInt8
-from PIL import Image
 
 from defi.archive import read_places
 from defi.errors import UserError
@@ -120,11 +120,12 @@ class RLDSDataset:
         frames = []
         for step, coded in zip(steps, self.encoded(episode, steps, picture)):
             try:
-                frames.append(np.asarray(Image.open(io.BytesIO(coded)).convert("RGB")))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                frames.append(decode_image(np.frombuffer(coded, np.uint8)))
+            except (ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
                 raise UserError(
                     f"{self.shard(episode)}: episode {episode}, step {step}: {picture} is no picture "
-                    f"({error}); copy the file again"
+                    f"({reason}); copy the file again"
                 ) from None
         return np.stack(frames)
 
@@ -151,6 +152,14 @@ class RLDSDataset:
         except (ValueError, KeyError, IndexError) as error:
             where = f"{self.shard(episode)}: episode {episode}"
             raise UserError(f"{where}: cannot read {STEPS + name} ({error}); copy the file again") from None
+
+
+def decode_image(coded: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, "H W 3"]:
+    """A JPEG or PNG picture. Raises ValueError or RuntimeError if it is damaged."""
+    if len(coded) == 0:
+        raise ValueError("it is empty")
+    decoded = torchvision.io.decode_image(torch.from_numpy(coded.copy()), torchvision.io.ImageReadMode.RGB)
+    return decoded.permute(1, 2, 0).numpy()
 
 
 def _numbers(values: Values, data: bytes) -> np.ndarray:
