@@ -1,5 +1,6 @@
 """Files of other projects, written by the tests under the released names, small or on the meta device."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -57,7 +58,12 @@ def write_gidm(model: GIDM, file: Path) -> dict[str, Tensor]:
         "state_dict": tensors,
         "loops": {"fit_loop": {"epoch_progress": {"current": {"ready": 3}}}},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}],
-        "hyper_parameters": {"lam_latent_dim": 8, "task_name": "x"},
+        "hyper_parameters": {
+            "lam_latent_dim": 8,
+            "task_name": "x",
+            "optimizer": torch.optim.AdamW,
+            "schedule": functools.partial(torch.optim.AdamW, lr=1e-4),
+        },
     }
     torch.save(lightning, file)
     return tensors

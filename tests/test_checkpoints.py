@@ -1,5 +1,6 @@
 """Published checkpoints: read without running anything, converted strictly, identical on the way back."""
 
+import functools
 import os
 import pickle
 import re
@@ -28,7 +29,7 @@ from defi.checkpoints import clip as clip_adapter
 from defi.checkpoints import inspect
 from defi.checkpoints.account import account, common
 from defi.checkpoints.convert import adapter
-from defi.checkpoints.foreign import read_foreign
+from defi.checkpoints.foreign import SETTINGS, read_foreign
 from defi.checkpoints.torchscript import read_torchscript
 from defi.config import compose_preset
 from defi.engine import checkpoint
@@ -234,7 +235,8 @@ class Attack:
 
 
 def changed(source: Path, target: Path, key: str, change) -> Path:
-    content = torch.load(source, weights_only=True)
+    with torch.serialization.safe_globals(SETTINGS):
+        content = torch.load(source, weights_only=True)
     change(content[key])
     torch.save(content, target)
     return target
@@ -250,6 +252,16 @@ def test_code_is_not_run(suffix: str, legacy: bool, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=rf"bad{suffix}: refers to \S*mkdir, which could run code"):
         read_foreign(file)
     assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("callee", ["os.system", "builtins.eval", "builtins.getattr", "torch.save"])
+def test_settings_open_no_way_to_code(callee: str, tmp_path: Path) -> None:
+    """functools.partial may be named, but neither holds nor calls what is not allowed itself."""
+    module, name = callee.split(".")
+    file = tmp_path / "bad.ckpt"
+    torch.save({"state_dict": {}, "x": functools.partial(getattr(import_module(module), name), "1")}, file)
+    with pytest.raises(UserError, match="bad.ckpt: refers to .* which could run code"):
+        read_foreign(file)
 
 
 def test_code_in_an_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Tensors out of files that others wrote. Nothing that could run code is unpickled."""
 
+import functools
 import pickle
 import re
 import zipfile
@@ -15,6 +16,8 @@ from defi.engine.checkpoint import read_tensors
 from defi.errors import UserError
 from defi.files import one_line
 
+# Lightning keeps the training's settings beside the weights, with the optimizer's class: harmless to load.
+SETTINGS = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, functools.partial]
 ENTRIES = ("state_dict", "model")  # under which Lightning's files and training scripts keep the tensors
 
 
@@ -45,7 +48,8 @@ def _read_pickled(file: Path) -> Any:
     """What `torch.save` wrote: tensors, containers and numbers only."""
     try:
         # Old files are no zip archives and cannot be mapped into memory.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with torch.serialization.safe_globals(SETTINGS):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
