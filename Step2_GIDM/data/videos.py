@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from jaxtyping import UInt8
 from defi.errors import UserError
 from defi.video import VIDEO_SUFFIXES, frame_count, read_frames
 from Step2_GIDM.data.pairs import Clip
+
+OPENERS = 8  # videos that are opened at the same time to count their frames
 
 
 class VideoClips:
@@ -27,12 +30,10 @@ class VideoClips:
         )
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
-        self.clips, damaged = [], []
-        for file in files:
-            try:
-                self.clips.append(Clip(str(file), 0, frame_count(file)))
-            except UserError as error:
-                damaged.append(error)
+        with ThreadPoolExecutor(OPENERS) as pool:
+            counts = list(pool.map(_count, files))
+        self.clips = [Clip(str(file), 0, n) for file, n in zip(files, counts) if isinstance(n, int)]
+        damaged = [count for count in counts if isinstance(count, UserError)]
         if not self.clips:
             raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {damaged[0]}")
         if damaged:
@@ -48,3 +49,11 @@ class VideoClips:
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
         return read_frames(Path(clip.name), positions)
+
+
+def _count(file: Path) -> int | UserError:
+    """Number of frames, or why the video cannot be read."""
+    try:
+        return frame_count(file)
+    except UserError as error:
+        return error
