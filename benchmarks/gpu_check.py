@@ -258,7 +258,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 f"training, {stage}",
                 f"{found['samples_per_s']:.1f} samples/s at batch {found['batch']}, "
-                f"{found['tflop_per_sample']:.2f} TFLOP each, {found['share_of_peak']:.0%} of the peak, "
+                f"{found['tflop_per_sample']:.3g} TFLOP each, {found['share_of_peak']:.0%} of the peak, "
                 f"{found['memory_gb']:.1f} GB",
             )
         )
