@@ -24,7 +24,7 @@ if [ ! -e "$stamp" ]; then
     python=$(find_python)
     echo "Installing into $venv with $("$python" --version) (a few minutes, once) …"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    extras=track,dev
+    extras=track,data,dev
     if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] >= (3, 12))'; then
         extras=sim,$extras
     else
