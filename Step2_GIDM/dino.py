@@ -73,11 +73,16 @@ class DinoPatches(nn.Module):
         if (file := Path(source) / "config.json").is_file():
             check_sizes(read_json(file, "copy the folder again"), file)
         try:
-            model, report = Dinov2WithRegistersModel.from_pretrained(str(source), output_loading_info=True)
+            model, report = Dinov2WithRegistersModel.from_pretrained(
+                str(source), output_loading_info=True, local_files_only=Path(source).is_dir()
+            )
         except Exception as error:  # whatever damaged files make the library raise
             raise UserError(f"{source}: no DINOv2 with registers here ({one_line(error)})") from error
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(f"{source}: {len(missing)} DINOv2 tensors are missing, the first is {missing[0]}")
+        if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+            raise UserError(
+                f"{source}: {len(missing)} DINOv2 tensors are missing or of another shape, "
+                f"the first is {missing[0]}; give a complete folder"
+            )
         return cls(model, image_size)
 
     @property

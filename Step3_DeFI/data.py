@@ -57,10 +57,6 @@ class StoreManifest:
     video_stride: int | None = None
     tasks: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS or not all(isinstance(text, str) for text in self.texts):
-            raise UserError(f"{MANIFEST}: not that of a policy's store; prepare the data again")
-
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
@@ -78,7 +74,10 @@ def read_manifest(folder: Path) -> StoreManifest:
                 f"{folder}: preparation was not finished; run Step3_DeFI.prepare again with resume=true"
             )
         raise UserError(f"{folder}: no prepared data here; make it with Step3_DeFI.prepare")
-    return typed(StoreManifest, read_json(file, "prepare the data again"), str(file))
+    manifest = typed(StoreManifest, read_json(file, "prepare the data again"), str(file))
+    if manifest.kind not in KINDS or not all(isinstance(text, str) for text in manifest.texts):
+        raise UserError(f"{file}: not that of a policy's store; prepare the data again")
+    return manifest
 
 
 class PolicyStore(Dataset):

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from defi.errors import UserError
 
+DEEPEST = 50  # levels of YAML
 MOST_LAYERS, LARGEST_SIZE = 200, 10**6  # in a network's configuration
 LAYERS = re.compile(r"(layers|blocks|depth)($|_per)")
 LARGEST = 64 * 2**20  # bytes; the text files of a checkpoint or a data set are far smaller
@@ -42,14 +43,24 @@ def read_yaml(file: Path, mend: str) -> dict[str, Any]:
     """
     text = read_text(file, mend)
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it has an alias (*name)")
+        _refuse_tricks(text)
         values = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{file}: not YAML that is read here ({one_line(error)}); {mend}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds a {type(values).__name__}, not a dict; {mend}")
     return values
+
+
+def _refuse_tricks(text: str) -> None:
+    """Raise ValueError for YAML with aliases, or nested so deep that its parser takes long."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has an alias (*name)")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
 
 
 def read_text(file: Path, mend: str) -> str:

@@ -92,8 +92,10 @@ def _load(cls, source: str, tokenizer: Path | None = None):
     if (file := Path(source) / "config.json").is_file():
         check_sizes(read_json(file, "copy the folder again"), file)
     try:
-        model, report = cls.from_pretrained(source, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else str(tokenizer))
+        # A folder's files may name other places and code there.
+        safe = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+        model, report = cls.from_pretrained(source, output_loading_info=True, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else str(tokenizer), **safe)
     except Exception as error:  # whatever damaged files make the libraries raise
         raise UserError(f"{source}: no {cls.__name__} with tokenizer here ({one_line(error)})") from error
     if report["missing_keys"] or report["mismatched_keys"]:

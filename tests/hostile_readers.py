@@ -373,7 +373,7 @@ def attempt(reader: Reader, folder: Path) -> str:
         message = str(error)
         if "\n" in message.strip():
             return f"more than one line: {message!r}"
-        return "refused" if "/" in message.split(": ")[0] else f"names no file: {message}"
+        return "refused" if {"/", "="} & set(message.split(": ")[0]) else f"names no file: {message}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "read"

@@ -45,7 +45,8 @@ def build_dropping_policy() -> StageModel:
 
 STAGES: dict[str, tuple[Callable[[], StageModel], dict[str, tuple[int, ...]]]] = {
     "vae": (build_vae, {"frames": (2, 3, 16, 16)}),
-    "gfdm": (build_gfdm, {"latents": (3, 4, 8, 8)}),
+    # 2 x 2 at the lowest level: normalised alone, a single pixel would only have the gradient of rounding.
+    "gfdm": (lambda: build_gfdm(image_size=32), {"latents": (3, 4, 16, 16)}),
     "gidm": (lambda: build_gidm(restart_pairs=6), {"frames": (2, 3, 28, 28)}),
     "policy": (build_policy, {"latents": (2, 4, 8, 8), "actions": (10, 7)}),
 }
