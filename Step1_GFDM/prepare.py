@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKLTemporalDecoder
 from jaxtyping import Float
 from omegaconf import DictConfig
@@ -28,6 +27,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
+from defi.processes import processes
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
 from Step1_GFDM.data import LATENTS, SPLITS
@@ -137,7 +137,7 @@ def read_ahead(jobs: list[Job], every: int) -> Iterator[tuple[Job, Scene | UserE
 
 @entry("step1_prepare")
 def main(cfg: DictConfig) -> None:
-    state = PartialState()
+    state = processes()
     output = check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     every = int(cfg.data.every)
     if every < 1:
@@ -158,6 +158,7 @@ def main(cfg: DictConfig) -> None:
     )
     if cfg.resume and (output / MANIFEST).is_file():
         manifest.check(output / MANIFEST)
+    state.wait_for_everyone()  # all have looked at the folder before it changes
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
         for split in sources:

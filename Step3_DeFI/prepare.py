@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig
 from rich.progress import track
@@ -29,6 +28,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
+from defi.processes import processes
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import (
@@ -111,7 +111,7 @@ class Progress:
 
     def missing(self) -> list[range]:
         """Rows of the batches that are left, shared among the processes."""
-        state = PartialState()
+        state = processes()
         left = np.flatnonzero(self.done == 0)[state.process_index :: state.num_processes]
         return [range(b * self.batch, min((b + 1) * self.batch, self.rows)) for b in left.tolist()]
 
@@ -155,7 +155,7 @@ def prepare(cfg: DictConfig) -> Path:
         video_stride=apart,
         tasks=plan.tasks,
     )
-    state = PartialState()
+    state = processes()
     goes_on = cfg.resume and is_begun(output, manifest)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -223,7 +223,7 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
         raise UserError(
             f"store.video_stride={cfg.store.video_stride}: 1 or more, with store.kind=latents or images"
         )
-    device = PartialState().device
+    device = processes().device
     gfdm, image_size = None, cfg.gfdm.image_size
     if kind != "images":
         weights = find_weights(cfg.gfdm_checkpoint, "gfdm")
@@ -249,7 +249,7 @@ def write_rows(
     inputs: np.ndarray, plan: Plan, data: CalvinFolder, encoder: Encoder, progress: Progress, image_size: int
 ) -> None:
     """Fill this process's share of the missing rows, noting every batch that is on disk."""
-    quiet = not PartialState().is_local_main_process
+    quiet = not processes().is_local_main_process
     for rows in track(progress.missing(), f"{encoder.kind} of {len(plan.looks)} looks", disable=quiet):
         looks = plan.looks[rows.start : rows.stop]
         images = read_looks(data, [frame for frame, _ in looks], image_size)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from jaxtyping import Float32, Int64
 from torch.utils.data import Dataset
 
 from defi.calvin import CalvinFolder
 from defi.errors import UserError
+from defi.processes import processes
 from Step3_DeFI.observation import CAMERAS, observe
 
 READERS = 4  # frames that a process reads at the same time
@@ -93,7 +93,7 @@ def read_motions(data: CalvinFolder, spans: dict[int, range]) -> dict[int, Motio
         frames = [data.frame(frame, keys) for frame in item[1]]
         return item[0], tuple(np.stack([frame[key] for frame in frames]).astype(np.float32) for key in keys)
 
-    state = PartialState()
+    state = processes()
     own = list(spans.items())[state.process_index :: state.num_processes]
     with ThreadPoolExecutor(READERS) as pool:
         return dict(sorted(gather_object(list(pool.map(read, own)))))

@@ -1,6 +1,8 @@
 """Stage 1's preparation from every source, restarts, damage; old latents converted."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,21 @@ def test_a_killed_preparation_goes_on_and_redoes_nothing(
     assert written == ["kitchen_1", "kitchen_2", "broken", "kitchen_2"]
     assert len(read_episodes(output, "train")) == 2 and not list((output / "skipped").rglob("*.txt"))
     assert run(prepare, *settings, "resume=true", "image_size=32") == 2, "another size than it was begun with"
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_episodes(videos: Path, vae: Path, tmp_path: Path) -> None:
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m"]
+    given = ["data=captioned_videos", f"data.root={videos}", f"vae={vae}", f"output={tmp_path / 'out'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "Step1_GFDM.prepare", *given],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("1 episodes in train, 1 episodes in val; 1 left out") == 1
+    assert len(read_episodes(tmp_path / "out", "train")) == len(read_episodes(tmp_path / "out", "val")) == 1
 
 
 def test_a_full_disk_is_named(
