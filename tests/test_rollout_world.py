@@ -161,7 +161,7 @@ def test_words_come_from_the_file_that_is_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("{open_drawer: [")
     for name, message in (
         ("words.yaml", "no instruction for open_drawer"),
-        ("broken.yaml", "not a file of instructions"),
+        ("broken.yaml", ".*it is not a file of instructions"),
         ("none.yaml", "missing; check sim.instructions"),
     ):
         with pytest.raises(UserError, match=f"{name}: {message}"):
