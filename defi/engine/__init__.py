@@ -3,7 +3,9 @@
     model.py       StageModel: what the loop trains          config.py    TrainerConfig: the numbers of a run
     loop.py        train(): the loop, one step beside it     data.py      the order of samples, resumable
     checkpoint.py  folders of weights, found and checked     state.py     what an exact resume needs besides
-    ema.py schedule.py tracking.py progress.py plot.py       output.py    output folders, atomic writes
+    writer.py      checkpoints written in the background     output.py    output folders, atomic writes
+    trouble.py     numbers that are not finite               spikes.py    losses far above the others
+    memory.py      whether a micro-batch fits the memory     ema.py schedule.py tracking.py progress.py plot.py
 
 Import from the modules: this package itself imports nothing, so that commands without a network start fast.
 """
