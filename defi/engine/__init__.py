@@ -5,7 +5,7 @@
     checkpoint.py  folders of weights, found and checked     state.py     what an exact resume needs besides
     writer.py      checkpoints written in the background     output.py    output folders, atomic writes
     trouble.py     numbers that are not finite               spikes.py    losses far above the others
-    memory.py      whether a micro-batch fits the memory     ema.py schedule.py tracking.py progress.py plot.py
+    memory.py      whether a micro-batch fits               ema.py schedule.py tracking.py progress.py plot.py
 
 Import from the modules: this package itself imports nothing, so that commands without a network start fast.
 """
