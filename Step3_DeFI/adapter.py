@@ -59,7 +59,16 @@ def build(cfg: DictConfig) -> DeFI:
 
 
 def publish(policy: DeFI) -> dict[str, Tensor]:
-    """The trained part under the published names."""
+    """The trained part under the published names.
+
+    Raises:
+        UserError: the video model was finetuned along; published files have no place for it.
+    """
+    if policy.config.finetune.mode != "none":
+        raise UserError(
+            f"gfdm.finetune={policy.config.finetune.mode}: a published file cannot hold a finetuned video model; "
+            "use this project's checkpoint"
+        )
     former = rename(policy.video_former.state_dict(), inverse(VIDEO_FORMER))
     head = rename(policy.action_head.state_dict(), inverse(ACTION_DENOISER))
     branch, latent = _branch_state(policy.gidm_branch)

@@ -190,7 +190,7 @@ def test_calvin_clone_that_is_not_one(tmp_path: Path) -> None:
         (env / "conf" / "scene" / f"calvin_scene_{name}.yaml").touch()
     with pytest.raises(UserError, match="Q.*no such scene.*A, B"):
         SceneConfig.from_calvin(tmp_path, "Q")
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(UserError, match="panda.yaml: missing"):
         SceneConfig.from_calvin(tmp_path, "A")
 
 
