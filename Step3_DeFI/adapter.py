@@ -66,8 +66,8 @@ def publish(policy: DeFI) -> dict[str, Tensor]:
     """
     if policy.config.finetune.mode != "none":
         raise UserError(
-            f"gfdm.finetune={policy.config.finetune.mode}: a published file cannot hold a finetuned video model; "
-            "use this project's checkpoint"
+            f"gfdm.finetune={policy.config.finetune.mode}: a published file cannot hold a finetuned video "
+            "model; use this project's checkpoint"
         )
     former = rename(policy.video_former.state_dict(), inverse(VIDEO_FORMER))
     head = rename(policy.action_head.state_dict(), inverse(ACTION_DENOISER))

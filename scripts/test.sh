@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests: scripts/test.sh [pytest arguments]
+# Run the tests, a file per processor at a time: scripts/test.sh [pytest arguments]
 . "$(dirname "$0")/setup.sh"
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the processors are taken by other test files
+exec python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from Step1_GFDM.unet import up_block_features
 from Step3_DeFI.policy import DeFI
 
-# Largest relative error (norm of the difference / norm), one and a half to seven times what was measured. bf16 keeps 8
+# Largest relative error (norm of the difference / norm), 1.5 to 7 times what was measured. bf16 keeps 8
 # bits of a number, fp16 11; features have gone through some forty layers, the others through about ten.
 BOUNDS = {
     "features": {torch.bfloat16: 0.05, torch.float16: 0.007},
