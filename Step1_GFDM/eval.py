@@ -1,9 +1,15 @@
 """Imagine held-out episodes and measure how close they come: `python -m Step1_GFDM.eval checkpoint=<run>`.
 
-Writes metrics.json (PSNR and SSIM per frame) and clips/: the real future beside the imagined one.
+Writes clips/ (the real future beside the imagined one, and beside that of an instruction of yours),
+gallery.html with them, and metrics.json: per frame PSNR, SSIM, LPIPS where its weights are given, and the
+one-step error (`Step1_GFDM.one_step`), each beside that of a future which repeats the first frame.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +21,20 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from defi import html
 from defi.config import entry, typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.video import draw_text, prepare_frames, read_frames, to_uint8, write_mp4
 from Step1_GFDM.data import Clips, ClipsConfig, Episode, read_latents
+from Step1_GFDM.lpips import LPIPS
 from Step1_GFDM.model import GFDM
+from Step1_GFDM.one_step import OneStepError
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""Imagined and real frames [F, 3, H, W] in [-1, 1] -> a figure per frame [F]."""
+TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
 def psnr(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tensor, " F"]:
@@ -65,45 +78,122 @@ def choose(clips: Clips, count: int) -> list[Episode]:
     return [clips.episodes[i] for i in spread.round().astype(int)]
 
 
-def report(scores: dict[str, list[float]]) -> None:
-    """Print the scores per frame."""
+class Scores:
+    """Metrics per frame, of the imagined future and of one that repeats the first frame (`…_still`)."""
+
+    def __init__(self, metrics: dict[str, Metric]) -> None:
+        self.metrics = metrics
+        self.values: dict[str, list[Tensor]] = {}
+
+    def add(self, imagined: Float[Tensor, "F 3 H W"], real: Float[Tensor, "F 3 H W"]) -> None:
+        """One episode."""
+        still = real[:1].expand_as(real)
+        for name, metric in self.metrics.items():
+            self.values.setdefault(name, []).append(metric(imagined, real))
+            self.values.setdefault(f"{name}_still", []).append(metric(still, real))
+
+    def means(self) -> dict[str, list[float]]:
+        """Over the episodes: {name: a figure per frame}."""
+        return {name: torch.stack(values).mean(0).tolist() for name, values in self.values.items()}
+
+
+def report(scores: dict[str, list[float]], one_step: dict[str, list[float] | float | None]) -> None:
+    """Print the figures per frame."""
     table = Table("frame", *(str(i) for i in range(len(scores["psnr"]))))
-    table.add_row("PSNR, dB", *(f"{v:.1f}" for v in scores["psnr"]))
-    table.add_row("SSIM", *(f"{v:.3f}" for v in scores["ssim"]))
-    table.add_row("PSNR of standing still", *(f"{v:.1f}" for v in scores["psnr_still"]))
+    for name, title in TITLES.items():
+        if name in scores:
+            for key, label in ((name, title), (f"{name}_still", f"{title}, standing still")):
+                table.add_row(label, *(f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}" for v in scores[key]))
+    for key, label in (("latents", "one-step error"), ("latents_still", "one-step error, standing still")):
+        table.add_row(label, *(f"{v:.3f}" for v in one_step[key]))
     Console().print(table)
+
+
+@dataclass
+class Clip:
+    """A film of the gallery: the real future beside what each instruction makes the model imagine."""
+
+    file: Path
+    episode: str
+    texts: list[str]
+
+
+def film(path: Path, real: Float[Tensor, "F 3 H W"], imagined: dict[str, Tensor], fps: float) -> None:
+    """Real and imagined frames side by side, with the instructions below."""
+    beside = np.concatenate([to_uint8(frames) for frames in (real, *imagined.values())], axis=2)
+    words = " | ".join(["real", *(f"imagined: {text}" for text in imagined)])
+    write_mp4(path, np.stack([draw_text(frame, words) for frame in beside]), fps=fps)
+
+
+def write_gallery(path: Path, clips: list[Clip], metrics: dict[str, Any], *, subtitle: str) -> None:
+    """The clips with their instructions, and the curves of the figures over the frames."""
+    charts = []
+    curves = {title: (metrics, name) for name, title in TITLES.items() if name in metrics}
+    curves["One-step error of the latents"] = (metrics["one_step"], "latents")
+    for title, (figures, name) in curves.items():
+        lines = {"imagined": figures[name], "standing still": figures[f"{name}_still"]}
+        points = {label: (range(len(values)), values) for label, values in lines.items()}
+        charts.append(html.line_chart(points, title=title, x_label="frame"))
+    ratio = metrics["one_step"]["features"]
+    films = (html.video(clip.file, f"{clip.episode}: {' | '.join(clip.texts)}") for clip in clips)
+    html.write_page(
+        path,
+        "Imagined futures",
+        html.section(
+            "Real beside imagined",
+            html.note("Left the real future, then what the first frame and each instruction lead to."),
+            html.grid(*films, width=380),
+        ),
+        html.section(
+            "Figures per frame",
+            html.grid(*charts, width=380),
+            html.note(
+                "One-step error: root mean square, of the clean latents that stage 3's single pass predicts."
+                + ("" if ratio is None else f" Influence of the noise on its features: {ratio:.2f} (best 0).")
+            ),
+        ),
+        subtitle=subtitle,
+    )
 
 
 @entry("step1_eval")
 def main(cfg: DictConfig) -> None:
     output = check_output(cfg.output, overwrite=cfg.overwrite)
-    model = GFDM.from_pretrained(find_weights(cfg.checkpoint, "gfdm")).eval()
+    weights = find_weights(cfg.checkpoint, "gfdm")
+    model = GFDM.from_pretrained(weights).eval()
+    metrics: dict[str, Metric] = {"psnr": psnr, "ssim": ssim}
+    if cfg.lpips is not None:
+        metrics["lpips"] = LPIPS.from_folder(cfg.lpips)
     section = next(iter(cfg.data.sets.values()))
-    clips = Clips(typed(ClipsConfig, section, "data.sets"), frames=model.config.frames, split=cfg.split)
-    episodes = choose(clips, cfg.episodes)
+    data = Clips(typed(ClipsConfig, section, "data.sets"), frames=model.config.frames, split=cfg.split)
+    episodes = choose(data, cfg.episodes)
     prepare_output(output, overwrite=cfg.overwrite)
 
-    scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "psnr_still": []}
+    scores, one_step, clips = Scores(metrics), OneStepError(model), []
     for number, episode in enumerate(track(episodes, "imagine")):
-        indices = clips.indices(episode, 0)
-        text = cfg.instruction or episode.texts[0]
-        first = read_latents(clips.root / episode.latents[cfg.camera], indices[:1])
-        imagined = imagine(model, first, [text], steps=cfg.steps, seed=cfg.seed + number)[0]
-        frames = read_frames(clips.root / episode.videos[cfg.camera], indices)
+        indices, own = data.indices(episode, 0), episode.texts[0]
+        latents = read_latents(data.root / episode.latents[cfg.camera], indices)
+        frames = read_frames(data.root / episode.videos[cfg.camera], indices)
         real = prepare_frames(frames, model.config.image_size)
-        for name, value in (
-            ("psnr", psnr(imagined, real)),
-            ("ssim", ssim(imagined, real)),
-            ("psnr_still", psnr(real[:1].expand_as(real), real)),
-        ):
-            scores[name].append(value)
-        beside = np.concatenate([to_uint8(real), to_uint8(imagined)], axis=2)
-        frames = np.stack([draw_text(frame, f"real | imagined: {text}") for frame in beside])
-        write_mp4(output / "clips" / f"{episode.id}.mp4", frames, fps=cfg.fps)
-    means = {name: torch.stack(values).mean(0).tolist() for name, values in scores.items()}
-    write_file(output / "metrics.json", json.dumps({"episodes": len(episodes), **means}, indent=1))
-    report(means)
-    print(f"{output / 'metrics.json'}\n{output / 'clips'}: {len(episodes)} clips, real beside imagined")
+        texts = [own] if cfg.instruction is None else [own, cfg.instruction]
+        seed = cfg.seed + number  # the same noise for each instruction: only the words differ
+        imagined = {
+            text: imagine(model, latents[:1], [text], steps=cfg.steps, seed=seed)[0] for text in texts
+        }
+        scores.add(imagined[own], real)
+        one_step.add(latents, own, seed=seed)
+        clips.append(Clip(output / "clips" / f"{number:04d}.mp4", episode.id, texts))
+        film(clips[-1].file, real, imagined, cfg.fps)
+    found = {
+        "episodes": len(episodes),
+        "instruction": cfg.instruction,
+        **scores.means(),
+        "one_step": one_step.figures(),
+    }
+    write_file(output / "metrics.json", json.dumps(found, indent=1))
+    write_gallery(output / "gallery.html", clips, found, subtitle=f"{weights} on {data.root}, {cfg.split}")
+    report(scores.means(), found["one_step"])
+    print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(clips)} clips, real beside imagined")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,25 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
+from torch import Tensor
 
 from defi.calvin import Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights
 from defi.engine.tracking import read_metrics
 from defi.errors import UserError
-from defi.video import frame_count
-from Step1_GFDM.config import VAESizes
+from defi.text import TextConfig
+from defi.video import frame_count, read_frames
+from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 from Step1_GFDM.data import read_episodes, read_latents
+from Step1_GFDM.lpips import BACKBONE, LINEAR, LPIPS, WIDTHS
 from Step1_GFDM.model import GFDM
+from Step1_GFDM.one_step import OneStepError, predict_once
 from Step1_GFDM.principal import start_from_principal_components
 from Step1_GFDM.vae import VAEConfig, VideoVAE, load_vae
 
@@ -86,6 +91,16 @@ def succeed(module: str, *settings: str) -> None:
     assert code == 0, errors
 
 
+def write_lpips_weights(folder: Path) -> None:
+    """Files as published, with other numbers in them and a small classifier, which is not read."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    layers = {f"features.{name}": tensor for name, tensor in LPIPS().layers.state_dict().items()}
+    torch.save({**layers, "classifier.1.bias": torch.zeros(4096)}, folder / BACKBONE)
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(WIDTHS)}
+    torch.save(linear, folder / LINEAR)
+
+
 @pytest.fixture(scope="module")
 def outputs(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the four commands leave, each reading what the one before it wrote."""
@@ -96,7 +111,9 @@ def outputs(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     )
     latents = [f"data.root={out}/latents", f"vae={out}/vae"]
     succeed("train", *SMALL, *SHORT, *latents, f"output={out}/gfdm", "gfdm.sampling.steps=2")
-    succeed("eval", f"checkpoint={out}/gfdm", f"data.root={out}/latents", f"output={out}/imagined", "steps=2")
+    write_lpips_weights(out / "lpips")
+    given = [f"checkpoint={out}/gfdm", f"data.root={out}/latents", f"lpips={out}/lpips"]
+    succeed("eval", *given, f"output={out}/imagined", "split=train", "steps=2", "instruction='lift <it>'")
     return out
 
 
@@ -182,10 +199,95 @@ def test_gfdm_carries_its_vae_and_settings(outputs: Path) -> None:
     assert list((outputs / "gfdm" / "samples").rglob("*.mp4"))
 
 
-def test_held_out_episodes_are_imagined_and_scored(outputs: Path) -> None:
+def test_episodes_are_imagined_and_scored(outputs: Path) -> None:
+    """Three episodes of one look: standing still has no error at frame 0, and some after it."""
     scores = json.loads((outputs / "imagined" / "metrics.json").read_text())
-    assert len(scores["psnr"]) == len(scores["ssim"]) == 3 and scores["episodes"] == 1
-    assert [frame_count(clip) for clip in (outputs / "imagined" / "clips").glob("*.mp4")] == [3]
+    assert scores["episodes"] == 3
+    for name in ("psnr", "ssim", "lpips"):
+        assert len(scores[name]) == len(scores[f"{name}_still"]) == 3 and np.isfinite(scores[name]).all()
+    assert scores["lpips_still"][0] == 0 < scores["lpips_still"][1]
+    one_step = scores["one_step"]
+    assert one_step["latents_still"][0] == 0 < min(one_step["latents_still"][1:] + one_step["latents"])
+    assert one_step["features"] > 0
+
+
+def test_gallery_shows_each_instruction_beside_the_real_future(outputs: Path) -> None:
+    clips = sorted((outputs / "imagined" / "clips").glob("*.mp4"))
+    frames = [read_frames(clip) for clip in clips]
+    assert [clip.shape[0] for clip in frames] == [3, 3, 3]
+    assert {clip.shape[2] for clip in frames} == {3 * 32}  # real, its own instruction's, the user's
+    page = (outputs / "imagined" / "gallery.html").read_text()
+    assert page.count("<video") == 3
+    assert "push the red block to the right | lift &lt;it&gt;" in page and "LPIPS" in page
+
+
+TINY = GFDMConfig(
+    frames=3,
+    image_size=16,
+    unet=UNetSizes([32, 32, 32], [1, 1, 1], [False, True, False], 1, 16),
+    vae=VAESizes([32, 32, 32], 1),
+    clip=TextConfig(width=16, projection=8, layers=1, heads=1),
+)
+
+
+def test_one_step_prediction_of_a_perfect_network_is_the_future() -> None:
+    """Where the network's output is the velocity that v-prediction asks for, nothing is left of the noise."""
+    model = GFDM.from_config(TINY)
+    future, noise = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 3, 4, 4, 4)
+    sigma = 700  # of the first step
+    velocity = (noise - sigma * future) / (sigma**2 + 1) ** 0.5
+    model.unet.forward = lambda *_, **__: SimpleNamespace(sample=velocity)
+    predicted = predict_once(model, future[:, 0], ["push"], noise=noise)
+    torch.testing.assert_close(predicted, future, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.5**0.5, 0.5)])
+def test_influence_of_the_noise_on_features(
+    share: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 where only the picture matters, 1 where only the noise does."""
+    torch.manual_seed(0)
+    model = GFDM.from_config(TINY)
+
+    def features(first: Tensor, texts: list[str], *, noise: Tensor) -> Tensor:
+        return (1 - share**2) ** 0.5 * first[:, None] + share * noise
+
+    monkeypatch.setattr(model, "features", features)
+    errors = OneStepError(model)
+    errors.add(torch.randn(3, 4, 4, 4), "push", seed=0)
+    assert errors.figures()["features"] is None
+    for seed in range(1, 20):
+        errors.add(torch.randn(3, 4, 4, 4), "push", seed=seed)
+    assert errors.figures()["features"] == pytest.approx(expected, abs=0.08)
+
+
+def test_lpips_weighs_unit_activations(tmp_path: Path) -> None:
+    """The formula, written out for one level; the rest of the tests needs the published weights."""
+    write_lpips_weights(tmp_path)
+    model = LPIPS.from_folder(tmp_path)
+    a, b = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    assert model(a, a).item() == 0 < model(a, b).item() == pytest.approx(model(b, a).item())
+    for weight in model.weights[1:]:
+        weight.zero_()
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+    def activation(image: Tensor) -> Tensor:
+        pixels = ((image + 1) / 2 - mean[:, None, None]) / deviation[:, None, None]
+        x = model.layers[0](pixels).relu()[0]
+        return x / x.norm(dim=0)
+
+    difference = (activation(a) - activation(b)).square()
+    expected = (model.weights[0][0] * difference).sum(0).mean()
+    assert model(a, b).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_lpips_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{BACKBONE}: no such file"):
+        LPIPS.from_folder(tmp_path)
+    write_lpips_weights(tmp_path)
+    torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}, tmp_path / LINEAR)
+    with pytest.raises(UserError, match="alex.pth: lacks lin1"):
+        LPIPS.from_folder(tmp_path)
 
 
 def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: Path) -> None:
