@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from jaxtyping import Float
 from omegaconf import DictConfig
 from rich.console import Console
@@ -26,11 +27,12 @@ from defi.config import entry, typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.output import check_output, prepare_output, write_file
+from defi.processes import processes
 from defi.video import draw_text, prepare_frames, read_frames, to_uint8, write_mp4
 from Step1_GFDM.data import Clips, ClipsConfig, Episode, read_latents
 from Step1_GFDM.lpips import LPIPS
 from Step1_GFDM.model import GFDM
-from Step1_GFDM.one_step import OneStepError
+from Step1_GFDM.one_step import one_step_error, one_step_figures
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """Imagined and real frames [F, 3, H, W] in [-1, 1] -> a figure per frame [F]."""
@@ -78,26 +80,16 @@ def choose(clips: Clips, count: int) -> list[Episode]:
     return [clips.episodes[i] for i in spread.round().astype(int)]
 
 
-class Scores:
-    """Metrics per frame, of the imagined future and of one that repeats the first frame (`…_still`)."""
-
-    def __init__(self, metrics: dict[str, Metric]) -> None:
-        self.metrics = metrics
-        self.values: dict[str, list[Tensor]] = {}
-
-    def add(self, imagined: Float[Tensor, "F 3 H W"], real: Float[Tensor, "F 3 H W"]) -> None:
-        """One episode."""
-        still = real[:1].expand_as(real)
-        for name, metric in self.metrics.items():
-            self.values.setdefault(name, []).append(metric(imagined, real))
-            self.values.setdefault(f"{name}_still", []).append(metric(still, real))
-
-    def means(self) -> dict[str, list[float]]:
-        """Over the episodes: {name: a figure per frame}."""
-        return {name: torch.stack(values).mean(0).tolist() for name, values in self.values.items()}
+def score(
+    metrics: dict[str, Metric], imagined: Float[Tensor, "F 3 H W"], real: Float[Tensor, "F 3 H W"]
+) -> dict[str, Float[Tensor, " F"]]:
+    """Each metric of the imagined future, and of one that repeats the first frame (`…_still`)."""
+    still = real[:1].expand_as(real)
+    found = {name: metric(imagined, real) for name, metric in metrics.items()}
+    return found | {f"{name}_still": metric(still, real) for name, metric in metrics.items()}
 
 
-def report(scores: dict[str, list[float]], one_step: dict[str, list[float] | float | None]) -> None:
+def report(scores: dict[str, Any]) -> None:
     """Print the figures per frame."""
     table = Table("frame", *(str(i) for i in range(len(scores["psnr"]))))
     for name, title in TITLES.items():
@@ -105,17 +97,20 @@ def report(scores: dict[str, list[float]], one_step: dict[str, list[float] | flo
             for key, label in ((name, title), (f"{name}_still", f"{title}, standing still")):
                 table.add_row(label, *(f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}" for v in scores[key]))
     for key, label in (("latents", "one-step error"), ("latents_still", "one-step error, standing still")):
-        table.add_row(label, *(f"{v:.3f}" for v in one_step[key]))
+        table.add_row(label, *(f"{v:.3f}" for v in scores["one_step"][key]))
     Console().print(table)
 
 
 @dataclass
-class Clip:
-    """A film of the gallery: the real future beside what each instruction makes the model imagine."""
+class Judged:
+    """An episode: its film (the real future beside what each instruction leads to) and its figures."""
 
-    file: Path
-    episode: str
+    number: int
+    name: str
+    clip: Path
     texts: list[str]
+    scores: dict[str, Float[Tensor, " F"]]
+    one_step: dict[str, Tensor]
 
 
 def film(path: Path, real: Float[Tensor, "F 3 H W"], imagined: dict[str, Tensor], fps: float) -> None:
@@ -125,7 +120,7 @@ def film(path: Path, real: Float[Tensor, "F 3 H W"], imagined: dict[str, Tensor]
     write_mp4(path, np.stack([draw_text(frame, words) for frame in beside]), fps=fps)
 
 
-def write_gallery(path: Path, clips: list[Clip], metrics: dict[str, Any], *, subtitle: str) -> None:
+def write_gallery(path: Path, judged: list[Judged], metrics: dict[str, Any], *, subtitle: str) -> None:
     """The clips with their instructions, and the curves of the figures over the frames."""
     charts = []
     curves = {title: (metrics, name) for name, title in TITLES.items() if name in metrics}
@@ -135,7 +130,7 @@ def write_gallery(path: Path, clips: list[Clip], metrics: dict[str, Any], *, sub
         points = {label: (range(len(values)), values) for label, values in lines.items()}
         charts.append(html.line_chart(points, title=title, x_label="frame"))
     ratio = metrics["one_step"]["features"]
-    films = (html.video(clip.file, f"{clip.episode}: {' | '.join(clip.texts)}") for clip in clips)
+    films = (html.video(each.clip, f"{each.name}: {' | '.join(each.texts)}") for each in judged)
     html.write_page(
         path,
         "Imagined futures",
@@ -156,44 +151,65 @@ def write_gallery(path: Path, clips: list[Clip], metrics: dict[str, Any], *, sub
     )
 
 
+def columns(rows: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Of one dictionary per episode, one of lists."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
 @entry("step1_eval")
 def main(cfg: DictConfig) -> None:
-    output = check_output(cfg.output, overwrite=cfg.overwrite)
+    output, state = check_output(cfg.output, overwrite=cfg.overwrite), processes()
     weights = find_weights(cfg.checkpoint, "gfdm")
-    model = GFDM.from_pretrained(weights).eval()
+    model = GFDM.from_pretrained(weights).to(state.device).eval()
     metrics: dict[str, Metric] = {"psnr": psnr, "ssim": ssim}
     if cfg.lpips is not None:
         metrics["lpips"] = LPIPS.from_folder(cfg.lpips)
     section = next(iter(cfg.data.sets.values()))
     data = Clips(typed(ClipsConfig, section, "data.sets"), frames=model.config.frames, split=cfg.split)
     episodes = choose(data, cfg.episodes)
-    prepare_output(output, overwrite=cfg.overwrite)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        prepare_output(output, overwrite=cfg.overwrite)
+    state.wait_for_everyone()
 
-    scores, one_step, clips = Scores(metrics), OneStepError(model), []
-    for number, episode in enumerate(track(episodes, "imagine")):
-        indices, own = data.indices(episode, 0), episode.texts[0]
-        latents = read_latents(data.root / episode.latents[cfg.camera], indices)
-        frames = read_frames(data.root / episode.videos[cfg.camera], indices)
+    def look(episode: Episode) -> tuple[Tensor, str]:
+        """Latents of its clip, and its instruction."""
+        file = data.root / episode.latents[cfg.camera]
+        return read_latents(file, data.indices(episode, 0)), episode.texts[0]
+
+    def judge(number: int) -> Judged:
+        episode, seed = episodes[number], cfg.seed + number
+        latents, own = look(episode)
+        frames = read_frames(data.root / episode.videos[cfg.camera], data.indices(episode, 0))
         real = prepare_frames(frames, model.config.image_size)
-        texts = [own] if cfg.instruction is None else [own, cfg.instruction]
-        seed = cfg.seed + number  # the same noise for each instruction: only the words differ
-        imagined = {
-            text: imagine(model, latents[:1], [text], steps=cfg.steps, seed=seed)[0] for text in texts
+        imagined = {  # under each instruction from the same noise: only the words differ
+            text: imagine(model, latents[:1], [text], steps=cfg.steps, seed=seed)[0]
+            for text in (own, *([cfg.instruction] if cfg.instruction is not None else []))
         }
-        scores.add(imagined[own], real)
-        one_step.add(latents, own, seed=seed)
-        clips.append(Clip(output / "clips" / f"{number:04d}.mp4", episode.id, texts))
-        film(clips[-1].file, real, imagined, cfg.fps)
+        clip = output / "clips" / f"{number:04d}.mp4"
+        film(clip, real, imagined, cfg.fps)
+        other, words = look(episodes[number - 1])
+        one_step = one_step_error(model, latents, own, other=(other[:1], words), seed=seed)
+        scores = score(metrics, imagined[own], real)
+        cpu = {name: value.cpu() for name, value in one_step.items()}
+        return Judged(number, episode.id, clip, list(imagined), scores, cpu)
+
+    share = range(state.process_index, len(episodes), state.num_processes)
+    mine = [judge(number) for number in track(share, "imagine", disable=not state.is_main_process)]
+    judged = sorted(gather_object(mine), key=lambda each: each.number)
+    if not state.is_main_process:
+        return
+    scores = columns([each.scores for each in judged])
     found = {
         "episodes": len(episodes),
         "instruction": cfg.instruction,
-        **scores.means(),
-        "one_step": one_step.figures(),
+        **{name: torch.stack(values).mean(0).tolist() for name, values in scores.items()},
+        "one_step": one_step_figures(columns([each.one_step for each in judged])),
     }
     write_file(output / "metrics.json", json.dumps(found, indent=1))
-    write_gallery(output / "gallery.html", clips, found, subtitle=f"{weights} on {data.root}, {cfg.split}")
-    report(scores.means(), found["one_step"])
-    print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(clips)} clips, real beside imagined")
+    write_gallery(output / "gallery.html", judged, found, subtitle=f"{weights} on {data.root}, {cfg.split}")
+    report(found)
+    print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(judged)} clips, real beside imagined")
 
 
 if __name__ == "__main__":

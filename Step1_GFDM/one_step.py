@@ -36,35 +36,43 @@ def predict_once(
     return model.scheduler.step(prediction, timestep, sample).pred_original_sample
 
 
-class OneStepError:
-    """Both figures, gathered episode by episode."""
+@torch.no_grad()
+def one_step_error(
+    model: GFDM,
+    latents: Float[Tensor, "F 4 h w"],
+    text: str,
+    *,
+    other: tuple[Float[Tensor, "1 4 h w"], str],
+    seed: int,
+) -> dict[str, Tensor]:
+    """What one episode adds to the figures: squared errors `latents` and `latents_still` [F], and the
+    features' squared differences under another noise (`same`) and from another episode (`different`).
 
-    def __init__(self, model: GFDM) -> None:
-        self.model = model
-        self.errors: dict[str, list[Tensor]] = {"latents": [], "latents_still": []}
-        self.same: list[Tensor] = []
-        self.different: list[Tensor] = []
-        self.previous: Tensor | None = None
+    latents: the real future, scaled. other: another episode's first latent and instruction.
+    """
+    device = model.unet.device
+    latents = latents.to(device)
+    first, still = latents[:1], latents[:1].expand_as(latents)
+    noise = SampleNoise(torch.tensor([seed]), device).normal(2, *latents.shape)[0]
+    predicted = predict_once(model, first, [text], noise=noise[:1])[0]
+    here, again, there = (
+        model.features(look, [words], noise=noise[draw : draw + 1])
+        for look, words, draw in ((first, text, 0), (first, text, 1), (other[0].to(device), other[1], 1))
+    )
+    return {
+        "latents": (predicted - latents).square().mean((1, 2, 3)),
+        "latents_still": (still - latents).square().mean((1, 2, 3)),
+        "same": (here - again).square().mean(),
+        "different": (here - there).square().mean(),
+    }
 
-    @torch.no_grad()
-    def add(self, latents: Float[Tensor, "F 4 h w"], text: str, *, seed: int) -> None:
-        """One episode's real scaled latents and its instruction."""
-        model, latents = self.model, latents.to(self.model.unet.device)
-        first, still = latents[:1], latents[:1].expand_as(latents)
-        noise = SampleNoise(torch.tensor([seed]), latents.device).normal(2, *latents.shape)[0]
-        predicted = predict_once(model, first, [text], noise=noise[:1])[0]
-        for name, value in (("latents", predicted), ("latents_still", still)):
-            self.errors[name].append((value - latents).square().mean((1, 2, 3)))
-        features = model.features(first.expand(2, *first.shape[1:]), [text, text], noise=noise)
-        self.same.append((features[0] - features[1]).square().mean())
-        if self.previous is not None:
-            self.different.append((features[0] - self.previous).square().mean())
-        self.previous = features[1]
 
-    def figures(self) -> dict[str, list[float] | float | None]:
-        """latents and latents_still: [F]. features: None where there was one episode only."""
-        errors = {name: torch.stack(values).mean(0).sqrt().tolist() for name, values in self.errors.items()}
-        if not self.different:
-            return {**errors, "features": None}
-        ratio = torch.stack(self.same).mean() / torch.stack(self.different).mean()
-        return {**errors, "features": ratio.item()}
+def one_step_figures(parts: dict[str, list[Tensor]]) -> dict[str, list[float] | float | None]:
+    """latents and latents_still: [F]. features: None where there is one episode only."""
+    mean = {name: torch.stack(values).mean(0) for name, values in parts.items()}
+    alone = len(parts["same"]) == 1
+    return {
+        "latents": mean["latents"].sqrt().tolist(),
+        "latents_still": mean["latents_still"].sqrt().tolist(),
+        "features": None if alone else (mean["same"] / mean["different"]).item(),
+    }

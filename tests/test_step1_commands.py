@@ -22,9 +22,10 @@ from defi.text import TextConfig
 from defi.video import frame_count, read_frames
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 from Step1_GFDM.data import read_episodes, read_latents
+from Step1_GFDM.eval import columns
 from Step1_GFDM.lpips import BACKBONE, LINEAR, LPIPS, WIDTHS
 from Step1_GFDM.model import GFDM
-from Step1_GFDM.one_step import OneStepError, predict_once
+from Step1_GFDM.one_step import one_step_error, one_step_figures, predict_once
 from Step1_GFDM.principal import start_from_principal_components
 from Step1_GFDM.vae import VAEConfig, VideoVAE, load_vae
 
@@ -253,12 +254,12 @@ def test_influence_of_the_noise_on_features(
         return (1 - share**2) ** 0.5 * first[:, None] + share * noise
 
     monkeypatch.setattr(model, "features", features)
-    errors = OneStepError(model)
-    errors.add(torch.randn(3, 4, 4, 4), "push", seed=0)
-    assert errors.figures()["features"] is None
-    for seed in range(1, 20):
-        errors.add(torch.randn(3, 4, 4, 4), "push", seed=seed)
-    assert errors.figures()["features"] == pytest.approx(expected, abs=0.08)
+    looks = torch.randn(20, 3, 4, 4, 4)
+    rows = [
+        one_step_error(model, looks[i], "push", other=(looks[i - 1, :1], "push"), seed=i) for i in range(20)
+    ]
+    assert one_step_figures(columns(rows[:1]))["features"] is None
+    assert one_step_figures(columns(rows))["features"] == pytest.approx(expected, abs=0.08)
 
 
 def test_lpips_weighs_unit_activations(tmp_path: Path) -> None:
