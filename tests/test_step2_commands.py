@@ -160,6 +160,24 @@ def test_train_on_rlds_and_on_a_mixture(data: Path, tmp_path: Path, monkeypatch:
     assert read_manifest(tmp_path / "run", "gidm")["step"] == 2
 
 
+def test_train_on_a_folder_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text, no labels, subfolders; a damaged video is left out."""
+    for number, name in enumerate(("a.mp4", "kitchen/b.mp4", "kitchen/c.mov")):
+        frames = np.random.default_rng(number).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+        write_mp4(tmp_path / "videos" / name, frames, 10)
+    (tmp_path / "videos" / "damaged.mp4").write_bytes(b"not a video")
+    arguments = ["data=pairs_videos", f"data.root={tmp_path / 'videos'}", f"output={tmp_path / 'run'}"]
+    with pytest.warns(UserWarning, match=r"1 of 4 videos left out; the first: .*damaged\.mp4"):
+        steps = ["trainer.max_steps=2", "trainer.sample_every=2"]
+        assert run(train, *arguments, *SMALL, *steps, monkeypatch=monkeypatch) == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert read_manifest(tmp_path / "run", "gidm")["step"] == 2
+    model = GIDM.from_pretrained(find_weights(tmp_path / "run", "gidm")).eval()
+    assert model.encode(model.patches(torch.rand(1, 2, 3, 42, 42)), [""]).indices.shape == (1, 4)
+
+
 def test_controllable_run_starts_from_a_language_run(
     trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
