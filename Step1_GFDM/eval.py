@@ -127,7 +127,7 @@ def write_gallery(path: Path, judged: list[Judged], metrics: dict[str, Any], *, 
     curves["One-step error of the latents"] = (metrics["one_step"], "latents")
     for title, (figures, name) in curves.items():
         lines = {"imagined": figures[name], "standing still": figures[f"{name}_still"]}
-        points = {label: (range(len(values)), values) for label, values in lines.items()}
+        points = {label: (range(1, len(values)), values[1:]) for label, values in lines.items()}
         charts.append(html.line_chart(points, title=title, x_label="frame"))
     ratio = metrics["one_step"]["features"]
     films = (html.video(each.clip, f"{each.name}: {' | '.join(each.texts)}") for each in judged)
@@ -140,7 +140,7 @@ def write_gallery(path: Path, judged: list[Judged], metrics: dict[str, Any], *, 
             html.grid(*films, width=380),
         ),
         html.section(
-            "Figures per frame",
+            "Figures per frame after the given one",
             html.grid(*charts, width=380),
             html.note(
                 "One-step error: root mean square, of the clean latents that stage 3's single pass predicts."
