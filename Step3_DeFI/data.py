@@ -9,7 +9,7 @@
         index.npy       int64 [N, 2]: row of inputs, number of the instruction
         video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `video_stride`)
         robot_obs.npy   float32 [N, 15] at the sample's frame, and
-        spans.npy       int64 [N, 2]: annotated span, frame in the source; training reads neither
+        spans.npy       int64 [N, 2]: annotated span (-1: none), frame in the source; training reads neither
 """
 
 import json
@@ -36,7 +36,7 @@ KINDS = ("features", "latents", "images")
 class StoreManifest:
     """What a store holds. look: shape of one row less its draws. gfdm: fingerprint of the stage-1 weights.
 
-    video_stride: frames between the frames of the kept videos; None: no videos.
+    video_stride: frames between the frames of the kept videos; None: no videos. spans: annotated or all.
     """
 
     kind: str
@@ -55,6 +55,7 @@ class StoreManifest:
     gfdm: str | None = None
     feature_noise: str | None = None
     video_stride: int | None = None
+    spans: str = "annotated"
     tasks: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:

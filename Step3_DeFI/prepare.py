@@ -127,6 +127,8 @@ def prepare(cfg: DictConfig) -> Path:
     data = CalvinFolder(Path(cfg.data.root) / cfg.data.split)
     encoder, image_size = build_encoder(cfg, policy)
     apart = cfg.store.video_stride
+    if cfg.data.spans not in ("annotated", "all"):
+        raise UserError(f"data.spans={cfg.data.spans}: choose annotated or all")
     plan = plan_samples(
         data,
         chunk=policy.chunk,
@@ -134,6 +136,7 @@ def prepare(cfg: DictConfig) -> Path:
         stride=cfg.data.stride,
         by_text=encoder.kind == "features",
         video=None if apart is None else range(0, policy.frames * apart, apart),
+        spans=cfg.data.spans,
     )
     shape = encoder.row_shape(policy, image_size)
     manifest = StoreManifest(
@@ -153,6 +156,7 @@ def prepare(cfg: DictConfig) -> Path:
         gfdm=None if encoder.gfdm is None else fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
         feature_noise=policy.feature_noise if encoder.kind == "features" else None,
         video_stride=apart,
+        spans=cfg.data.spans,
         tasks=plan.tasks,
     )
     state = processes()

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from jaxtyping import Float32, Int64
 from torch.utils.data import Dataset
 
-from defi.calvin import CalvinFolder
+from defi.calvin import CalvinFolder, Span
 from defi.errors import UserError
 from defi.processes import processes
 from Step3_DeFI.observation import CAMERAS, observe
@@ -30,52 +30,92 @@ class Plan:
     index: Int64[np.ndarray, "N 2"]  # look, instruction
     actions: Float32[np.ndarray, "N K A"]
     robot_obs: Float32[np.ndarray, "N 15"]  # at the sample's frame
-    spans: Int64[np.ndarray, "N 2"]  # number of the annotated span, frame
+    spans: Int64[np.ndarray, "N 2"]  # number of the annotated span (-1: none), frame
     video: Int64[np.ndarray, "N F"] | None  # looks at the frames that follow
     texts: list[str]
     tasks: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Starts:
+    """Frames of one demonstration at which samples start, in order; `number` is its annotation's, or -1."""
+
+    number: int
+    span: Span
+    frames: Sequence[int]
+
+
+def annotated_starts(data: CalvinFolder, *, tail: int, stride: int) -> list[Starts]:
+    """s … e − tail of every annotated span (s, e).
+
+    Raises:
+        UserError: no span is long enough.
+    """
+    found = [Starts(n, s, range(s.start, s.end - tail + 1, stride)) for n, s in enumerate(data.spans)]
+    found = [starts for starts in found if starts.frames]
+    if not found:
+        raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
+    return found
+
+
+def other_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int) -> list[Starts]:
+    """The frames of every recording that lie in no annotated span's s … e − tail; without instruction."""
+    annotated = np.concatenate([np.arange(s.start, s.end - tail + 1) for s in data.spans])
+    found = []
+    for start, end in data.episodes:
+        frames = np.setdiff1d(np.arange(start, end - chunk + 2, stride), annotated)
+        found.append(Starts(-1, Span(start, end, "", ""), frames.tolist()))
+    return [starts for starts in found if starts.frames]
+
+
 def plan_samples(
-    data: CalvinFolder, *, chunk: int, tail: int, stride: int, by_text: bool, video: range | None = None
+    data: CalvinFolder,
+    *,
+    chunk: int,
+    tail: int,
+    stride: int,
+    by_text: bool,
+    video: range | None = None,
+    spans: str = "annotated",
 ) -> Plan:
     """Samples start at s … e − tail of every annotated span (s, e); sample i has `chunk` actions from i on.
 
     Processes share the reading; each gets the whole plan. `video`: frames of the clip that is kept with each
-    sample, counted from its own; past e, e is repeated.
+    sample, counted from its own; past e, e is repeated. `spans`: with `all`, the recordings' other frames
+    follow as samples whose instruction is empty.
 
     Raises:
         UserError: `tail` leaves no room for a chunk, no span is long enough, or frames are missing.
     """
     if tail < chunk - 1:
         raise UserError(f"data.tail={tail}: a chunk has {chunk} actions; set data.tail={chunk - 1} or more")
-    starts = {n: range(s.start, s.end - tail + 1, stride) for n, s in enumerate(data.spans)}
-    starts = {number: frames for number, frames in starts.items() if frames}
-    if not starts:
-        raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
-    needed = {number: range(frames.start, frames[-1] + chunk) for number, frames in starts.items()}
+    starts = annotated_starts(data, tail=tail, stride=stride)
+    if spans == "all":
+        starts += other_starts(data, chunk=chunk, tail=tail, stride=stride)
+    needed = {n: range(each.frames[0], each.frames[-1] + chunk) for n, each in enumerate(starts)}
     data.check_frames(np.unique(np.concatenate([np.array(frames) for frames in needed.values()])))
     motions = read_motions(data, needed)
     looks: dict[Look, int] = {}
     texts: dict[str, int] = {}
     index, actions, robot_obs, clips, tasks = [], [], [], [], {}
-    for number, frames in starts.items():
-        span, (taken, states) = data.spans[number], motions[number]
+    for each, (taken, states) in zip(starts, motions.values()):
+        span, first = each.span, each.frames[0]
         text = texts.setdefault(span.instruction, len(texts))
-        for frame in frames:
+        for frame in each.frames:
             look = looks.setdefault((frame, text if by_text else -1), len(looks))
             index.append((look, text))
-            actions.append(taken[frame - span.start : frame - span.start + chunk])
-            robot_obs.append(states[frame - span.start])
+            actions.append(taken[frame - first : frame - first + chunk])
+            robot_obs.append(states[frame - first])
             following = [min(frame + offset, span.end) for offset in video or ()]
             clips.append([looks.setdefault((next_frame, -1), len(looks)) for next_frame in following])
-        tasks[span.task] = tasks.get(span.task, 0) + len(frames)
+        if span.task:
+            tasks[span.task] = tasks.get(span.task, 0) + len(each.frames)
     return Plan(
         looks=list(looks),
         index=np.array(index, np.int64),
         actions=np.stack(actions),
         robot_obs=np.stack(robot_obs),
-        spans=np.array([(n, frame) for n, frames in starts.items() for frame in frames], np.int64),
+        spans=np.array([(each.number, frame) for each in starts for frame in each.frames], np.int64),
         video=None if video is None else np.array(clips, np.int64),
         texts=list(texts),
         tasks=tasks,
@@ -106,10 +146,17 @@ class CalvinSamples(Dataset):
     """
 
     def __init__(
-        self, folder: Path | str, *, image_size: int, chunk: int = 10, tail: int = 21, stride: int = 1
+        self,
+        folder: Path | str,
+        *,
+        image_size: int,
+        chunk: int = 10,
+        tail: int = 21,
+        stride: int = 1,
+        spans: str = "annotated",
     ) -> None:
         self.data, self.image_size = CalvinFolder(folder), image_size
-        self.plan = plan_samples(self.data, chunk=chunk, tail=tail, stride=stride, by_text=False)
+        self.plan = plan_samples(self.data, chunk=chunk, tail=tail, stride=stride, by_text=False, spans=spans)
 
     @property
     def fingerprint(self) -> str:

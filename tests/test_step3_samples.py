@@ -74,6 +74,26 @@ def test_robot_states_and_spans_are_kept(place: Path, tmp_path: Path) -> None:
     assert states.shape == (19, 15) and states.dtype == np.float32
 
 
+def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
+    """The annotated samples come first, unchanged; every other frame with a chunk follows, without text."""
+    given = {"data.tail": 12, "data.spans": "all"}
+    store = PolicyStore(prepare(settings(place, tmp_path / "store", "demos", "images", **given)))
+    annotated = [[0, f] for f in range(100, 103)] + [[1, f] for f in range(115, 125)]
+    others = [[-1, f] for f in (103, 104, 105, 125, 126, 127)]
+    assert np.load(tmp_path / "store" / SPANS).tolist() == annotated + others
+    raw = CalvinSamples(place / "demos" / "training", image_size=16, tail=12, spans="all")
+    assert len(store) == len(raw) == 19
+    for i, (number, frame) in enumerate(annotated + others):
+        packed, sample = store[i], raw[i]
+        assert packed["text"] == sample["text"] == ("" if number < 0 else f"do thing {number}")
+        assert torch.equal(packed["images"], sample["images"])
+        assert torch.equal(packed["actions"], sample["actions"])
+        assert packed["actions"][:, 0].tolist() == list(range(frame, frame + 10))
+    with pytest.raises(UserError, match="data.spans=some"):
+        prepare(settings(place, tmp_path / "new", "demos", "images", **{"data.spans": "some"}))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_frame_of_latents_takes_at_most_17_kb() -> None:
     """Both views, at the sizes of Stable Video Diffusion's autoencoder and 256² pixels."""
 
