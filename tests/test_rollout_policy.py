@@ -200,6 +200,9 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
         (["agent=random", "precision=half"], "precision=half: must be one of"),
         (["agent=random", "sim.world=old"], "sim.world=old: must be fresh or persistent"),
         (["agent=random", "videos.every=0"], "videos.every=0"),
+        (["agent=random", "sim.backend=other"], "sim.backend=other: must be native or calvin_env"),
+        (["agent=random", "sim.backend=calvin_env"], "name the clone of CALVIN too"),
+        (["agent=expert", "sim=calvin"], "expert: knows the built-in tables only"),
         (["agent=random", "chains=some"], "chains"),
     ],
 )

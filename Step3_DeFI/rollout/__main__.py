@@ -3,18 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from omegaconf import DictConfig
 from rich.console import Console
 
 from defi.config import entry, typed
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
+from defi.processes import processes
 from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
@@ -65,6 +63,8 @@ class CommandConfig(RolloutConfig):
             raise UserError(
                 "checkpoint=: not given; name the output folder of a stage-3 run, or agent=random"
             )
+        if "expert" in (self.agent, self.baseline) and self.sim.calvin_root is not None:
+            raise UserError("expert: knows the built-in tables only; use sim=builtin, or another agent")
         if self.baseline == self.agent:
             raise UserError(f"baseline={self.baseline}: the same as agent; leave one of them out")
 
@@ -72,8 +72,7 @@ class CommandConfig(RolloutConfig):
 @entry("step3_rollout")
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_rollout")
-    # A device that is done waits for the slowest: no timeout in practice.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
+    state = processes()
     shard = Shard(state.process_index, state.num_processes, state.wait_for_everyone)
     if state.is_main_process:
         check_output(config.output, resume=config.resume, overwrite=config.overwrite)

@@ -69,8 +69,9 @@ def build_scene(sim: SimConfig, scene: str) -> SceneConfig:
 def world_maker(sim: SimConfig, scene: SceneConfig, renderer: str) -> Callable[[], Any]:
     """Makes a world in a simulator process; `renderer` is cpu or egl."""
     if sim.backend == "calvin_env":
-        from defi.sim.official import OfficialWorld
+        from defi.sim.official import OfficialWorld, check_installed
 
+        check_installed()
         return partial(OfficialWorld, sim.calvin_root, scene.name, renderer=renderer)
     from defi.sim.world import World
 

@@ -7,6 +7,7 @@ README, "Evaluate on CALVIN", says how to install it.
 """
 
 import contextlib
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jaxtyping import Float, UInt8
 from omegaconf import DictConfig, OmegaConf
 
 from defi.errors import UserError
+from defi.files import one_line
 from defi.sim.judge import BlockState, Contact, JudgeState
 from defi.sim.scene import calvin_env_folder, scene_file
 
@@ -24,6 +26,12 @@ INSTALL = (
     "pip install --no-deps -e <clone>/calvin_env, then "
     "pip install gym gitpython numpy-quaternion opencv-python-headless scipy"
 )
+
+
+def check_installed() -> None:
+    """Raises UserError where the package is not there; its own requirements show when it is loaded."""
+    if importlib.util.find_spec("calvin_env") is None:
+        raise UserError(f"sim.backend=calvin_env: the package is not installed; {INSTALL}")
 
 
 def compose(calvin_root: str | Path, scene: str, *, egl: bool) -> DictConfig:
@@ -74,11 +82,10 @@ class OfficialWorld:
             try:
                 self._env = instantiate(self._cfg.env, show_gui=False, use_vr=False, use_scene_info=True)
             except Exception as error:
-                missing = error.__cause__ if isinstance(error.__cause__, ImportError) else None
-                if missing is None:
+                if not isinstance(error.__cause__, ImportError):
                     raise
                 raise UserError(
-                    f"sim.backend=calvin_env: the package cannot be imported ({missing}); {INSTALL}"
+                    f"sim.backend=calvin_env: it cannot be imported ({one_line(error.__cause__)}); {INSTALL}"
                 ) from error
         # With no cameras of its own it draws nothing in `reset` and `step`.
         self._cameras, self._env.cameras = self._env.cameras, []

@@ -1,5 +1,6 @@
 """The official package behind our interface: it does what was recorded, as the native simulator does."""
 
+import importlib.util
 import multiprocessing
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from replay import replay
 
 pytest.importorskip("pybullet")
 from defi.errors import UserError
-from defi.sim.official import OfficialWorld, compose
+from defi.sim.official import OfficialWorld, check_installed, compose
 
 
 def replay_scene(reference: Path, path: Path) -> None:
@@ -37,3 +38,9 @@ def test_the_package_s_own_configuration(reference: Path) -> None:
     assert cfg.env.robot_cfg.base_position == cfg.scene.robot_base_position
     with pytest.raises(UserError, match="Q: no such scene"):
         compose(reference / "calvin_root", "Q", egl=False)
+
+
+def test_a_missing_package_is_told_before_anything_is_written(reference: Path, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="the package is not installed; pip install .*calvin_env"):
+        check_installed()
