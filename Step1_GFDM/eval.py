@@ -36,6 +36,7 @@ from Step1_GFDM.one_step import one_step_error, one_step_figures
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """Imagined and real frames [F, 3, H, W] in [-1, 1] -> a figure per frame [F]."""
+LOWEST_FILM = 160  # pixels: smaller pictures are enlarged, so that the words fit
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
@@ -116,6 +117,8 @@ class Judged:
 def film(path: Path, real: Float[Tensor, "F 3 H W"], imagined: dict[str, Tensor], fps: float) -> None:
     """Real and imagined frames side by side, with the instructions below."""
     beside = np.concatenate([to_uint8(frames) for frames in (real, *imagined.values())], axis=2)
+    enlarged = -(-LOWEST_FILM // beside.shape[1])
+    beside = beside.repeat(enlarged, axis=1).repeat(enlarged, axis=2)
     words = " | ".join(["real", *(f"imagined: {text}" for text in imagined)])
     write_mp4(path, np.stack([draw_text(frame, words) for frame in beside]), fps=fps)
 
@@ -130,7 +133,7 @@ def write_gallery(path: Path, judged: list[Judged], metrics: dict[str, Any], *, 
         points = {label: (range(1, len(values)), values[1:]) for label, values in lines.items()}
         charts.append(html.line_chart(points, title=title, x_label="frame"))
     ratio = metrics["one_step"]["features"]
-    films = (html.video(each.clip, f"{each.name}: {' | '.join(each.texts)}") for each in judged)
+    films = (html.video(each.clip, f"{each.name}: {' | '.join(each.texts)}", width=380) for each in judged)
     html.write_page(
         path,
         "Imagined futures",

@@ -216,7 +216,9 @@ def test_gallery_shows_each_instruction_beside_the_real_future(outputs: Path) ->
     clips = sorted((outputs / "imagined" / "clips").glob("*.mp4"))
     frames = [read_frames(clip) for clip in clips]
     assert [clip.shape[0] for clip in frames] == [3, 3, 3]
-    assert {clip.shape[2] for clip in frames} == {3 * 32}  # real, its own instruction's, the user's
+    assert {clip.shape[2] for clip in frames} == {
+        3 * 32 * 5
+    }  # real, its own instruction's, the user's; enlarged
     page = (outputs / "imagined" / "gallery.html").read_text()
     assert page.count("<video") == 3
     assert "push the red block to the right | lift &lt;it&gt;" in page and "LPIPS" in page
