@@ -6,7 +6,7 @@ Files that are there in full stay, others are resumed. Without network it says w
 Settings, and the repositories: configs/download.yaml.
 """
 
-from collections.abc import Iterator
+import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,24 +109,32 @@ def on_the_hub(source: Source) -> list[File]:
     except Exception as error:  # each version of the hub's client has its own errors of the network
         raise Unreachable(one_line(error)) from error
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings}
-    return [_found(source, entry, sizes) for entry in source.files]
+    return [file for entry in source.files for file in _found(source, entry, sizes)]
 
 
-def _found(source: Source, entry: str, sizes: dict[str, int]) -> File:
-    for name in entry.split("|"):
-        if name in sizes:
-            return File(source, name, sizes[name])
+def _found(source: Source, entry: str, sizes: dict[str, int]) -> list[File]:
+    for choice in entry.split("|"):
+        if names := sorted(fnmatch.filter(sizes, choice)):
+            for name in names:
+                if ".." in Path(name).parts or Path(name).is_absolute():
+                    raise UserError(
+                        f"{source.page}: a file there is called {name!r}, outside {source.folder}"
+                    )
+            return [File(source, name, sizes[name]) for name in names]
     raise UserError(f"{source.page}: has no {entry}; change sources in configs/download.yaml")
 
 
 def on_the_disk(source: Source) -> list[File]:
     """The source's files as far as they can be known without the hub."""
-    return [next(_present_first(source, entry)) for entry in source.files]
-
-
-def _present_first(source: Source, entry: str) -> Iterator[File]:
-    choices = [File(source, name) for name in entry.split("|")]
-    yield from sorted(choices, key=lambda file: file.present is None)
+    folder = Path(source.folder)
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.as_posix() for path in paths if path.parts[0] != ".cache"]  # the hub client's own
+    files = []
+    for wanted in source.files:
+        choices = wanted.split("|")
+        found = next(filter(None, (fnmatch.filter(names, choice) for choice in choices)), choices[:1])
+        files += [File(source, name) for name in found]
+    return files
 
 
 def fetch(file: File) -> None:

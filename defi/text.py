@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json
+from defi.hub import local_only
 
 transformers_logging.disable_progress_bar()  # a bar per small file hides what a command has to say
 
@@ -91,13 +92,13 @@ def _load(cls, source: str, tokenizer: Path | None = None):
     """
     if (file := Path(source) / "config.json").is_file():
         check_sizes(read_json(file, "copy the folder again"), file)
+    safe = {"local_files_only": local_only(source), "trust_remote_code": False}
     try:
-        # A folder's files may name other places and code there.
-        safe = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
         model, report = cls.from_pretrained(source, output_loading_info=True, **safe)
         tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else str(tokenizer), **safe)
     except Exception as error:  # whatever damaged files make the libraries raise
-        raise UserError(f"{source}: no {cls.__name__} with tokenizer here ({one_line(error)})") from error
+        where = source if "/" in source else f"pretrained={source}"
+        raise UserError(f"{where}: no {cls.__name__} with tokenizer here ({one_line(error)})") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
         raise UserError(

@@ -1,172 +1,53 @@
-"""Valid files, ways to damage them, and what reads them in a process of its own (`test_hostile_files.py`)."""
+"""Folders of valid files, and what reads them once they are damaged (`test_hostile_files.py`)."""
 
-import io
 import json
-import math
-import os
 import random
-import resource
 import shutil
-import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from checkpoint_fakes import PLAIN_HEAD, OpenAICLIP, small_clip, write_gidm, write_policy
 from engine_toy import Points, Toy, toy, trainer
-from policy_fakes import build_gfdm, build_gidm, write_demonstrations
+from policy_fakes import (
+    PRESET,
+    build_gfdm,
+    build_gidm,
+    build_policy,
+    policy_config,
+    write_demonstrations,
+    write_stages,
+)
+from rollout_fakes import fake_evaluation
 from safetensors.torch import save_file
+from stages import build_vae
 from torch.optim import AdamW
 
+from benchmarks.rlds_writer import encode, write_videos
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
+from defi.checkpoints.inspect import look
 from defi.engine import checkpoint, state
 from defi.engine.loop import train
 from defi.engine.plot import curves
-from defi.errors import UserError
+from defi.rlds import RLDSDataset, default_splits
 from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents
 from Step1_GFDM.model import GFDM
+from Step1_GFDM.sources.hdf5 import HDF5Episodes
+from Step1_GFDM.sources.videos import CaptionedVideos
+from Step1_GFDM.vae import VideoVAE
 from Step2_GIDM.model import GIDM
+from Step3_DeFI.compare import compare
 from Step3_DeFI.data import PolicyStore, StoreManifest
+from Step3_DeFI.policy import DeFI
+from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.protocol import read_phrasings
+from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries
 from Step3_DeFI.sources import Sources
-
-ROOM = 2**31  # bytes of memory that a reader may take besides what the process has
-PATIENCE = 5.0  # seconds
-
-# ---------------------------------------------------------------- damage
-
-
-def damage_bytes(data: bytes, chance: random.Random) -> bytes:
-    """Flip, cut, zero, repeat or exchange some bytes."""
-    kind = chance.randrange(8)
-    at = chance.randrange(max(len(data), 1))
-    if kind <= 2:  # near the start, where headers are, as often as anywhere
-        changed = bytearray(data)
-        for _ in range(chance.choice((1, 1, 2, 8))):
-            limit = chance.choice((16, 256, len(changed)))
-            changed[chance.randrange(min(limit, len(changed)))] = chance.randrange(256)
-        return bytes(changed)
-    if kind == 3:
-        return data[:at]
-    if kind == 4:
-        return data[:at] + chance.choice((b"\0", b"\xff")) * min(64, len(data) - at) + data[at + 64 :]
-    if kind == 5:
-        return data[:at] + data[max(0, at - 100) :]
-    if kind == 6:
-        return data[:at] + chance.randbytes(chance.randrange(1, 100)) + data[at:]
-    size = chance.choice((2, 4, 8))
-    at = chance.choice((0, at))
-    number = chance.choice((2**31 - 1, 2**63 - 1, 10**9, 2 ** (8 * size) - 1)) % 2 ** (8 * size)
-    return data[:at] + number.to_bytes(size, "little") + data[at + size :]
-
-
-EVIL: tuple[Any, ...] = (
-    *(None, True, -1, 0, 10**6, 10**12, 10**30, 1e308, math.nan, "", "x" * 10_000, "../../../../etc/passwd"),
-    *("/etc/passwd", "\0", "${oc.env:HOME}", "<script>alert(1)</script>", [], {}, [[[[]]]], {"a": {"b": {}}}),
-    {"_target_": "os.system", "_args_": ["touch pwned"]},
-)
-
-
-def damage_values(values: Any, chance: random.Random) -> Any:
-    """Replace, remove or repeat a value somewhere inside containers."""
-    spots = list(_spots(values))
-    if not spots:
-        return chance.choice(EVIL)
-    container, key = chance.choice(spots)
-    kind = chance.randrange(5)
-    if kind == 0:
-        del container[key]
-    elif kind == 1 and isinstance(container[key], (int, float)):
-        container[key] *= chance.choice((-1, 1000, 10**7, 0.5))
-    elif kind == 2 and isinstance(container, list):
-        container += [container[key]] * chance.choice((1, 1000))
-    else:
-        container[key] = chance.choice(EVIL)
-    return values
-
-
-def _spots(values: Any) -> Iterator[tuple[Any, Any]]:
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    for key, value in items:
-        yield values, key
-        if isinstance(value, (dict, list)):
-            yield from _spots(value)
-
-
-def damage(name: str, data: bytes, chance: random.Random) -> bytes:
-    """A damaged version of a file: of what it means, where its format is known, or of its bytes."""
-    suffix = Path(name).suffix
-    if chance.random() < 0.4:
-        return damage_bytes(data, chance)
-    if suffix == ".json":
-        if chance.random() < 0.05:
-            return chance.choice(
-                (b"[" * 100_000, b'{"a":' * 50_000, b"1" * 10_000, b"null", b'"text"', b"[1]")
-            )
-        return json.dumps(damage_values(json.loads(data), chance)).encode()
-    if suffix == ".yaml":
-        return chance.choice(YAMLS) if chance.random() < 0.3 else damage_bytes(data, chance)
-    if suffix == ".safetensors":
-        size = int.from_bytes(data[:8], "little")
-        header = json.dumps(damage_values(json.loads(data[8 : 8 + size]), chance)).encode()
-        return len(header).to_bytes(8, "little") + header + data[8 + size :]
-    if suffix in (".npz", ".pt"):
-        return damage_member(data, chance)
-    if suffix == ".npy":
-        return damage_header(data, chance)
-    return damage_bytes(data, chance)
-
-
-YAMLS = (
-    b"!!python/object/apply:os.system ['touch pwned']",
-    b"a: !!python/name:os.system",
-    b"a: &a [x,x,x,x,x,x,x,x,x]\n"
-    + b"".join(f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n".encode() for p, n in zip("abcdefgh", "bcdefghi")),
-    b"_target_: os.system\n_args_: [touch pwned]",
-    b"a: ${oc.env:HOME}\nb: ${c}\nc: ${b}",
-    b"[" * 3000,
-    b"- 1\n- 2",
-    b"just text",
-    b"",
-)
-
-
-def damage_header(data: bytes, chance: random.Random) -> bytes:
-    """A `.npy` file with another type or shape in its header."""
-    shape = chance.choice(
-        ("(10**9,)", "(1000000000000,)", "(-1,)", "()", "(2, 3)", "(0, 2)", "'x'", "(1.5,)")
-    )
-    dtype = chance.choice(("'<f8'", "'|O'", "'<U1000000000'", "'|V0'", "[('a', '<i8')]", "'<i8'", "None"))
-    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}".encode()
-    start = 10 + int.from_bytes(data[8:10], "little") if len(data) > 10 else len(data)
-    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data[start:]
-
-
-def damage_member(data: bytes, chance: random.Random) -> bytes:
-    """A zip archive with one member damaged, and checksums that fit it; or one that grows when it is read."""
-    out, bomb = io.BytesIO(), chance.random() < 0.02
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
-        names = old.namelist()
-        target = chance.choice(names)
-        for name in names:
-            content = old.read(name)
-            if name == target:
-                content = (
-                    damage_header(content, chance) if name.endswith(".npy") else damage_bytes(content, chance)
-                )
-                if bomb:
-                    content = content[:128] + bytes(2**28)
-            new.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED if bomb else zipfile.ZIP_STORED)
-    return out.getvalue()
-
-
-# ---------------------------------------------------------------- readers
 
 
 @dataclass(frozen=True)
@@ -296,6 +177,125 @@ def read_sources(folder: Path) -> None:
     Sources.read(folder / "policy", gfdm=None, gidm=None)
 
 
+def make_rlds(folder: Path) -> None:
+    write_videos(folder, {"train": [[3, 2], [2]], "val": [[2]]}, size=8)
+    read_rlds(folder)  # which makes the index
+
+
+def read_rlds(folder: Path) -> None:
+    """Every picture and value of both splits."""
+    for split in (*default_splits(folder / "toy"), "train[1:]"):
+        data = RLDSDataset(folder / "toy", split, index=folder / "index")
+        picture, language = data.picture("image"), data.language(None)
+        for episode in range(min(len(data), 20)):
+            length = int(data.lengths[episode])
+            frames = data.frames(episode, range(min(length, 20)), picture) if length else ()
+            assert all(frame.shape == (8, 8, 3) for frame in frames)
+            assert isinstance(data.text(episode, language), str)
+            for name in ("action", "is_last", "language_instruction"):
+                assert len(data.values(episode, name)) == length
+
+
+def make_zip(folder: Path) -> None:
+    demonstrations = write_demonstrations(folder / "unpacked", lengths=(3, 3))
+    shutil.make_archive(str(folder / "demos"), "zip", demonstrations)
+    shutil.rmtree(demonstrations)
+
+
+def read_zip(folder: Path) -> None:
+    read_calvin(folder / "demos.zip")
+
+
+def make_captions(folder: Path) -> None:
+    (folder / "videos").mkdir()
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    texts = {"one": "open the drawer", "two": "lift the red block", "three": "turn on the light"}
+    for name in texts:
+        write_mp4(folder / "videos" / f"{name}.mp4", frames, 10)
+    lines = [{"video": f"{name}.mp4", "text": text} for name, text in texts.items()]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "captions.csv").write_text(
+        "video,text\n" + "".join(f"{name}.mp4,{text}\n" for name, text in texts.items())
+    )
+    labels = [{"id": name, "label": text} for name, text in texts.items()]
+    (folder / "labels.json").write_text(json.dumps(labels))
+
+
+def read_all_captions(folder: Path) -> None:
+    for name in ("captions.jsonl", "captions.csv", "labels.json"):
+        source = CaptionedVideos(folder / name, folder / "videos")
+        for recording in source.recordings[:5]:
+            path, texts = recording.place
+            assert path.resolve().is_relative_to(folder.resolve()) and all(texts)
+            if path.suffix == ".mp4":
+                source.read(recording, every=2)
+
+
+def make_hdf5(folder: Path) -> None:
+    import h5py  # needed by this source alone
+
+    frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    coded = [np.frombuffer(encode(frame, "JPEG"), np.uint8) for frame in frames]
+    with h5py.File(folder / "episode.hdf5", "w") as file:
+        file.create_dataset("data/demo/raw", data=frames, compression="gzip")
+        rows = file.create_dataset("data/demo/jpeg", (3,), h5py.vlen_dtype(np.uint8))
+        for i, code in enumerate(coded):
+            rows[i] = code
+        file["data/demo"].attrs["language_instruction"] = "fold the towel"
+
+
+def read_hdf5(folder: Path) -> None:
+    source = HDF5Episodes(
+        folder, cameras={"a": "raw", "b": "jpeg"}, text="language_instruction", instruction=None, fps=10,
+        groups="data",
+    )  # fmt: skip
+    for recording in source.recordings[:5]:
+        scene = source.read(recording, every=1)
+        assert {view.shape[-1] for view in scene.views.values()} == {3} and scene.texts[0]
+
+
+def make_foreign(folder: Path) -> None:
+    write_gidm(build_gidm(), folder / "lam_idm.ckpt")
+    head = PRESET["policy"]["action_head"] | PLAIN_HEAD
+    write_policy(build_policy(standardise=False, merge=1, action_head=head), folder / "policy.pt")
+    tower = small_clip()
+    clip = OpenAICLIP(tower, {"token_embedding.weight": torch.rand(40, 64), "ln_final.bias": torch.rand(64)})
+    torch.jit.trace(clip, torch.rand(1, 3, 4, 4).half()).save(folder / "ViT-B-32.pt")
+    torch.save(
+        {"a": torch.rand(3), "b": torch.rand(2, 2)}, folder / "old.pth", _use_new_zipfile_serialization=False
+    )
+
+
+def read_foreigners(folder: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        found = look(file)
+        for tensor in found.tensors.values():
+            tensor.float().sum()
+
+
+def make_results(folder: Path) -> None:
+    tasks = tuple(INSTRUCTIONS)[:5]
+    chains = tuple(ChainResult(i, tasks, (10, 20, None), 40, 5, 1.0) for i in range(3))
+    protocol = asdict(fake_evaluation(chains=3).protocol)
+    run = {"seconds": 75.0, "settings": {"seed": 0}, "renderer": "none", "versions": {}, "started": "2026"}
+    log = ChainLog(folder, "chains")
+    for chain in chains:
+        log.append(chain)
+    policy = {"kind": "policy", "checkpoint": "x", "fingerprint": "y"}
+    Results(policy, protocol, run, summaries(chains, [30, 60]), chains).save(folder / "results.json")
+
+
+def read_rollout(folder: Path) -> None:
+    results, log = read_results(folder), ChainLog(folder, "chains")
+    assert all(isinstance(chain.index, int) for chain in log.read().values())
+    compare(results, results)
+
+
+def make_policy(folder: Path) -> None:
+    gfdm, gidm = write_stages(folder)
+    DeFI.from_stages(policy_config(), gfdm=gfdm, gidm=gidm).save_pretrained(folder / "policy")
+
+
 READERS: dict[str, Reader] = {
     "run": Reader(
         make_run,
@@ -312,8 +312,24 @@ READERS: dict[str, Reader] = {
     ),
     "latents": Reader(make_latents, ("annotation/train/0.json", "0.*"), read_all_latents),
     "policy store": Reader(make_store, ("*",), read_store),
+    "RLDS": Reader(make_rlds, ("toy/1.0.0/*",), read_rlds),
+    "RLDS index": Reader(make_rlds, ("index/*/*",), read_rlds),
+    "CALVIN in a zip": Reader(make_zip, ("demos.zip",), read_zip),
+    "captions": Reader(make_captions, ("captions.*", "labels.json"), read_all_captions),
+    "HDF5": Reader(make_hdf5, ("*.hdf5",), read_hdf5, 0.2),  # in a process for each
+    "published checkpoints": Reader(make_foreign, ("*",), read_foreigners),
+    "rollout": Reader(make_results, ("*",), read_rollout),
     "video": Reader(make_video, ("*.mp4",), read_video),
     "instructions": Reader(make_words, ("*",), read_words),
+    "policy": Reader(
+        make_policy, ("policy/*",), lambda folder: DeFI.from_pretrained(folder / "policy"), 0.3
+    ),
+    "autoencoder": Reader(
+        lambda folder: build_vae().save_pretrained(folder),
+        ("*",),
+        lambda folder: VideoVAE.from_pretrained(folder).load_weights(folder),
+        0.3,
+    ),
     "sources": Reader(make_sources, ("policy/sources.json",), read_sources, 0.3),
     "gfdm": Reader(
         lambda folder: build_gfdm().save_pretrained(folder),
@@ -328,74 +344,3 @@ READERS: dict[str, Reader] = {
         0.3,
     ),
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------- running them
-
-
-def run_cases(name: str, place: Path, first: int, last: int) -> None:
-    """Read damaged files number `first` … `last` - 1 of a reader; a line per case goes to `place`/log."""
-    reader, valid, folder = READERS[name], place / "valid", place / "case"
-    torch.set_num_threads(1)
-    if not valid.exists():
-        valid.mkdir(parents=True)
-        reader.make(valid)
-        reader.read(valid)  # also: what is read for the first time takes its time and memory now
-    else:
-        reader.read(valid)
-    files = sorted({p for pattern in reader.files for p in valid.glob(pattern) if p.is_file()})
-    watch_acts(place)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ROOM, hard))
-    os.chdir(place)
-    with (place / "log").open("a") as log:
-        for number in range(first, last):
-            chance = random.Random(f"{name} {number}")
-            target = chance.choice(files)
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(valid, folder)
-            relative = target.relative_to(valid)
-            (folder / relative).write_bytes(damage(target.name, target.read_bytes(), chance))
-            log.write(json.dumps({"case": number, "file": str(relative)}) + "\n")
-            log.flush()
-            start = time.monotonic()
-            outcome = attempt(reader, folder)
-            seconds = time.monotonic() - start
-            log.write(json.dumps({"case": number, "outcome": outcome, "seconds": seconds}) + "\n")
-            log.flush()
-
-
-def attempt(reader: Reader, folder: Path) -> str:
-    """ "read", "refused", or what is wrong with how the reader took it."""
-    try:
-        reader.read(folder)
-    except UserError as error:
-        message = str(error)
-        if "\n" in message.strip():
-            return f"more than one line: {message!r}"
-        return "refused" if {"/", "="} & set(message.split(": ")[0]) else f"names no file: {message}"
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "read"
-
-
-def watch_acts(place: Path) -> None:
-    """Note in `place`/acts every program that is started and every file that is written elsewhere."""
-    acts = (place / "acts").open("a")
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork"):
-            acts.write(f"{event} {arguments[:2]}\n")
-        elif event == "open" and isinstance(arguments[0], str) and isinstance(arguments[1], str):
-            written = any(letter in arguments[1] for letter in "wax+")
-            if written and not Path(arguments[0]).resolve().is_relative_to(place.resolve()):
-                acts.write(f"writes {arguments[0]}\n")
-        else:
-            return
-        acts.flush()
-
-    sys.addaudithook(hook)
-
-
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

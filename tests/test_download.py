@@ -34,6 +34,7 @@ REPOS = {
     ],
     "google-t5/t5-base": ["config.json", "spiece.model", "tokenizer.json", "model.safetensors"],
     "facebook/dinov2-with-registers-base": ["config.json", "model.safetensors", "pytorch_model.bin"],
+    "zbzzbz/DeFI": ["README.md", "lam_idm.ckpt", "svd/unet/config.json"],
 }
 
 
@@ -154,4 +155,29 @@ def test_a_repository_without_a_file(hub: Hub) -> None:
     source = download.needed(config("preset=paper"))["t5"]
     (hub.root / source.repo / "spiece.model").unlink()
     with pytest.raises(UserError, match="google-t5/t5-base: has no spiece.model"):
+        download.on_the_hub(source)
+
+
+def test_everything_of_a_repository(hub: Hub, monkeypatch, capsys) -> None:
+    run(monkeypatch, "only=[defi]")
+    found = {str(path) for path in Path("ckpts/published/defi").rglob("*") if path.is_file()}
+    assert found == {f"ckpts/published/defi/{name}" for name in REPOS["zbzzbz/DeFI"]}
+    hub.reachable = False
+    Path("ckpts/published/defi/.cache").mkdir()
+    Path("ckpts/published/defi/.cache/lock").touch()
+    run(monkeypatch, "only=[defi]")
+    said = capsys.readouterr().out
+    assert "every file is there" in said and "lock" not in said
+    shutil.rmtree("ckpts")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "only=[defi]")
+    assert "ckpts/published/defi/*" in capsys.readouterr().out
+
+
+def test_a_file_that_wants_to_lie_elsewhere(hub: Hub, monkeypatch) -> None:
+    source = download.needed(config("only=[defi]"))["defi"]
+    hub.model_info = lambda repo, **_: SimpleNamespace(
+        siblings=[SimpleNamespace(rfilename="../../.ssh/authorized_keys", size=1)]
+    )
+    with pytest.raises(UserError, match="zbzzbz/DeFI: a file there is called .*authorized_keys"):
         download.on_the_hub(source)

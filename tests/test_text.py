@@ -1,5 +1,6 @@
 """The text towers: any text, one forward per distinct string, frozen, saved as Hugging Face folders."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
+from defi import hub
 from defi.errors import UserError
 from defi.text import CLIPText, T5Text, TextConfig, plain
 
@@ -102,9 +104,41 @@ def test_seeded_and_frozen(clip: CLIPText) -> None:
 
 
 def test_missing_and_incomplete_folders_are_named(tmp_path: Path, clip: CLIPText) -> None:
-    with pytest.raises(UserError, match="nothing: no CLIPTextModelWithProjection"):
+    with pytest.raises(UserError, match="nothing: no such folder"):
         CLIPText.load(tmp_path / "nothing", CONFIG)
     clip.save(tmp_path)
     T5Text.from_config(CONFIG).model.save_pretrained(tmp_path)  # other weights in the same place
     with pytest.raises(UserError, match=str(tmp_path)):
         CLIPText.load(tmp_path, CONFIG)
+
+
+def test_a_server_out_of_reach_is_asked_once_and_a_folder_never(
+    tmp_path: Path, clip: CLIPText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Unreachable:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "get_session", Unreachable)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    hub._answers.cache_clear()
+    clip.save(tmp_path)
+    CLIPText.load(tmp_path, CONFIG)
+    assert asked == []
+    start = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(UserError, match="^nobody/nothing: no CLIPTextModelWithProjection"):
+            CLIPText.from_config(TextConfig(pretrained="nobody/nothing"))
+    assert len(asked) == 1 and time.monotonic() - start < 5
+    hub._answers.cache_clear()
+
+
+@pytest.mark.parametrize("source", ["ckpts/nothing", "/nowhere/clip", "tests/nothing"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_answers", lambda: pytest.fail("asked the server"))
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    with pytest.raises(UserError, match=f"{source}: no such folder; python -m defi.download"):
+        hub.local_only(source)

@@ -17,6 +17,7 @@ from defi.checkpoints.foreign import read_foreign
 from defi.checkpoints.names import Names, both, join, split
 from defi.errors import UserError
 from defi.files import one_line
+from defi.hub import local_only
 from defi.text import CLIPText, TextConfig
 
 TITLE = "OpenAI CLIP"
@@ -108,8 +109,9 @@ def convert(cfg: DictConfig) -> tuple[CLIPText, Report]:
         raise UserError(
             "tokenizer: missing; give the folder or hub name of CLIP's tokenizer (vocab.json, merges.txt)"
         )
+    safe = {"local_files_only": local_only(cfg.tokenizer), "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer, **safe)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{cfg.tokenizer}: no tokenizer here ({one_line(error)}); give CLIP's") from None
     if len(tokenizer) != model.config.vocab_size:

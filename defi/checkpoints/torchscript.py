@@ -77,10 +77,11 @@ class _Unpickler(pickle.Unpickler):
 
 def is_torchscript(file: Path) -> bool:
     """Whether a file is a TorchScript archive: a zip file with code in it."""
-    if not zipfile.is_zipfile(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # damaged, or none
         return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
 
 
 def read_torchscript(file: Path) -> dict[str, Tensor]:

@@ -5,12 +5,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-import torchvision
 from jaxtyping import UInt8
 
 from defi.archive import read_places
 from defi.errors import UserError
+from defi.picture import decode_picture
 from defi.rlds.index import open_index, read_texts
 from defi.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_spec, read_splits
 from defi.rlds.tfrecord import BYTES, FLOATS, INTS, Values, parse_example
@@ -28,10 +27,11 @@ def default_splits(folder: str | Path) -> tuple[str, str]:
     Raises:
         UserError: there is no `train`.
     """
-    there = read_splits(find_version(Path(folder)))
+    version = find_version(Path(folder))
+    there = read_splits(version)
     if "val" in there:
         return "train", "val"
-    _, whole = choose_split(there, "train")
+    _, whole = choose_split(version, there, "train")
     boundary = "95%" if round(0.95 * len(whole)) < len(whole) else "-1"
     return f"train[:{boundary}]", f"train[{boundary}:]"
 
@@ -52,7 +52,7 @@ class RLDSDataset:
         self.folder = find_version(Path(folder))
         self.name = self.folder.resolve().parent.name
         self.spec = read_spec(self.folder)
-        self.split, chosen = choose_split(read_splits(self.folder), split)
+        self.split, chosen = choose_split(self.folder, read_splits(self.folder), split)
         self.index = open_index(self.folder, self.split, self.spec, Path(index))
         self.first = chosen.start
         self._episodes = self.index.episodes[chosen.start : chosen.stop]
@@ -120,12 +120,11 @@ class RLDSDataset:
         frames = []
         for step, coded in zip(steps, self.encoded(episode, steps, picture)):
             try:
-                frames.append(decode_image(np.frombuffer(coded, np.uint8)))
-            except (ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
+                frames.append(decode_picture(coded))
+            except ValueError as error:
                 raise UserError(
                     f"{self.shard(episode)}: episode {episode}, step {step}: {picture} is no picture "
-                    f"({reason}); copy the file again"
+                    f"({error}); copy the file again"
                 ) from None
         return np.stack(frames)
 
@@ -152,14 +151,6 @@ class RLDSDataset:
         except (ValueError, KeyError, IndexError) as error:
             where = f"{self.shard(episode)}: episode {episode}"
             raise UserError(f"{where}: cannot read {STEPS + name} ({error}); copy the file again") from None
-
-
-def decode_image(coded: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, "H W 3"]:
-    """A JPEG or PNG picture. Raises ValueError or RuntimeError if it is damaged."""
-    if len(coded) == 0:
-        raise ValueError("it is empty")
-    decoded = torchvision.io.decode_image(torch.from_numpy(coded.copy()), torchvision.io.ImageReadMode.RGB)
-    return decoded.permute(1, 2, 0).numpy()
 
 
 def _numbers(values: Values, data: bytes) -> np.ndarray:

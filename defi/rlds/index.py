@@ -6,34 +6,40 @@ memory-mapped arrays, 16 bytes per picture; nothing is written into the data set
     <cache>/<data set>-<version>-<split>-<hash>/
         episodes.npy      int64 [E, 4]: file, first byte and length of the record's data, first frame
         <picture>.npy     int64 [frames, 2]: first byte of each encoded picture and the one after its last
-        texts.npz         per instruction feature: the distinct texts, and int32 [E], each episode's
+        texts.json        per instruction feature: the distinct texts
+        texts.npy         int32 [features, E]: the number of each episode's
         manifest.json     written last
 
-An interrupted pass keeps what it found, file by file, in `parts/`.
+An interrupted pass keeps what it found in `<data set>-<version>-<split>-parts/`, a part per file: after an
+error only files that changed are read again.
 """
 
-import fcntl
 import hashlib
 import io
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 from rich.progress import track
 
+from defi.cache import take_turn
 from defi.engine.output import write_file
 from defi.errors import UserError
+from defi.files import read_json
+from defi.npy import map_npy
 from defi.rlds.spec import FEATURES, STEPS, Feature, Split, is_instruction
 from defi.rlds.tfrecord import BYTES, INTS, Record, Values, parse_example, read_records
 
-EPISODES, TEXTS, MANIFEST = "episodes.npy", "texts.npz", "manifest.json"
+EPISODES, TEXTS, TEXT_NUMBERS, MANIFEST = "episodes.npy", "texts.json", "texts.npy", "manifest.json"
+FORMAT = 2
+MEND = "delete it, so that it is made anew"
 READERS = 4  # files that are read at the same time
 
 
@@ -54,8 +60,9 @@ def open_index(folder: Path, split: Split, spec: Mapping[str, Feature], cache: P
     Raises:
         UserError: a file of the split is missing, damaged, or not as the specification says.
     """
-    fingerprint, version = _identify(folder, split)
-    place = cache / "-".join([*folder.resolve().parts[-2:], split.name, version])
+    fingerprint, parts = _identify(folder, split)
+    name = "-".join([*folder.resolve().parts[-2:], split.name])
+    place = cache / f"{name}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
     pictures = [
         path.removeprefix(STEPS) for path, f in spec.items() if path.startswith(STEPS) and f.is_picture
     ]
@@ -63,56 +70,82 @@ def open_index(folder: Path, split: Split, spec: Mapping[str, Feature], cache: P
     if not pictures:
         raise UserError(f"{folder / FEATURES}: names no RGB pictures in its steps; nothing to learn from")
     if not (place / MANIFEST).is_file():
-        with _locked(place):
-            if not (place / MANIFEST).is_file():  # another process may have made it meanwhile
-                _build(place, split, spec, pictures, texts)
-    with np.load(place / TEXTS, allow_pickle=False) as file:
-        named = {name: (file[f"texts/{name}"].tolist(), file[f"ids/{name}"]) for name in texts}
-    episodes = np.load(place / EPISODES, mmap_mode="r")
-    arrays = {name: np.load(place / _file_of(name), mmap_mode="r") for name in pictures}
-    return SplitIndex(episodes, len(arrays[pictures[0]]), arrays, named, fingerprint)
+        part_files = [cache / f"{name}-parts" / part for part in parts]
+        try:
+            with take_turn(place):  # one process makes it, the others of a training wait
+                if not (place / MANIFEST).is_file():
+                    _build(place, split, spec, pictures, texts, part_files)
+        except OSError as error:
+            where = error.filename or place
+            raise UserError(
+                f"{where}: {error.strerror}; make room, or set data.index to another folder"
+            ) from None
+    return _open(place, split, pictures, texts, fingerprint)
+
+
+def _open(
+    place: Path, split: Split, pictures: Sequence[str], texts: Sequence[str], fingerprint: str
+) -> SplitIndex:
+    """The index that a folder holds; that pictures lie in their files is seen when they are read."""
+    said = read_json(place / TEXTS, MEND)
+    numbers, episodes = map_npy(place / TEXT_NUMBERS), map_npy(place / EPISODES)
+    arrays = {name: map_npy(place / _file_of(name)) for name in pictures}
+    frames = len(next(iter(arrays.values())))
+    whole = (
+        episodes.shape == (split.episodes, 4)
+        and all(array.shape == (frames, 2) for array in arrays.values())
+        and all(array.dtype == np.int64 for array in (episodes, *arrays.values()))
+        and ((episodes[:, 0] >= 0) & (episodes[:, 0] < len(split.shards))).all()
+        and (np.diff(episodes[:, 3], prepend=0, append=frames) >= 0).all()
+        and sorted(said) == sorted(texts)
+        and numbers.shape == (len(texts), split.episodes)
+        and numbers.dtype == np.int32
+        and all(_are_numbers_of(row, said[name]) for name, row in zip(texts, numbers))
+    )
+    if not whole:
+        raise UserError(f"{place}: an index that is damaged; {MEND}")
+    named = {name: (said[name], row) for name, row in zip(texts, numbers)}
+    return SplitIndex(episodes, frames, arrays, named, fingerprint)
+
+
+def _are_numbers_of(numbers: Int32[np.ndarray, " E"], texts: Any) -> bool:
+    return (
+        isinstance(texts, list)
+        and all(isinstance(text, str) for text in texts)
+        and bool(((numbers >= 0) & (numbers < len(texts))).all())
+    )
 
 
 def _file_of(name: str) -> str:
     return name.replace("/", ".") + ".npy"
 
 
-def _identify(folder: Path, split: Split) -> tuple[str, str]:
-    """What identifies the data wherever they lie, and what these files as they are now."""
+def _identify(folder: Path, split: Split) -> tuple[str, list[str]]:
+    """What identifies the data wherever they lie, and for each file what it is now, as a part's name."""
     specification = (folder / FEATURES).read_bytes()
-    data, files = hashlib.sha256(specification), hashlib.sha256(specification)
+    data, parts = hashlib.sha256(specification), []
     for shard, length in zip(split.shards, split.lengths):
         try:
             stat = shard.stat()
-        except OSError:
+        except (OSError, ValueError):  # or its name is none
             raise UserError(f"{shard}: missing, though dataset_info.json counts it; copy it too") from None
-        line = f"{shard.name} {stat.st_size} {length};"
-        data.update(line.encode())
-        files.update(f"{line}{stat.st_mtime_ns};".encode())
-    return data.hexdigest()[:16], files.hexdigest()[:16]
-
-
-@contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """One process makes the index, the others of a training wait for it."""
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        lock = (place / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"{place}: cannot be written ({error.strerror}); set data.index to another folder"
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        line = f"{shard.name} {stat.st_size} {length};".encode()
+        data.update(line)
+        stamp = hashlib.sha256(b"%d %d;" % (FORMAT, stat.st_mtime_ns) + line + specification)
+        parts.append(f"{shard.name}-{stamp.hexdigest()[:16]}.npz")
+    return data.hexdigest()[:16], parts
 
 
 def _build(
-    place: Path, split: Split, spec: Mapping[str, Feature], pictures: Sequence[str], texts: Sequence[str]
+    place: Path,
+    split: Split,
+    spec: Mapping[str, Feature],
+    pictures: Sequence[str],
+    texts: Sequence[str],
+    files: Sequence[Path],
 ) -> None:
-    parts = place / "parts"
-    parts.mkdir(exist_ok=True)
-    files = [parts / f"{shard.name}.npz" for shard in split.shards]
+    """`files`: a part for each file of the split, which outlives an error."""
+    files[0].parent.mkdir(exist_ok=True)
     missing = [i for i, file in enumerate(files) if not file.is_file()]
     scan = partial(_scan, spec=spec, pictures=pictures, texts=texts)
 
@@ -127,7 +160,10 @@ def _build(
             pass
     _merge(place, files, pictures, texts)
     write_file(place / MANIFEST, json.dumps({"files": [shard.name for shard in split.shards]}))
-    shutil.rmtree(parts)
+    for file in files:
+        file.unlink()
+    with suppress(OSError):  # parts of another version of the data
+        files[0].parent.rmdir()
 
 
 def _scan(
@@ -216,14 +252,14 @@ def _merge(place: Path, files: Sequence[Path], pictures: Sequence[str], texts: S
             array[at : at + len(found)] = found
             at += len(found)
         array.flush()
-    write_npy(place / EPISODES, np.concatenate(episodes).astype(np.int64))
-    arrays = {}
-    for name, said in words.items():
-        distinct, ids = np.unique(np.array(said, dtype=str), return_inverse=True)
-        arrays |= {f"texts/{name}": distinct, f"ids/{name}": ids.astype(np.int32)}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_file(place / TEXTS, buffer.getvalue())
+    episodes = np.concatenate(episodes).astype(np.int64)
+    write_npy(place / EPISODES, episodes)
+    kept, numbers = {}, np.zeros((len(words), len(episodes)), np.int32)
+    for row, (name, said) in enumerate(words.items()):
+        distinct, numbers[row] = np.unique(np.array(said, dtype=str), return_inverse=True)
+        kept[name] = distinct.tolist()
+    write_file(place / TEXTS, json.dumps(kept))
+    write_npy(place / TEXT_NUMBERS, numbers)
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

@@ -5,19 +5,20 @@
                      <name>-<split>.tfrecord-00000-of-00003
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from defi.errors import UserError
+from defi.files import read_json
 
 STEPS = "steps/"
 FEATURES, INFO = "features.json", "dataset_info.json"
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+NUMBERS = ("bool", *INTEGERS, "float16", "float32", "float64")
+MEND = "copy the data set again"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -70,13 +71,6 @@ def find_version(folder: Path) -> Path:
     return max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the data set again") from None
-
-
 def read_spec(folder: Path) -> dict[str, Feature]:
     """Leaves of features.json by path ("steps/observation/image").
 
@@ -85,11 +79,11 @@ def read_spec(folder: Path) -> dict[str, Feature]:
     """
     file = folder / FEATURES
     try:
-        spec = dict(_leaves(_read_json(file), ""))
+        spec = dict(_leaves(read_json(file, MEND), ""))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: not a TFDS specification ({error!r}); copy the data set again") from None
+        raise UserError(f"{file}: not a TFDS specification ({error!r}); {MEND}") from None
     if not any(path.startswith(STEPS) for path in spec):
         raise UserError(f"{file}: has no feature `steps`, so this is no data set of episodes (RLDS)")
     return spec
@@ -116,6 +110,8 @@ def _leaf(node: Mapping[str, Any]) -> Feature:
                 return Feature("compressed tensor", dtype, shape)
             if dtype == "string":
                 return Feature("text", dtype, shape)
+            if kind == "tensor" and dtype not in NUMBERS:
+                return Feature(f"tensor of type {dtype!r}", "", shape)
             return Feature(kind, dtype, shape)
     if "text" in node:
         return Feature("text", "string")
@@ -132,9 +128,7 @@ def is_instruction(path: str, feature: Feature) -> bool:
     """Whether a feature can hold what a step is about: text, or Language Table's array of character codes."""
     if not path.startswith(STEPS):
         return False
-    codes = (
-        feature.kind == "tensor" and np.dtype(feature.dtype or "V").kind in "iu" and len(feature.shape) == 1
-    )
+    codes = feature.kind == "tensor" and feature.dtype in INTEGERS and len(feature.shape) == 1
     return (feature.kind == "text" and feature.shape == ()) or (codes and path.endswith("/instruction"))
 
 
@@ -145,7 +139,7 @@ def read_splits(folder: Path) -> dict[str, Split]:
         UserError: the file is missing, or the data are not TFRecords.
     """
     file = folder / INFO
-    info = _read_json(file)
+    info = read_json(file, MEND)
     try:
         if (form := info.get("fileFormat", "tfrecord")) != "tfrecord":
             raise UserError(f"{file}: the data are in files of type {form}; only tfrecord is read")
@@ -153,7 +147,7 @@ def read_splits(folder: Path) -> dict[str, Split]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: not what TFDS writes ({error!r}); copy the data set again") from None
+        raise UserError(f"{file}: not what TFDS writes ({error!r}); {MEND}") from None
 
 
 def _split(folder: Path, dataset: str, split: Mapping[str, Any]) -> Split:
@@ -163,15 +157,20 @@ def _split(folder: Path, dataset: str, split: Mapping[str, Any]) -> Split:
     for i in range(len(lengths)):
         values = {"DATASET": dataset, "SPLIT": split["name"], "FILEFORMAT": "tfrecord"}
         values |= {"SHARD_INDEX": f"{i:05d}", "NUM_SHARDS": f"{len(lengths):05d}"}
-        values["SHARD_X_OF_Y"] = "{SHARD_INDEX}-of-{NUM_SHARDS}".format(**values)
-        shards.append(folder / Path(template.format(**values)).name)
+        values["SHARD_X_OF_Y"] = f"{values['SHARD_INDEX']}-of-{values['NUM_SHARDS']}"
+        shards.append(folder / Path(_filled(template, values)).name)
     return Split(split["name"], shards, lengths)
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """A file's name; `str.format` would also obey widths and look into objects."""
+    return re.sub(r"{(\w+)}", lambda match: values[match[1]], template)
 
 
 SLICE = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<low>-?\d+%?)?:(?P<high>-?\d+%?)?\])?")
 
 
-def choose_split(splits: Mapping[str, Split], wanted: str) -> tuple[Split, range]:
+def choose_split(folder: Path, splits: Mapping[str, Split], wanted: str) -> tuple[Split, range]:
     """A split and the episodes of it that `train`, `train[:95%]`, `val[10:20]` or `train[-100:]` names.
 
     Raises:
@@ -179,12 +178,15 @@ def choose_split(splits: Mapping[str, Split], wanted: str) -> tuple[Split, range
     """
     match = SLICE.fullmatch(wanted)
     if match is None or match["name"] not in splits:
-        raise UserError(f"split {wanted!r}: this data set has {', '.join(splits)}; slices as in train[:95%]")
+        there = ", ".join(splits) or "no splits"
+        raise UserError(f"{folder}: split {wanted!r}: this data set has {there}; slices as in train[:95%]")
     split = splits[match["name"]]
     low, high = (_boundary(match[end], split.episodes) for end in ("low", "high"))
     episodes = range(split.episodes)[slice(low, high)]
     if not episodes:
-        raise UserError(f"split {wanted!r}: is empty, {match['name']} has {split.episodes} episodes")
+        raise UserError(
+            f"{folder}: split {wanted!r}: is empty, {match['name']} has {split.episodes} episodes"
+        )
     return split, episodes
 
 

@@ -1,0 +1,73 @@
+"""Pictures of strangers: decoded, or refused as damaged; nothing else can happen."""
+
+import io
+import multiprocessing
+import random
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile_mutations import damage_bytes
+from PIL import Image
+
+from benchmarks.rlds_writer import encode
+from defi.picture import decode_picture
+
+FRAME = np.random.default_rng(0).integers(0, 256, (40, 33, 3), dtype=np.uint8)
+
+
+def test_jpeg_and_png_in_colour() -> None:
+    assert np.array_equal(decode_picture(encode(FRAME, "PNG")), FRAME)
+    smooth = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
+    coded = encode(smooth, "JPEG")
+    found = decode_picture(coded + b"\0" * 99)  # padded, as HDF5 files keep them
+    assert found.shape == smooth.shape and np.abs(found.astype(int) - smooth).max() < 40
+    grey = decode_picture(encode(smooth[..., 0], "PNG"))
+    assert np.array_equal(grey, np.repeat(smooth[..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("form", ["GIF", "EPS", "TIFF", "WEBP"])
+def test_other_formats_are_refused(form: str) -> None:
+    """An EPS file, say, is drawn by a program."""
+    with pytest.raises(ValueError, match="neither JPEG nor PNG"):
+        decode_picture(encode(FRAME, form))
+
+
+def test_small_files_may_not_become_large_pictures() -> None:
+    jpeg = bytearray(encode(FRAME, "JPEG"))
+    start = jpeg.index(b"\xff\xc0")
+    jpeg[start + 5 : start + 9] = (65_000).to_bytes(2, "big") * 2
+    with pytest.raises(ValueError, match="4225000000 pixels"):
+        decode_picture(bytes(jpeg))
+    png = bytearray(encode(FRAME, "PNG"))
+    png[16:24] = (65_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    with pytest.raises(ValueError, match="4225000000 pixels"):
+        decode_picture(bytes(png))
+
+
+def _decode_damaged(count: int, done: Path) -> None:
+    valid = [encode(FRAME, "JPEG"), encode(FRAME, "PNG"), encode(FRAME[..., 0], "PNG")]
+    progressive = io.BytesIO()
+    Image.fromarray(FRAME).save(progressive, "JPEG", progressive=True)
+    outcomes = []
+    for number in range(count):
+        chance = random.Random(number)
+        try:
+            picture = decode_picture(damage_bytes(chance.choice([*valid, progressive.getvalue()]), chance))
+            outcomes.append(picture.dtype == np.uint8 and picture.shape[2:] == (3,))
+        except ValueError:
+            outcomes.append(True)
+    done.write_text(str(sum(outcomes)))
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_damaged_pictures(count: int, tmp_path: Path) -> None:
+    """In a process of its own: what would fail here is a decoder in C."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_decode_damaged, args=(count, tmp_path / "done"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert (tmp_path / "done").read_text() == str(count)

@@ -1,0 +1,168 @@
+"""Frames of videos are counted once: what a later start opens, where the index lies, what it survives."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defi import video_index
+from defi.errors import UserError
+from defi.video import VIDEO_SUFFIXES, frame_count, write_mp4
+from defi.video_index import INDEX, count_frames
+from Step2_GIDM.data.videos import VideoClips
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Three videos of 4, 5 and 6 frames, and a broken one."""
+    root = tmp_path / "videos"
+    for number, name in enumerate(("a.mp4", "kitchen/b.mp4", "kitchen/c.mov")):
+        write_mp4(root / name, np.zeros((4 + number, 32, 32, 3), np.uint8), 10)
+    (root / "damaged.mp4").write_bytes(b"no video")
+    return root
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the videos that were opened, in a user's cache of its own."""
+    names: list[str] = []
+
+    def counted(file: Path) -> int:
+        names.append(file.name)
+        return frame_count(file)
+
+    monkeypatch.setattr(video_index, "frame_count", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return names
+
+
+def counts(root: Path) -> dict[str, int | str]:
+    """Frames by name, or the fault."""
+    files = sorted(p for p in root.rglob("*") if p.suffix in VIDEO_SUFFIXES)
+    return {f.name: n if isinstance(n, int) else str(n) for f, n in zip(files, count_frames(root, files))}
+
+
+def expected(root: Path, **changes: int) -> dict[str, int | str]:
+    fault = f"{root / 'damaged.mp4'}: cannot be read as a video; replace or remove it"
+    names = {"a": "a.mp4", "b": "b.mp4", "c": "c.mov"}
+    found = {"a.mp4": 4, "damaged.mp4": fault, "b.mp4": 5, "c.mov": 6}
+    return found | {names[name]: n for name, n in changes.items()}
+
+
+def test_a_later_start_opens_nothing(videos: Path, opened: list[str]) -> None:
+    assert counts(videos) == expected(videos)
+    assert sorted(opened) == ["a.mp4", "b.mp4", "c.mov", "damaged.mp4"]
+    opened.clear()
+    assert counts(videos) == expected(videos) and opened == []
+    moved = shutil.move(videos, videos.with_name("moved"))
+    assert counts(moved) == expected(moved) and opened == []
+    with pytest.warns(UserWarning, match=r"1 of 4 videos left out; the first: .*moved/damaged\.mp4: cannot"):
+        assert [clip.length for clip in VideoClips(moved).clips] == [4, 5, 6]
+    assert opened == [], "nor does the data set"
+
+
+def test_only_changed_and_new_videos_are_opened(videos: Path, opened: list[str]) -> None:
+    counts(videos)
+    opened.clear()
+    write_mp4(videos / "a.mp4", np.zeros((9, 32, 32, 3), np.uint8), 10)
+    write_mp4(videos / "new.mp4", np.zeros((3, 32, 32, 3), np.uint8), 10)
+    (videos / "kitchen" / "c.mov").unlink()
+    found = counts(videos)
+    assert (found["a.mp4"], found["new.mp4"]) == (9, 3) and sorted(opened) == ["a.mp4", "new.mp4"]
+    assert "kitchen/c.mov" not in json.loads((videos / ".defi" / INDEX).read_text())
+    opened.clear()
+    os.utime(videos / "new.mp4", ns=(0, 0))  # of the same size, changed at another time
+    assert counts(videos) == found and opened == ["new.mp4"]
+
+
+def test_where_the_folder_cannot_be_written_to(videos: Path, opened: list[str], tmp_path: Path) -> None:
+    (videos / ".defi").write_text("a file where the index's folder would be")
+    for times in (4, 0):
+        assert counts(videos) == expected(videos) and len(opened) == times
+        opened.clear()
+    assert len(list((tmp_path / "cache" / "defi" / "videos").rglob(INDEX))) == 1
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("nor can the user's cache")
+    for _ in range(2):
+        assert counts(videos) == expected(videos) and len(opened) == 4
+        opened.clear()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe",
+        b'{"a.mp4": [',
+        b"[1, 2]",
+        b'{"a.mp4": 4, "kitchen/b.mp4": [1], "kitchen/c.mov": {"frames": 6}}',
+        b'{"a.mp4": [SIZE, TIME, 1e9]}',
+        b'{"a.mp4": [SIZE, TIME, -3]}',
+        b'{"a.mp4": [SIZE, TIME, true]}',
+        b'{"a.mp4": [SIZE, TIME, 99999999999999999999]}',
+        b'{"a.mp4": [SIZE, TIME, null]}',
+    ],
+)
+def test_an_index_that_is_none_says_nothing(videos: Path, opened: list[str], content: bytes) -> None:
+    stat = (videos / "a.mp4").stat()
+    content = content.replace(b"SIZE", b"%d" % stat.st_size).replace(b"TIME", b"%d" % stat.st_mtime_ns)
+    (videos / ".defi").mkdir()
+    (videos / ".defi" / INDEX).write_bytes(content)
+    assert counts(videos) == expected(videos) and len(opened) == 4
+    opened.clear()
+    assert counts(videos) == expected(videos) and opened == []
+
+
+def test_an_interrupted_count_goes_on(
+    videos: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = video_index.frame_count
+
+    def dies(file: Path) -> int:
+        if len(opened) == 2:
+            raise KeyboardInterrupt
+        return counted(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_index, "PART", 1)
+        patch.setattr(video_index, "frame_count", dies)
+        with pytest.raises(KeyboardInterrupt):
+            counts(videos)
+    assert counts(videos) == expected(videos)
+    assert sorted(opened) == ["a.mp4", "b.mp4", "c.mov", "damaged.mp4"]
+
+
+def test_one_of_several_processes_counts(videos: Path, opened: list[str]) -> None:
+    found: list[dict[str, int | str]] = []
+    start: Callable[[], None] = lambda: found.append(counts(videos))  # noqa: E731
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected(videos)] * 3 and len(opened) == 4
+
+
+def test_a_full_disk_does_not_stop_the_start(
+    videos: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video_index, "write_file", full)
+    with pytest.warns(UserWarning, match=r"frames\.json: not written \(No space left on device\)"):
+        assert counts(videos) == expected(videos)
+
+
+def test_a_link_to_nowhere_is_named(videos: Path, opened: list[str]) -> None:
+    (videos / "gone.mp4").symlink_to("nowhere")
+    assert counts(videos)["gone.mp4"] == f"{videos / 'gone.mp4'}: no such video; check the path"
+    assert counts(videos)["gone.mp4"].endswith("no such video; check the path")
+    with pytest.raises(UserError, match="no videos here"):
+        (videos.parent / "none").mkdir()
+        VideoClips(videos.parent / "none")
+    assert not any((videos.parent / "none").iterdir())
