@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from defi.errors import UserError
@@ -22,15 +22,17 @@ Settings = TypeVar("Settings")
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: make `main(cfg)` a command that reads `configs/<config_name>.yaml` and `key=value` settings.
 
-    A `UserError` ends the command with one line on stderr and exit code 2; anything else is a bug and
-    keeps its traceback. Hydra itself reports unknown keys and unknown presets, with exit code 1.
+    A `UserError` ends the command with one line on stderr and exit code 2, Ctrl-C with 130; anything else
+    is a bug and keeps its traceback. Hydra itself reports unknown keys and unknown presets, with exit code 1.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(main)
         def body(cfg: DictConfig) -> None:
             with one_line_errors():
+                check_given(cfg)
                 OmegaConf.resolve(cfg)
+                check_overwrite(cfg)
                 main(cfg)
 
         @functools.wraps(main)
@@ -46,12 +48,52 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A user's mistake ends the program with one line on stderr and exit code 2."""
+    """A user's mistake ends the program with one line on stderr and exit code 2, Ctrl-C with 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_given(cfg: DictConfig) -> None:
+    """Raises UserError if a setting without default (`???`) was not given."""
+    values = flatten(OmegaConf.to_container(cfg))
+    if missing := sorted(key for key, value in values.items() if value == MISSING):
+        needed = ", ".join(f"{key}=" for key in missing)
+        raise UserError(f"{missing[0]}=: not given; this command needs {needed}")
+
+
+def check_overwrite(cfg: DictConfig) -> None:
+    """Raises UserError if `overwrite=true` would delete something that the same command reads."""
+    if not cfg.get("overwrite"):
+        return
+    output = Path(cfg.output).resolve()
+    for key, value in flatten(OmegaConf.to_container(cfg)).items():
+        if (
+            key != "output"
+            and isinstance(value, str)
+            and value
+            and Path(value).resolve().is_relative_to(output)
+        ):
+            raise UserError(
+                f"output={cfg.output}: overwrite=true would delete {key}={value}, which is in it; "
+                "choose another output="
+            )
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def check_preset(arguments: Sequence[str]) -> None:
@@ -81,12 +123,25 @@ def compose_preset(name: str, *settings: str) -> DictConfig:
 def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
     """Settings from YAML or JSON as the (nested) dataclass `cls`; `where` names the section in errors.
 
-    Raises UserError for a key the dataclass does not have and for a value of another type.
+    Raises UserError for a key the dataclass does not have, for a value of another type, and for a plain value
+    that refers to something else, an environment variable say: files of others may not look around here.
     """
+    if (reference := _find_reference(values)) is not None:
+        raise UserError(f"{where}: {reference} refers to something outside; write the value itself")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{where}.{error.full_key}: {reason}; see {cls.__name__} in {cls.__module__}"
-        ) from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "is not a ListConfig" in reason:
+            reason = "must be a list"
+        given = flatten(values).get(error.full_key)
+        key = f"{where}.{error.full_key}" + ("" if given is None else f"={given}")
+        raise UserError(f"{key}: {reason}; see {cls.__name__} in {cls.__module__}") from error
+
+
+def _find_reference(values: Any) -> str | None:
+    """An interpolation of OmegaConf in plain containers; those of configurations are resolved by Hydra."""
+    if isinstance(values, str):
+        return values if "${" in values else None
+    parts = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    return next((found for part in parts if (found := _find_reference(part)) is not None), None)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from defi.config import entry
-from defi.engine.checkpoint import environment, find_checkpoint, read_manifest
+from defi.engine.checkpoint import CHANGED, environment, find_checkpoint, read_manifest
 from defi.errors import UserError
 from defi.sim.renderers import SOFTWARE, egl_devices
 from defi.sim.scene import SceneConfig
@@ -143,8 +143,24 @@ def check_checkpoint(path: str) -> Iterator[Finding]:
         )
         for name, (old, new) in sorted(pairs.items()):
             if old != new:
-                mend = "results may differ in rounding, or more"
-                yield Finding(name, "note", f"the checkpoint was made with {old}, here it is {new}", mend)
+                detail = f"the checkpoint was made with {old}, here it is {new}"
+                yield Finding(name, "note", detail, meaning(name, old))
+
+
+def meaning(name: str, old: str | None) -> str:
+    """What it means that an entry of a manifest's environment was `old` and is something else now."""
+    kind, _, part = name.partition(" ")
+    if kind in ("version", "git_commit"):
+        commit = str(old).removesuffix(CHANGED) if kind == "git_commit" and old else None
+        same = f"; git checkout {commit} has it" if commit else ""
+        return f"other code may compute something else{same}"
+    if kind == "hardware":
+        return "results differ in rounding; a resumed run goes on, not bit for bit"
+    if part == "python":
+        return f"random choices may differ; Python {old} has the same"
+    if part == "numpy":
+        return f"random numbers, and so samples, may differ; pip install numpy=={old} has the same"
+    return f"results differ in rounding, or more; pip install {part}=={old} has the same"
 
 
 def examine(what: str, check: Callable[..., Iterator[Finding]], *args: object) -> Iterator[Finding]:

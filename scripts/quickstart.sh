@@ -27,6 +27,11 @@ esac
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 
 mkdir -p "$output/done"
+if [ "$(cat "$output/size" 2>/dev/null || echo $size)" != $size ]; then
+    echo "error: $output: holds a quickstart of size=$(cat "$output/size"); choose another output=, or delete it" >&2
+    exit 2
+fi
+echo $size > "$output/size"
 step() { # name, what it does, command …: runs once, its time goes to done/<name>
     local name=$1 title=$2 start=$SECONDS
     shift 2

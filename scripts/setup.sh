@@ -37,15 +37,27 @@ fi
 . "$venv/bin/activate"
 
 launch() { # module, settings …: `accelerate launch` with the user's configuration; without one, on all visible GPUs
-    local options=()
+    local options=(--quiet)
     if [ ! -e "${HF_HOME:-$HOME/.cache/huggingface}/accelerate/default_config.yaml" ]; then
         local gpus
         gpus=$({ nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true; } | wc -l)
         [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .) || gpus=0
-        options=(--quiet --num_machines 1 --mixed_precision no --dynamo_backend no --num_processes $((gpus > 1 ? gpus : 1)))
+        if [ "$gpus" -le 1 ] && [ -z "${ACCELERATE_ARGS:-}" ]; then # signals and exit code are its own
+            [ "$gpus" -gt 0 ] || export ACCELERATE_USE_CPU=true
+            exec python -m "$@"
+        fi
+        options+=(--num_machines 1 --mixed_precision no --dynamo_backend no --num_processes $((gpus > 1 ? gpus : 1)))
         [ "$gpus" -le 1 ] || options+=(--multi_gpu)
         [ "$gpus" -gt 0 ] || options+=(--cpu)
     fi
     # ACCELERATE_ARGS: more options for `accelerate launch`, such as "--num_processes 4"
-    exec accelerate launch "${options[@]}" ${ACCELERATE_ARGS:-} -m "$@"
+    accelerate launch "${options[@]}" ${ACCELERATE_ARGS:-} -m "$@" &
+    local job=$! code=0
+    trap 'pkill -TERM -P $job || true' TERM USR1 INT # accelerate would leave its processes running
+    wait $job || code=$?
+    while kill -0 $job 2>/dev/null; do # a signal ended the wait; they save and leave
+        code=0
+        wait $job || code=$?
+    done
+    exit $code
 }

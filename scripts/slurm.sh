@@ -36,7 +36,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Each task is one process of the run. `accelerate launch` is left out: it would not pass the signal and exit code on.
 code=0
-srun --kill-on-bad-exit=0 bash -c '
+# One that fails alone is followed by the others a minute later: they wait for it, and would for hours.
+srun --kill-on-bad-exit=0 --wait=60 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     [ "$WORLD_SIZE" -gt 1 ] || unset RANK LOCAL_RANK WORLD_SIZE
     exec python -m "$@"

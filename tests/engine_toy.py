@@ -24,6 +24,7 @@ class Toy(StageModel):
     stage = "gidm"
     config_class = ToyConfig
     frozen = ("teacher",)
+    blocks = (nn.Linear,)
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()

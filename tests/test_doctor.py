@@ -11,7 +11,7 @@ import pytest
 from policy_fakes import write_stages
 
 from defi import doctor
-from defi.engine.checkpoint import find_checkpoint
+from defi.engine.checkpoint import CHANGED, find_checkpoint
 from defi.errors import UserError
 
 
@@ -58,9 +58,33 @@ def test_a_checkpoint_is_compared_with_this_environment(checkpoint: Path, tmp_pa
     (copy / "manifest.json").write_text(json.dumps(manifest))
     _, other = doctor.check_checkpoint(str(copy))
     assert (other.what, other.verdict) == ("packages torch", "note") and "made with 0.1" in other.detail
+    assert other.mend == "results differ in rounding, or more; pip install torch==0.1 has the same"
     (copy / "config.json").unlink()
     (damaged,) = doctor.examine("checkpoint", doctor.check_checkpoint, str(copy))
     assert damaged.verdict == "wrong" and "damaged" in damaged.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "told"),
+    [
+        ("git_commit", "abc+changes", "git checkout abc has it"),
+        ("git_commit", None, "other code may compute something else"),
+        ("version", "0.0.1", "other code"),
+        ("hardware device", "NVIDIA H200", "not bit for bit"),
+        ("packages python", "3.10.1", "Python 3.10.1"),
+        ("packages numpy", "1.26.0", "samples, may differ; pip install numpy==1.26.0"),
+    ],
+)
+def test_what_a_difference_means(name: str, old: str | None, told: str) -> None:
+    assert told in doctor.meaning(name, old)
+
+
+def test_a_manifest_names_code_config_data_packages_and_hardware(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert manifest["version"] and {"torch", "numpy", "python"} <= manifest["packages"].keys()
+    assert manifest["git_commit"] is None or len(manifest["git_commit"].removesuffix(CHANGED)) == 40
+    assert manifest["hardware"]["device"]
+    assert "config.yaml" in manifest["files"] and manifest["preset"] == "test"
 
 
 def test_an_incomplete_clone_is_wrong(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_toy import Points, Toy, ToyConfig, toy, trainer
@@ -233,6 +234,42 @@ def test_curves_are_drawn_from_the_numbers(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_number_of_the_log_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From metrics.jsonl alone: lines of training, points of the rest, steps that were left out."""
+    lines = [{"kind": "train", "step": s, "loss": 1 / s, "lr": 1e-4, "mse": 2 / s} for s in range(1, 301)]
+    lines.insert(100, {"kind": "spike", "step": 100, "loss": 9.0, "usual": 0.1, "samples": [7]})
+    lines.insert(150, {"kind": "left_out", "step": 150, "reason": "the loss is nan", "samples": [8]})
+    lines.append({"kind": "sample", "step": 200, "mse": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    plot.draw([tmp_path], tmp_path / "curves.png")
+    (figure,) = figures
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert list(panels) == ["loss", "mse", "learning rate"]
+    loss, mse, rate = panels.values()
+    raw, smooth, spike, left_out = loss.lines
+    np.testing.assert_allclose(raw.get_ydata(), 1 / np.arange(1, 301))
+    assert smooth.get_ydata()[150] == pytest.approx(np.mean(1 / np.arange(145, 158)), rel=1e-6)
+    assert spike.get_xydata().tolist() == [[100, 9]] and set(left_out.get_xdata()) == {150}
+    assert loss.get_yscale() == "log" and rate.get_ylim()[0] == 0
+    assert [text.get_text() for text in mse.get_legend().get_texts()] == ["sample"]
+    assert all(axis.get_xlim() == (0, 300) for axis in panels.values())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_same_weights_with_any_number_of_loader_workers(tmp_path: Path) -> None:
+    def run(name: str, *, workers: int = 0, seed: int = 5) -> Path:
+        settings = trainer(workers=workers, micro_batch=2)
+        return train(toy(), Points(), settings, output=tmp_path / name, config=CONFIG, seed=seed)
+
+    none = run("none")
+    for workers in (1, 3):
+        assert_equal_weights(none, run(str(workers), workers=workers))
+    with pytest.raises(AssertionError):
+        assert_equal_weights(none, run("other", seed=6))
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -261,10 +298,10 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_step": 5}, "trainer.max_step: .*TrainerConfig"),
+        ({"max_step": 5}, "trainer.max_step=5: .*TrainerConfig"),
         ({"schedule": "cosine"}, "choose one of constant, tri_stage"),
         ({"max_steps": 0}, "trainer.max_steps=0"),
-        ({"lr": "fast"}, "trainer.lr: .*fast"),
+        ({"lr": "fast"}, "trainer.lr=fast: .*fast"),
         ({"workers": 1.5}, "trainer.workers"),
         ({"phases": [0.5, 0.2, 0.1]}, "trainer.phases"),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from engine_toy import Points, Toy, toy, trainer
+from killing import die_before
 from safetensors.torch import load_file
 
 from defi.engine import checkpoint
@@ -42,20 +43,8 @@ def run_toy(output: Path, steps: int) -> None:
 
 def start(output: Path, steps: int, last_act: int | None) -> None:
     """As `run_toy`, in a process that kills itself before its `last_act`-th act of writing."""
-    if last_act is not None:
-        acts = iter(range(last_act))
-        for place, name in WRITING:
-            setattr(place, name, _until(acts, getattr(place, name)))
+    die_before(last_act, WRITING)
     run_toy(output, steps)
-
-
-def _until(acts, act):
-    def limited(*args, **settings):
-        if next(acts, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return act(*args, **settings)
-
-    return limited
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Exact resume: N+M steps equal N steps, stop, M steps, bit for bit."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from defi.engine import checkpoint
 from defi.engine.loop import train
-from defi.engine.preemption import EXIT_PREEMPTED
+from defi.engine.preemption import EXIT_PREEMPTED, SIGNALS
 from defi.engine.tracking import read_metrics
 from defi.errors import UserError
 
@@ -35,14 +36,17 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert numbers(a) == numbers(b)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, workers: int) -> None:
-    """With dropout, jitter, averages, accumulation, a changing rate, and a signal that stops the run."""
+@pytest.mark.parametrize("workers, number", [(0, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)])
+def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, workers: int, number: int) -> None:
+    """With dropout, jitter, averages, accumulation, a changing rate, and a signal to all that runs."""
     settings = {"max_steps": 14, "schedule": "tri_stage", "micro_batch": 2, "phases": (0.2, 0.3, 0.5)}
     train(toy(), Points(), trainer(**settings), output=tmp_path / "whole", config=CONFIG)
 
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+
     def interrupt(model: object, step: int, folder: Path) -> dict[str, float]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+            os.kill(process.pid, number)
         return {}
 
     parts = {"output": tmp_path / "parts", "config": CONFIG}
@@ -56,7 +60,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, workers: int)
         )
     assert stopped.value.code == EXIT_PREEMPTED
     assert checkpoint.read_manifest(tmp_path / "parts")["step"] == 8
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert handlers == [signal.getsignal(each) for each in SIGNALS]
     metrics = tmp_path / "parts" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if '"evaluate"' not in line) + '{"kind": "tra')

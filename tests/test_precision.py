@@ -52,7 +52,7 @@ def build_case(name: str, policy: DeFI) -> Case:
 
     def denoise(head, sentence, video_tokens, latent_actions, noisy, sigma):
         memory = head.encode(sentence=sentence, video_tokens=video_tokens, latent_actions=latent_actions)
-        return head.decode(memory, noisy, sigma)
+        return head.decode(memory, noisy, head.noise_levels(sigma))
 
     context = torch.randn(2, 16), torch.randn(2, 6, 24), torch.randn(2, 4, 16)
     return policy.action_head, denoise, (*context, torch.randn(2, 10, 7), torch.tensor([0.1, 5.0]))

@@ -8,6 +8,7 @@ from torch import nn
 
 from defi.config import CONFIG_DIR, compose_preset, presets
 from defi.engine.config import TrainerConfig
+from defi.engine.model import StageModel
 from Step1_GFDM.config import GFDMConfig
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.model import GIDMConfig
@@ -23,6 +24,7 @@ COMMANDS = {
     if any("preset" in str(line) for line in OmegaConf.load(file).get("defaults", []))
 }
 
+README = (CONFIG_DIR.parent / "README.md").read_text()
 SETTINGS = {"step1": GFDMConfig, "step2": GIDMConfig, "step3": PolicyConfig}
 
 
@@ -76,13 +78,23 @@ def test_published_sizes(paper: DeFI) -> None:
     assert (noise.latent_size, noise.frames) == (32, 16)
 
 
-@pytest.mark.parametrize("preset", [name for name in presets() if name != "paper"])
+def trained(model: StageModel) -> float:
+    return sum(parameter.numel() for _, parameter in model.trainable()) / 1e6
+
+
+@pytest.mark.parametrize("preset", presets())
 def test_stages_of_a_preset_fit_each_other(preset: str) -> None:
-    """The policy's constructor checks stage 1; here stage 2 too."""
+    """The policy's constructor checks stage 1; here stage 2 too. And the README's table counts right."""
     policy = build(preset)
     with torch.device("meta"):
         gidm = gidm_adapter.build(compose_preset(preset))
     check_gidm(policy.config, gidm)
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{preset}` |"))
+    unet, stages = (cell.strip().removesuffix(" M").replace(",", "") for cell in row.split("|")[2:4])
+    counts = [float(count) for count in stages.split(" / ")]
+    found = [millions(policy.gfdm.unet), trained(gidm), trained(policy)]
+    assert float(unet) == pytest.approx(millions(policy.gfdm.unet), abs=0.05)
+    assert counts == pytest.approx(found, abs=0.5 if max(found) > 10 else 0.05)
 
 
 def test_released_is_paper_with_the_published_settings() -> None:
@@ -95,6 +107,7 @@ def test_released_is_paper_with_the_published_settings() -> None:
     paper["policy"]["action_head"].pop("cross_attention")
     assert (released["trainer"].pop("schedule"), released["trainer"].pop("ema")) == ("constant", None)
     assert (paper["trainer"].pop("schedule"), paper["trainer"].pop("ema")) == ("tri_stage", 0.9999)
+    assert (released["trainer"].pop("clip"), paper["trainer"].pop("clip")) == (None, 1.0)
     assert (released.pop("preset_name"), paper.pop("preset_name")) == ("released", "paper")
     assert released == paper
 

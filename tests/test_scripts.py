@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from defi.engine.checkpoint import find_checkpoint
 
 pytest.importorskip("pybullet")
 
@@ -96,6 +99,37 @@ def test_training_a_policy_with_rollouts_at_intervals(quickstart: Path, tmp_path
     manifest = json.loads((output / "checkpoints" / "step_00000001" / "manifest.json").read_text())
     assert manifest["metrics"] == {"average_length": 0.0, "success_1": 0.0}
     assert list((output / "rollouts" / "step_00000001").rglob("*.mp4"))
+
+
+def test_a_quickstart_of_another_size_is_not_passed_off(quickstart: Path) -> None:
+    refused = run("quickstart.sh", "size=short", f"output={quickstart}")
+    assert refused.returncode == 2 and "holds a quickstart of size=smoke" in refused.stderr
+
+
+@pytest.mark.parametrize("arguments", ["", "--cpu --num_processes 1"], ids=["plain", "launched"])
+def test_a_signal_to_a_script_saves_and_leaves(quickstart: Path, tmp_path: Path, arguments: str) -> None:
+    """As one to the training itself would; nothing goes on behind its back."""
+    output = tmp_path / "out"
+    settings = [f"data.root={quickstart}/data", f"output={output}", "trainer.max_steps=100000"]
+    script = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "step2_train.sh"), *settings, "trainer.log_every=1"],
+        env=os.environ
+        | {"DEFI_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+        | {"ACCELERATE_ARGS": arguments},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = output / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert script.poll() is None
+        time.sleep(0.1)
+    script.terminate()
+    code = script.wait(timeout=120)
+    assert code == (1 if arguments else 75)
+    assert find_checkpoint(output)
+    lines = len(metrics.read_text().splitlines())
+    time.sleep(1)
+    assert len(metrics.read_text().splitlines()) == lines
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "slurm.sh"
 
 COMMANDS = {
-    "bin/srun": '[ "$1" = --kill-on-bad-exit=0 ] && shift; SLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"',
+    "bin/srun": '[ "$1 $2" = "--kill-on-bad-exit=0 --wait=60" ] && shift 2; '
+    'SLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"',
     "bin/scontrol": 'echo "$@" >> told; [ "$1" != show ] || echo first-node',
     "venv/bin/python": 'echo "$RANK/$WORLD_SIZE $MASTER_ADDR $@" >> told; exit "$LEAVE_WITH"',
 }

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import defi
 from defi.engine.output import sync
+from defi.engine.sharding import cut
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json, read_yaml
 
@@ -39,6 +40,7 @@ MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"
 COPY_AGAIN = "copy the checkpoint again"
 REQUIRED = {"stage": str, "step": int, "data": dict, "metrics": dict, "files": dict}  # of a manifest
+CHANGED = "+changes"  # after the commit of a checkout whose files differ from it
 PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safetensors")
 Config = TypeVar("Config")
 
@@ -159,7 +161,7 @@ def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, 
     """
     demand_fit(target, tensors, source=source)
     for name, tensor in target.items():
-        tensor.copy_(tensors[name])
+        tensor.copy_(cut(tensors[name], like=tensor))
 
 
 def demand_fit(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
@@ -242,7 +244,10 @@ def save(
             },
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        mode = (folder / MANIFEST).stat().st_mode  # as the user's umask says; safetensors keep others out
         for path in sorted(folder.rglob("*"), reverse=True):
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
         sync(folder)
         if final.exists():
@@ -295,12 +300,13 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this code runs from; None where it was installed."""
+    """Commit of the checkout this code runs from, and whether files differ from it; None where installed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        describe = ("describe", "--always", "--exclude=*", "--abbrev=40", f"--dirty={CHANGED}")
+        command = ["git", "-C", str(root), *describe]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

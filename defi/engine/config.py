@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from defi.config import typed
 from defi.errors import UserError
 
@@ -109,3 +111,9 @@ class TrainerConfig:
                 f"choose a divisor of {per_process}"
             )
         return micro, per_process // micro
+
+
+def run_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What `train` takes from the settings that every training command has."""
+    keys = ("output", "seed", "resume", "overwrite", "tracker")
+    return {"config": OmegaConf.to_container(cfg, resolve=True)} | {key: cfg[key] for key in keys}

@@ -8,6 +8,7 @@ the next epoch. Global generators (torch.rand, np.random) must not be used insid
 
 import hashlib
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,18 +19,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from defi.engine.shuffle import Shuffle
 from defi.errors import UserError
 
+GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to its end
 Draw = tuple[int, int]  # (epoch, index)
 
 
 class StepOrder(Sampler[list[Draw]]):
     """Endless micro-batches of one process, starting at a position in the stream of samples.
 
-    The stream is a fresh seeded permutation of all indices per epoch, one after the other. Step k takes the
-    samples [k·G, (k+1)·G); process r of P takes every P-th of those from the r-th on, in micro-batches.
-    So a position is one number, and the global batches do not depend on P or on the micro-batch.
+    The stream is a fresh seeded permutation of all indices per epoch, one after the other (`Shuffle`). Step k
+    takes the samples [k·G, (k+1)·G); process r of P takes every P-th of those from the r-th on, in
+    micro-batches. So a position is one number, and the global batches do not depend on P or on the
+    micro-batch.
     """
+
+    AHEAD = 1024  # positions that are looked up at once, because that costs little more than one
 
     def __init__(
         self,
@@ -44,14 +50,17 @@ class StepOrder(Sampler[list[Draw]]):
         self.size, self.seed, self.start = size, seed, start
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.processes = process
-        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._shuffle = Shuffle(size, seed)
+        self._block: tuple[int, list[Draw]] = (-1, [])
 
     def draw(self, position: int) -> Draw:
         """Epoch and index of the sample at a position of the stream."""
-        epoch, offset = divmod(position, self.size)
-        if self._permutation[0] != epoch:
-            self._permutation = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size))
-        return epoch, int(self._permutation[1][offset])
+        block, offset = divmod(position, self.AHEAD)
+        if self._block[0] != block:
+            positions = np.arange(block * self.AHEAD, (block + 1) * self.AHEAD)
+            epochs, indices = self._shuffle.at(positions)
+            self._block = (block, list(zip(epochs.tolist(), indices.tolist())))
+        return self._block[1][offset]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         position = self.start
@@ -153,6 +162,7 @@ class Feed:
             batch_sampler=order,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the loader would draw from the generator of the training
         )
@@ -166,6 +176,7 @@ class Feed:
         except UserError as error:
             raise UserError(_reason(error)) from None
         except (ConnectionError, EOFError) as error:  # before the loader notices
+            time.sleep(GOODBYE)  # its signal handler raises an error that says more, here and not later
             raise RuntimeError(f"DataLoader worker: {error}") from error
         except OSError as error:
             raise UserError(f"data: {_reason(error)}; restore it, then continue with resume=true") from None
@@ -174,6 +185,10 @@ class Feed:
         for batch in batches:
             self._note_faults(batch.pop("fault", []))
         return [self._to_device(part) for batch in batches for part in split(batch, self.parts)]
+
+    def put_back(self) -> None:
+        """The latest step has not been taken after all: a run that goes on from here takes it again."""
+        self.samples -= self.order.global_batch
 
     def _note_faults(self, faults: list[str]) -> None:
         """Raise UserError where more samples than allowed, of a pass or of all since the start, were bad."""
@@ -225,6 +240,13 @@ class Feed:
             else value
             for name, value in batch.items()
         }
+
+
+def leave_signals(worker: int) -> None:
+    """A signal to the whole run is for its main process to answer; a second SIGTERM ends this one too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _reason(error: Exception) -> str:

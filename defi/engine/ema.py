@@ -30,7 +30,8 @@ class EMA:
     @torch.no_grad()
     def restart(self) -> None:
         """Set the averages to the present weights."""
-        torch._foreach_copy_(self.average, self.parameters)
+        for average, parameter in zip(self.average, self.parameters):
+            average.copy_(parameter)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 BLOCK, BLOCKS = 4096, 64
+WEIGHTS = (".safetensors", ".bin")
 
 
 def fingerprint(folder: Path) -> str:
@@ -12,7 +13,7 @@ def fingerprint(folder: Path) -> str:
     Averaged weights and resume state beside them do not count.
     """
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in WEIGHTS):
         relative, size = file.relative_to(folder), file.stat().st_size
         if relative.parts[0] in ("ema", "state"):
             continue

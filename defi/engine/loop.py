@@ -17,6 +17,7 @@ from defi.engine.config import TrainerConfig
 from defi.engine.model import StageModel
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
 from defi.engine.schedule import learning_rate
+from defi.engine.sharding import whole
 from defi.engine.start import open_run
 
 Inspect = Callable[[StageModel, int, Path], Mapping[str, float]]
@@ -120,7 +121,8 @@ def train_step(
         for name, value in scalars.items():
             share = value.detach() / len(batches)
             means[name] = means[name] + share if name in means else share
-    means["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    means["grad_norm"] = whole(norm)
     loss = demand_finite(means["loss"], means["grad_norm"], accelerator)
     optimizer.step()
     optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defi.engine.checkpoint import load_strict, read_config, read_tensors
+from defi.engine.checkpoint import COPY_AGAIN, load_strict, read_config, read_tensors
+from defi.errors import UserError
+from defi.files import one_line
 
 Model = TypeVar("Model", bound="StageModel")
 
@@ -25,14 +28,17 @@ class StageModel(nn.Module):
     `self.config`) and the sub-networks that stay as they are (`frozen`, dotted names): those are never
     trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist. All that training
     changes are parameters and buffers: checkpoints are written from a copy of those (`defi.engine.writer`).
+    `blocks` are the classes of the large modules, called through `forward` alone and not inside each other,
+    which a sharded run (`defi.engine.sharding`) puts together one at a time.
 
     Several processes: parameters get averaged gradients; buffers are *not* broadcast, so a buffer that
-    accumulates over samples must be reduced over processes inside `forward` or `epoch_end`.
+    accumulates over samples must be reduced over processes inside `forward`, `step_end` or `epoch_end`.
     """
 
     stage: ClassVar[str]
     config_class: ClassVar[type]
     frozen: ClassVar[tuple[str, ...]] = ()
+    blocks: ClassVar[tuple[type[nn.Module], ...]] = ()
     config: Any
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -46,6 +52,10 @@ class StageModel(nn.Module):
             `loss`, a scalar mean over the batch that is differentiated, and further scalars to log.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def step_end(self) -> None:
+        """Called in every process after each optimizer step: here, and not between the micro-batches of a
+        step, a model may change what the gradients do not move."""
 
     def epoch_end(self) -> dict[str, float]:
         """Called in every process after each pass over the data; returns numbers to log."""
@@ -72,6 +82,15 @@ class StageModel(nn.Module):
         tensors = [*self.named_parameters(), *self.named_buffers()]
         return {name: tensor for name, tensor in tensors if not name.startswith(outside)}
 
+    def unfrozen_blocks(self) -> list[nn.Module]:
+        """The modules of the classes `blocks` outside the frozen sub-networks."""
+        outside = tuple(f"{name}." for name in self.frozen)
+        return [
+            module
+            for name, module in self.named_modules()
+            if isinstance(module, self.blocks) and not f"{name}.".startswith(outside)
+        ]
+
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers outside the frozen sub-networks."""
         outside = tuple(f"{name}." for name in self.frozen)
@@ -90,7 +109,8 @@ class StageModel(nn.Module):
         Raises:
             UserError: a file is missing or damaged, or a tensor's name or shape does not fit.
         """
-        model = cls(read_config(cls.config_class, folder / CONFIG))
+        with settings_of(folder / CONFIG):
+            model = cls(read_config(cls.config_class, folder / CONFIG))
         model.load_weights(folder)
         return model
 
@@ -99,3 +119,14 @@ class StageModel(nn.Module):
         """Copy the weights that `save_pretrained` wrote into this model, in place and strictly."""
         file = folder / WEIGHTS
         load_strict(self.own_state(), read_tensors(file), source=file)
+
+
+@contextmanager
+def settings_of(file: Path) -> Iterator[None]:
+    """Building a model as a file says; what its layers refuse is a `UserError` that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: no model has these settings ({one_line(error)}); {COPY_AGAIN}") from None

@@ -1,11 +1,14 @@
 """Output folders and atomic writes: no earlier run is lost by accident, no half-written file is seen."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 from defi.errors import UserError
 
+LOCK = ".lock"  # held by the process that writes to the folder
 LEFTOVER = ".writing"
 PROBE = f".probe{LEFTOVER}"
 
@@ -15,7 +18,8 @@ def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = 
 
     Raises:
         UserError: `resume` and `overwrite` are both set, the path is a file, or the folder is not empty and
-            neither is set.
+            neither is set; `overwrite` would delete other runs, or the folder one is in; or another process
+            is writing there.
     """
     output = Path(output)
     if resume and overwrite:
@@ -26,6 +30,14 @@ def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = 
         raise UserError(
             f"{output}: overwrite=true would delete the folder you are in; choose another output="
         )
+    if overwrite and (other := next(output.glob("*/**/checkpoints/step_*"), None)) is not None:
+        raise UserError(
+            f"{output}: overwrite=true would delete {other}, a checkpoint of another run; "
+            "choose another output="
+        )
+    # Of several processes of one run only the first writes, and so only it may be in another's way.
+    if os.environ.get("RANK", "0") == "0" and (output / LOCK).is_file() and (held := claim(output)):
+        held.close()
     kept = output.is_dir() and any(not is_leftover(path) for path in output.iterdir())
     if kept and not (resume or overwrite):
         raise UserError(
@@ -51,9 +63,34 @@ def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool 
     return output
 
 
+def claim(output: Path) -> TextIO | None:
+    """Keep other processes from writing to a folder until the result is closed or this process ends.
+
+    None where the file system cannot do that.
+
+    Raises:
+        UserError: another process is writing there.
+    """
+    try:
+        file = (output / LOCK).open("a")
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(
+            f"{output}: another process is writing there; wait for it, stop it, or choose another output="
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
 def is_leftover(path: Path) -> bool:
-    """Whether this is what `write_file` leaves when it is killed."""
-    return path.name.startswith(".") and path.name.endswith(LEFTOVER)
+    """Whether this is what `write_file` or `claim` leaves when its process is killed."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(LEFTOVER))
 
 
 def write_file(path: Path, content: str | bytes) -> None:

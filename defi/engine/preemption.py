@@ -1,4 +1,4 @@
-"""Leaving in good order when a cluster asks for the machine back."""
+"""Leaving in good order when a cluster asks for the machine back, or a person presses Ctrl-C."""
 
 import signal
 import threading
@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 
 EXIT_PREEMPTED = 75  # "temporary failure, try again": start the same command with resume=true
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preemption:
-    """Remembers that SIGTERM or SIGUSR1 came; a second signal has its usual effect."""
+    """Remembers that one of `SIGNALS` came; a second one has its usual effect."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.noticed = accelerator, False

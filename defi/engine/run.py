@@ -3,27 +3,29 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from defi.engine import checkpoint, memory, state, trouble
+from defi.engine import checkpoint, memory, sharding, state, trouble
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Feed, split
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
 from defi.engine.progress import ProgressDisplay
 from defi.engine.spikes import SpikeWatch
-from defi.engine.tracking import METRICS, Journal
-from defi.engine.writer import CheckpointWriter
+from defi.engine.tracking import METRICS, TRACKERS, Journal
+from defi.engine.writer import CheckpointWriter, moving_tensors
 from defi.errors import UserError
 from defi.files import one_line
 
@@ -41,10 +43,12 @@ class Run:
     journal: Journal
     display: ProgressDisplay
     writer: CheckpointWriter | None  # only in the main process
+    lock: TextIO | None  # of the output folder, held until `close`
     trainer: TrainerConfig
     output: Path
     config: dict[str, Any]
     data: dict[str, Any]  # size and fingerprint
+    sharded: bool = False  # the model is cut over the processes
     step: int = 0
     elapsed: float = 0.0  # seconds of training before this start
     metrics: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
@@ -52,7 +56,8 @@ class Run:
     new_best: bool = False  # the evaluation of this step is the best so far
     spikes: SpikeWatch = field(default_factory=SpikeWatch)
     left_out: int = 0  # steps whose numbers were not finite
-    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # and what they held before the step
+    before: list[Tensor] = field(default_factory=list)  # what the buffers held before the present step
+    saved: int = 0  # step of the latest checkpoint
     fitted: bool = False  # a micro-batch is known to fit the memory
     faults_told: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -60,12 +65,16 @@ class Run:
     def next_batches(self) -> list[dict[str, Any]]:
         """The micro-batches of the next step, small enough for the memory."""
         batches = self.feed.next_step()
-        if not self.fitted and self.accelerator.device.type != "cpu":
+        # A trial of a sharded model that fails in one process would leave the others waiting for its shards.
+        if not (self.fitted or self.sharded or self.accelerator.device.type == "cpu"):
             batches = self.fit(batches)
-        if self.trainer.skip_nonfinite:
-            moving = self.model.moving().values()
-            self.buffers = [(t, t.clone()) for t in moving if not isinstance(t, nn.Parameter)]
+        self.before = [buffer.clone() for buffer in self.buffers]
         return batches
+
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        """What training changes besides parameters, already in the forward pass."""
+        return [t for t in self.model.moving().values() if not isinstance(t, nn.Parameter)]
 
     def fit(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The batches in as many parts as it takes to have room for one; the global batch stays."""
@@ -98,12 +107,14 @@ class Run:
         if self.spikes.sees(loss):
             spike = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
             self.journal.write("spike", self.step, spike)
+            told = f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}"
+            self.display.say(f"{told}; its samples are in {self.output / METRICS}")
 
     def leave_out(self, batches: list[dict[str, Any]], error: FloatingPointError) -> None:
         """Write down a step whose numbers are not finite, and go on without it if that is still allowed.
 
         Raises:
-            UserError: more such steps than `trainer.skip_nonfinite`.
+            UserError: more such steps than `trainer.skip_nonfinite`; a checkpoint from before it was written.
         """
         file, origin = trouble.write_report(
             self.output / "nonfinite",
@@ -115,14 +126,18 @@ class Run:
             samples=self.feed.indices(),
         )
         what = f"{error} at step {self.step + 1}, first in {origin}; its batch is in {file}"
+        for buffer, before in zip(self.buffers, self.before):
+            buffer.copy_(before)
+        self.optimizer.zero_grad()
         if self.left_out >= self.trainer.skip_nonfinite:
+            if self.saved != self.step:
+                self.feed.put_back()
+                with suppress(UserError):  # another error is being told
+                    self.save()
             raise UserError(
                 f"{self.output}: {what}; lower trainer.lr or trainer.clip, mend the data, or allow "
                 f"trainer.skip_nonfinite, {self.way_back()}"
             )
-        for buffer, before in self.buffers:
-            buffer.copy_(before)
-        self.optimizer.zero_grad()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.left_out += 1
@@ -136,6 +151,7 @@ class Run:
         """The step is over, whatever became of it."""
         self.step += 1
         self.new_best = False
+        self.model.step_end()
         if self.writer is not None:
             self.writer.check()
         for fault in self.feed.faults[self.faults_told :]:
@@ -165,13 +181,15 @@ class Run:
         """Let `look` sample from or roll out the averaged model in the main process; the others wait."""
         numbers: dict[str, float] = {}
         with self.journal.paused():
-            if self.accelerator.is_main_process:
+            if self.sharded:
+                self._copy_whole()
+            if self.writer is not None:
                 folder = (
                     self.output / ("samples" if kind == "sample" else "rollouts") / f"step_{self.step:08d}"
                 )
                 folder.mkdir(parents=True, exist_ok=True)
-                with self.inspected():
-                    numbers = dict(look(self.model, self.step, folder))
+                with self.inspected() as model:
+                    numbers = dict(look(model, self.step, folder))
                 self.journal.write(kind, self.step, numbers)
             if self.accelerator.num_processes > 1:
                 numbers = broadcast_object_list([numbers])[0]
@@ -183,36 +201,47 @@ class Run:
             self.new_best = score > self.best
             self.best = max(score, self.best)
 
+    def _copy_whole(self) -> None:
+        """Put the sharded model together in the main process' snapshot; a shard alone computes nothing."""
+        tensors = moving_tensors(self.model, self.ema, None)
+        if self.writer is not None:
+            self.writer.copy(tensors)
+        else:
+            sharding.hand_over(tensors.values())
+
     @contextmanager
-    def inspected(self) -> Iterator[None]:
+    def inspected(self) -> Iterator[StageModel]:
         """The model as users will see it: averaged weights, eval mode, no gradients; training undisturbed."""
-        if self.ema is not None:
-            self.ema.swap()
-        self.model.eval()
+        place = self.writer.snapshot if self.sharded else self
+        if place.ema is not None:
+            place.ema.swap()
+        place.model.eval()
         try:
-            with state.preserved_rng(), torch.no_grad(), self.accelerator.autocast():
-                yield
+            with (
+                state.preserved_rng(),
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                place.on(self.accelerator.device) if self.sharded else nullcontext(),
+            ):
+                yield place.model
         finally:
-            self.model.train()
-            if self.ema is not None:
-                self.ema.swap()
+            place.model.train()
+            if place.ema is not None:
+                place.ema.swap()
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step; `settle` waits for its end."""
+        self.saved = self.step
         rng = state.rng_state()
         rng = gather_object([rng]) if self.accelerator.num_processes > 1 else [rng]
-        if self.writer is None:
-            return
+        tensors = moving_tensors(self.model, self.ema, self.optimizer)
         with self.journal.paused():
-            self.writer.save(
-                step=self.step,
-                metrics=self.metrics,
-                optimizer=state.optimizer_tensors(
-                    self.optimizer, [name for name, _ in self.model.trainable()]
-                ),
-                progress=self._progress(),
-                rng=rng,
-            )
+            if self.writer is not None:
+                self.writer.save(
+                    step=self.step, metrics=self.metrics, tensors=tensors, progress=self._progress(), rng=rng
+                )
+            else:
+                sharding.hand_over(tensors.values())
 
     def settle(self) -> None:
         """Return when the checkpoints are on the disk, in every process at the same time."""
@@ -247,7 +276,7 @@ class Run:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Faults of disk, memory and loader workers as one line that says what to do."""
+        """Faults of disk, memory, loader workers and other processes as one line that says what to do."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -261,6 +290,11 @@ class Run:
                 f"{self.way_back()}"
             ) from error
         except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's
+                raise UserError(
+                    f"{self.output}: lost another process of this run ({one_line(error)}); if it failed, its "
+                    f"message says why; {self.way_back()}"
+                ) from error
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
@@ -274,11 +308,17 @@ class Run:
         final = checkpoint.find_checkpoint(self.output)
         spent = timedelta(seconds=round(self.elapsed_now()))
         self.display.close()
-        self.display.say(
-            f"done: step {self.step} after {spent}\n"
-            f"  checkpoint   {final}\n"
-            f"  numbers      {self.output / METRICS} (python -m defi.engine.plot {self.output})"
-        )
+        places = {
+            "checkpoint": f"{final} ({len(checkpoint.list_checkpoints(self.output))} kept)",
+            "numbers": f"{self.output / METRICS} (python -m defi.engine.plot {self.output})",
+            **{
+                name: f"{self.output / name}/"
+                for name in ("samples", "rollouts", "nonfinite", *TRACKERS)
+                if (self.output / name).is_dir()
+            },
+        }
+        lines = "".join(f"\n  {name:<12} {place}" for name, place in places.items())
+        self.display.say(f"done: step {self.step} after {spent}{lines}")
         return final
 
     def close(self) -> None:
@@ -291,4 +331,6 @@ class Run:
                 self.display.say(f"error: {error}")
         self.feed.close()
         self.journal.close()
+        if self.lock is not None:
+            self.lock.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)

@@ -1,6 +1,5 @@
 """Opening a run: everything is checked and loaded before anything is written."""
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -10,24 +9,25 @@ from typing import Any
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 
-from defi.engine import checkpoint, state
+from defi.config import flatten
+from defi.engine import checkpoint, sharding, state, zero
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Feed, StepOrder
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.output import check_output, prepare_output, write_file
+from defi.engine.output import check_output, claim, prepare_output, write_file
 from defi.engine.progress import ProgressDisplay
 from defi.engine.run import Run
 from defi.engine.tracking import Journal, find_tracker, open_tracker
-from defi.engine.writer import CheckpointWriter
+from defi.engine.writer import CheckpointWriter, Snapshot
 from defi.errors import UserError
 
 LONGEST_WAIT = timedelta(hours=2)  # of the other processes while the main one samples, rolls out or saves
-SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -62,21 +62,23 @@ def open_run(
     set_seed(seed, device_specific=True)
     feed = open_feed(dataset, trainer, accelerator, seed=seed, start=progress.samples, collate=collate)
     model.train().to(accelerator.device)
-    ema = EMA(model, trainer.ema) if trainer.ema is not None else None
-    wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, trainer, accelerator))
+    snapshot = Snapshot(model, trainer.ema) if accelerator.is_main_process else None
+    wrapped, ema, optimizer = distribute(model, trainer, accelerator)
     if source:
         restore(source, progress, model=model, ema=ema, optimizer=optimizer, scaler=accelerator.scaler)
 
-    main, step = accelerator.is_main_process, progress.step
-    if main:
-        prepare_output(output, resume=resume, overwrite=overwrite)
-        write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
-    accelerator.wait_for_everyone()
-    opened = open_tracker(tracker, output, config) if main else None
+    step, writer, lock, opened = progress.step, None, None, None
     data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
-    writer = CheckpointWriter(
-        model, ema, output, config=config, data=data, keep=trainer.keep, best_metric=trainer.best_metric
-    )
+    accelerator.wait_for_everyone()  # all have looked at the output folder
+    if snapshot is not None:  # the main process
+        prepare_output(output, resume=resume, overwrite=overwrite)
+        lock = claim(output)
+        write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+        opened = open_tracker(tracker, output, config)
+        writer = CheckpointWriter(
+            snapshot, output, config=config, data=data, keep=trainer.keep, best_metric=trainer.best_metric
+        )
+    accelerator.wait_for_everyone()
     run = Run(
         accelerator=accelerator,
         model=model,
@@ -85,13 +87,16 @@ def open_run(
         ema=ema,
         feed=feed,
         journal=Journal(accelerator, output, step, opened),
-        display=ProgressDisplay(model.stage, trainer.max_steps, step, enabled=main),
-        writer=writer if main else None,
+        display=ProgressDisplay(model.stage, trainer.max_steps, step, enabled=accelerator.is_main_process),
+        writer=writer,
+        lock=lock,
         trainer=trainer,
         output=output,
         config=config,
         data=data,
+        sharded=sharding.asked_for() is not None,
         step=step,
+        saved=step,
         elapsed=progress.elapsed_s,
         metrics=checkpoint.read_manifest(source)["metrics"] if source else {},
         best=progress.best,
@@ -108,28 +113,46 @@ def open_run(
     return run
 
 
+def distribute(
+    model: StageModel, trainer: TrainerConfig, accelerator: Accelerator
+) -> tuple[nn.Module, EMA | None, Optimizer]:
+    """The model as every process is to call it, whole or cut as the launcher asked; averages; optimizer."""
+    sharded = sharding.asked_for()
+    if sharded == "fsdp":
+        sharding.shard(model, processes=accelerator.num_processes, device=accelerator.device)
+    ema = EMA(model, trainer.ema) if trainer.ema is not None else None
+    # The mode of evaluation leaves out the wrapper of DDP.
+    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded is not None)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(model, trainer, accelerator))
+    if sharded == "deepspeed":
+        wrapped, optimizer = zero.shard(model, optimizer.optimizer, accelerator, clip=trainer.clip)
+    return wrapped, ema, optimizer
+
+
 def start_processes(trainer: TrainerConfig) -> Accelerator:
     """Join the processes that `accelerate launch` started, or be the only one.
 
     Raises:
-        UserError: the precision is not available here, or the launcher was told to shard the model.
+        UserError: the precision is not available here, or the launcher was told to shard the model otherwise
+            than `defi.engine.sharding` does.
     """
-    for switch in SHARDING:
-        if os.environ.get(switch, "false").lower() in ("true", "1"):
-            raise UserError(
-                f"{switch}=true: sharded models are not supported, every process holds a whole one; "
-                "launch with --config_file configs/accelerate/ddp.yaml"
-            )
+    sharded = sharding.asked_for()
+    if sharded and trainer.precision == "fp16":
+        raise UserError("trainer.precision=fp16: not for a sharded model; set trainer.precision=bf16")
+    if sharded == "deepspeed":
+        zero.check(trainer)
     # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     try:
-        return Accelerator(
-            mixed_precision=trainer.precision,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-            ],
-        )
+        kind = zero.ZeroAccelerator if sharded == "deepspeed" else Accelerator
+        with sharding.left_to_us():
+            return kind(
+                mixed_precision=trainer.precision,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                ],
+            )
     except ValueError as error:
         raise UserError(f"trainer.precision={trainer.precision}: {error}; set trainer.precision=no") from None
 
@@ -214,17 +237,6 @@ def report_resume(run: Run, source: Path, *, processes_then: int) -> None:
         )
 
 
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def summarise(run: Run) -> None:
     """Print what is about to be trained, on what, and where it goes."""
     trained = sum(parameter.numel() for _, parameter in run.model.trainable())
@@ -232,10 +244,11 @@ def summarise(run: Run) -> None:
     processes = run.accelerator.num_processes
     micro, accumulation = run.trainer.split_batch(processes)
     split = f"{micro} × {processes} process(es) × {accumulation} accumulated"
+    cut = f", sharded over {processes} processes" if run.sharded else ""
     fingerprint = f", fingerprint {run.data['fingerprint']}" if run.data["fingerprint"] else ""
     run.display.say(
         f"{run.model.stage}, preset {run.config.get('preset_name')}\n"
-        f"  parameters   {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen\n"
+        f"  parameters   {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen{cut}\n"
         f"  data         {run.data['size']:,} samples{fingerprint}\n"
         f"  batch        {run.trainer.global_batch} = {split}\n"
         f"  steps        {run.trainer.max_steps} ({run.trainer.schedule} rate, at most {run.trainer.lr:g})\n"

@@ -52,16 +52,15 @@ def find_origin(model: StageModel, batches: Sequence[Mapping[str, Any]]) -> str:
     """What is the first not to be finite: input, weights, a module's output, or a gradient.
 
     Runs forward and backward passes over the batches again; gradients are dropped, random generators kept.
+    Does all of it in any case: of a sharded model the other processes, whose share may be sound, wait for it.
     """
-    for batch in batches:
-        for name, value in batch.items():
-            if torch.is_tensor(value) and not _finite(value):
-                return f"{name!r} of the batch"
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return f"the weights {name}"
-
-    found: list[str] = []
+    found = [
+        f"{name!r} of the batch"
+        for batch in batches
+        for name, value in batch.items()
+        if torch.is_tensor(value) and not _finite(value)
+    ]
+    found += [f"the weights {name}" for name, tensor in model.named_parameters() if not _finite(tensor)]
 
     def watch(name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -84,16 +83,16 @@ def find_origin(model: StageModel, batches: Sequence[Mapping[str, Any]]) -> str:
         with preserved_rng():
             for batch in batches:
                 model(batch)["loss"].backward()
-                if found:
-                    return found[0]
-        for name, parameter in model.trainable():
-            if parameter.grad is not None and not _finite(parameter.grad):
-                return f"the gradient of {name}"
+        found += [
+            f"the gradient of {name}"
+            for name, parameter in model.trainable()
+            if parameter.grad is not None and not _finite(parameter.grad)
+        ]
     finally:
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    return "nothing when the batch was run again; the random numbers of the step are to blame"
+    return (found or ["nothing when the batch was run again; the random numbers of the step are to blame"])[0]
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -1,51 +1,83 @@
 """Checkpoints written in the background: training waits only while its state is copied to main memory."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from defi.engine import checkpoint, state
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
+from defi.engine.sharding import whole
 from defi.errors import UserError
 from defi.files import one_line
 
+OPTIMIZER = "optimizer "
+
+
+def moving_tensors(model: StageModel, ema: EMA | None, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """What training changes, as it is now: weights, buffers, averages; with an optimizer, its tensors."""
+    tensors = {f"model {name}": tensor for name, tensor in model.moving().items()}
+    if ema is not None:
+        tensors |= {f"average {i}": tensor for i, tensor in enumerate(ema.average)}
+    if optimizer is not None:
+        named = state.optimizer_tensors(optimizer, [name for name, _ in model.trainable()])
+        tensors |= {OPTIMIZER + name: tensor for name, tensor in named.items()}
+    return tensors
+
 
 class Snapshot:
-    """A copy of what training changes: weights, buffers, averages, optimizer. Frozen networks are shared.
+    """A copy of what training changes. Frozen networks are shared.
 
-    The copy is a model of its own in main memory, so that it can be saved as the model itself. Its memory is
-    taken once and filled anew by each `take`.
+    The copy is a model of its own in main memory, so that it can be saved as the model itself, and whole, so
+    that it can be used by one process if the model itself is sharded. It is made before that happens. Its
+    memory is taken once and filled anew by each `take`.
     """
 
-    def __init__(self, model: StageModel, ema: EMA | None) -> None:
-        self._originals = model.moving()
+    def __init__(self, model: StageModel, decay: float | None) -> None:
         shared = {id(module): module for module in map(model.get_submodule, model.frozen)}
-        copies = {id(t): _twin(t) for t in self._originals.values()}
+        copies = {id(t): _twin(t) for t in model.moving().values()}
         self.model = copy.deepcopy(model, {**shared, **copies})
-        self._copies = self.model.moving()
-        self._original_ema, self.ema = ema, EMA(self.model, ema.decay) if ema is not None else None
-        self.optimizer: dict[str, Tensor] = {}
+        self.ema = EMA(self.model, decay) if decay is not None else None
+        self._copies = moving_tensors(self.model, self.ema, None)
 
     @torch.no_grad()
-    def take(self, optimizer: Mapping[str, Tensor]) -> None:
-        """Copy the present state into this one."""
-        pairs = [(self._copies[name], tensor) for name, tensor in self._originals.items()]
-        if self._original_ema is not None and self.ema is not None:
-            pairs += zip(self.ema.average, self._original_ema.average)
-        for name, tensor in optimizer.items():
-            if name not in self.optimizer:
-                self.optimizer[name] = _twin(tensor)
-            pairs.append((self.optimizer[name], tensor))
-        for copied, tensor in pairs:
-            copied.copy_(tensor, non_blocking=True)
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy these `moving_tensors` of the original into this one."""
+        for name, tensor in tensors.items():
+            complete = whole(tensor)
+            if name not in self._copies:
+                self._copies[name] = _twin(complete)
+            self._copies[name].copy_(complete, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    @property
+    def optimizer(self) -> dict[str, Tensor]:
+        """As `state.optimizer_tensors`."""
+        return {
+            name.removeprefix(OPTIMIZER): tensor
+            for name, tensor in self._copies.items()
+            if name.startswith(OPTIMIZER)
+        }
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """The copied model is on a device inside this context, and in main memory again after it."""
+        kept = [(tensor, tensor.data) for tensor in self.model.moving().values()]
+        for tensor, data in kept:
+            tensor.data = data.to(device)
+        try:
+            yield
+        finally:
+            for tensor, data in kept:
+                tensor.data = data
 
 
 def _twin(tensor: Tensor) -> Tensor:
@@ -62,8 +94,7 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        model: StageModel,
-        ema: EMA | None,
+        snapshot: Snapshot,
         run: Path,
         *,
         config: Mapping[str, Any],
@@ -71,10 +102,9 @@ class CheckpointWriter:
         keep: int,
         best_metric: str | None,
     ) -> None:
-        self._model, self._ema, self._run = model, ema, run
+        self.snapshot, self._run = snapshot, run
         self._config, self._data = config, data
         self._keep, self._best_metric = keep, best_metric
-        self._snapshot: Snapshot | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -83,16 +113,16 @@ class CheckpointWriter:
         *,
         step: int,
         metrics: Mapping[str, float],
-        optimizer: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
         progress: state.Progress,
         rng: list[dict[str, Any]],
     ) -> None:
-        """Copy the state of this step and return while it is written; the write before it is waited for."""
-        self.wait()
-        if self._snapshot is None:
-            self._snapshot = Snapshot(self._model, self._ema)
-        snapshot = self._snapshot
-        snapshot.take(optimizer)
+        """Copy the `moving_tensors` of this step and return while they are written.
+
+        The write before it is waited for.
+        """
+        self.copy(tensors)
+        snapshot = self.snapshot
         metrics, progress = dict(metrics), copy.deepcopy(progress)
 
         def write_state(folder: Path) -> None:
@@ -100,6 +130,11 @@ class CheckpointWriter:
             state.save_progress(folder, progress, rng)
 
         self._pending = self._thread.submit(self._write, snapshot, step, metrics, write_state)
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these `moving_tensors` into the snapshot, once nothing is being written any more."""
+        self.wait()
+        self.snapshot.take(tensors)
 
     def _write(
         self, snapshot: Snapshot, step: int, metrics: dict[str, float], write_state: Callable[[Path], None]

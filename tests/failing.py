@@ -1,0 +1,39 @@
+"""Training in which one process of two fails alone, for `accelerate launch`: failing.py <folder> <how>."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from engine_toy import Points, toy, trainer
+
+from defi.config import one_line_errors
+from defi.engine.loop import train
+from defi.engine.model import StageModel
+from defi.errors import UserError
+
+VANISHED = 5  # a sample that process 1 wants at step 4
+
+
+class Vanishing(Points):
+    def sample(self, index: int, rng: np.random.Generator) -> dict:
+        if index == VANISHED:
+            raise FileNotFoundError(2, "No such file or directory", "/data/five.npz")
+        return super().sample(index, rng)
+
+
+def look(model: StageModel, step: int, folder: Path) -> dict[str, float]:
+    raise UserError("sample: the main process has no pictures")
+
+
+def main(folder: Path, how: str) -> None:
+    data = Vanishing() if how == "data" else Points()
+    if how == "start" and os.environ["RANK"] == "1":
+        data = Points(size=0)
+    settings = trainer(max_steps=500, save_every=1, sample_every=3 if how == "sample" else 0)
+    with one_line_errors():
+        train(toy(dropout=0.0), data, settings, output=folder, config={"preset_name": "test"}, sample=look)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
