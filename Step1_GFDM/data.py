@@ -33,7 +33,8 @@ class ClipsConfig:
 
     weight: share of this set in a mixture. clips: `window`, F frames `stride` apart, a window every `every`
     frames, the end repeated where it runs out; or `spread`, one clip per video, F frames over all of it.
-    cameras: shares of the cameras, in the annotation's order. longest: frames; longer videos are left out.
+    cameras: shares of the cameras, in the annotation's order; an episode that has fewer takes the shares of
+    those. longest: frames; longer videos are left out.
     """
 
     root: str
@@ -47,7 +48,7 @@ class ClipsConfig:
     def __post_init__(self) -> None:
         if self.clips not in ("window", "spread"):
             raise UserError(f"data.sets.clips={self.clips}: must be window or spread")
-        if min(self.stride, self.every) < 1 or self.weight <= 0 or min(self.cameras) < 0:
+        if min(self.stride, self.every) < 1 or self.weight <= 0 or min(self.cameras, default=0) < 0:
             raise UserError(f"{self.root}: stride, every and weight must be positive, cameras not negative")
 
 
@@ -68,7 +69,7 @@ def inside(root: Path, path: str) -> str:
     Links within the folder may lead where they like: they are its owner's.
     """
     normal = os.path.normpath(path)
-    if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
+    if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir or "\0" in normal:
         raise UserError(f"{root}: its files name {path}, outside the folder; this data set is not safe")
     return normal
 
@@ -153,11 +154,14 @@ class Clips:
             raise UserError(
                 f"{where} has no latents or no length; encode it with Step1_GFDM.prepare, source vpp"
             )
-        if len(self.config.cameras) > len(episode.latents):
+        if not any(self._camera_shares(episode)):
             raise UserError(
-                f"{where} has {len(episode.latents)} cameras, "
-                f"data.sets.….cameras={self.config.cameras} asks for {len(self.config.cameras)}"
+                f"{where}: cameras={self.config.cameras} gives none of its {len(episode.latents)} cameras a "
+                "share; give one of them more than 0"
             )
+
+    def _camera_shares(self, episode: Episode) -> list[float]:
+        return self.config.cameras[: len(episode.latents)]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -177,12 +181,20 @@ class Clips:
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Latents [F, 4, h, w] of a randomly chosen camera, and one of the texts."""
         episode, start = self.locate(index)
-        shares = np.array(self.config.cameras) / sum(self.config.cameras)
-        camera = int(rng.choice(len(shares), p=shares))
+        shares = np.array(self._camera_shares(episode))
+        camera = int(rng.choice(len(shares), p=shares / shares.sum()))
         return {
             "latents": read_latents(self.root / episode.latents[camera], self.indices(episode, start)),
             "text": str(rng.choice(episode.texts)),
         }
+
+
+def open_sets(cfg: Mapping[str, Any], *, frames: int, split: str) -> dict[str, Clips]:
+    """The data sets of the `data` section of a configuration, by name."""
+    return {
+        name: Clips(typed(ClipsConfig, section, f"data.sets.{name}"), frames=frames, split=split)
+        for name, section in cfg["sets"].items()
+    }
 
 
 class LatentClips(Dataset):
@@ -196,12 +208,7 @@ class LatentClips(Dataset):
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any], *, frames: int, split: str) -> "LatentClips":
         """From the `data` section of a configuration: `sets`, by name."""
-        return cls(
-            {
-                name: Clips(typed(ClipsConfig, section, f"data.sets.{name}"), frames=frames, split=split)
-                for name, section in cfg["sets"].items()
-            }
-        )
+        return cls(open_sets(cfg, frames=frames, split=split))
 
     def __len__(self) -> int:
         return sum(map(len, self.sets))

@@ -2,11 +2,12 @@
 
 Writes clips/ (the real future beside the imagined one, and beside that of an instruction of yours),
 gallery.html with them, and metrics.json: per frame PSNR, SSIM, LPIPS where its weights are given, and the
-one-step error (`Step1_GFDM.one_step`), each beside that of a future which repeats the first frame.
+one-step error (`Step1_GFDM.one_step`), FVD where its weights are given, each beside that of a future which
+repeats the first frame. Of a mixture: for each data set (under `sets`), and over all episodes.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,23 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from defi import html
-from defi.config import entry, typed
+from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.output import check_output, prepare_output, write_file
+from defi.errors import UserError
 from defi.processes import processes
-from defi.video import draw_text, prepare_frames, read_frames, to_uint8, write_mp4
-from Step1_GFDM.data import Clips, ClipsConfig, Episode, read_latents
+from defi.video import prepare_frames, read_frames
+from Step1_GFDM.data import Clips, Episode, open_sets, read_latents
+from Step1_GFDM.fvd import action_scores, fvd_figures
+from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
+from Step1_GFDM.i3d import FEWEST_FRAMES, I3D
 from Step1_GFDM.lpips import LPIPS
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.one_step import one_step_error, one_step_figures
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """Imagined and real frames [F, 3, H, W] in [-1, 1] -> a figure per frame [F]."""
-LOWEST_FILM = 160  # pixels: smaller pictures are enlarged, so that the words fit
-TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
 def psnr(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tensor, " F"]:
@@ -75,10 +77,57 @@ def imagine(
     return model.decode_latents(latents).cpu()
 
 
-def choose(clips: Clips, count: int) -> list[Episode]:
-    """Episodes spread evenly over the data set."""
-    spread = np.linspace(0, len(clips.episodes) - 1, min(count, len(clips.episodes)))
-    return [clips.episodes[i] for i in spread.round().astype(int)]
+@dataclass(frozen=True)
+class Case:
+    """An episode of one of the data sets, seen from one camera; `number` counts over all of them."""
+
+    number: int
+    data_set: str
+    clips: Clips
+    episode: Episode
+    camera: int
+
+    @property
+    def text(self) -> str:
+        """Its own instruction."""
+        return self.episode.texts[0]
+
+    def latents(self) -> Float[Tensor, "F 4 h w"]:
+        """Of its first clip, scaled."""
+        file = self.clips.root / self.episode.latents[self.camera]
+        return read_latents(file, self.clips.indices(self.episode, 0))
+
+    def frames(self, size: int) -> Float[Tensor, "F 3 S S"]:
+        """The same clip's pictures, in [-1, 1]."""
+        file = self.clips.root / self.episode.videos[self.camera]
+        return prepare_frames(read_frames(file, self.clips.indices(self.episode, 0)), size)
+
+
+def choose(sets: dict[str, Clips], count: int, camera: int) -> list[Case]:
+    """`count` episodes of each data set, spread evenly over it.
+
+    Raises:
+        UserError: an episode has no such camera.
+    """
+    cases: list[Case] = []
+    for name, clips in sets.items():
+        spread = np.linspace(0, len(clips.episodes) - 1, min(count, len(clips.episodes)))
+        for i in spread.round().astype(int):
+            episode = clips.episodes[i]
+            if camera >= min(len(episode.latents), len(episode.videos)):
+                raise UserError(
+                    f"camera={camera}: {clips.root}: episode {episode.id} has {len(episode.videos)} videos "
+                    f"and latents of {len(episode.latents)} cameras; they are counted from 0"
+                )
+            cases.append(Case(len(cases), name, clips, episode, camera))
+    return cases
+
+
+def other_than(case: Case, cases: Sequence[Case]) -> Case:
+    """The episode before it in its data set, or of all where its own has no other; round at the start."""
+    alike = [each for each in cases if each.data_set == case.data_set]
+    others = alike if len(alike) > 1 else cases
+    return others[others.index(case) - 1]
 
 
 def score(
@@ -90,73 +139,106 @@ def score(
     return found | {f"{name}_still": metric(still, real) for name, metric in metrics.items()}
 
 
-def report(scores: dict[str, Any]) -> None:
-    """Print the figures per frame."""
-    table = Table("frame", *(str(i) for i in range(len(scores["psnr"]))))
-    for name, title in TITLES.items():
-        if name in scores:
-            for key, label in ((name, title), (f"{name}_still", f"{title}, standing still")):
-                table.add_row(label, *(f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}" for v in scores[key]))
-    for key, label in (("latents", "one-step error"), ("latents_still", "one-step error, standing still")):
-        table.add_row(label, *(f"{v:.3f}" for v in scores["one_step"][key]))
-    Console().print(table)
-
-
 @dataclass
 class Judged:
     """An episode: its film (the real future beside what each instruction leads to) and its figures."""
 
     number: int
-    name: str
-    clip: Path
-    texts: list[str]
+    data_set: str
+    film: Path
+    caption: str
     scores: dict[str, Float[Tensor, " F"]]
     one_step: dict[str, Tensor]
+    actions: dict[str, Float[Tensor, "400"]] | None  # I3D's scores, for FVD
 
 
-def film(path: Path, real: Float[Tensor, "F 3 H W"], imagined: dict[str, Tensor], fps: float) -> None:
-    """Real and imagined frames side by side, with the instructions below."""
-    beside = np.concatenate([to_uint8(frames) for frames in (real, *imagined.values())], axis=2)
-    enlarged = -(-LOWEST_FILM // beside.shape[1])
-    beside = beside.repeat(enlarged, axis=1).repeat(enlarged, axis=2)
-    words = " | ".join(["real", *(f"imagined: {text}" for text in imagined)])
-    write_mp4(path, np.stack([draw_text(frame, words) for frame in beside]), fps=fps)
+@dataclass
+class Judge:
+    """Imagines an episode, films it and measures. instruction: another one to imagine it under as well."""
 
+    model: GFDM
+    metrics: dict[str, Metric]
+    i3d: I3D | None
+    output: Path
+    instruction: str | None
+    steps: int | None
+    seed: int
+    fps: float
 
-def write_gallery(path: Path, judged: list[Judged], metrics: dict[str, Any], *, subtitle: str) -> None:
-    """The clips with their instructions, and the curves of the figures over the frames."""
-    charts = []
-    curves = {title: (metrics, name) for name, title in TITLES.items() if name in metrics}
-    curves["One-step error of the latents"] = (metrics["one_step"], "latents")
-    for title, (figures, name) in curves.items():
-        lines = {"imagined": figures[name], "standing still": figures[f"{name}_still"]}
-        points = {label: (range(1, len(values)), values[1:]) for label, values in lines.items()}
-        charts.append(html.line_chart(points, title=title, x_label="frame"))
-    ratio = metrics["one_step"]["features"]
-    films = (html.video(each.clip, f"{each.name}: {' | '.join(each.texts)}", width=380) for each in judged)
-    html.write_page(
-        path,
-        "Imagined futures",
-        html.section(
-            "Real beside imagined",
-            html.note("Left the real future, then what the first frame and each instruction lead to."),
-            html.grid(*films, width=380),
-        ),
-        html.section(
-            "Figures per frame after the given one",
-            html.grid(*charts, width=380),
-            html.note(
-                "One-step error: root mean square, of the clean latents that stage 3's single pass predicts."
-                + ("" if ratio is None else f" Influence of the noise on its features: {ratio:.2f} (best 0).")
-            ),
-        ),
-        subtitle=subtitle,
-    )
+    def __call__(self, case: Case, other: Case) -> Judged:
+        """`other`: another episode, for the one-step figures."""
+        seed, latents = self.seed + case.number, case.latents()
+        real = case.frames(self.model.config.image_size)
+        texts = [case.text, *([] if self.instruction is None else [self.instruction])]
+        imagined = {  # from the same noise: only the words differ
+            text: imagine(self.model, latents[:1], [text], steps=self.steps, seed=seed)[0] for text in texts
+        }
+        path = self.output / "clips" / case.data_set / f"{case.number:04d}.mp4"
+        film(path, real, imagined, self.fps)
+        there = other.latents()[:1], other.text
+        one_step = one_step_error(self.model, latents, case.text, other=there, seed=seed)
+        own = imagined[case.text]
+        return Judged(
+            case.number,
+            case.data_set,
+            path,
+            f"{case.episode.id}: {' | '.join(imagined)}",
+            score(self.metrics, own, real),
+            {name: value.cpu() for name, value in one_step.items()},
+            None if self.i3d is None else action_scores(self.i3d, own, real),
+        )
 
 
 def columns(rows: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
     """Of one dictionary per episode, one of lists."""
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def summarise(judged: list[Judged]) -> dict[str, Any]:
+    """The figures of some episodes: their number, means per frame, one-step error, FVD if it is measured."""
+    scores = columns([each.scores for each in judged])
+    found: dict[str, Any] = {
+        "episodes": len(judged),
+        **{name: torch.stack(values).mean(0).tolist() for name, values in scores.items()},
+        "one_step": one_step_figures(columns([each.one_step for each in judged])),
+    }
+    if judged[0].actions is not None:
+        found["fvd"] = fvd_figures(columns([each.actions for each in judged]))
+    return found
+
+
+def report(figures: dict[str, Any], title: str) -> None:
+    """Print the figures per frame, and FVD."""
+    shown = {label: (figures, name) for name, label in TITLES.items() if name in figures}
+    shown["one-step error"] = (figures["one_step"], "latents")
+    table = Table("frame", *shown, title=f"{title} (in brackets: standing still)")
+    pairs = [zip(part[name], part[f"{name}_still"]) for part, name in shown.values()]
+    for frame, cells in enumerate(zip(*pairs)):
+        table.add_row(str(frame), *(f"{_short(value)} ({_short(still)})" for value, still in cells))
+    console = Console()
+    console.print(table)
+    if figures.get("fvd"):
+        console.print(describe_fvd(figures["fvd"]))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def load_i3d(place: str | None, model: GFDM) -> I3D | None:
+    """For FVD, if its weights are given.
+
+    Raises:
+        UserError: they do not fit, or the clips are too short for it.
+    """
+    if place is None:
+        return None
+    if model.config.frames < FEWEST_FRAMES:
+        raise UserError(
+            f"fvd={place}: needs clips of at least {FEWEST_FRAMES} frames, this checkpoint imagines "
+            f"{model.config.frames}; leave fvd out"
+        )
+    return I3D.from_published(place).to(model.unet.device)
 
 
 @entry("step1_eval")
@@ -167,51 +249,36 @@ def main(cfg: DictConfig) -> None:
     metrics: dict[str, Metric] = {"psnr": psnr, "ssim": ssim}
     if cfg.lpips is not None:
         metrics["lpips"] = LPIPS.from_folder(cfg.lpips)
-    section = next(iter(cfg.data.sets.values()))
-    data = Clips(typed(ClipsConfig, section, "data.sets"), frames=model.config.frames, split=cfg.split)
-    episodes = choose(data, cfg.episodes)
+    i3d = load_i3d(cfg.fvd, model)
+    sets = open_sets(cfg.data, frames=model.config.frames, split=cfg.split)
+    cases = choose(sets, cfg.episodes, cfg.camera)
     state.wait_for_everyone()
     if state.is_main_process:
         prepare_output(output, overwrite=cfg.overwrite)
     state.wait_for_everyone()
 
-    def look(episode: Episode) -> tuple[Tensor, str]:
-        """Latents of its clip, and its instruction."""
-        file = data.root / episode.latents[cfg.camera]
-        return read_latents(file, data.indices(episode, 0)), episode.texts[0]
-
-    def judge(number: int) -> Judged:
-        episode, seed = episodes[number], cfg.seed + number
-        latents, own = look(episode)
-        frames = read_frames(data.root / episode.videos[cfg.camera], data.indices(episode, 0))
-        real = prepare_frames(frames, model.config.image_size)
-        imagined = {  # under each instruction from the same noise: only the words differ
-            text: imagine(model, latents[:1], [text], steps=cfg.steps, seed=seed)[0]
-            for text in (own, *([cfg.instruction] if cfg.instruction is not None else []))
-        }
-        clip = output / "clips" / f"{number:04d}.mp4"
-        film(clip, real, imagined, cfg.fps)
-        other, words = look(episodes[number - 1])
-        one_step = one_step_error(model, latents, own, other=(other[:1], words), seed=seed)
-        scores = score(metrics, imagined[own], real)
-        cpu = {name: value.cpu() for name, value in one_step.items()}
-        return Judged(number, episode.id, clip, list(imagined), scores, cpu)
-
-    share = range(state.process_index, len(episodes), state.num_processes)
-    mine = [judge(number) for number in track(share, "imagine", disable=not state.is_main_process)]
+    judge = Judge(model, metrics, i3d, output, cfg.instruction, cfg.steps, cfg.seed, cfg.fps)
+    share = cases[state.process_index :: state.num_processes]
+    quiet = not state.is_main_process
+    mine = [judge(case, other_than(case, cases)) for case in track(share, "imagine", disable=quiet)]
     judged = sorted(gather_object(mine), key=lambda each: each.number)
-    if not state.is_main_process:
+    if quiet:
         return
-    scores = columns([each.scores for each in judged])
+    by_set = {name: [each for each in judged if each.data_set == name] for name in sets}
     found = {
-        "episodes": len(episodes),
+        "checkpoint": str(weights),
+        "split": cfg.split,
         "instruction": cfg.instruction,
-        **{name: torch.stack(values).mean(0).tolist() for name, values in scores.items()},
-        "one_step": one_step_figures(columns([each.one_step for each in judged])),
+        **summarise(judged),
+        "sets": {name: {"root": str(sets[name].root), **summarise(part)} for name, part in by_set.items()},
     }
     write_file(output / "metrics.json", json.dumps(found, indent=1))
-    write_gallery(output / "gallery.html", judged, found, subtitle=f"{weights} on {data.root}, {cfg.split}")
-    report(found)
+    films = {name: {each.film: each.caption for each in part} for name, part in by_set.items()}
+    write_gallery(output / "gallery.html", films, found)
+    for name, figures in found["sets"].items():
+        report(figures, f"{name}, {figures['episodes']} episodes")
+    if len(sets) > 1:
+        report(found, f"all data sets, {len(judged)} episodes")
     print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(judged)} clips, real beside imagined")
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from diffusers.models.resnet import SpatioTemporalResBlock
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,6 +29,7 @@ class GFDM(StageModel):
     stage = "gfdm"
     config_class = GFDMConfig
     frozen = ("vae", "clip")
+    blocks = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 
     def __init__(
         self,
@@ -200,7 +203,7 @@ class GFDM(StageModel):
         time_ids = self.time_ids(len(text), edm.fps, edm.motion_bucket, sampling.noise_aug)
         guidance = torch.linspace(sampling.min_guidance, sampling.max_guidance, noise.shape[1])
         guidance = guidance.to(noise.device)[:, None, None, None]
-        self.scheduler.set_timesteps(steps or sampling.steps, device=noise.device)
+        self.scheduler.set_timesteps(steps or sampling.steps)
         sample = noise * self.scheduler.init_noise_sigma
         for timestep in self.scheduler.timesteps:
             scaled = self.scheduler.scale_model_input(torch.cat([sample, sample]), timestep)
@@ -244,7 +247,7 @@ class GFDM(StageModel):
         wanted = self.config.features
         time_ids = self.time_ids(len(latents), wanted.fps, wanted.motion_bucket, 0.0)
         image = (latents / self.scaling).unsqueeze(1).expand_as(noise)
-        self.scheduler.set_timesteps(wanted.steps, device=noise.device)
+        self.scheduler.set_timesteps(wanted.steps)
         sample = noise * self.scheduler.init_noise_sigma
         for timestep in self.scheduler.timesteps[: step - 1]:
             scaled = self.scheduler.scale_model_input(sample, timestep)

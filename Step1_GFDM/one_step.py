@@ -24,7 +24,7 @@ def predict_once(
     """Scaled clean latents as predicted by the pass of `GFDM.features`, run to its end."""
     wanted = model.config.features
     image = (first / model.scaling).unsqueeze(1).expand_as(noise)
-    model.scheduler.set_timesteps(wanted.steps, device=noise.device)
+    model.scheduler.set_timesteps(wanted.steps)
     timestep = model.scheduler.timesteps[0]
     sample = noise * model.scheduler.init_noise_sigma
     prediction = model.unet(

@@ -7,8 +7,11 @@ from Step1_GFDM.config import GFDMConfig, VAESizes
 
 
 def build_scheduler() -> EulerDiscreteScheduler:
-    """SVD's sampling schedule: v-prediction, Karras sigmas 0.002…700, continuous timesteps ln(sigma)/4."""
-    with torch.device("cpu"):  # a few numbers, whatever device the networks are being built on
+    """SVD's sampling schedule: v-prediction, Karras sigmas 0.002…700, continuous timesteps ln(sigma)/4.
+
+    Its few numbers stay in main memory: on a GPU each would have to be waited for.
+    """
+    with torch.device("cpu"):  # whatever device the networks are being built on
         return EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,

@@ -26,7 +26,7 @@ from defi.engine.checkpoint import MANIFEST as CHECKPOINT
 from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
-from defi.errors import UserError
+from defi.errors import UserError, going_on
 from defi.processes import processes
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
@@ -161,10 +161,11 @@ def main(cfg: DictConfig) -> None:
     state.wait_for_everyone()  # all have looked at the folder before it changes
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
-        for split in sources:
-            for folder in ("annotation", SKIPPED):
-                (output / folder / split).mkdir(parents=True, exist_ok=True)
-        write_file(output / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        with going_on(output, MANIFEST):
+            for split in sources:
+                for folder in ("annotation", SKIPPED):
+                    (output / folder / split).mkdir(parents=True, exist_ok=True)
+            write_file(output / MANIFEST, json.dumps(asdict(manifest), indent=1))
     state.wait_for_everyone()
 
     jobs = [
@@ -186,18 +187,13 @@ def finish(output: Path, job: Job, scene: Scene | UserError, *, encode: Encoder,
     """Write an episode, or note why it is left out."""
     name = job.recording.id
     note = output / SKIPPED / job.split / f"{name}.txt"
-    try:
+    with going_on(output, f"episode {job.split}/{name}"):
         if isinstance(scene, UserError):
             print(f"left out: {scene}")
             write_file(note, f"{scene}\n")
         else:
+            note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
             write_episode(output, job.split, name, scene, encode=encode, image_size=image_size)
-            note.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot write episode {job.split}/{name} ({error.strerror}); what is finished stays: "
-            "make room, then go on with resume=true"
-        ) from None
 
 
 def report(output: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
-from defi.engine.config import TrainerConfig
+from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import train
 from defi.engine.output import check_output
@@ -30,19 +30,13 @@ from Step1_GFDM.vae import load_vae
 SHOWN = 4
 
 
-def check_latents(data: LatentClips, vae: Path) -> None:
-    """Refuse latents that another autoencoder made. Folders without a manifest are taken on trust.
-
-    Raises:
-        UserError: names the folder and both fingerprints.
-    """
+def made_by_another(data: LatentClips, vae: Path) -> str | None:
+    """Says so if the latents are not this autoencoder's. Folders without a manifest are taken on trust."""
     for clips in data.sets:
         file = Path(clips.config.root) / MANIFEST
         if file.is_file() and (made := json.loads(file.read_text())["vae"]) != fingerprint(vae):
-            raise UserError(
-                f"{file}: these latents were made by autoencoder {made}, vae= is {fingerprint(vae)}; "
-                "give that one, or run Step1_GFDM.prepare again"
-            )
+            return f"{file}: these latents were made by autoencoder {made}, {vae} is {fingerprint(vae)}"
+    return None
 
 
 @entry("step1_train")
@@ -55,8 +49,11 @@ def main(cfg: DictConfig) -> None:
     )
     vae = None
     if config.pretrained is None:
-        check_latents(data, find_weights(cfg.vae, "vae"))
+        if wrong := made_by_another(data, find_weights(cfg.vae, "vae")):
+            raise UserError(f"{wrong}; give that one as vae=, or run Step1_GFDM.prepare again")
         vae = load_vae(cfg.vae)
+    elif wrong := made_by_another(data, Path(config.pretrained) / "vae"):
+        print(f"note: {wrong}; these must be the same weights in another file")
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
     if config.gradient_checkpointing:
@@ -81,12 +78,7 @@ def main(cfg: DictConfig) -> None:
         model,
         data,
         trainer,
-        output=cfg.output,
-        config=OmegaConf.to_container(cfg, resolve=True),
-        seed=cfg.seed,
-        resume=cfg.resume,
-        overwrite=cfg.overwrite,
-        tracker=cfg.tracker,
+        **run_settings(cfg),
         sample=sample,
     )
 

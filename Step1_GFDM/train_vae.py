@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
 from defi.config import entry
 from defi.engine.checkpoint import continues
-from defi.engine.config import TrainerConfig
+from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.video import to_uint8
@@ -57,12 +57,7 @@ def main(cfg: DictConfig) -> None:
         model,
         clips,
         trainer,
-        output=cfg.output,
-        config=OmegaConf.to_container(cfg),
-        seed=cfg.seed,
-        resume=cfg.resume,
-        overwrite=cfg.overwrite,
-        tracker=cfg.tracker,
+        **run_settings(cfg),
         sample=sample,
     )
 

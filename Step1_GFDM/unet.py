@@ -22,7 +22,7 @@ def _time_embedding(
     unet: UNetSpatioTemporalConditionModel, timestep: Tensor, time_ids: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """[B] timesteps and [B, 3] added time ids -> [B, D]."""
-    embedding = unet.time_embedding(unet.time_proj(timestep).to(dtype))
+    embedding = unet.time_embedding(unet.time_proj(timestep.to(time_ids.device)).to(dtype))
     added = unet.add_time_proj(time_ids.flatten()).reshape(len(time_ids), -1)
     return embedding + unet.add_embedding(added.to(dtype))
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
-from defi.engine.model import StageModel
+from defi.engine.model import StageModel, settings_of
 from defi.files import read_json
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.parts import build_vae
 
 CONFIG = "vae.json"
-LATENTS = "latents.json"  # what was measured of them, for an exact resume
+LATENTS = "latents.json"  # `Latents`, for an exact resume
 MEMORY = 20  # batches over which the deviation of the latents is averaged
 
 
@@ -39,6 +39,14 @@ class VAEConfig:
         coarse = torch.rand(batch_size * frames, 3, 8, 8, generator=random) * 2 - 1
         images = F.interpolate(coarse, (self.image_size, self.image_size), mode="bilinear")
         return {"frames": images.unflatten(0, (batch_size, frames)), "seed": torch.arange(batch_size) + seed}
+
+
+@dataclass
+class Latents:
+    """What is measured while training: their deviation, and in how many batches."""
+
+    deviation: float
+    measured: int
 
 
 class VideoVAE(StageModel):
@@ -71,21 +79,24 @@ class VideoVAE(StageModel):
         file = Path(folder) / CONFIG
         values = read_json(file, "give a checkpoint folder of Step1_GFDM.train_vae")
         config = typed(VAEConfig, values, str(file))
-        return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
+        with settings_of(file):
+            return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the VAE as diffusers does, and `vae.json`."""
         self.vae.register_to_config(scaling_factor=1 / self.deviation.item())
         self.vae.save_pretrained(folder)
         (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
-        latents = {"deviation": self.deviation.item(), "measured": int(self.measured)}
-        (folder / LATENTS).write_text(json.dumps(latents))
+        latents = Latents(self.deviation.item(), int(self.measured))
+        (folder / LATENTS).write_text(json.dumps(asdict(latents)))
 
     def load_weights(self, folder: Path) -> None:
         pipeline.load_network(self.vae, Path(folder))
-        latents = read_json(Path(folder) / LATENTS, "give a checkpoint of this version of the code")
-        self.deviation.fill_(latents["deviation"])
-        self.measured.fill_(latents["measured"])
+        file = Path(folder) / LATENTS
+        values = read_json(file, "give a checkpoint of this version of the code")
+        latents = typed(Latents, values, str(file))
+        self.deviation.fill_(latents.deviation)
+        self.measured.fill_(latents.measured)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Loss of `frames` [B, F, 3, H, W] in [-1, 1]: short clips, so that the decoder learns time too."""

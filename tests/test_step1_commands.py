@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,7 +214,7 @@ def test_episodes_are_imagined_and_scored(outputs: Path) -> None:
 
 
 def test_gallery_shows_each_instruction_beside_the_real_future(outputs: Path) -> None:
-    clips = sorted((outputs / "imagined" / "clips").glob("*.mp4"))
+    clips = sorted((outputs / "imagined" / "clips").rglob("*.mp4"))
     frames = [read_frames(clip) for clip in clips]
     assert [clip.shape[0] for clip in frames] == [3, 3, 3]
     assert {clip.shape[2] for clip in frames} == {
@@ -332,3 +333,20 @@ def test_mistakes_end_in_one_line(
 def test_vae_folder_of_another_kind_is_refused(outputs: Path) -> None:
     with pytest.raises(UserError, match=r"vae\.json: missing"):
         VideoVAE.from_pretrained(find_checkpoint(outputs / "gfdm"))
+
+
+def test_latents_of_another_autoencoder(outputs: Path, tmp_path: Path) -> None:
+    """Refused where this one becomes the model's; told where a pretrained model brings its own."""
+    other = Path(shutil.copytree(outputs / "vae", tmp_path / "vae"))
+    file = next(find_weights(other, "vae").rglob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    given = [*SMALL, *SHORT, f"data.root={outputs}/latents", f"output={tmp_path}/gfdm"]
+    code, errors = command("train", *given, f"vae={other}")
+    assert code == 2 and "these latents were made by autoencoder" in errors.splitlines()[-1]
+    assert not (tmp_path / "gfdm").exists()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        succeed("train", *given, f"gfdm.pretrained={find_checkpoint(outputs / 'gfdm')}")
+    assert "these latents" not in printed.getvalue()

@@ -14,11 +14,17 @@ from Step1_GFDM.eval import psnr, ssim
 
 
 def write(
-    root: Path, name: str, frames: int, *, suffix: str = ".safetensors", path: str | None = None
+    root: Path,
+    name: str,
+    frames: int,
+    *,
+    suffix: str = ".safetensors",
+    path: str | None = None,
+    cameras: int = 2,
 ) -> None:
-    """An episode of two cameras whose latents hold their frame number, negative for the second camera."""
+    """An episode whose latents hold their frame number, negative for the second camera."""
     files = []
-    for camera, sign in (("static", 1), ("gripper", -1)):
+    for camera, sign in (("static", 1), ("gripper", -1))[:cameras]:
         latent = root / "latent_videos/train" / name / f"{camera}{suffix}"
         latent.parent.mkdir(parents=True, exist_ok=True)
         values = (sign * torch.arange(frames)).half().view(-1, 1, 1, 1).expand(frames, 4, 2, 2).contiguous()
@@ -65,6 +71,19 @@ def test_cameras_and_sets_follow_their_shares(tmp_path: Path) -> None:
     ends = [data.sample(0, rng)["latents"][-1, 0, 0, 0].item() for _ in range(2000)]
     assert np.mean(np.abs(ends) == 3) == pytest.approx(0.75, abs=0.04)
     assert np.mean(np.array(ends) < 0) == pytest.approx(0.25, abs=0.04)
+
+
+def test_episodes_take_the_shares_of_the_cameras_they_have(tmp_path: Path) -> None:
+    write(tmp_path, "0", 4, cameras=1)
+    write(tmp_path, "1", 4)
+    demos = {"root": str(tmp_path), "clips": "spread"}
+    data = clips(demos={**demos, "cameras": [0.75, 0.25]})
+    rng = np.random.default_rng(0)
+    ends = np.array([[data.sample(i, rng)["latents"][-1, 0, 0, 0] for i in (0, 1)] for _ in range(400)])
+    assert (ends[:, 0] == 3).all()
+    assert np.mean(ends[:, 1] < 0) == pytest.approx(0.25, abs=0.07)
+    with pytest.raises(UserError, match=r"episode 0: cameras=\[0.0, 1.0\] gives none of its 1 cam"):
+        clips(demos={**demos, "cameras": [0, 1]})
 
 
 def test_a_sample_depends_on_its_random_numbers_alone(tmp_path: Path) -> None:

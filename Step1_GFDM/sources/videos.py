@@ -72,7 +72,7 @@ def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
             yield video, [text.strip() for text in texts]
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the captions of the videos as data.splits") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not captions as expected ({error!r})") from None

