@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.transforms import functional as TF
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json
+from defi.hub import local_only
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,6 +44,9 @@ class DinoPatches(nn.Module):
             raise UserError(f"gidm.dino.image_size={image_size}: not a multiple of the {patch}-pixel patch")
         self.model = model.eval().requires_grad_(False)
         self.image_size = image_size
+        # Buffers: torchvision's normalize would look at its numbers on the GPU in every call.
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     @classmethod
     def from_config(cls, config: DinoConfig) -> "DinoPatches":
@@ -72,12 +75,14 @@ class DinoPatches(nn.Module):
         """From a Hugging Face folder or hub name."""
         if (file := Path(source) / "config.json").is_file():
             check_sizes(read_json(file, "copy the folder again"), file)
+        local = local_only(source)
         try:
             model, report = Dinov2WithRegistersModel.from_pretrained(
-                str(source), output_loading_info=True, local_files_only=Path(source).is_dir()
+                str(source), output_loading_info=True, local_files_only=local
             )
         except Exception as error:  # whatever damaged files make the library raise
-            raise UserError(f"{source}: no DINOv2 with registers here ({one_line(error)})") from error
+            where = source if "/" in str(source) else f"pretrained={source}"
+            raise UserError(f"{where}: no DINOv2 with registers here ({one_line(error)})") from error
         if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
             raise UserError(
                 f"{source}: {len(missing)} DINOv2 tensors are missing or of another shape, "
@@ -101,6 +106,6 @@ class DinoPatches(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N L C"]:
-        pixels = TF.normalize(frames, IMAGENET_MEAN, IMAGENET_STD)
+        pixels = (frames - self.mean) / self.deviation
         tokens = self.model(pixel_values=pixels).last_hidden_state
         return tokens[:, 1 + self.model.config.num_register_tokens :]

@@ -6,6 +6,9 @@ the rows of the `codebook` [codes, Z].
     codes.parquet   written clip by clip, so of any length; clip's name, start and text in every row, the
                     codebook as JSON in the file's metadata. Needs the package pyarrow
     codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name`, `start`, `text`
+
+The processes of `accelerate launch` take clips in turn. The file appears when it is whole; it is the same for
+any number of processes, and after a run that was killed.
 """
 
 import io
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from jaxtyping import Int
 from omegaconf import DictConfig
 from rich.progress import track
@@ -25,6 +29,7 @@ from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import write_file
 from defi.errors import UserError
+from defi.processes import processes
 from Step2_GIDM.data.augment import resize
 from Step2_GIDM.data.build import build_source
 from Step2_GIDM.data.pairs import Clip, Source
@@ -64,7 +69,7 @@ def label_clip(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels
 
 
 def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels]:
-    """All clips of at least two frames, in order.
+    """All clips of at least two frames, in order, in every process; each labels its share of them.
 
     Raises:
         UserError: there is none.
@@ -73,8 +78,11 @@ def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels]:
     long = [number for number, clip in enumerate(source.clips) if clip.length > 1]
     if not long:
         raise UserError("data: no clip has two frames; give longer videos")
-    for number in track(long, description="clips"):
-        yield label_clip(model, source, source.clips[number], distance)
+    state = processes()
+    rounds = range(0, len(long), state.num_processes)
+    for first in track(rounds, description="clips", disable=not state.is_main_process):
+        own = long[first : first + state.num_processes][state.process_index :][:1]
+        yield from gather_object([label_clip(model, source, source.clips[i], distance) for i in own])
 
 
 def write_npz(path: Path, labels: Iterator[Labels], codebook: np.ndarray) -> int:
@@ -134,10 +142,14 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"{output}: exists; overwrite=true replaces it")
     if "sets" in cfg.data:
         raise UserError("data: is a mixture; label its data sets one by one")
-    model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm"))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    state = processes()
+    model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm")).to(state.device)
     codebook = model.tokenizer.quantizer.codebook.detach().cpu().numpy()
     labels = label(model, build_source(cfg.data), cfg.data.distance[1])
+    if not state.is_main_process:
+        for _ in labels:  # the main process writes them
+            pass
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         pairs = WRITERS[output.suffix](output, labels, codebook)

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from defi.config import typed
-from defi.engine.model import CONFIG, StageModel
+from defi.engine.model import CONFIG, StageModel, settings_of
 from defi.errors import UserError
 from defi.files import check_sizes, read_json
 from defi.text import T5Text, TextConfig
+from Step2_GIDM.blocks import SpatialBlock, SpatioTemporalBlock
 from Step2_GIDM.dino import DinoConfig, DinoPatches
 from Step2_GIDM.latent_action import (
     LatentActionModel,
@@ -100,6 +101,7 @@ class GIDM(StageModel):
     stage: ClassVar[str] = "gidm"
     config_class: ClassVar[type] = GIDMConfig
     frozen: ClassVar[tuple[str, ...]] = ("dino", "text")
+    blocks: ClassVar[tuple[type[nn.Module], ...]] = (SpatialBlock, SpatioTemporalBlock)
     config: GIDMConfig
 
     def __init__(
@@ -127,18 +129,15 @@ class GIDM(StageModel):
         Args:
             batch: `frames` [B, 2, 3, H, W], now and later, in [0, 1]; `text`, B strings ("" if unknown).
         """
-        if self.training and self._period_over():
-            self.tokenizer.quantizer.restart_unused()
         out = self.reconstruct(batch["frames"], batch["text"])
         codes, quantizer = out.actions.codes, self.tokenizer.quantizer
-        counts = torch.bincount(codes.indices.flatten(), minlength=self.config.codes)
         return {
             "loss": out.loss,
             "mse": out.mse.detach(),
             "codebook": codes.codebook_loss.detach(),
             "commitment": codes.commitment_loss.detach(),
-            "perplexity": perplexity(counts),
-            "code_usage": (counts > 0).float().mean(),
+            "perplexity": perplexity(codes.counts),
+            "code_usage": (codes.counts > 0).float().mean(),
             "dead_codes": (quantizer.usage == 0).sum().float(),
         }
 
@@ -157,10 +156,11 @@ class GIDM(StageModel):
     def language(self, texts: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
         return self.text(texts) if self.config.variant == "language" else ()
 
-    def _period_over(self) -> bool:
-        """Whether `restart_pairs` pairs, over all processes, have been counted."""
-        period, used = self.config.restart_pairs, self.tokenizer.quantizer.usage
-        return period is not None and int(used.sum()) >= period * self.config.queries
+    def step_end(self) -> None:
+        """Restart the codes that the latest `restart_pairs` pairs, of all processes, did not use."""
+        period, quantizer = self.config.restart_pairs, self.tokenizer.quantizer
+        if period is not None and int(quantizer.usage.sum()) >= period * self.config.queries:
+            quantizer.restart_unused()
 
     def epoch_end(self) -> dict[str, float]:
         """Restart the codes that no pair of the epoch used, unless `restart_pairs` sets another period."""
@@ -197,10 +197,11 @@ class GIDM(StageModel):
         check_sizes(values, file)
         config = typed(cls.config_class, values, str(file))
         dino, text = config.dino, config.text
-        model = cls(
-            config,
-            dino=None if dino.pretrained else DinoPatches.load(folder / "dino", dino.image_size),
-            text=None if text.pretrained else T5Text.load(folder / "t5", text),
-        )
+        with settings_of(file):
+            model = cls(
+                config,
+                dino=None if dino.pretrained else DinoPatches.load(folder / "dino", dino.image_size),
+                text=None if text.pretrained else T5Text.load(folder / "t5", text),
+            )
         model.load_weights(folder)
         return model

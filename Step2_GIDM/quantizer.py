@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-RECENT = 256
+from defi.engine.sharding import cut, whole
+
+RECENT = 256  # encoder vectors kept for restarts
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Quantized:
 
     vectors: Float[Tensor, "B Q Z"]
     indices: Int[Tensor, "B Q"]
+    counts: Int[Tensor, " N"]  # how often each code was taken; while training, over all processes
     codebook_loss: Float[Tensor, ""]  # mean ‖sg(z_e) − e‖², moves the codes
     commitment_loss: Float[Tensor, ""]  # mean ‖z_e − sg(e)‖², moves the encoder
 
@@ -27,8 +30,10 @@ class Quantized:
 class VectorQuantizer(nn.Module):
     """Nearest code by L2 distance. While training, counts which codes are used (over all processes).
 
-    The counts and the latest encoder vectors are buffers, so they are saved and a resumed run restarts the
-    same codes as an uninterrupted one.
+    `usage` counts since the last restart; `recent` are the latest encoder vectors, newest last, in the order
+    of the stream of samples (`defi.engine.data.StepOrder`). Both depend on that stream alone, however it is
+    split into processes and micro-batches, if `restart_unused` is called between steps only. They are
+    buffers, so they are saved and a resumed run restarts the same codes as an uninterrupted one.
     """
 
     codebook: Float[Tensor, "N Z"]
@@ -48,47 +53,47 @@ class VectorQuantizer(nn.Module):
             indices = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach()).argmin(-1)
             indices = indices.unflatten(0, z.shape[:2])
             codes = self.codebook[indices]
+            counts = torch.bincount(indices.flatten(), minlength=len(self.codebook))
             if self.training:
-                self._count(z.detach(), indices)
+                self._count(z.detach(), counts)
             return Quantized(
                 vectors=z + (codes - z).detach(),
                 indices=indices,
+                counts=counts,
                 codebook_loss=F.mse_loss(codes, z.detach()),
                 commitment_loss=F.mse_loss(z, codes.detach()),
             )
 
     @torch.no_grad()
-    def _count(self, z: Float[Tensor, "B Q Z"], indices: Int[Tensor, "B Q"]) -> None:
-        counts = torch.bincount(indices.flatten(), minlength=len(self.codebook))
+    def _count(self, z: Float[Tensor, "B Q Z"], counts: Int[Tensor, " N"]) -> None:
+        """Take note of a micro-batch; `counts` become those of all processes."""
         if dist.is_initialized():
             dist.all_reduce(counts)
-        self.usage += counts
-        # Evenly spread over the batch of all processes, which share its samples in turn (`StepOrder`): a few
-        # large samples do not fill the store, and every process keeps the same vectors.
-        if dist.is_initialized():
             shares = [torch.empty_like(z) for _ in range(dist.get_world_size())]
             dist.all_gather(shares, z.contiguous())
-            z = torch.stack(shares, dim=1).flatten(0, 1)
-        flat = z.flatten(0, 1)
-        pick = torch.linspace(0, len(flat) - 1, RECENT, device=z.device).round().long()
-        self.recent.copy_(flat[pick])
+            z = torch.stack(shares, dim=1).flatten(0, 1)  # the processes take samples in turn
+        self.usage += counts
+        self.recent.copy_(torch.cat([self.recent, z.flatten(0, 1)])[-RECENT:])
 
     @torch.no_grad()
     def restart_unused(self) -> int:
         """Move every code unused since the last call onto a recent encoder vector; returns how many were.
 
-        The draw depends on the number of earlier restarts only and all processes hold the same vectors, so
-        they end with the same codebook. Counting starts anew.
+        The draw is from the vectors since then and depends on the number of earlier restarts only; all
+        processes hold the same vectors, so they end with the same codebook. Counting starts anew.
         """
         dead = (self.usage == 0).nonzero().flatten()
-        used = bool(self.usage.any())
-        if used and len(dead) and self.codebook.requires_grad:
+        counted = int(self.usage.sum())
+        if counted and len(dead) and self.codebook.requires_grad:
             generator = torch.Generator().manual_seed(int(self.restarts))
-            draw = torch.randperm(RECENT, generator=generator)[: len(dead)]
-            self.codebook[dead] = self.recent[draw.to(self.recent.device)].to(self.codebook.dtype)
+            draw = torch.randperm(min(counted, RECENT), generator=generator)
+            draw = draw[torch.arange(len(dead)) % len(draw)]  # with more dead codes than vectors, again
+            codebook = whole(self.codebook).detach().clone()
+            codebook[dead] = self.recent.flip(0)[draw.to(self.recent.device)].to(codebook.dtype)
+            self.codebook.copy_(cut(codebook, like=self.codebook))
             self.restarts += 1
         self.usage.zero_()
-        return len(dead) if used else 0
+        return len(dead) if counted else 0
 
 
 def perplexity(counts: Int[Tensor, " N"]) -> Float[Tensor, ""]:

@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
-from defi.engine.config import TrainerConfig
+from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.errors import UserError
@@ -51,12 +51,7 @@ def main(cfg: DictConfig) -> None:
         model,
         pairs,
         trainer,
-        output=cfg.output,
-        config=OmegaConf.to_container(cfg),
-        seed=cfg.seed,
-        resume=cfg.resume,
-        overwrite=cfg.overwrite,
-        tracker=cfg.tracker,
+        **run_settings(cfg),
         sample=sample,
     )
 

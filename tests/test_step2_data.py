@@ -145,6 +145,13 @@ def test_sections_of_the_configuration(demonstrations: Path) -> None:
     ("change", "message"),
     [
         ({"distance": [5, 2]}, r"data.distance=\[5, 2\]"),
+        ({"distance": 15}, "data.distance=.*must be a list"),
+        ({"distance": [15]}, r"data.distance=\[15\]: must be \[low, high\]"),
+        ({"distance": [1, "far"]}, r"data.distance\[1\]: .*'far'"),
+        ({"augmentation": {"crops": 0.9}}, "data.augmentation.crops=0.9: "),
+        ({"augmentation": {"crop": "most"}}, "data.augmentation.crop=most: .*'most'"),
+        ({"augmentation": 0.9}, "data.augmentation"),
+        ({"cameras": "static"}, "data.cameras=.*must be a list"),
         ({"stride": 0}, "data.stride=0"),
         ({"cameras": ["front"]}, "'front' is no camera"),
         ({"source": "tapes"}, "data.source=tapes"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from step2_restart import restart_in_process
+from step2_restart import BATCH, QUERIES, quantize, quantize_in_process
 from torch import nn
 
 from defi.errors import UserError
@@ -110,15 +110,28 @@ def test_perplexity() -> None:
     assert float(perplexity(torch.tensor([1, 1, 0, 0]))) == pytest.approx(2)
 
 
-def test_processes_count_together_and_restart_alike(tmp_path: Path) -> None:
+def test_codes_depend_on_the_global_batch_alone(tmp_path: Path) -> None:
+    """Counts, kept vectors and restarts of one batch, micro-batches, and micro-batches of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(restart_in_process, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert first["usage"].sum() == 16, "the samples of both processes"
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    mp.spawn(quantize_in_process, args=(port, str(tmp_path)), nprocs=2)
+    processes = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    whole = quantize(1)
+    assert whole["restarted"] > 6 and whole["restarts"] > 2
+    assert whole["usage"].sum() == 10 * BATCH * QUERIES, "of the steps since the latest restart"
+    for split in (quantize(2), quantize(4), *processes):
+        for name, tensor in whole.items():
+            assert torch.equal(split[name], tensor), name
+
+
+def test_more_unused_codes_than_vectors() -> None:
+    quantizer = VectorQuantizer(20, 2)
+    z = torch.randn(1, 3, 2)
+    quantizer(z)
+    assert quantizer.restart_unused() >= 17
+    distances = torch.cdist(quantizer.codebook.detach(), z[0]).amin(1)
+    assert (distances == 0).sum() >= 17, "on vectors that were seen, not on the empty part of the store"
 
 
 def test_attention_over_time_starts_as_a_difference() -> None:
@@ -162,6 +175,7 @@ def test_overfits_one_batch_with_codes_that_matter() -> None:
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
+        model.step_end()
     assert float(out["mse"]) < 0.4 * first
     assert float(out["perplexity"]) > 2
     core, patches = model.eval().core, model.patches(batch["frames"])

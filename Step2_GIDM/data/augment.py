@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-@dataclass(frozen=True)
+@dataclass
 class Augmentation:
     """Ranges of the draw.
 

@@ -1,12 +1,13 @@
 """The `data` section of a configuration → data set of pairs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from defi.config import CONFIG_DIR
+from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from defi.rlds import RLDSDataset, default_splits
 from Step2_GIDM.data.augment import Augmentation
@@ -16,22 +17,90 @@ from Step2_GIDM.data.pairs import PairDataset, Source
 from Step2_GIDM.data.rlds import RLDSClips
 from Step2_GIDM.data.videos import VideoClips
 
-SOURCES = ("calvin", "videos", "rlds")
+
+@dataclass(kw_only=True)
+class PairsConfig:
+    """What every data set's section says; the defaults are those of configs/data/pairs_<source>.yaml.
+
+    weight: in a mixture. distance: [low, high], frames between the two of a pair. stride: frames between the
+    starts of pairs. held_out: the part for pictures and health.
+    """
+
+    root: str
+    held_out: str | None
+    weight: float = 1.0
+    distance: list[int]
+    stride: int
+    augmentation: Augmentation | None
+
+    def __post_init__(self) -> None:
+        if len(self.distance) != 2:
+            raise UserError(f"data.distance={self.distance}: must be [low, high]")
+
+
+@dataclass(kw_only=True)
+class CalvinPairs(PairsConfig):
+    """`held_out` and `split` are folders of `root`. language: only annotated spans, with their text."""
+
+    held_out: str
+    split: str
+    cameras: list[str]
+    language: bool
+
+    def open(self, held_out: bool) -> CalvinClips:
+        folder = Path(self.root) / (self.held_out if held_out else self.split)
+        return CalvinClips(folder, cameras=self.cameras, language=self.language)
+
+
+@dataclass(kw_only=True)
+class VideoPairs(PairsConfig):
+    """`held_out` is a folder like `root`; None: `root` itself."""
+
+    def open(self, held_out: bool) -> VideoClips:
+        return VideoClips(Path(self.held_out if held_out and self.held_out else self.root))
+
+
+@dataclass(kw_only=True)
+class RLDSPairs(PairsConfig):
+    """`held_out` and `split` as TFDS names them. image, language: keys, searched for where None."""
+
+    split: str | None
+    image: str | None
+    language: str | None
+    index: str
+
+    def open(self, held_out: bool) -> RLDSClips:
+        split = self.held_out if held_out else self.split
+        chosen = RLDSDataset(self.root, split or default_splits(self.root)[held_out], index=self.index)
+        return RLDSClips(chosen, image=self.image, language=self.language)
+
+
+SOURCES = {"calvin": CalvinPairs, "videos": VideoPairs, "rlds": RLDSPairs}
+
+
+AnyPairs = CalvinPairs | VideoPairs | RLDSPairs
+
+
+def source_kind(data: Mapping[str, Any], where: str) -> type[AnyPairs]:
+    """The settings that the section's source has. Raises UserError if there is no such source."""
+    if data["source"] not in SOURCES:
+        raise UserError(f"{where}.source={data['source']}: choose from {', '.join(SOURCES)}")
+    return SOURCES[data["source"]]
+
+
+def read_section(data: Mapping[str, Any], where: str = "data") -> AnyPairs:
+    """The section of one data set; in a mixture it may also hold what sets of other sources need.
+
+    Raises:
+        UserError: no such source, or a value of another type.
+    """
+    kind = source_kind(data, where)
+    return typed(kind, {field.name: data[field.name] for field in fields(kind) if field.name in data}, where)
 
 
 def build_source(data: Mapping[str, Any], *, held_out: bool = False) -> Source:
     """The clips of one data set that the section names: those for training, or those held out."""
-    root = Path(data["root"])
-    if data["source"] == "calvin":
-        folder = root / (data["held_out"] if held_out else data["split"])
-        return CalvinClips(folder, cameras=data["cameras"], language=data["language"])
-    if data["source"] == "videos":
-        return VideoClips(Path(data["held_out"]) if held_out and data["held_out"] else root)
-    if data["source"] == "rlds":
-        split = data["held_out"] if held_out else data["split"]
-        chosen = RLDSDataset(root, split or default_splits(root)[held_out], index=data["index"])
-        return RLDSClips(chosen, image=data["image"], language=data["language"])
-    raise UserError(f"data.source={data['source']}: choose from {', '.join(SOURCES)}")
+    return read_section(data).open(held_out)
 
 
 def sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -59,9 +128,8 @@ def _complete(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("source", "root", "weight") if key not in section]
     if missing:
         raise UserError(f"data.sets.{name}: says nothing of {', '.join(missing)}")
+    source_kind(section, f"data.sets.{name}")
     file = CONFIG_DIR / "data" / f"pairs_{section['source']}.yaml"
-    if section["source"] not in SOURCES:
-        raise UserError(f"data.sets.{name}.source={section['source']}: choose from {', '.join(SOURCES)}")
     return {**OmegaConf.to_container(OmegaConf.load(file)), **section}
 
 
@@ -69,29 +137,28 @@ def training_pairs(
     data: Mapping[str, Any], image_size: int, *, augment: bool = True
 ) -> PairDataset | PairMixture:
     """Pairs of the section's training clips, augmented as it says."""
-    augmentation = Augmentation(**data["augmentation"]) if augment and data["augmentation"] else None
-    return _pairs(data, image_size, augmentation)
+    return _pairs(data, image_size, augment=augment)
 
 
 def held_out_pairs(data: Mapping[str, Any], image_size: int) -> PairDataset | PairMixture:
     """Pairs of the section's held-out clips, as they are."""
-    return _pairs(data, image_size, None, held_out=True)
+    return _pairs(data, image_size, augment=False, held_out=True)
 
 
 def _pairs(
-    data: Mapping[str, Any], image_size: int, augmentation: Augmentation | None, *, held_out: bool = False
+    data: Mapping[str, Any], image_size: int, *, augment: bool, held_out: bool = False
 ) -> PairDataset | PairMixture:
-    if "sets" in data:
-        parts = sections(data)
-        pairs = {
-            name: _pairs(part, image_size, augmentation, held_out=held_out) for name, part in parts.items()
-        }
-        return PairMixture(pairs, {name: part["weight"] for name, part in parts.items()})
-    low, high = data["distance"]
-    return PairDataset(
-        build_source(data, held_out=held_out),
-        image_size=image_size,
-        distance=(low, high),
-        stride=data["stride"],
-        augmentation=augmentation,
-    )
+    def cut(config: PairsConfig) -> PairDataset:
+        return PairDataset(
+            config.open(held_out),
+            image_size=image_size,
+            distance=(config.distance[0], config.distance[1]),
+            stride=config.stride,
+            augmentation=config.augmentation if augment else None,
+        )
+
+    if "sets" not in data:
+        return cut(read_section(data))
+    parts = {name: read_section(part, f"data.sets.{name}") for name, part in sections(data).items()}
+    weights = {name: part.weight for name, part in parts.items()}
+    return PairMixture({name: cut(part) for name, part in parts.items()}, weights)

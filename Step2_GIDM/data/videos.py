@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,8 @@ from jaxtyping import UInt8
 
 from defi.errors import UserError
 from defi.video import VIDEO_SUFFIXES, frame_count, read_frames
+from defi.video_index import count_frames
 from Step2_GIDM.data.pairs import Clip
-
-OPENERS = 8  # videos that are opened at the same time to count their frames
 
 
 class VideoClips:
@@ -23,15 +21,13 @@ class VideoClips:
         self.root = root
         if not root.exists():
             raise UserError(f"{root}: no such file or folder; give a folder of videos")
-        files = (
-            [root]
-            if root.is_file()
-            else sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        )
+        if root.is_file():
+            files, counts = [root], [frame_count(root)]
+        else:
+            files = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+            counts = count_frames(root, files)
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
-        with ThreadPoolExecutor(OPENERS) as pool:
-            counts = list(pool.map(_count, files))
         self.clips = [Clip(str(file), 0, n) for file, n in zip(files, counts) if isinstance(n, int)]
         damaged = [count for count in counts if isinstance(count, UserError)]
         if not self.clips:
@@ -49,11 +45,3 @@ class VideoClips:
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
         return read_frames(Path(clip.name), positions)
-
-
-def _count(file: Path) -> int | UserError:
-    """Number of frames, or why the video cannot be read."""
-    try:
-        return frame_count(file)
-    except UserError as error:
-        return error
