@@ -2,7 +2,8 @@
 
 DeFI (arXiv 2604.16391), action policy; the denoiser is MDT's (arXiv 2407.05996) with a second stream of
 latent-action tokens. The context depends neither on σ nor on the noisy actions, so it is encoded once per
-chunk, keys and values of the decoder's cross-attention included.
+chunk, keys and values of the decoder's cross-attention included. The noise levels of a schedule depend on
+nothing, and are embedded all at once.
 """
 
 import math
@@ -17,6 +18,9 @@ from Step3_DeFI.config import ActionHeadConfig
 
 Memory = list[tuple[Tensor, Tensor]]
 """Keys and values [B, heads, tokens, D / heads] of the encoded context, one pair per decoder layer."""
+
+NoiseLevels = list[Tensor]
+"""What a noise level makes of AdaLN: shifts, scales and gates [..., 6 D], one tensor per decoder layer."""
 
 
 class Attention(nn.Module):
@@ -96,14 +100,12 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Tensor, "B R K D"],
         keys_values: tuple[Tensor, Tensor],
-        noise_level: Float[Tensor, "B R D"],
+        modulation: Float[Tensor, "*BR 6D"],
         *,
         mask: Tensor | None,
     ) -> Float[Tensor, "B R K D"]:
         draws = x.shape[:2]
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation(noise_level)[:, :, None].chunk(
-            6, -1
-        )
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation[..., None, :].chunk(6, -1)
         y = shift + self.attention_norm(x) * scale
         x = x + gate * self.attention(y.flatten(0, 1), causal=True).unflatten(0, draws)
         # All draws of a sample look at one context: to the cross-attention they are just more queries.
@@ -201,18 +203,26 @@ class ActionDenoiser(nn.Module):
         context = self.encoder_norm(x)
         return [layer.cross_attention.keys_values(context) for layer in self.decoder]
 
+    def noise_levels(self, sigma: Float[Tensor, "..."]) -> NoiseLevels:
+        """What `decode` needs to know of σ; for a whole schedule in one go."""
+        embedded = self.embed_sigma(sigma)
+        return [layer.modulation(embedded) for layer in self.decoder]
+
     def decode(
-        self, memory: Memory, noisy: Float[Tensor, "... K A"], sigma: Float[Tensor, "..."]
+        self, memory: Memory, noisy: Float[Tensor, "... K A"], levels: NoiseLevels
     ) -> Float[Tensor, "... K A"]:
-        """One denoising step: noisy [B, K, A], σ [B]; or [B, R, K, A], [B, R]: R draws share one context."""
+        """One denoising step of noisy actions [B, K, A], or [B, R, K, A]: R draws share one context.
+
+        `levels` of σ [B] or [B, R], or of one σ for all.
+        """
         if noisy.ndim == 3:
-            return self.decode(memory, noisy[:, None], sigma[:, None])[:, 0]
+            return self.decode(memory, noisy[:, None], [level[..., None, :] for level in levels])[:, 0]
         x = self.embed_action(noisy)
         if self.action_positions is not None:
             x = x + self.action_positions
-        noise_level, mask = self.embed_sigma(sigma), self._cross_mask(memory, x)
-        for layer, keys_values in zip(self.decoder, memory, strict=True):
-            x = layer(x, keys_values, noise_level, mask=mask)
+        mask = self._cross_mask(memory, x)
+        for layer, keys_values, modulation in zip(self.decoder, memory, levels, strict=True):
+            x = layer(x, keys_values, modulation, mask=mask)
         return self.predict(self.decoder_norm(x))
 
     def _cross_mask(self, memory: Memory, x: Float[Tensor, "B R K D"]) -> Tensor | None:

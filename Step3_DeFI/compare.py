@@ -6,7 +6,6 @@ compared, which needs far fewer sequences than comparing the two averages.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -19,6 +18,7 @@ from Step3_DeFI.rollout.results import Results, read_results
 from Step3_DeFI.rollout.statistics import lengths, paired_difference
 
 REMARKED = ("seed", "chunk", "batch", "sampler", "sampler_steps", "guidance", "precision", "sim")
+FEW = 20  # chains; with fewer, a bootstrap knows little of what others would bring
 
 
 def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
@@ -40,14 +40,14 @@ def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
     }
 
 
-def comparison_table(names: Sequence[str], a: Results, b: Results) -> Table:
+def comparison_table(a: Results, b: Results) -> Table:
     table = Table(
-        title=f"{len(a.chains)} chains, paired; average lengths, difference with its 95 % interval",
+        title=f"{len(a.chains)} chains, paired; average lengths, b − a with its 95 % interval",
         title_justify="left",
         box=SIMPLE,
     )
-    for column in ("steps", *names, "difference", "p", "beyond chance"):
-        table.add_column(column, justify="right", no_wrap=column not in names)
+    for column in ("steps", "a", "b", "b − a", "p", "beyond chance"):
+        table.add_column(column, justify="right", no_wrap=True)
     for limit, found in compare(a, b).items():
         low, high = found["interval"]
         table.add_row(
@@ -62,11 +62,14 @@ def comparison_table(names: Sequence[str], a: Results, b: Results) -> Table:
 
 
 def remarks(a: Results, b: Results) -> list[str]:
-    """Conditions that differ without forbidding the comparison."""
+    """What weakens the comparison without forbidding it: few chains, conditions that differ."""
     pairs = [(key, a.run["settings"].get(key), b.run["settings"].get(key)) for key in REMARKED]
     pairs.append(("renderer", a.run["renderer"], b.run["renderer"]))
     pairs += [(key, version, b.run["versions"].get(key)) for key, version in a.run["versions"].items()]
-    found = [f"{key} differs: {first} | {second}" for key, first, second in pairs if first != second]
+    found = []
+    if len(a.chains) < FEW:
+        found.append(f"{len(a.chains)} chains only: intervals of so few say little; run {FEW} or more")
+    found += [f"{key} differs: {first} | {second}" for key, first, second in pairs if first != second]
     if a.policy.get("fingerprint") == b.policy.get("fingerprint") is not None:
         found.append("both results are of the same weights")
     return found
@@ -79,14 +82,16 @@ def main() -> None:
     paths = parser.parse_args()
     try:
         a, b = read_results(paths.a), read_results(paths.b)
-        table = comparison_table((paths.a, paths.b), a, b)
+        table = comparison_table(a, b)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     console = Console(highlight=False)
     console.print(table)
+    for name, path in (("a", paths.a), ("b", paths.b)):
+        console.print(f"{name}: {path}", markup=False, soft_wrap=True)
     for remark in remarks(a, b):
-        console.print(remark, markup=False)
+        console.print(remark, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ class FinetuneConfig:
 class PolicyConfig:
     """What the policy expects of the checkpoints it is built on, and its own sizes.
 
+    views: V, cameras: static and gripper. chunk: K, actions predicted at once. action_dim: A; an action is
+    [dx, dy, dz] / 0.02 m, [droll, dpitch, dyaw] / 0.05 rad, gripper +1 open, −1 closed.
     frames, feature_tokens, feature_channels, sentence_width: F, L, C of stage 1's features, P of its CLIP.
     latent_action, latent_action_frames: stage 2's tokenizer and the two imagined frames it looks at.
     feature_noise: `fresh` noise per look, or the same (`fixed`) noise for all, which makes features a

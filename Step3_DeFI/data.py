@@ -1,4 +1,4 @@
-"""Training data of the policy: a packed store of memory-mapped arrays, made once by `Step3_DeFI.prepare`.
+"""Training data of the policy: what samples are, and a packed store of them, made by `Step3_DeFI.prepare`.
 
 <store>/manifest.json   written last: what is in it, from which data, with which stage-1 checkpoint
         inputs.npy      one of three `kind`s, a row per distinct look:
@@ -15,7 +15,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,22 @@ MANIFEST, PROGRESS = "manifest.json", "progress.json"
 INPUTS, ACTIONS, INDEX, VIDEO = "inputs.npy", "actions.npy", "index.npy", "video.npy"
 ROBOT, SPANS = "robot_obs.npy", "spans.npy"
 KINDS = ("features", "latents", "images")
+
+
+class PolicySamples(Protocol):
+    """A data set of the policy's, packed (`PolicyStore`) or straight from recordings (`CalvinSamples`).
+
+    Samples are {features | latents | images, text, actions [K, A]} and, where wanted, `video` [V, F, ...].
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the data, for the checkpoints' manifests."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -74,18 +90,19 @@ def read_manifest(folder: Path) -> StoreManifest:
             raise UserError(
                 f"{folder}: preparation was not finished; run Step3_DeFI.prepare again with resume=true"
             )
-        raise UserError(f"{folder}: no prepared data here; make it with Step3_DeFI.prepare")
+        raise UserError(
+            f"{folder}: no prepared data here; make it with Step3_DeFI.prepare, or give demonstrations as "
+            "data.root"
+        )
     manifest = typed(StoreManifest, read_json(file, "prepare the data again"), str(file))
-    if manifest.kind not in KINDS or not all(isinstance(text, str) for text in manifest.texts):
+    whole = manifest.kind in KINDS and (manifest.kind == "features" or manifest.draws == 1)
+    if not whole or not all(isinstance(text, str) for text in manifest.texts):
         raise UserError(f"{file}: not that of a policy's store; prepare the data again")
     return manifest
 
 
 class PolicyStore(Dataset):
-    """Samples {features | latents | images, text, actions} and, where the store has it, `video` [V, F, ...].
-
-    Features in several draws: a sample per draw.
-    """
+    """Samples of a store; of features in several draws, a sample per draw."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)

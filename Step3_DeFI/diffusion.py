@@ -7,12 +7,14 @@ Actions are in units of the environment's relative actions, σ in the same units
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Denoiser = Callable[[Float[Tensor, "*B K A"], Float[Tensor, "*B"]], Float[Tensor, "*B K A"]]
+Denoiser = Callable[[Float[Tensor, "*B K A"], int], Float[Tensor, "*B K A"]]
+"""x, i → D(x, σᵢ): actions of the i-th noise level of a schedule → the clean actions seen in them."""
 
 
 def scalings(sigma: Float[Tensor, "..."], sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,12 +24,12 @@ def scalings(sigma: Float[Tensor, "..."], sigma_data: float) -> tuple[Tensor, Te
     return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
 
 
-def precondition(network: Denoiser, *, sigma_data: float) -> Denoiser:
-    """D(x, σ) = c_skip·x + c_out·network(c_in·x, σ): the clean actions that the network sees in x."""
+def precondition(network: Denoiser, sigmas: Float[Tensor, "S ..."], *, sigma_data: float) -> Denoiser:
+    """D(x, σᵢ) = c_skip·x + c_out·network(c_in·x, i); `network` knows the levels `sigmas` by their number."""
+    c_skip, c_out, c_in = scalings(sigmas, sigma_data)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        c_skip, c_out, c_in = scalings(sigma, sigma_data)
-        return c_skip * x + c_out * network(c_in * x, sigma)
+    def denoise(x: Tensor, i: int) -> Tensor:
+        return c_skip[i] * x + c_out[i] * network(c_in[i] * x, i)
 
     return denoise
 
@@ -38,15 +40,20 @@ def guide(denoise: Denoiser, scale: float) -> Denoiser:
     `denoise` answers [2B, K, A]: the first B rows with the condition, the last B without.
     """
 
-    def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        conditioned, without = denoise(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
+    def guided(x: Tensor, i: int) -> Tensor:
+        conditioned, without = denoise(torch.cat([x, x]), i).chunk(2)
         return without + scale * (conditioned - without)
 
     return guided
 
 
 def denoising_loss(
-    network: Denoiser, actions: Tensor, *, noise: Tensor, sigma: Tensor, sigma_data: float
+    network: Callable[[Tensor, Tensor], Tensor],
+    actions: Tensor,
+    *,
+    noise: Tensor,
+    sigma: Tensor,
+    sigma_data: float,
 ) -> Float[Tensor, ""]:
     """Mean squared error of the network's raw output, i.e. of D(x, σ) weighted by 1/c_out²."""
     c_skip, c_out, c_in = scalings(sigma, sigma_data)
@@ -80,9 +87,9 @@ def ddim(
     denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
 ) -> Float[Tensor, "*B K A"]:
     """First-order deterministic sampling: x ← (σ'/σ)·x + (1 − σ'/σ)·D(x, σ)."""
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         ratio = following / sigma
-        x = ratio * x + (1 - ratio) * denoise(x, sigma.expand(x.shape[:-2]))
+        x = ratio * x + (1 - ratio) * denoise(x, i)
     return x
 
 
@@ -91,8 +98,8 @@ def dpmpp_2m(
 ) -> Float[Tensor, "*B K A"]:
     """DPM-Solver++(2M): as `ddim`, with D extrapolated from the step before; first order at both ends."""
     earlier: tuple[Tensor, Tensor] | None = None  # (D, step length in ln σ) of the step before
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        clean = denoise(x, sigma.expand(x.shape[:-2]))
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        clean = denoise(x, i)
         ratio, length = following / sigma, sigma.log() - following.log()
         estimate = clean
         if earlier is not None and following > 0:
@@ -106,11 +113,11 @@ def heun(
     denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
 ) -> Float[Tensor, "*B K A"]:
     """EDM's algorithm 1: Euler step and trapezoidal correction; two evaluations per step but the last."""
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        slope = (x - denoise(x, sigma.expand(x.shape[:-2]))) / sigma
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        slope = (x - denoise(x, i)) / sigma
         ahead = x + (following - sigma) * slope
         if following > 0:
-            slope_ahead = (ahead - denoise(ahead, following.expand(x.shape[:-2]))) / following
+            slope_ahead = (ahead - denoise(ahead, i + 1)) / following
             ahead = x + (following - sigma) * (slope + slope_ahead) / 2
         x = ahead
     return x

@@ -39,5 +39,6 @@ class GIDMBranch(nn.Module):
         text_mask: Bool[Tensor, "B T"] | None,
     ) -> LatentActions:
         """`features` of the static view at all frames; `states` and `text_mask` from the T5 tower."""
-        patches = self.project(features[:, self.frames]) + self.frame_embedding
+        seen = torch.stack([features[:, frame] for frame in self.frames], dim=1)
+        patches = self.project(seen) + self.frame_embedding
         return self.tokenizer(patches, states, text_mask)

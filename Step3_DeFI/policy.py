@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from defi.config import typed
 from defi.engine.checkpoint import COPY_AGAIN, find_weights
 from defi.engine.data import SampleNoise
-from defi.engine.model import CONFIG, StageModel
-from defi.files import read_json
+from defi.engine.model import CONFIG, StageModel, settings_of
+from defi.files import check_sizes, read_json
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM
+from Step2_GIDM.blocks import SpatioTemporalBlock
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import Quantized, perplexity
-from Step3_DeFI.action_head import ActionDenoiser, Memory
+from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
 from Step3_DeFI.features import Standardise, encode_views, imagine, merge_tokens, video_noise
 from Step3_DeFI.finetune import idle, open_for_finetuning
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.sources import Sources, check_gfdm, check_gidm
-from Step3_DeFI.video_former import VideoFormer
+from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
 
 
 @dataclass
@@ -71,6 +72,13 @@ class DeFI(StageModel):
 
     stage: ClassVar[str] = "policy"
     config_class: ClassVar[type] = PolicyConfig
+    # Not the action decoder's layers: `encode` computes their keys and values ahead.
+    blocks: ClassVar[tuple[type[nn.Module], ...]] = (
+        *GFDM.blocks,
+        SpatioTemporalBlock,
+        VideoFormerLayer,
+        EncoderLayer,
+    )
     config: PolicyConfig
 
     def __init__(
@@ -153,12 +161,11 @@ class DeFI(StageModel):
             + weights.codebook_weight * codes.codebook_loss
             + weights.commitment_weight * codes.commitment_loss
         )
-        counts = torch.bincount(codes.indices.flatten(), minlength=self.config.latent_action.codes)
         result = {
             "action_loss": action_loss.detach(),
             "codebook": codes.codebook_loss.detach(),
             "commitment": codes.commitment_loss.detach(),
-            "perplexity": perplexity(counts),
+            "perplexity": perplexity(codes.counts),
         }
         if weights.finetune.video_loss:
             video_loss = self._video_loss(batch)
@@ -186,7 +193,7 @@ class DeFI(StageModel):
         noise = draw.normal(diffusion.draws, *actions.shape[1:])
         memory = self.encode(context.without_sentence(draw.uniform(1) < diffusion.text_dropout))
         return denoising_loss(
-            lambda noisy, level: self.action_head.decode(memory, noisy, level),
+            lambda noisy, level: self.action_head.decode(memory, noisy, self.action_head.noise_levels(level)),
             actions[:, None],
             noise=noise,
             sigma=sigma,
@@ -241,17 +248,19 @@ class DeFI(StageModel):
     ) -> Float[Tensor, "B K A"]:
         """As `act`, from features."""
         diffusion = self.config.diffusion
-        denoise = self.denoiser(self.context(features.to(self.dtype), texts))
         sigmas = diffusion.schedule(self.device)
+        denoise = self.denoiser(self.context(features.to(self.dtype), texts), sigmas)
         return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
 
-    def denoiser(self, context: Context) -> Denoiser:
-        """D(x, σ) of B chunks; each context is encoded once, or with and without its sentence if guided."""
+    def denoiser(self, context: Context, sigmas: Float[Tensor, " S1"]) -> Denoiser:
+        """D(x, σᵢ) of B chunks; each context is encoded once, or with and without its sentence if guided."""
         diffusion = self.config.diffusion
         guided = diffusion.guidance != 1
         memory = self.encode(context.both() if guided else context)
+        levels = self.action_head.noise_levels(sigmas[:-1])  # the last one is 0, where nothing is left to do
         denoise = precondition(
-            lambda noisy, sigma: self.action_head.decode(memory, noisy, sigma),
+            lambda noisy, i: self.action_head.decode(memory, noisy, [level[i] for level in levels]),
+            sigmas,
             sigma_data=diffusion.sigma_data,
         )
         return guide(denoise, diffusion.guidance) if guided else denoise
@@ -309,8 +318,12 @@ class DeFI(StageModel):
             UserError: a file is missing or damaged, or a stage's checkpoint is not the one it was trained on.
         """
         folder = Path(folder)
-        config = typed(PolicyConfig, read_json(folder / CONFIG, COPY_AGAIN), str(folder / CONFIG))
+        file = folder / CONFIG
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
+        config = typed(PolicyConfig, values, str(file))
         sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
-        policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)
+        with settings_of(file):
+            policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)
         policy.load_weights(folder)
         return policy

@@ -27,7 +27,7 @@ from defi.config import entry, typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
-from defi.errors import UserError
+from defi.errors import UserError, going_on
 from defi.processes import processes
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
@@ -45,7 +45,7 @@ from Step3_DeFI.data import (
 )
 from Step3_DeFI.features import encode_views, imagine, video_noise
 from Step3_DeFI.observation import CAMERAS
-from Step3_DeFI.samples import Plan, plan_samples, read_looks
+from Step3_DeFI.samples import Plan, following, plan_samples, read_looks
 from Step3_DeFI.sources import check_gfdm
 
 DONE = "done.npy"
@@ -109,6 +109,12 @@ class Progress:
         np.save(output / DONE, np.zeros(-(-manifest.rows // batch), np.uint8))
         write_file(output / PROGRESS, json.dumps(json.loads(manifest.to_json()) | {"batch": batch}))
 
+    @staticmethod
+    def end(output: Path) -> None:
+        """Forget it: the store is complete."""
+        for file in (PROGRESS, DONE):
+            (output / file).unlink(missing_ok=True)
+
     def missing(self) -> list[range]:
         """Rows of the batches that are left, shared among the processes."""
         state = processes()
@@ -127,15 +133,13 @@ def prepare(cfg: DictConfig) -> Path:
     data = CalvinFolder(Path(cfg.data.root) / cfg.data.split)
     encoder, image_size = build_encoder(cfg, policy)
     apart = cfg.store.video_stride
-    if cfg.data.spans not in ("annotated", "all"):
-        raise UserError(f"data.spans={cfg.data.spans}: choose annotated or all")
     plan = plan_samples(
         data,
         chunk=policy.chunk,
         tail=cfg.data.tail,
         stride=cfg.data.stride,
         by_text=encoder.kind == "features",
-        video=None if apart is None else range(0, policy.frames * apart, apart),
+        video=following(policy.frames, apart),
         spans=cfg.data.spans,
     )
     shape = encoder.row_shape(policy, image_size)
@@ -166,21 +170,24 @@ def prepare(cfg: DictConfig) -> Path:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
     state.wait_for_everyone()
     if (output / MANIFEST).exists():
-        print(f"{output}: complete already, {manifest.samples} samples")
+        if state.is_main_process:
+            Progress.end(output)  # of a run that was killed at its last step
+            print(f"{output}: complete already, {manifest.samples} samples")
         return output
     dtype = np.dtype(np.uint8 if encoder.kind == "images" else np.float16)
     if state.is_main_process and not goes_on:
-        write_plan(output, plan)
-        allocate(output / INPUTS, dtype, (len(plan.looks), *shape))
-        Progress.begin(output, manifest, cfg.store.batch)
+        with going_on(output, "the samples' list"):
+            write_plan(output, plan)
+            allocate(output / INPUTS, dtype, (len(plan.looks), *shape))
+            Progress.begin(output, manifest, cfg.store.batch)
     state.wait_for_everyone()
     inputs = np.load(output / INPUTS, mmap_mode="r+")
     write_rows(inputs, plan, data, encoder, Progress(output, manifest.rows), image_size)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_file(output / MANIFEST, manifest.to_json())
-        for file in (PROGRESS, DONE):
-            (output / file).unlink()
+        with going_on(output, MANIFEST):
+            write_file(output / MANIFEST, manifest.to_json())
+        Progress.end(output)
         print(
             f"{output}: {manifest.samples} samples of {len(plan.tasks)} tasks, {inputs.nbytes / 1e6:.0f} MB"
         )
@@ -223,9 +230,9 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
         raise UserError(
             f"store.draws={draws}: only features with fresh noise come in several draws; set it to 1"
         )
-    if cfg.store.video_stride is not None and (kind == "features" or cfg.store.video_stride < 1):
+    if cfg.store.video_stride is not None and kind == "features":
         raise UserError(
-            f"store.video_stride={cfg.store.video_stride}: 1 or more, with store.kind=latents or images"
+            f"store.video_stride={cfg.store.video_stride}: videos are kept with store.kind=latents or images"
         )
     device = processes().device
     gfdm, image_size = None, cfg.gfdm.image_size

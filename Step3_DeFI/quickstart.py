@@ -22,6 +22,7 @@ from Step3_DeFI.rollout.results import RESULTS, Results, read_results
 
 LOSSES = {"vae": "Video autoencoder", "gfdm": "GFDM", "gidm": "GIDM", "policy": "DeFI policy"}
 MOST_FUTURES = 8
+SMOKE = "size=smoke: this run only shows that everything runs; it learns nothing, so expect 0.00."
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ def finished_steps(folder: Path) -> list[FinishedStep]:
         for file in files
         for seconds, title, command in [file.read_text().rstrip("\n").split("\t", 2)]
     ]
+
+
+def remark(folder: Path) -> str:
+    """What to know of the recipe's size before its numbers; the recipe noted it in `size`."""
+    file = folder / "size"
+    return SMOKE if file.is_file() and file.read_text().strip() == "smoke" else ""
 
 
 def summary(steps: list[FinishedStep], results: Results) -> Markup:
@@ -109,9 +116,11 @@ def write(folder: Path) -> Path:
     if not (folder / "rollout" / RESULTS).is_file():
         raise UserError(f"{folder}: no finished quickstart; run scripts/quickstart.sh output={folder}")
     results = read_results(folder / "rollout" / RESULTS)
+    told = remark(folder)
     return html.write_page(
         folder / "report.html",
         "DeFI quickstart",
+        *([html.paragraph(told)] if told else []),
         summary(finished_steps(folder), results),
         *report_blocks(results, folder / "rollout" / "videos"),
         futures(folder / "imagined"),
@@ -129,6 +138,8 @@ def main(cfg: DictConfig) -> None:
     results = read_results(folder / "rollout" / RESULTS)
     console = Console(highlight=False)
     console.print(result_table(results))
+    if told := remark(folder):
+        console.print(told, soft_wrap=True)
     console.print(f"Report: {report}", markup=False, soft_wrap=True)
 
 

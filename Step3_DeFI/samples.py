@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
+from rich.progress import track
 from torch.utils.data import Dataset
 
 from defi.calvin import CalvinFolder, Span
@@ -24,7 +25,11 @@ Look = tuple[int, int]  # frame, number of the instruction (-1 where the input d
 
 @dataclass
 class Plan:
-    """Which samples there are: N starts of chunks, and the distinct looks they need."""
+    """Which samples there are: N starts of chunks, and the distinct looks they need.
+
+    actions: [dx, dy, dz] / 0.02 m, [droll, dpitch, dyaw] / 0.05 rad, gripper +1 open, −1 closed.
+    robot_obs: TCP xyz in m, TCP Euler angles in rad, finger width in m, 7 joints in rad, last gripper action.
+    """
 
     looks: list[Look]
     index: Int64[np.ndarray, "N 2"]  # look, instruction
@@ -45,6 +50,17 @@ class Starts:
     frames: Sequence[int]
 
 
+def following(frames: int, apart: int | None) -> range | None:
+    """Frames of the clip that is kept with a sample, counted from its own; None: no clip.
+
+    Raises:
+        UserError: `apart` is no distance.
+    """
+    if apart is not None and apart < 1:
+        raise UserError(f"video_stride={apart}: frames between the frames of a clip, must be 1 or more")
+    return None if apart is None else range(0, frames * apart, apart)
+
+
 def annotated_starts(data: CalvinFolder, *, tail: int, stride: int) -> list[Starts]:
     """s … e − tail of every annotated span (s, e).
 
@@ -56,6 +72,19 @@ def annotated_starts(data: CalvinFolder, *, tail: int, stride: int) -> list[Star
     if not found:
         raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
     return found
+
+
+def left_out(spans: Sequence[Span], starts: Sequence[Starts], *, chunk: int, tail: int) -> str:
+    """What to tell of annotated spans that no sample starts in; "" if there are none."""
+    short = [span for span in spans if span.end - span.start < tail]
+    if not short:
+        return ""
+    told = f"{len(short)} of {len(spans)} annotated spans are too short for data.tail={tail}: left out"
+    if lost := sorted({span.task for span in short} - {each.span.task for each in starts}):
+        told += f"; tasks without any sample: {', '.join(lost)}"
+    if long_enough := sum(span.end - span.start >= chunk - 1 for span in short):
+        told += f"; data.tail={chunk - 1} takes {long_enough} of them"
+    return told
 
 
 def other_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int) -> list[Starts]:
@@ -82,14 +111,22 @@ def plan_samples(
 
     Processes share the reading; each gets the whole plan. `video`: frames of the clip that is kept with each
     sample, counted from its own; past e, e is repeated. `spans`: with `all`, the recordings' other frames
-    follow as samples whose instruction is empty.
+    follow as samples whose instruction is empty. A printed line tells of spans too short for `tail`.
 
     Raises:
-        UserError: `tail` leaves no room for a chunk, no span is long enough, or frames are missing.
+        UserError: a setting is none of those that there are, `tail` leaves no room for a chunk, no span is
+            long enough, or frames are missing.
     """
+    if spans not in ("annotated", "all"):
+        raise UserError(f"data.spans={spans}: choose annotated or all")
+    if stride < 1:
+        raise UserError(f"data.stride={stride}: must be 1 or more")
     if tail < chunk - 1:
         raise UserError(f"data.tail={tail}: a chunk has {chunk} actions; set data.tail={chunk - 1} or more")
     starts = annotated_starts(data, tail=tail, stride=stride)
+    told = left_out(data.spans, starts, chunk=chunk, tail=tail)
+    if told and processes().is_main_process:
+        print(f"{data.folder}: {told}")
     if spans == "all":
         starts += other_starts(data, chunk=chunk, tail=tail, stride=stride)
     needed = {n: range(each.frames[0], each.frames[-1] + chunk) for n, each in enumerate(starts)}
@@ -106,8 +143,8 @@ def plan_samples(
             index.append((look, text))
             actions.append(taken[frame - first : frame - first + chunk])
             robot_obs.append(states[frame - first])
-            following = [min(frame + offset, span.end) for offset in video or ()]
-            clips.append([looks.setdefault((next_frame, -1), len(looks)) for next_frame in following])
+            later = [min(frame + offset, span.end) for offset in video or ()]
+            clips.append([looks.setdefault((next_frame, -1), len(looks)) for next_frame in later])
         if span.task:
             tasks[span.task] = tasks.get(span.task, 0) + len(each.frames)
     return Plan(
@@ -135,14 +172,17 @@ def read_motions(data: CalvinFolder, spans: dict[int, range]) -> dict[int, Motio
 
     state = processes()
     own = list(spans.items())[state.process_index :: state.num_processes]
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(sorted(gather_object(list(pool.map(read, own)))))
+    quiet = not state.is_local_main_process
+    with ThreadPoolExecutor(READERS) as pool:  # of CALVIN a million small files: minutes
+        found = track(pool.map(read, own), "actions", total=len(own), transient=True, disable=quiet)
+        return dict(sorted(gather_object(list(found))))
 
 
 class CalvinSamples(Dataset):
     """Samples straight from a folder or zip: what a store of kind `images` yields, without one.
 
-    Each sample decompresses its frame; a store reads several times as many per second.
+    Each sample decompresses its frames; a store reads several times as many per second. `video`: see
+    `plan_samples`; None: samples without one.
     """
 
     def __init__(
@@ -154,30 +194,41 @@ class CalvinSamples(Dataset):
         tail: int = 21,
         stride: int = 1,
         spans: str = "annotated",
+        video: range | None = None,
     ) -> None:
         self.data, self.image_size = CalvinFolder(folder), image_size
-        self.plan = plan_samples(self.data, chunk=chunk, tail=tail, stride=stride, by_text=False, spans=spans)
+        self.plan = plan_samples(
+            self.data, chunk=chunk, tail=tail, stride=stride, by_text=False, video=video, spans=spans
+        )
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the data, for the checkpoints' manifests."""
-        return f"{self.data.fingerprint}-raw-{len(self)}"
+        """That of the store: the samples are the same."""
+        return f"{self.data.fingerprint}-images-{len(self)}"
 
     def __len__(self) -> int:
         return len(self.plan.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{images uint8 [V, 3, H, W], text, actions [K, A]}."""
+        """{images uint8 [V, 3, H, W], text, actions [K, A]}, and `video` uint8 [V, F, 3, H, W] if wanted."""
         look, text = self.plan.index[i]
-        frame = self.plan.looks[look][0]
-        return {
-            "images": observe(self.data.frame(frame, CAMERAS), self.image_size),
+        found = {
+            "images": self._images([look])[0],
             "text": self.plan.texts[text],
             "actions": torch.from_numpy(self.plan.actions[i].copy()),
         }
+        if self.plan.video is not None:
+            distinct, place = np.unique(self.plan.video[i], return_inverse=True)
+            found["video"] = self._images(distinct)[place].transpose(0, 1)
+        return found
+
+    def _images(self, looks: Sequence[int]) -> UInt8[torch.Tensor, "N V 3 H W"]:
+        return read_looks(self.data, [self.plan.looks[look][0] for look in looks], self.image_size)
 
 
-def read_looks(data: CalvinFolder, frames: Sequence[int], size: int) -> torch.Tensor:
-    """Both cameras' pictures of some frames, as the policy sees them: uint8 [N, V, 3, size, size]."""
+def read_looks(
+    data: CalvinFolder, frames: Sequence[int], size: int
+) -> UInt8[torch.Tensor, "N V 3 size size"]:
+    """Both cameras' pictures of some frames, as the policy sees them."""
     with ThreadPoolExecutor(READERS) as pool:
         return torch.stack(list(pool.map(lambda frame: observe(data.frame(frame, CAMERAS), size), frames)))

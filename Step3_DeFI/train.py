@@ -1,6 +1,7 @@
-"""Train the policy on a prepared store.
+"""Train the policy on a prepared store, or straight on demonstrations in CALVIN's format.
 
     python -m Step3_DeFI.train output=<run> data.store=<store> gfdm_checkpoint=<run> gidm_checkpoint=<run>
+    python -m Step3_DeFI.train output=<run> data.root=<folder or zip> gfdm_checkpoint=… gidm_checkpoint=…
 
 Runs under `accelerate launch` unchanged. Settings: configs/step3_train.yaml.
 """
@@ -11,20 +12,22 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from defi.calvin import TRAINING, VALIDATION
 from defi.config import entry, typed
 from defi.engine.checkpoint import continues, find_weights
-from defi.engine.config import TrainerConfig
+from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
 from defi.errors import UserError
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import PolicyStore
+from Step3_DeFI.data import PolicySamples, PolicyStore
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.samples import CalvinSamples, following
 
 matplotlib.use("Agg")
 
@@ -70,19 +73,52 @@ def check_videos(store: PolicyStore, policy: PolicyConfig) -> None:
         )
 
 
-def spread(store: PolicyStore, count: int) -> dict[str, Any]:
-    """A batch of samples from all over a store."""
-    picked = np.linspace(0, len(store) - 1, min(count, len(store))).round().astype(int)
-    batch = default_collate([store[int(i)] for i in picked])
+def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, PolicySamples]:
+    """`training`, and `held_out` where the section names some: stores, checked, or recordings as they are.
+
+    gfdm: folder of the policy's stage-1 weights.
+
+    Raises:
+        UserError: the section names both kinds of data or none, or they are missing, damaged or do not fit.
+    """
+    if (section.store is None) == (section.root is None):
+        raise UserError(
+            f"data.store={section.store}, data.root={section.root}: give one of them, a store made by "
+            "Step3_DeFI.prepare or demonstrations in CALVIN's format"
+        )
+    config, places = policy.config, {"training": section.store or f"{section.root}/{section.split}"}
+    if section.held_out is not None:
+        of_root = section.root is not None and section.held_out in (TRAINING, VALIDATION)
+        places["held_out"] = f"{section.root}/{section.held_out}" if of_root else section.held_out
+    if section.store is not None:
+        stores = {name: PolicyStore(folder) for name, folder in places.items()}
+        for store in stores.values():
+            check_store(store, config, gfdm, policy.image_size)
+        check_videos(stores["training"], config)
+        return stores
+    clip = following(config.frames, section.video_stride if config.finetune.video_loss else None)
+    cut = {"chunk": config.chunk, "tail": section.tail, "stride": section.stride, "spans": section.spans}
+    return {
+        name: CalvinSamples(
+            folder, image_size=policy.image_size, video=clip if name == "training" else None, **cut
+        )
+        for name, folder in places.items()
+    }
+
+
+def spread(samples: PolicySamples, count: int) -> dict[str, Any]:
+    """A batch of samples from all over a data set."""
+    picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
+    batch = default_collate([samples[int(i)] for i in picked])
     return batch | {"seed": torch.arange(len(picked))}
 
 
-def sampler(stores: dict[str, PolicyStore], count: int, seed: int) -> Inspect:
+def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
     """Pictures of predicted and expert actions, and the error of the policy's chunks, on fixed samples.
 
-    `stores`: by name ("training", "held_out"); `count` samples, evenly spread, are taken of each.
+    `sets`: by name ("training", "held_out"); `count` samples, evenly spread, are taken of each.
     """
-    batches = {name: spread(store, count) for name, store in stores.items()}
+    batches = {name: spread(samples, count) for name, samples in sets.items()}
 
     def sample(policy: DeFI, step: int, folder: Path) -> dict[str, float]:
         numbers = {}
@@ -134,27 +170,17 @@ def train_policy(cfg: DictConfig) -> Path:
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = PolicyConfig.from_preset(cfg)
-    stores = {"training": PolicyStore(cfg.data.store)}
-    if cfg.data.held_out is not None:
-        stores["held_out"] = PolicyStore(cfg.data.held_out)
     torch.manual_seed(cfg.seed)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
-    for store in stores.values():
-        check_store(store, config, find_weights(cfg.gfdm_checkpoint, "gfdm"), policy.image_size)
-    check_videos(stores["training"], config)
+    samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
     if not continues(cfg.output, cfg.resume):
-        policy.fit_standardisation(spread(stores["training"], FITTED))
+        policy.fit_standardisation(spread(samples["training"], FITTED))
     return train(
         policy,
-        stores["training"],
+        samples["training"],
         trainer,
-        output=cfg.output,
-        config=OmegaConf.to_container(cfg, resolve=True),
-        seed=cfg.seed,
-        resume=cfg.resume,
-        overwrite=cfg.overwrite,
-        tracker=cfg.tracker,
-        sample=sampler(stores, cfg.data.shown, cfg.seed) if trainer.sample_every else None,
+        **run_settings(cfg),
+        sample=sampler(samples, cfg.data.shown, cfg.seed) if trainer.sample_every else None,
         evaluate=roller(cfg) if trainer.rollout_every else None,
     )
 

@@ -114,7 +114,11 @@ def test_the_action_denoiser_compiles(cross_attention: str) -> None:
     memory = compiled(head.encode)(**context)
     torch.testing.assert_close(memory, head.encode(**context))
     noisy, sigma = torch.randn(2, 10, 7), torch.tensor([0.1, 5.0])
-    torch.testing.assert_close(compiled(head.decode)(memory, noisy, sigma), head.decode(memory, noisy, sigma))
+    levels = compiled(head.noise_levels)(sigma)
+    torch.testing.assert_close(levels, head.noise_levels(sigma))
+    torch.testing.assert_close(
+        compiled(head.decode)(memory, noisy, levels), head.decode(memory, noisy, levels)
+    )
 
 
 def test_video_former_compiles(policy: DeFI) -> None:

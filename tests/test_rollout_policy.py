@@ -219,3 +219,13 @@ def test_wrong_checkpoints_are_one_line(run: Path, tmp_path: Path):
         load_policy(run.parent / "gfdm")
     assert json.loads(json.dumps(identify(run)))["preset"] == "test"
     assert ChainLog(tmp_path, "chains").read() == {}
+
+
+def test_the_video_model_is_kept_in_the_precision_of_the_rollout(run: Path):
+    whole, half = load_policy(run), load_policy(run, precision="bf16")
+    assert {p.dtype for p in whole.gfdm.unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.gfdm.unet.parameters()} == {torch.bfloat16}
+    assert half.dtype == torch.float32
+    base = ModelPolicy(whole).act([look(0)])
+    found = ModelPolicy(half, precision="bf16").act([look(0)])
+    assert 0 < np.abs(found - base).max() < 0.3

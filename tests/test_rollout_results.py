@@ -15,6 +15,7 @@ from rollout_fakes import fake_evaluation
 
 from defi.errors import UserError
 from Step3_DeFI.compare import compare, comparison_table, remarks
+from Step3_DeFI.quickstart import SMOKE, remark
 from Step3_DeFI.rollout.clips import ClipFile, choose_clips
 from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.progress import running_average
@@ -197,8 +198,9 @@ def test_comparison_of_a_clearly_better_policy(tmp_path):
     worse.save(tmp_path / "a.json")
     better.save(tmp_path / "b.json")
     command = [sys.executable, "-m", "Step3_DeFI.compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200"})
+    done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "80"})
     assert done.returncode == 0 and "+0.50" in done.stdout and "yes" in done.stdout
+    assert f"\na: {tmp_path / 'a.json'}\nb: {tmp_path / 'b.json'}\n" in done.stdout
 
 
 def test_comparison_of_different_protocols_is_refused():
@@ -216,13 +218,18 @@ def test_comparison_needs_one_shared_limit():
 
 
 def test_comparison_tells_what_else_differs():
-    one = results()
+    one = results(tuple(chain(i, None) for i in range(20)))
     other = replace(
         one, run=one.run | {"renderer": "another", "settings": one.run["settings"] | {"chunk": 5}}
     )
     assert remarks(one, one) == ["both results are of the same weights"]
     other = replace(other, policy=one.policy | {"fingerprint": "def"})
     assert remarks(one, other) == ["chunk differs: None | 5", "renderer differs: none | another"]
+
+
+def test_comparison_of_few_chains_says_so():
+    few = results(tuple(chain(i, None) for i in range(19)))
+    assert remarks(few, few)[0] == "19 chains only: intervals of so few say little; run 20 or more"
 
 
 def test_comparison_command_ends_in_one_line(tmp_path):
@@ -245,7 +252,7 @@ def test_tables_show_both_limits_and_the_baseline():
     assert re.search(r"DeFI +360 +1\.75 \[", text) and re.search(r"DeFI +720 +2\.50 \[", text)
     assert re.search(r"random actions +720 +0\.00", text)
     assert re.search(r"open_drawer +3 +4 +75%", printed(task_table(results())))
-    assert "+0.00" in printed(comparison_table(("a", "b"), results(), results()))
+    assert "+0.00" in printed(comparison_table(results(), results()))
 
 
 def test_report_holds_numbers_and_escapes_text(tmp_path):
@@ -267,3 +274,10 @@ def test_clips_are_chosen_over_tasks(tmp_path):
     clips = [ClipFile(tmp_path, i, 1, i % 2 == 0, task) for i, task in enumerate("aaaaaabbcc")]
     chosen = choose_clips(clips, solved=True, most=4)
     assert [clip.task for clip in chosen] == ["a", "b", "c", "a"] and all(clip.solved for clip in chosen)
+
+
+@pytest.mark.parametrize(("size", "told"), [("smoke\n", SMOKE), ("short\n", ""), (None, "")])
+def test_a_smoke_quickstart_is_told_to_learn_nothing(tmp_path, size, told):
+    if size:
+        (tmp_path / "size").write_text(size)
+    assert remark(tmp_path) == told

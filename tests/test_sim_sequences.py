@@ -93,8 +93,12 @@ def test_chains_of_a_subset() -> None:
 
 
 def test_chains_that_cannot_be() -> None:
-    with pytest.raises(UserError, match="no chain of 2"):
+    with pytest.raises(UserError, match="no chain of 2 .*; name more, or set length=1$"):
         sequences.chains(["open_drawer", "close_drawer"], 1, length=2)
+    with pytest.raises(UserError, match="no chain of 5 .*, or set length=2$"):
+        sequences.chains(["open_drawer", "turn_on_led"], 1)
+    with pytest.raises(UserError, match="no chain of 1 .*; name more$"):  # nothing is held at the start
+        sequences.chains(["place_in_slider"], 1, length=1)
     with pytest.raises(UserError, match="no such task"):
         sequences.chains(["open_door"], 1, length=1)
 

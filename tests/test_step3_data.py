@@ -74,6 +74,21 @@ def test_sample_positions(place: Path, tail: int, stride: int, expected: int) ->
     assert np.array_equal(first, np.array(starts)[:, None] + np.arange(CHUNK))
 
 
+def test_spans_without_samples_are_told(place: Path, capsys) -> None:
+    """Spans are (100, 114) and (115, 136)."""
+    data = CalvinFolder(place / "demos" / "training")
+    for tail, told in (
+        (14, ""),
+        (
+            15,
+            f"{data.folder}: 1 of 2 annotated spans are too short for data.tail=15: left out; "
+            f"tasks without any sample: {data.spans[0].task}; data.tail=9 takes 1 of them",
+        ),
+    ):
+        plan_samples(data, chunk=CHUNK, tail=tail, stride=1, by_text=False)
+        assert capsys.readouterr().out.strip() == told
+
+
 def test_every_action_of_a_chunk_must_exist(place: Path) -> None:
     data = CalvinFolder(place / "demos" / "training")
     with pytest.raises(UserError, match="data.tail=8: a chunk has 10 actions"):

@@ -5,7 +5,7 @@ import torch
 
 from Step3_DeFI.action_head import ActionDenoiser
 from Step3_DeFI.config import ActionDiffusionConfig, ActionHeadConfig
-from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, guide, precondition
+from Step3_DeFI.diffusion import SAMPLERS, Denoiser, exponential_schedule, guide, precondition
 from Step3_DeFI.features import Standardise, merge_tokens
 from Step3_DeFI.video_former import VideoFormer
 
@@ -29,19 +29,16 @@ def fake_context() -> dict[str, torch.Tensor]:
     }
 
 
-def gaussian_denoiser(mean: float, std: float):
+def gaussian_denoiser(mean: float, std: float, sigmas: torch.Tensor) -> Denoiser:
     """The exact denoiser of data N(mean, std²)."""
-    return lambda x, sigma: (
-        (std**2 * x + sigma[..., None, None] ** 2 * mean) / (std**2 + sigma[..., None, None] ** 2)
-    )
+    return lambda x, i: (std**2 * x + sigmas[i] ** 2 * mean) / (std**2 + sigmas[i] ** 2)
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_samplers_reach_the_data_distribution(name):
-    denoise = gaussian_denoiser(0.3, 0.5)
     x = torch.randn(4000, 1, 1, generator=torch.Generator().manual_seed(0)) * 80
     sigmas = exponential_schedule(60, sigma_max=80.0, sigma_min=0.01)
-    samples = SAMPLERS[name](denoise, x, sigmas)
+    samples = SAMPLERS[name](gaussian_denoiser(0.3, 0.5, sigmas), x, sigmas)
     assert samples.mean().item() == pytest.approx(0.3, abs=0.03)
     assert samples.std().item() == pytest.approx(0.5, abs=0.03)
 
@@ -51,7 +48,7 @@ def sampling_error(name: str, steps: int, *, deviation: float = 0.5) -> float:
     start = torch.full((1, 1, 1), 80.0, dtype=torch.float64)
     exact = start * deviation / (deviation**2 + 80.0**2) ** 0.5
     sigmas = exponential_schedule(steps, sigma_max=80.0, sigma_min=1e-4).double()
-    return (SAMPLERS[name](gaussian_denoiser(0.0, deviation), start, sigmas) - exact).abs().item()
+    return (SAMPLERS[name](gaussian_denoiser(0.0, deviation, sigmas), start, sigmas) - exact).abs().item()
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
@@ -75,15 +72,15 @@ def test_guidance_of_gaussians():
     """Gaussian data of mean 0.3 with the condition and 0 without: guided by s, its mean is 0.3·s."""
     scale, sigmas = 3.0, exponential_schedule(60, sigma_max=80.0, sigma_min=0.01)
 
-    def both(x, sigma):
-        conditioned, without = gaussian_denoiser(0.3, 0.5), gaussian_denoiser(0.0, 0.5)
+    def both(x, i):
+        conditioned, without = (gaussian_denoiser(mean, 0.5, sigmas) for mean in (0.3, 0.0))
         rows = len(x) // 2
-        return torch.cat([conditioned(x[:rows], sigma[:rows]), without(x[rows:], sigma[rows:])])
+        return torch.cat([conditioned(x[:rows], i), without(x[rows:], i)])
 
     x = torch.randn(100, K, A, generator=torch.Generator().manual_seed(0)) * 80
     for sample in SAMPLERS.values():
         guided = sample(guide(both, scale), x, sigmas)
-        moved = sample(gaussian_denoiser(scale * 0.3, 0.5), x, sigmas)
+        moved = sample(gaussian_denoiser(scale * 0.3, 0.5, sigmas), x, sigmas)
         torch.testing.assert_close(guided, moved, rtol=1e-4, atol=1e-4)
 
 
@@ -99,21 +96,21 @@ def test_training_noise_levels_follow_the_density():
 def test_preconditioned_denoiser_keeps_clean_actions():
     """At σ → 0 the skip connection passes actions through, whatever the network says."""
     actions = torch.randn(B, K, A)
-    denoise = precondition(lambda x, sigma: torch.randn_like(x), sigma_data=0.5)
-    assert torch.allclose(denoise(actions, torch.full((B,), 1e-5)), actions, atol=1e-3)
+    denoise = precondition(lambda x, i: torch.randn_like(x), torch.tensor([1e-5]), sigma_data=0.5)
+    assert torch.allclose(denoise(actions, 0), actions, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["causal", "full"])
 def test_what_an_action_sees_of_the_context(kind):
     head = build_head(cross_attention=kind)
     memory = head.encode(**fake_context())
-    noisy, sigma = torch.randn(B, K, A), torch.ones(B)
+    noisy, levels = torch.randn(B, K, A), head.noise_levels(torch.ones(B))
     changed = 3  # only keys and values of the fourth context token change
     other = [(k.clone(), v.clone()) for k, v in memory]
     for k, v in other:
         k[:, :, changed] += 1
         v[:, :, changed] += 1
-    moved = (head.decode(memory, noisy, sigma) - head.decode(other, noisy, sigma)).abs().amax((0, 2))
+    moved = (head.decode(memory, noisy, levels) - head.decode(other, noisy, levels)).abs().amax((0, 2))
     unseen = moved[:changed]
     assert (unseen == 0).all() if kind == "causal" else (unseen > 0).all()
     assert (moved[changed:] > 0).all()
@@ -124,7 +121,8 @@ def test_actions_see_earlier_actions_only():
     memory, noisy = head.encode(**fake_context()), torch.randn(B, K, A)
     later = noisy.clone()
     later[:, 6:] += 1
-    moved = (head.decode(memory, noisy, torch.ones(B)) - head.decode(memory, later, torch.ones(B))).abs()
+    levels = head.noise_levels(torch.ones(B))
+    moved = (head.decode(memory, noisy, levels) - head.decode(memory, later, levels)).abs()
     assert (moved[:, :6] == 0).all() and (moved[:, 6:] > 0).all()
 
 

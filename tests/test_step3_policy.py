@@ -165,18 +165,17 @@ def test_guidance_encodes_twice_as_many_rows_once(
 def test_guidance_leads_away_from_what_the_policy_does_without_words(guidable: DeFI, monkeypatch) -> None:
     monkeypatch.setattr(guidable.config, "diffusion", guidable.config.diffusion)
     features, noise = guidable.config.fake_batch(3)["features"], torch.randn(3, 10, 7)
-    noisy, sigma = torch.randn(3, 10, 7), torch.full((3,), 2.0)
+    noisy, sigmas = torch.randn(3, 10, 7), torch.tensor([2.0, 0.0])
     context = guidable.context(features, TEXTS)
     with torch.no_grad():
-        conditioned = guidable.denoiser(context)(noisy, sigma)
-        without = guidable.denoiser(context.without_sentence(torch.ones(3, 1, dtype=torch.bool)))(
-            noisy, sigma
-        )
+        conditioned = guidable.denoiser(context, sigmas)(noisy, 0)
+        no_words = context.without_sentence(torch.ones(3, 1, dtype=torch.bool))
+        without = guidable.denoiser(no_words, sigmas)(noisy, 0)
         unguided = guidable.act_on_features(features, TEXTS, noise=noise)
         for scale in (0.0, 1.0, 2.5):
             guide_by(guidable, scale)
             expected = without + scale * (conditioned - without)
-            torch.testing.assert_close(guidable.denoiser(context)(noisy, sigma), expected)
+            torch.testing.assert_close(guidable.denoiser(context, sigmas)(noisy, 0), expected)
             same = torch.equal(guidable.act_on_features(features, TEXTS, noise=noise), unguided)
             assert same == (scale == 1)
     assert not torch.allclose(conditioned, without, atol=1e-4)

@@ -1,8 +1,5 @@
 """Samples straight from CALVIN's files, and the store that is made of them: the same, from folder and zip."""
 
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,16 +10,21 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from policy_fakes import PRESET, build_gfdm, write_demonstrations, write_stages
+from safetensors.torch import load_file
+from test_step3_data import train_settings
 
 from defi.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR, compose_preset
+from defi.engine.checkpoint import find_checkpoint, read_manifest
+from defi.engine.tracking import read_metrics
 from defi.errors import UserError
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import ROBOT, SPANS, PolicyStore
 from Step3_DeFI.observation import observe
 from Step3_DeFI.prepare import Encoder, prepare
-from Step3_DeFI.samples import CalvinSamples, plan_samples
+from Step3_DeFI.samples import CalvinSamples, following, plan_samples
+from Step3_DeFI.train import train_policy
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations as a folder and as a zip, and stage 1's run."""
     folder = tmp_path_factory.mktemp("place")
     write_demonstrations(folder / "demos")
+    write_demonstrations(folder / "other", lengths=(14,), seed=1)
+    (folder / "other" / "training").rename(folder / "demos" / "validation")
     write_stages(folder)
     with zipfile.ZipFile(folder / "demos.zip", "w") as archive:
         for path in sorted(p for p in (folder / "demos").rglob("*") if p.is_file()):
@@ -47,15 +51,81 @@ def settings(place: Path, output: Path, root: str, kind: str, **values: Any) -> 
     return cfg
 
 
+@pytest.mark.parametrize("apart", [None, 5])
 @pytest.mark.parametrize("root", ["demos", "demos.zip"])
-def test_store_and_files_yield_the_same_samples(place: Path, tmp_path: Path, root: str) -> None:
-    store = PolicyStore(prepare(settings(place, tmp_path / "store", root, "images")))
-    raw = CalvinSamples(place / root / "training", image_size=16, tail=9)
-    assert len(store) == len(raw) == 6 + 13
+def test_store_and_files_yield_the_same_samples(
+    place: Path, tmp_path: Path, root: str, apart: int | None
+) -> None:
+    """With the frames that follow, whose last is repeated at the end of a span, and without."""
+    kept = {"store.video_stride": "null" if apart is None else apart}
+    store = PolicyStore(prepare(settings(place, tmp_path / "store", root, "images", **kept)))
+    raw = CalvinSamples(place / root / "training", image_size=16, tail=9, video=following(3, apart))
+    assert len(store) == len(raw) == 6 + 13 and store.fingerprint == raw.fingerprint
     for packed, sample in zip(map(store.__getitem__, range(19)), map(raw.__getitem__, range(19))):
         assert packed.keys() == sample.keys() and packed["text"] == sample["text"]
-        assert torch.equal(packed["images"], sample["images"])
-        assert torch.equal(packed["actions"], sample["actions"])
+        for name in packed.keys() - {"text"}:
+            assert torch.equal(packed[name], sample[name]), name
+
+
+LEARNS_ALONG = {"gfdm.finetune": "lora", "gfdm.lora_rank": 2, "gfdm.video_loss": 0.5}
+LOOKS = {"trainer.sample_every": 4, "data.shown": 1}
+NUMBERS = {"loss", "action_loss", "video_loss", "training_action_error", "held_out_action_error"}
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    """A run on a store of pictures, with held-out ones and the video loss."""
+    prepare(settings(place, place / "store", "demos", "images", **{"store.video_stride": 2}))
+    prepare(settings(place, place / "held_out", "demos", "images", **{"data.split": "validation"}))
+    given = {"data.held_out": place / "held_out", **LEARNS_ALONG, **LOOKS}
+    train_policy(train_settings(place, place / "run", place / "store", **given))
+    return place / "run"
+
+
+@pytest.mark.parametrize(
+    ("root", "held_out", "starts"),
+    [("demos", "validation", (2, 4)), ("demos.zip", "{place}/demos.zip/validation", (4,))],
+)
+def test_training_from_the_recordings_is_training_from_their_store(
+    place: Path, trained: Path, tmp_path: Path, root: str, held_out: str, starts: tuple[int, ...]
+) -> None:
+    """Losses, errors and weights, bit for bit; of a run that was stopped on the way, too."""
+    run, held_out = tmp_path / "run", held_out.format(place=place)
+    given = {"data.root": place / root, "data.tail": 9, "data.held_out": held_out, **LEARNS_ALONG, **LOOKS}
+    for number, steps in enumerate(starts):
+        stop = {"trainer.max_steps": steps, "resume": number > 0}
+        train_policy(train_settings(place, run, "null", **given, **stop))
+    found, expected = (
+        [{name: r[name] for name in r.keys() & NUMBERS} for r in read_metrics(folder / "metrics.jsonl")]
+        for folder in (run, trained)
+    )
+    assert found == expected and set().union(*expected) == NUMBERS
+    ends = [find_checkpoint(folder) for folder in (run, trained)]
+    weights = [load_file(end / "model.safetensors") for end in ends]
+    assert all(weights[0][name].equal(tensor) for name, tensor in weights[1].items())
+    assert read_manifest(run)["data"] == read_manifest(trained)["data"]
+
+
+@pytest.mark.parametrize(
+    ("store", "values", "message"),
+    [
+        ("null", {}, "data.store=None, data.root=None: give one of them"),
+        ("{place}/store", {"data.root": "demos"}, "data.root=demos: give one of them"),
+        ("null", {"data.root": "nowhere"}, "nowhere/training: no such folder"),
+        ("null", {"data.root": "{place}/demos", "data.tail": 5}, "data.tail=5: a chunk has 10 actions"),
+        ("null", {"data.root": "{place}/demos", "data.stride": 0}, "data.stride=0: must be 1 or more"),
+        ("null", {"data.root": "{place}/demos", "data.spans": "some"}, "data.spans=some: choose"),
+        ("null", {"data.root": "{place}/demos", "data.held_out": "{place}"}, "ep_start_end_ids.npy: missing"),
+        ("null", {"data.root": "{place}/demos", "data.video_stride": 0, **LEARNS_ALONG}, "video_stride=0"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(
+    place: Path, tmp_path: Path, store: str, values: dict[str, Any], message: str
+) -> None:
+    given = {"data.tail": 9} | {name: str(value).format(place=place) for name, value in values.items()}
+    with pytest.raises(UserError, match=message):
+        train_policy(train_settings(place, tmp_path / "run", store.format(place=place), **given))
+    assert not (tmp_path / "run").exists()
 
 
 def test_latents_are_those_of_the_raw_frames(place: Path, tmp_path: Path) -> None:
@@ -125,20 +195,3 @@ def test_a_full_disk_is_named_before_any_work(
             prepare(settings(place, tmp_path / "store", "demos", "images"))
     prepare(settings(place, tmp_path / "store", "demos", "images", resume=True))
     assert len(PolicyStore(tmp_path / "store")) == 19
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_store_of_one(place: Path, tmp_path: Path) -> None:
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m"]
-    given = [f"data.root={place / 'demos'}", "data.tail=9", "store.kind=images", "store.batch=4"]
-    for name, start in (("one", []), ("two", launch)):
-        done = subprocess.run(
-            [sys.executable, "-m", *start, "Step3_DeFI.prepare", *given, f"output={tmp_path / name}"],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-    for file in ("inputs.npy", "actions.npy", "index.npy", "manifest.json", ROBOT, SPANS):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
-    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))

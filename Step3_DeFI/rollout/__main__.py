@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from defi.config import entry, typed
-from defi.engine.output import check_output, prepare_output, write_file
+from defi.engine.output import check_output, is_leftover, prepare_output, write_file
 from defi.errors import UserError
+from defi.files import read_json
 from defi.processes import processes
 from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.rollout.config import RolloutConfig
@@ -81,13 +82,15 @@ def main(cfg: DictConfig) -> None:
         print(f"renderer: {evaluation.renderer}")
     policy, known = None, {}
     if config.agent == "policy":
-        model = load_policy(config.checkpoint, device=state.device, gfdm=config.gfdm, gidm=config.gidm)
+        precision = {"precision": config.precision}
+        sources = {"gfdm": config.gfdm, "gidm": config.gidm}
+        model = load_policy(config.checkpoint, device=state.device, **precision, **sources)
         policy = ModelPolicy(
             model,
             sampler=config.sampler,
             sampler_steps=config.sampler_steps,
             guidance=config.guidance,
-            precision=config.precision,
+            **precision,
         )
         known = identify(config.checkpoint) | {"device": state.device.type}
     output = Path(config.output)
@@ -119,10 +122,10 @@ def identity_of(evaluation: Evaluation, known: Mapping[str, Any]) -> dict[str, A
 def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]) -> None:
     """Make the output folder, or check that what is in it is an earlier part of this same run."""
     file = output / IDENTITY
-    if config.resume and output.is_dir() and any(output.iterdir()):
+    if config.resume and output.is_dir() and not all(map(is_leftover, output.iterdir())):
         if not file.is_file():
             raise UserError(f"{output}: not the output of a rollout; choose another output=")
-        before = json.loads(file.read_text())
+        before = read_json(file, "choose another output=")
         for key in identity:
             if before.get(key) != identity[key]:
                 raise UserError(

@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from defi.config import typed
 from defi.engine.output import write_file
 from defi.errors import UserError
+from defi.files import one_line
 from Step3_DeFI.rollout.messages import ChainResult
+from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.statistics import summarise
 
 FORMAT = 1
@@ -30,11 +33,19 @@ class ChainLog:
         self.path = folder / (f"{name}.{rank}.jsonl" if rank else f"{name}.jsonl")
 
     def read(self) -> dict[int, ChainResult]:
-        """All finished chains by index. A last line that was cut off by a kill is left out."""
+        """All finished chains by index. A last line that was cut off by a kill is left out.
+
+        Raises:
+            UserError: a line is damaged.
+        """
         found = {}
         for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
-            for line in path.read_text().split("\n")[:-1]:
-                chain = chain_from_json(json.loads(line))
+            lines = path.read_text(errors="replace").split("\n")[:-1]
+            for number, line in enumerate(lines, start=1):
+                try:
+                    chain = chain_from_json(json.loads(line))
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    raise UserError(f"{path}: line {number} is no chain; delete that line") from None
                 found[chain.index] = chain
         return found
 
@@ -59,7 +70,16 @@ def _drop_cut_line(file: Any) -> None:
 
 
 def chain_from_json(values: Mapping[str, Any]) -> ChainResult:
-    return ChainResult(**values | {"tasks": tuple(values["tasks"]), "steps": tuple(values["steps"])})
+    """Raises ValueError, TypeError or KeyError for what is no chain."""
+    chain = ChainResult(**values | {"tasks": tuple(values["tasks"]), "steps": tuple(values["steps"])})
+    numbers = (chain.index, chain.control_steps, chain.looks, *(n for n in chain.steps if n is not None))
+    if not (
+        all(isinstance(number, int) for number in numbers)
+        and isinstance(chain.seconds, (int, float))
+        and all(isinstance(task, str) for task in chain.tasks)
+    ):
+        raise TypeError(f"not a chain: {values}")
+    return chain
 
 
 @dataclass(frozen=True)
@@ -111,11 +131,26 @@ def read_results(path: Path | str) -> Results:
             raise UserError(
                 f"{file}: format {values.get('format')}, this version reads {FORMAT}; evaluate again"
             )
-        return Results(**values | {"chains": tuple(map(chain_from_json, values["chains"]))})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        protocol = asdict(typed(Protocol, values["protocol"], f"{file}: protocol"))
+        _demand_readable(values, protocol["max_steps"])
+        chains = tuple(map(chain_from_json, values["chains"]))
+        return Results(**values | {"protocol": protocol, "chains": chains})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: not a rollout's results ({error}); evaluate again") from None
+        raise UserError(f"{file}: not a rollout's results ({one_line(error)}); evaluate again") from None
+
+
+def _demand_readable(values: Mapping[str, Any], max_steps: Sequence[int]) -> None:
+    """Raises ValueError or KeyError where a results.json lacks what a comparison or a report reads."""
+    run, policy = values["run"], values["policy"]
+    averages = [values["limits"][str(limit)]["average"] for limit in max_steps]
+    if not (
+        values["chains"]
+        and all(isinstance(average, (int, float)) for average in averages)
+        and all(isinstance(part, dict) for part in (run["settings"], run["versions"], policy))
+    ):
+        raise ValueError("chains, averages or settings are missing")
 
 
 def versions() -> dict[str, str]:

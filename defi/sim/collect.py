@@ -1,4 +1,4 @@
-"""Collect demonstrations in CALVIN's format: `python -m defi.sim.collect output=data/quickstart`."""
+"""Collect demonstrations in CALVIN's format: `python -m defi.sim.collect output=data/demos`."""
 
 import json
 import shutil

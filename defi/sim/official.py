@@ -9,6 +9,7 @@ README, "Evaluate on CALVIN", says how to install it.
 import contextlib
 import importlib.util
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ from jaxtyping import Float, UInt8
 from omegaconf import DictConfig, OmegaConf
 
 from defi.errors import UserError
-from defi.files import one_line
+from defi.files import one_line, read_yaml
 from defi.sim.judge import BlockState, Contact, JudgeState
 from defi.sim.scene import calvin_env_folder, scene_file
 
 INSTALL = (
     "pip install --no-deps -e <clone>/calvin_env, then "
     "pip install gym gitpython numpy-quaternion opencv-python-headless scipy"
+)
+
+# What its configuration may name to be called; a clone's files could name anything.
+CLASSES = (
+    "calvin_env.envs.play_table_env.PlayTableSimEnv",
+    "calvin_env.scene.play_table_scene.PlayTableScene",
+    "calvin_env.robot.robot.Robot",
+    "calvin_env.camera.static_camera.StaticCamera",
+    "calvin_env.camera.gripper_camera.GripperCamera",
 )
 
 
@@ -38,7 +48,8 @@ def compose(calvin_root: str | Path, scene: str, *, egl: bool) -> DictConfig:
     """The package's own configuration of one scene with both cameras, from the files of a clone.
 
     Raises:
-        UserError: a folder that is not a complete clone, or an unknown scene.
+        UserError: a folder that is not a complete clone, an unknown scene, or files that name other classes
+            than the package's.
     """
     env = calvin_env_folder(Path(calvin_root))
     conf = env / "conf"
@@ -54,12 +65,29 @@ def compose(calvin_root: str | Path, scene: str, *, egl: bool) -> DictConfig:
         if not file.is_file():
             raise UserError(f"{file}: missing; the clone is incomplete")
     for key, file in parts.items():
-        OmegaConf.update(cfg, key, OmegaConf.load(file))
-    cfg.robot = OmegaConf.merge(*map(OmegaConf.load, robots))
+        OmegaConf.update(cfg, key, _read(file))
+    cfg.robot = OmegaConf.merge(*map(_read, robots))
     for section in (cfg.robot, cfg.scene):
         section.pop("defaults", None)
     cfg.env.use_egl = egl
     return cfg
+
+
+def _read(file: Path) -> DictConfig:
+    values = read_yaml(file, "get the clone anew, as a whole")
+    for target in _targets(values):
+        if target not in CLASSES:
+            raise UserError(f"{file}: would call {target}; get the clone anew, as a whole")
+    return OmegaConf.create(values)
+
+
+def _targets(values: Any) -> Iterator[Any]:
+    """Everything in nested containers that Hydra would call."""
+    if isinstance(values, dict):
+        yield from (value for key, value in values.items() if key == "_target_")
+    if isinstance(values, (dict, list)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _targets(value)
 
 
 class OfficialWorld:

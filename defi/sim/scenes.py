@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from defi.cache import user_cache
 from defi.errors import UserError
 from defi.sim.mesh import Color, Material
 from defi.sim.panda import arm_files
@@ -159,17 +160,12 @@ def _table_spec(family: Family) -> TableSpec:
     )
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "defi" / "assets"
-
-
 def _store(files: dict[str, bytes]) -> Path:
     """Write the files once into a folder named by their content; safe for many processes at once."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}:{len(files[name])}:".encode() + files[name])
-    folder = _cache() / digest.hexdigest()[:20]
+    folder = user_cache() / "assets" / digest.hexdigest()[:20]
     if folder.is_dir():
         return folder
     try:

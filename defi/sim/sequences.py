@@ -152,9 +152,17 @@ def chains(tasks: Sequence[str], n: int, length: int = CHAIN_LENGTH, seed: int =
     """
     tasks = check_tasks(tasks)
     rng = np.random.default_rng(seed)
-    states = [state for state in initial_states() if _random_chain(state, tasks, length, rng) is not None]
+
+    def allow(length: int) -> list[Situation]:
+        return [state for state in initial_states() if _random_chain(state, tasks, length, rng) is not None]
+
+    states = allow(length)
     if not states:
-        raise UserError(f"{', '.join(tasks)}: no chain of {length} can be made of these tasks; name more")
+        longest = next(shorter for shorter in range(length - 1, -1, -1) if allow(shorter))
+        raise UserError(
+            f"{', '.join(tasks)}: no chain of {length} can be made of these tasks; name more"
+            + (f", or set length={longest}" if longest else "")
+        )
     starts = (states[i] for i in rng.integers(len(states), size=n))
     return [Chain(state, _random_chain(state, tasks, length, rng)) for state in starts]
 

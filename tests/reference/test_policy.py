@@ -78,7 +78,7 @@ def network(denoiser):
             video_tokens=record.inputs["video_tokens"],
             latent_actions=record.inputs["latent_action_tokens"],
         )
-    return lambda x, sigma: model.decode(memory, x, sigma)
+    return lambda x, sigma: model.decode(memory, x, model.noise_levels(sigma))
 
 
 @torch.no_grad()
@@ -87,7 +87,8 @@ def test_action_denoiser(denoiser, network):
     actions, noise, sigma = (record.inputs[k] for k in ("actions", "noise", "sigma"))
     assert_close(network(actions, sigma), record.outputs["inner_model"])
     noisy = actions + noise * sigma[:, None, None]
-    assert_close(precondition(network, sigma_data=SIGMA_DATA)(noisy, sigma), record.outputs["denoised"])
+    denoise = precondition(lambda x, i: network(x, sigma), sigma[None], sigma_data=SIGMA_DATA)
+    assert_close(denoise(noisy, 0), record.outputs["denoised"])
     loss = denoising_loss(network, actions, noise=noise, sigma=sigma, sigma_data=SIGMA_DATA)
     assert_close(loss, record.outputs["loss"])
 
@@ -100,7 +101,8 @@ def test_ddim(denoiser, network):
         len(recorded) - 1, sigma_max=float(recorded[0]), sigma_min=float(recorded[-2])
     )
     assert_close(sigmas, recorded)
-    actions = sample_ddim(precondition(network, sigma_data=SIGMA_DATA), record.inputs["x_T"], sigmas)
+    denoise = precondition(lambda x, i: network(x, sigmas[i]), sigmas, sigma_data=SIGMA_DATA)
+    actions = sample_ddim(denoise, record.inputs["x_T"], sigmas)
     assert_close(actions, record.outputs["ddim_actions"])
 
 
@@ -123,9 +125,11 @@ def test_several_draws_equal_one_at_a_time(denoiser):
     )
     noisy = torch.stack([record.inputs["actions"], record.inputs["noise"]], dim=1)
     sigma = torch.stack([record.inputs["sigma"], record.inputs["sigma"].flip(0)], dim=1)
-    together = model.decode(memory, noisy, sigma)
+    levels = model.noise_levels(sigma)
+    together = model.decode(memory, noisy, levels)
     for draw in range(2):
-        assert_close(together[:, draw], model.decode(memory, noisy[:, draw], sigma[:, draw]))
+        one = model.decode(memory, noisy[:, draw], [level[:, draw] for level in levels])
+        assert_close(together[:, draw], one)
 
 
 @torch.no_grad()

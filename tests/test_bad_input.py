@@ -1,0 +1,241 @@
+"""Data that are missing, damaged or unsafe: one line that says what and where, and a later start goes on."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from preparations import run, write_inputs
+
+from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
+from defi.errors import UserError
+from defi.rlds import RLDSDataset, index
+from defi.rlds.tfrecord import read_records
+from defi.video import write_mp4
+from Step1_GFDM import prepare
+from Step1_GFDM.data import read_episodes
+from Step2_GIDM import train
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def fails(module, capsys: pytest.CaptureFixture, *settings: str) -> str:
+    """The one line with which a command ends."""
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [module.__name__, *settings])
+        module.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        (prepare, "data=captioned_videos", "none/captions.jsonl: no such file; give the captions"),
+        (prepare, "data=captioned_vpp", "none/annotation/train: no annotations"),
+        (prepare, "data=captioned_hdf5 data.cameras={a:b}", "none: no HDF5 files here"),
+        (prepare, "data=captioned_rlds", "none: no features.json here"),
+        (prepare, "data=captioned_calvin", "none/training: no such folder"),
+        (train, "data=pairs_videos", "none: no videos here"),
+        (train, "data=pairs_rlds", "none: no features.json here"),
+        (train, "data=pairs_oxe data.mixture=rt_1", "none/fractal20220817_data: no features.json here"),
+        (train, "data=pairs_calvin", "none/training: no such folder"),
+    ],
+)
+def test_empty_folders(
+    module, source: str, message: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "none").mkdir()
+    given = [*source.split(), f"data.root={tmp_path / 'none'}", f"output={tmp_path / 'out'}"]
+    given += [f"vae={inputs / 'vae'}"] if module is prepare else []
+    assert message in fails(module, capsys, *given)
+    assert not (tmp_path / "out").exists() and not any((tmp_path / "none").iterdir())
+
+
+def test_an_empty_folder_for_stage_3(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none/training: no such folder"):
+        run("store", inputs, tmp_path / "out", **{"data.root": tmp_path / "none"})
+    (tmp_path / "none" / "training").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"none/training/ep_start_end_ids\.npy: missing"):
+        run("store", inputs, tmp_path / "out", **{"data.root": tmp_path / "none"})
+    assert not (tmp_path / "out").exists()
+
+
+def write_captioned(folder: Path) -> list[Path]:
+    """Three videos of 60 frames of noise, and their captions."""
+    files = [folder / f"{name}.mp4" for name in "abc"]
+    for number, file in enumerate(files):
+        frames = np.random.default_rng(number).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
+        write_mp4(file, frames, 10)
+    lines = [json.dumps({"video": file.name, "text": "go"}) for file in files]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return files
+
+
+def test_a_video_cut_short_is_left_out_and_tried_again(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its index is whole, so that it opens; the place of the damage is named."""
+    files = write_captioned(tmp_path / "videos")
+    good = files[1].read_bytes()
+    files[1].write_bytes(good[: len(good) // 2])
+    out, given = tmp_path / "out", {"data.root": tmp_path / "videos"}
+    run("latents", inputs, out, **given)
+    assert "left out: " in capsys.readouterr().out
+    said = (out / "skipped" / "train" / "b.txt").read_text()
+    assert said.startswith(f"{files[1]}: damaged within frames 0 to ")
+    assert [e.id for e in read_episodes(out, "train")] == ["a"]
+    stamps = {file: file.stat().st_mtime_ns for file in (out / "latent_videos").rglob("*.safetensors")}
+    files[1].write_bytes(good)
+    run("latents", inputs, out, resume=True, **given)
+    assert [e.id for e in read_episodes(out, "train")] == ["a", "b"]
+    assert not list((out / "skipped").rglob("*.txt"))
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps, "finished ones are as they were"
+
+
+def write_annotated(root: Path) -> Path:
+    """VPP's layout: two episodes of each split."""
+    for split in ("train", "val"):
+        for name in ("0", "1"):
+            video = f"videos/{split}/{name}/rgb.mp4"
+            write_mp4(root / video, np.zeros((3, 32, 32, 3), np.uint8), 10)
+            annotation = {"texts": ["lift"], "videos": [{"video_path": video}], "video_length": 3}
+            file = root / "annotation" / split / f"{name}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(annotation))
+    return root
+
+
+@pytest.mark.parametrize(
+    "path", ["../../secret.mp4", "/etc/secret.mp4", "videos/../../secret.mp4"], ids=["up", "root", "through"]
+)
+def test_an_annotation_that_points_outside_is_refused(
+    path: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The first one ends the preparation; a later one is left out, and named."""
+    root = write_annotated(tmp_path / "vpp")
+    write_mp4(tmp_path / "secret.mp4", np.zeros((3, 32, 32, 3), np.uint8), 10)
+    outside = json.dumps({"texts": ["lift"], "videos": [{"video_path": path}], "video_length": 3})
+    (root / "annotation" / "train" / "1.json").write_text(outside)
+    given = ["data=captioned_vpp", f"data.root={root}", f"vae={inputs / 'vae'}"]
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare", *given, f"output={tmp_path / 'out'}"])
+        prepare.main()
+    note = (tmp_path / "out" / "skipped" / "train" / "1.txt").read_text()
+    assert note == f"{root}: its files name {path}, outside the folder; this data set is not safe\n"
+    assert [e.id for e in read_episodes(tmp_path / "out", "train")] == ["0"]
+    (root / "annotation" / "train" / "0.json").write_text(outside)
+    assert f"name {path}, outside the folder" in fails(prepare, capsys, *given, f"output={tmp_path / 'new'}")
+    assert not (tmp_path / "new").exists()
+
+
+def vpp_without_words(root: Path) -> str:
+    file = write_annotated(root) / "annotation" / "train" / "1.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"texts": [" "]}))
+    return f"{file}: has no caption; stage 1 needs texts"
+
+
+def rlds_without_words(root: Path) -> str:
+    picture = encode(np.zeros((32, 32, 3), np.uint8), "PNG")
+    features = {"observation": features_dict(image=image(32, 32, "png")), "language_instruction": text()}
+    said, silent = (
+        {"steps/observation/image": [picture] * 3, "steps/language_instruction": [words] * 3}
+        for words in (b"lift", b" ")
+    )
+    write_set(root.parent, features, {"train": [[said, silent]], "val": [[said]]}, name=root.name)
+    file = root / "1.0.0" / f"{root.name}-train.tfrecord-00000-of-00001"
+    return f"{file}: episode 000001 has no instruction"
+
+
+def hdf5_without_words(root: Path) -> str:
+    h5py = pytest.importorskip("h5py")
+    root.mkdir()
+    for name in ("0", "1", "2"):
+        with h5py.File(root / f"{name}.h5", "w") as file:
+            file["top"] = np.zeros((3, 32, 32, 3), np.uint8)
+            if name != "1":
+                file.attrs["language_instruction"] = "lift"
+    return f"{root}/1.h5: no text language_instruction in it; set data.text or data.instruction"
+
+
+@pytest.mark.parametrize(
+    ("source", "write"),
+    [
+        ("captioned_vpp", vpp_without_words),
+        ("captioned_rlds", rlds_without_words),
+        ("captioned_hdf5 data.cameras={top:top}", hdf5_without_words),
+    ],
+    ids=["vpp", "rlds", "hdf5"],
+)
+def test_an_episode_without_caption_is_left_out(
+    source: str, write: Callable[[Path], str], inputs: Path, tmp_path: Path
+) -> None:
+    """Captions in a file of their own: see test_step1_sources."""
+    said = write(tmp_path / "data")
+    given = [f"data.root={tmp_path / 'data'}", f"vae={inputs / 'vae'}", f"output={tmp_path / 'out'}"]
+    given += [f"data.index={tmp_path / 'index'}"] if "rlds" in source else []
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare", *f"data={source}".split(), *given])
+        prepare.main()
+    (note,) = (tmp_path / "out" / "skipped" / "train").iterdir()
+    assert note.read_text() == f"{said}\n"
+    assert len(read_episodes(tmp_path / "out", "train")) == 1
+
+
+def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = write_videos(tmp_path, {"train": [[3, 3], [3, 3], [3, 3]]})
+    files = sorted((toy / "1.0.0").glob("*tfrecord*"))
+    good = files[1].read_bytes()
+    start = next(record.offset - 12 for record in read_records(files[1]) if record.number == 1)
+    read: list[int] = []
+
+    def scan(shard: Path, *args, _scan=index._scan, **named):
+        read.append(files.index(shard))
+        return _scan(shard, *args, **named)
+
+    monkeypatch.setattr(index, "READERS", 1)
+    monkeypatch.setattr(index, "_scan", scan)
+    for damaged, message in (
+        (good[:-40], "is cut short"),
+        (good[: start + 50] + b"?" + good[start + 51 :], "wrong checksum"),
+    ):
+        files[1].write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"00001-of-00003: record 1 at byte {start}.*{message}"):
+            RLDSDataset(toy, index=tmp_path / "index")
+    files[1].write_bytes(good)
+    assert RLDSDataset(toy, index=tmp_path / "index").lengths.tolist() == [3] * 6
+    assert read.count(0) == 1 and read.count(1) == 3 and read.count(2) <= 2
+    assert not any((tmp_path / "index").glob("*-parts")), "what was found lies in the index now"
+
+
+@pytest.mark.parametrize("room", range(4))
+def test_a_full_disk_while_rlds_is_indexed(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = write_videos(tmp_path, {"train": [[3], [3]]})
+    files, write = iter(range(room)), index.write_file
+
+    def limited(path: Path, content: bytes | str) -> None:
+        if next(files, None) is None:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "write_file", limited)
+        with pytest.raises(
+            UserError, match=r"index/.*: No space left on device; make room, or set data\.index"
+        ):
+            RLDSDataset(toy, index=tmp_path / "index")
+    assert RLDSDataset(toy, index=tmp_path / "index").lengths.tolist() == [3, 3]
