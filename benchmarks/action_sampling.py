@@ -2,8 +2,8 @@
 
 The published action head (random weights, batch 1, DDIM with 10 steps) from the same context and noise,
 side by side in one run:
-  each step  the context encoded again at every denoising step, as the published code does
-  once       the context encoded once per chunk, the cross-attention's keys and values with it
+  each step  context and noise level encoded again at every denoising step, as the published code does
+  once       both encoded once per chunk, the cross-attention's keys and values with the context
   guided     as `once`, with classifier-free guidance: twice the rows
 """
 
@@ -57,19 +57,23 @@ def samplers(config: PolicyConfig, device: str) -> dict[str, Callable[[], Tensor
     start = start.to(device) * sigmas[0]
 
     def denoiser(network: Denoiser) -> Denoiser:
-        return precondition(network, sigma_data=config.diffusion.sigma_data)
+        return precondition(network, sigmas, sigma_data=config.diffusion.sigma_data)
+
+    def from_memory(context: dict[str, Tensor]) -> Denoiser:
+        memory, levels = head.encode(**context), head.noise_levels(sigmas[:-1])
+        return denoiser(lambda x, i: head.decode(memory, x, [level[i] for level in levels]))
 
     def each_step() -> Tensor:
-        return ddim(denoiser(lambda x, sigma: head.decode(head.encode(**one), x, sigma)), start, sigmas)
+        def network(x: Tensor, i: int) -> Tensor:
+            return head.decode(head.encode(**one), x, head.noise_levels(sigmas[i]))
+
+        return ddim(denoiser(network), start, sigmas)
 
     def once() -> Tensor:
-        memory = head.encode(**one)
-        return ddim(denoiser(lambda x, sigma: head.decode(memory, x, sigma)), start, sigmas)
+        return ddim(from_memory(one), start, sigmas)
 
     def guided() -> Tensor:
-        memory = head.encode(**two)
-        denoise = guide(denoiser(lambda x, sigma: head.decode(memory, x, sigma)), 2.0)
-        return ddim(denoise, start, sigmas)
+        return ddim(guide(from_memory(two), 2.0), start, sigmas)
 
     return {"each step": each_step, "once": once, "guided": guided}
 

@@ -22,7 +22,7 @@ from torch.optim import AdamW
 from defi.engine import checkpoint, state
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.writer import CheckpointWriter
+from defi.engine.writer import CheckpointWriter, Snapshot, moving_tensors
 
 WIDTH = 1024
 
@@ -86,7 +86,7 @@ def save_in_background(training: Training, writer: CheckpointWriter, step: int) 
     writer.save(
         step=step,
         metrics={},
-        optimizer=training.optimizer_tensors(),
+        tensors=moving_tensors(training.model, training.ema, training.optimizer),
         progress=state.Progress(step=step),
         rng=[state.rng_state()],
     )
@@ -115,9 +115,8 @@ def main() -> None:
         memory = [peak()]
         plain = [timed(lambda: save_plainly(training, run, 1)) for _ in range(2)]
         memory.append(peak())
-        writer = CheckpointWriter(
-            training.model, training.ema, run, config={}, data={}, keep=1, best_metric=None
-        )
+        snapshot = Snapshot(training.model, training.ema.decay)
+        writer = CheckpointWriter(snapshot, run, config={}, data={}, keep=1, best_metric=None)
         pauses, writing, busy = [], [], []
         for step in range(2, options.rounds + 3):  # by turns, as the disk's speed changes
             plain.append(timed(lambda: save_plainly(training, run, step)))  # noqa: B023

@@ -128,7 +128,9 @@ def parity(check: Check) -> dict[str, float]:
         "GFDM features": lambda: policy.gfdm.features(latents, texts * len(latents), noise=noise.video[0]),
         "VideoFormer": lambda: policy.context(features, texts).video_tokens,
         "GIDM branch": lambda: policy.gidm_branch(static, *states).vectors,
-        "action denoiser": lambda: policy.action_head.decode(policy.encode(context), noisy, sigma),
+        "action denoiser": lambda: policy.action_head.decode(
+            policy.encode(context), noisy, policy.action_head.noise_levels(sigma)
+        ),
         "policy": lambda: policy.act(images, texts, noise=noise),
     }
     errors = {}
@@ -184,7 +186,7 @@ def latency(check: Check, compiled: bool) -> dict[str, float]:
     """Milliseconds from one observation to one chunk, in bf16."""
     check.forget()
     policy: DeFI = check.build("policy").eval()
-    policy.gfdm.unet.to(torch.bfloat16)  # else 1.5 billion weights are converted at every look
+    torch.nn.Module.to(policy.gfdm.unet, torch.bfloat16)  # else they are converted at every look
     if compiled:
         compile_policy(policy)
     (images, texts), noise = _look(check, policy)

@@ -23,8 +23,8 @@ from defi.config import one_line_errors
 from defi.engine.data import SampleNoise
 from Step3_DeFI.config import ActionDiffusionConfig
 from Step3_DeFI.data import PolicyStore
-from Step3_DeFI.diffusion import SAMPLERS, Denoiser
-from Step3_DeFI.policy import DeFI
+from Step3_DeFI.diffusion import SAMPLERS
+from Step3_DeFI.policy import Context, DeFI
 from Step3_DeFI.rollout.policy import load_policy
 from Step3_DeFI.train import spread
 
@@ -43,17 +43,18 @@ class Row:
 
 
 def sample(
-    denoise: Denoiser, noise: Float[Tensor, "B K A"], diffusion: ActionDiffusionConfig
+    policy: DeFI, context: Context, noise: Float[Tensor, "B K A"], diffusion: ActionDiffusionConfig
 ) -> tuple[Float[Tensor, "B K A"], int]:
     """Chunks, and how often the denoiser was called."""
     calls = 0
+    sigmas = diffusion.schedule(noise.device)
+    denoise = policy.denoiser(context, sigmas)
 
-    def counted(x: Tensor, sigma: Tensor) -> Tensor:
+    def counted(x: Tensor, i: int) -> Tensor:
         nonlocal calls
         calls += 1
-        return denoise(x, sigma)
+        return denoise(x, i)
 
-    sigmas = diffusion.schedule(noise.device)
     return SAMPLERS[diffusion.sampler](counted, noise * sigmas[0], sigmas), calls
 
 
@@ -61,13 +62,13 @@ def sample(
 def measure(policy: DeFI, batch: dict[str, Any], *, steps: list[int], last_sigma: float) -> list[Row]:
     """All samplers with all numbers of steps, from the same noise; the context is computed once."""
     features = batch["features"].to(policy.device, policy.dtype)
-    denoise = policy.denoiser(policy.context(features, batch["text"]))
+    context = policy.context(features, batch["text"])
     expert = batch["actions"].to(policy.device)
     noise = SampleNoise(batch["seed"], policy.device).normal(*expert.shape[1:])
 
     def chunks(sampler: str, count: int) -> tuple[Tensor, int]:
         settings = {"sampler": sampler, "steps": count, "last_sigma": last_sigma}
-        return sample(denoise, noise, replace(policy.config.diffusion, **settings))
+        return sample(policy, context, noise, replace(policy.config.diffusion, **settings))
 
     reference, _ = chunks(*REFERENCE)
     rows = []
