@@ -1,6 +1,8 @@
 """Entry points: Hydra configuration from `configs/`, one clear line for a user's mistake."""
 
+import difflib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,10 +11,12 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import CompactHydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from defi.errors import UserError
+from defi.files import one_line
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -22,8 +26,8 @@ Settings = TypeVar("Settings")
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: make `main(cfg)` a command that reads `configs/<config_name>.yaml` and `key=value` settings.
 
-    A `UserError` ends the command with one line on stderr and exit code 2, Ctrl-C with 130; anything else
-    is a bug and keeps its traceback. Hydra itself reports unknown keys and unknown presets, with exit code 1.
+    A `UserError` or a setting that does not exist ends the command with one line on stderr and exit code 2,
+    Ctrl-C with 130; anything else is a bug and keeps its traceback.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -31,15 +35,25 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
         def body(cfg: DictConfig) -> None:
             with one_line_errors():
                 check_given(cfg)
-                OmegaConf.resolve(cfg)
+                try:
+                    OmegaConf.resolve(cfg)
+                except OmegaConfBaseException as error:
+                    raise UserError(one_line(error)) from None
                 check_overwrite(cfg)
                 main(cfg)
 
         @functools.wraps(main)
         def run() -> None:
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised, not printed by Hydra
+            command = hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(
+                body
+            )
             with one_line_errors():
                 check_preset(sys.argv[1:])
-            hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(body)()
+                try:
+                    command()
+                except CompactHydraException as error:
+                    raise UserError(explain(error)) from None
 
         return run
 
@@ -57,6 +71,22 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def explain(error: CompactHydraException) -> str:
+    """What Hydra has against a command line, in one line, with the names that come close."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: no such choice; choose from {', '.join(error.options)}"
+    cause = error.__cause__
+    if not isinstance(cause, OmegaConfBaseException) or cause.parent_node is None:
+        return one_line(error)
+    section = cause.full_key.rpartition(".")[0]
+    known = sorted(str(key) for key in cause.parent_node if key != "hydra")
+    close = difflib.get_close_matches(str(cause.key), known)
+    names = " ".join(f"{section}.{key}=" if section else f"{key}=" for key in close or known)
+    ask = f"did you mean {names}?" if close else f"there are {names};"
+    return f"{cause.full_key}=: no such setting; {ask} --cfg job prints all"
 
 
 def check_given(cfg: DictConfig) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine_toy import Points, toy, trainer
-from omegaconf import OmegaConf
 
-from defi.config import check_given, check_overwrite, one_line_errors
 from defi.engine.checkpoint import find_checkpoint
 from defi.engine.loop import train
 from defi.engine.output import LOCK, check_output, claim
@@ -30,15 +28,6 @@ def test_overwrite_deletes_no_other_run(run: Path) -> None:
     with pytest.raises(UserError, match="overwrite=true would delete .*toy.*, a checkpoint of another run"):
         check_output(run.parent, overwrite=True)
     assert check_output(run, overwrite=True) == run
-
-
-def test_overwrite_deletes_nothing_that_the_command_reads(tmp_path: Path) -> None:
-    data = {"root": f"{tmp_path}/demos", "split": "x"}
-    settings = {"output": str(tmp_path), "overwrite": True, "data": data}
-    with pytest.raises(UserError, match=r"overwrite=true would delete data\.root=.*demos, which is in it"):
-        check_overwrite(OmegaConf.create(settings))
-    check_overwrite(OmegaConf.create(settings | {"overwrite": False}))
-    check_overwrite(OmegaConf.create(settings | {"output": f"{tmp_path}/out"}))
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
@@ -68,15 +57,3 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     files = [path for path in find_checkpoint(tmp_path).rglob("*") if path.is_file()]
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
     assert any(path.suffix == ".safetensors" for path in files)
-
-
-def test_what_was_not_given_is_named() -> None:
-    cfg = OmegaConf.create({"output": "???", "data": {"root": "???"}, "copy": "${output}"})
-    with pytest.raises(UserError, match="data.root=: not given; this command needs data.root=, output="):
-        check_given(cfg)
-
-
-def test_ctrl_c_is_one_word(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as left, one_line_errors():
-        raise KeyboardInterrupt
-    assert left.value.code == 130 and capsys.readouterr().err == "stopped\n"
