@@ -1,0 +1,70 @@
+"""Command lines: a wrong one is one line that names the setting and the way out."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from defi.config import check_given, check_overwrite, entry, one_line_errors
+from defi.errors import UserError
+
+
+@entry("step3_train")
+def command(cfg: DictConfig) -> None:
+    """Any command."""
+
+
+GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("trainer.lrr=3", "error: trainer.lrr=: no such setting; did you mean trainer.lr=? --cfg job prints"),
+        ("trainr.lr=3", "error: trainr=: no such setting; did you mean trainer="),
+        ("tracker.xyz=3", "error: tracker.xyz=: no such setting; there are tracker."),
+        ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
+        ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
+        ("trainer.lr=[1", "error: no viable alternative at input '[1'"),
+        ("trainer.lr", "error: Error parsing override 'trainer.lr'"),
+        ("trainer.lr=${nope}", "error: Interpolation key 'nope' not found"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    argument: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *GIVEN, argument])
+    with pytest.raises(SystemExit) as left:
+        command()
+    printed = capsys.readouterr().err
+    assert left.value.code == 2
+    assert printed.startswith(told) and printed.count("\n") == 1
+
+
+def test_a_right_command_line_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *GIVEN, "trainer.lr=3"])
+    command()
+
+
+def test_overwrite_deletes_nothing_that_the_command_reads(tmp_path: Path) -> None:
+    data = {"root": f"{tmp_path}/demos", "split": "x"}
+    settings = {"output": str(tmp_path), "overwrite": True, "data": data}
+    with pytest.raises(UserError, match=r"overwrite=true would delete data\.root=.*demos, which is in it"):
+        check_overwrite(OmegaConf.create(settings))
+    check_overwrite(OmegaConf.create(settings | {"overwrite": False}))
+    check_overwrite(OmegaConf.create(settings | {"output": f"{tmp_path}/out"}))
+
+
+def test_what_was_not_given_is_named() -> None:
+    cfg = OmegaConf.create({"output": "???", "data": {"root": "???"}, "copy": "${output}"})
+    with pytest.raises(UserError, match="data.root=: not given; this command needs data.root=, output="):
+        check_given(cfg)
+
+
+def test_ctrl_c_is_one_word(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left, one_line_errors():
+        raise KeyboardInterrupt
+    assert left.value.code == 130 and capsys.readouterr().err == "stopped\n"
