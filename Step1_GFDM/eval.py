@@ -28,7 +28,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
-from defi.processes import processes
+from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
 from Step1_GFDM.data import Clips, Episode, open_sets, read_latents
 from Step1_GFDM.fvd import action_scores, fvd_figures
@@ -258,9 +258,8 @@ def main(cfg: DictConfig) -> None:
     state.wait_for_everyone()
 
     judge = Judge(model, metrics, i3d, output, cfg.instruction, cfg.steps, cfg.seed, cfg.fps)
-    share = cases[state.process_index :: state.num_processes]
     quiet = not state.is_main_process
-    mine = [judge(case, other_than(case, cases)) for case in track(share, "imagine", disable=quiet)]
+    mine = [judge(case, other_than(case, cases)) for case in track(share(cases), "imagine", disable=quiet)]
     judged = sorted(gather_object(mine), key=lambda each: each.number)
     if quiet:
         return

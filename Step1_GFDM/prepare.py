@@ -27,7 +27,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
-from defi.processes import processes
+from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
 from Step1_GFDM.data import LATENTS, SPLITS
@@ -168,12 +168,13 @@ def main(cfg: DictConfig) -> None:
             write_file(output / MANIFEST, json.dumps(asdict(manifest), indent=1))
     state.wait_for_everyone()
 
-    jobs = [
+    left = [
         Job(split, source, recording)
         for split, source in sources.items()
         for recording in source.recordings
         if not (output / "annotation" / split / f"{recording.id}.json").exists()
-    ][state.process_index :: state.num_processes]
+    ]
+    jobs = share(left)
     encode = Encoder(vae.to(state.device), cfg.batch)
     coming = read_ahead(jobs, every)
     for job, scene in track(coming, "latents", total=len(jobs), disable=not state.is_local_main_process):

@@ -28,7 +28,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
-from defi.processes import processes
+from defi.processes import processes, share
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import (
@@ -117,9 +117,8 @@ class Progress:
 
     def missing(self) -> list[range]:
         """Rows of the batches that are left, shared among the processes."""
-        state = processes()
-        left = np.flatnonzero(self.done == 0)[state.process_index :: state.num_processes]
-        return [range(b * self.batch, min((b + 1) * self.batch, self.rows)) for b in left.tolist()]
+        left = np.flatnonzero(self.done == 0).tolist()
+        return [range(b * self.batch, min((b + 1) * self.batch, self.rows)) for b in share(left)]
 
     def note(self, rows: range) -> None:
         self.done[rows.start // self.batch] = 1

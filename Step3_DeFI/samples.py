@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from defi.calvin import CalvinFolder, Span
 from defi.errors import UserError
-from defi.processes import processes
+from defi.processes import processes, share
 from Step3_DeFI.observation import CAMERAS, observe
 
 READERS = 4  # frames that a process reads at the same time
@@ -170,9 +170,7 @@ def read_motions(data: CalvinFolder, spans: dict[int, range]) -> dict[int, Motio
         frames = [data.frame(frame, keys) for frame in item[1]]
         return item[0], tuple(np.stack([frame[key] for frame in frames]).astype(np.float32) for key in keys)
 
-    state = processes()
-    own = list(spans.items())[state.process_index :: state.num_processes]
-    quiet = not state.is_local_main_process
+    own, quiet = share(list(spans.items())), not processes().is_local_main_process
     with ThreadPoolExecutor(READERS) as pool:  # of CALVIN a million small files: minutes
         found = track(pool.map(read, own), "actions", total=len(own), transient=True, disable=quiet)
         return dict(sorted(gather_object(list(found))))
