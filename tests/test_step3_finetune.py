@@ -83,11 +83,15 @@ def test_exactly_what_learns_gets_a_gradient_and_moves(mode: str, video_loss: fl
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_features_move(mode: str) -> None:
+    # In float64: norms over one number turn another order of sums into thousandths.
+    exact, frozen = build(mode).double(), build("none").double()
+    torch.testing.assert_close(
+        exact._features_of(fake_batch(exact)).detach(), frozen._features_of(fake_batch(frozen))
+    )
     policy = build(mode)
     features = policy._features_of(fake_batch(policy)).detach()
-    torch.testing.assert_close(features, build("none")._features_of(fake_batch(policy)))
     step(policy)
-    assert not torch.allclose(policy._features_of(fake_batch(policy)), features, atol=1e-3)
+    assert (policy._features_of(fake_batch(policy)) - features).abs().max() > 0.05
 
 
 def test_gradient_checkpointing_changes_memory_not_gradients() -> None:
