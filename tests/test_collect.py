@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -184,9 +185,10 @@ def test_neither_a_kill_nor_the_number_of_workers_matters(collected: Path, tmp_p
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None and not finished_units(output):
         time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    time.sleep(0.5)  # for its workers to notice
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     kept = {path: path.stat().st_mtime_ns for path in finished_units(output)}
     assert kept
     cfg = config(output, "resume=true")

@@ -132,7 +132,7 @@ def test_a_server_out_of_reach_is_asked_once_and_a_folder_never(
     for _ in range(2):
         with pytest.raises(UserError, match="^nobody/nothing: no CLIPTextModelWithProjection"):
             CLIPText.from_config(TextConfig(pretrained="nobody/nothing"))
-    assert len(asked) == 1 and time.monotonic() - start < 5
+    assert len(asked) == 1 and time.monotonic() - start < 30
     hub._answers.cache_clear()
 
 
