@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from defi.config import typed
-from defi.engine.checkpoint import find_weights
+from defi.engine.checkpoint import COPY_AGAIN, find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import StageModel, settings_of
+from defi.errors import UserError
 from defi.files import read_json
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import VAESizes
@@ -95,6 +96,10 @@ class VideoVAE(StageModel):
         file = Path(folder) / LATENTS
         values = read_json(file, "give a checkpoint of this version of the code")
         latents = typed(Latents, values, str(file))
+        if not (0 < latents.deviation < 1e6 and 0 <= latents.measured < 2**31):
+            raise UserError(
+                f"{file}: deviation={latents.deviation}, measured={latents.measured}: cannot be; {COPY_AGAIN}"
+            )
         self.deviation.fill_(latents.deviation)
         self.measured.fill_(latents.measured)
 

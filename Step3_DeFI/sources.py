@@ -79,11 +79,11 @@ def _locate(recorded: Path, given: Path | str | None, stage: str) -> Path:
         return find_weights(given, stage)
     try:
         there = recorded.is_dir()
-    except OSError:  # a path that cannot be
+    except (OSError, ValueError):  # a path that cannot be
         there = False
     if not there:
         raise UserError(
-            f"{recorded.resolve()}: the {stage} checkpoint of this policy is gone; "
+            f"{os.path.abspath(recorded)}: the {stage} checkpoint of this policy is gone; "
             f"give its place with {stage}="
         )
     return recorded

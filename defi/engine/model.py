@@ -126,7 +126,7 @@ def settings_of(file: Path) -> Iterator[None]:
     """Building a model as a file says; what its layers refuse is a `UserError` that names the file."""
     try:
         yield
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: no model has these settings ({one_line(error)}); {COPY_AGAIN}") from None
