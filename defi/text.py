@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from defi.errors import UserError
-from defi.files import check_sizes, one_line, read_json
+from defi.files import one_line
 from defi.hub import local_only
 
 transformers_logging.disable_progress_bar()  # a bar per small file hides what a command has to say
@@ -90,14 +90,12 @@ def _load(cls, source: str, tokenizer: Path | None = None):
 
     tokenizer: its folder, where it does not lie beside the model.
     """
-    if (file := Path(source) / "config.json").is_file():
-        check_sizes(read_json(file, "copy the folder again"), file)
     safe = {"local_files_only": local_only(source), "trust_remote_code": False}
     try:
         model, report = cls.from_pretrained(source, output_loading_info=True, **safe)
         tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else str(tokenizer), **safe)
     except Exception as error:  # whatever damaged files make the libraries raise
-        where = source if "/" in source else f"pretrained={source}"
+        where = source if "/" in source else f"pretrained={source[:200]}"
         raise UserError(f"{where}: no {cls.__name__} with tokenizer here ({one_line(error)})") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
