@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import rlds_writer
 from benchmarks.rlds_writer import (
     encode,
     example,
@@ -273,6 +274,20 @@ def test_pairs(toy: Path) -> None:
 def test_mistakes_in_the_section_are_named(toy: Path, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         training_pairs(section(toy, **change), 48)
+
+
+@pytest.mark.parametrize("empty", [b"", rlds_writer.field(1, b"")], ids=["no_kind", "empty_list"])
+def test_episodes_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bytes) -> None:
+    """They have no pairs, and those of the others stay where they are. TensorFlow writes both forms."""
+    feature = rlds_writer.feature
+    monkeypatch.setattr(rlds_writer, "feature", lambda values: feature(values) if len(values) else empty)
+    folder = write_videos(tmp_path, {"train": [[3, 0], [0, 2], [0]], "val": [[2]]})
+    data = opened(folder)
+    assert data.lengths.tolist() == [3, 0, 0, 2, 0] and data.values(1, "language_instruction") == []
+    pairs = training_pairs(section(folder), 48)
+    found = [(pairs.locate(i)[0].name, pairs.locate(i)[1]) for i in range(len(pairs))]
+    assert found == [("toy:0", 0), ("toy:0", 1), ("toy:3", 0)]
+    assert [int(pairs.frames(i)[0, 0, 0, 0]) for i in range(3)] == [0, 0, 30]
 
 
 def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def seen(data: PairDataset, index: int, distance: int) -> tuple[int, int, int]:
 
 
 def test_pairs_cover_every_clip_and_end_with_it() -> None:
-    data = PairDataset(Numbered(4, 1, 3), image_size=8, distance=(2, 2))
+    data = PairDataset(Numbered(0, 4, 1, 0, 3), image_size=8, distance=(2, 2))
     pairs = [seen(data, i, 2) for i in range(len(data))]
-    assert pairs == [(0, 0, 2), (0, 1, 3), (0, 2, 3), (2, 0, 2), (2, 1, 2)]
+    assert pairs == [(1, 0, 2), (1, 1, 3), (1, 2, 3), (4, 0, 2), (4, 1, 2)]
     strided = PairDataset(Numbered(6, 3), image_size=8, distance=(1, 1), stride=2)
     assert [seen(strided, i, 1)[:2] for i in range(len(strided))] == [(0, 0), (0, 2), (0, 4), (1, 0)]
 

@@ -61,7 +61,7 @@ class PairDataset(Dataset):
             raise UserError(f"data.stride={stride}: must be at least 1")
         self.source, self.image_size, self.distance, self.stride = source, image_size, distance, stride
         self.augmentation = augmentation
-        starts = [-(-(clip.length - 1) // stride) for clip in source.clips]
+        starts = [-(-max(0, clip.length - 1) // stride) for clip in source.clips]  # a clip may be empty
         self._ends = np.cumsum(starts)
         if not len(starts) or self._ends[-1] == 0:
             raise UserError("data: no clip has two frames; give longer videos")

@@ -35,7 +35,7 @@ from defi.errors import UserError
 from defi.files import read_json
 from defi.npy import map_npy
 from defi.rlds.spec import FEATURES, STEPS, Feature, Split, is_instruction
-from defi.rlds.tfrecord import BYTES, INTS, Record, Values, parse_example, read_records
+from defi.rlds.tfrecord import BYTES, INTS, NOTHING, Record, Values, parse_example, read_records
 
 EPISODES, TEXTS, TEXT_NUMBERS, MANIFEST = "episodes.npy", "texts.json", "texts.npy", "manifest.json"
 FORMAT = 2
@@ -219,7 +219,7 @@ def _values(example: Mapping[str, Values], name: str, kind: int) -> Values:
     values = example.get(STEPS + name)
     if values is None:
         raise ValueError(f"has no feature {STEPS + name}")
-    if values.kind != kind:
+    if values.kind not in (NOTHING, kind):
         raise ValueError(f"{STEPS + name} is of another type")
     return values
 

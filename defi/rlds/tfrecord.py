@@ -22,7 +22,7 @@ from defi.archive import Place
 from defi.errors import UserError
 
 HEADER, FOOTER = 12, 4  # bytes around a record's data
-BYTES, FLOATS, INTS = 1, 2, 3  # field numbers of tf.train.Feature's lists
+NOTHING, BYTES, FLOATS, INTS = 0, 1, 2, 3  # field numbers of tf.train.Feature's lists; it may hold none
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, Place
 
 @dataclass(frozen=True)
 class Values:
-    """Values of one feature of an example: their kind (BYTES, FLOATS, INTS) and the list's place."""
+    """Values of one feature of an example: their kind (NOTHING, BYTES, FLOATS, INTS) and the list's place."""
 
     kind: int
     place: Place
@@ -153,6 +153,7 @@ def parse_example(data: bytes) -> dict[str, Values]:
                 if inner == 1:
                     parts = {n: place for n, _, place in _fields(data, *entry)}
                     name = data[slice(*parts[1])].decode()
+                    found[name] = Values(NOTHING, (0, 0))
                     for kind, _, place in _fields(data, *parts[2]) if 2 in parts else ():
                         found[name] = Values(kind, place)
     except (IndexError, KeyError, UnicodeDecodeError) as error:
