@@ -156,13 +156,39 @@ def test_sections_of_the_configuration(demonstrations: Path) -> None:
         ({"cameras": ["front"]}, "'front' is no camera"),
         ({"source": "tapes"}, "data.source=tapes"),
         ({"split": "testing"}, "testing: no such folder"),
-        ({"source": "videos"}, "no videos here"),
-        ({"source": "videos", "root": "/nowhere"}, "/nowhere: no such file"),
+        ({"distence": [3, 5]}, r"data.distence=\[3, 5\]: no such setting; there are .* distance, "),
+        ({"source": "videos"}, "data.split=training: no such setting; there are .* root, source, "),
+        ({"augmentation": {"crop": 1.5}}, "data.augmentation.crop=1.5: must be above 0 and at most 1"),
+        ({"augmentation": {"crop": 0}}, "data.augmentation.crop=0.0: must be above 0"),
+        ({"augmentation": {"hue": float("nan")}}, "data.augmentation.hue=nan: must be between 0 and 1"),
     ],
 )
 def test_mistakes_in_the_section_are_named(demonstrations: Path, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         training_pairs(section(demonstrations, **change), 14)
+
+
+def test_folders_without_videos(tmp_path: Path) -> None:
+    own = {"source": "videos", "held_out": None, "distance": [3, 3], "stride": 1, "augmentation": None}
+    for root, message in ((tmp_path, "no videos here"), ("/nowhere", "/nowhere: no such file")):
+        with pytest.raises(UserError, match=message):
+            training_pairs(own | {"root": str(root)}, 14)
+
+
+def test_settings_of_a_mixture(demonstrations: Path) -> None:
+    """A common setting need not be one of every source; one of a set must be its source's."""
+    own = {"source": "calvin", "root": str(demonstrations), "weight": 1}
+    assert len(training_pairs({"image": None, "distance": [3, 3], "sets": {"own": own}}, 14)) == 4 + 9
+    known = "no such setting; there are augmentation, cameras, "
+    for common, change, message in (
+        ({}, {"distence": [3, 5]}, rf"data.sets.own.distence=\[3, 5\]: {known}"),
+        ({}, {"image": "front"}, f"data.sets.own.image=front: {known}"),
+        ({"strid": 2}, {}, f"data.strid=2: {known}"),
+        ({}, {"weight": 0}, "data.sets.own.weight=0.0: must be above 0"),
+        ({}, {"weight": 1e30}, r"data.sets.own.weight=1e\+30: must be above 0 and at most 1,000,000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            training_pairs({**common, "sets": {"own": own | change}}, 14)
 
 
 def test_displacement_of_a_moved_square() -> None:

@@ -9,6 +9,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from defi.errors import UserError
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -19,6 +21,9 @@ class Augmentation:
     crop: share of the picture's area that is kept, at a random place.
     brightness: largest shift of the values in [0, 1]. contrast, saturation: factor in 1 ± the number.
     hue: largest rotation, as a share of the full circle.
+
+    Raises:
+        UserError: a number outside [0, 1], or a crop of nothing.
     """
 
     crop: float = 0.9
@@ -26,6 +31,13 @@ class Augmentation:
     contrast: float = 0.2
     saturation: float = 0.2
     hue: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise UserError(f"data.augmentation.crop={self.crop}: must be above 0 and at most 1")
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise UserError(f"data.augmentation.{name}={value}: must be between 0 and 1")
 
     def apply(
         self, frames: UInt8[Tensor, "N 3 H W"], side: int, rng: np.random.Generator

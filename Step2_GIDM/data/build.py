@@ -88,14 +88,26 @@ def source_kind(data: Mapping[str, Any], where: str) -> type[AnyPairs]:
     return SOURCES[data["source"]]
 
 
+def names_of(*kinds: type[AnyPairs]) -> set[str]:
+    """Names of the settings that sources have."""
+    return {"source"}.union(*({field.name for field in fields(kind)} for kind in kinds))
+
+
+def refuse_unknown(section: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Raises UserError for a setting that is none of the `known`: it would have no effect."""
+    if unknown := [f"{where}.{name}={value}" for name, value in section.items() if name not in known]:
+        raise UserError(f"{unknown[0]}: no such setting; there are {', '.join(sorted(known))}")
+
+
 def read_section(data: Mapping[str, Any], where: str = "data") -> AnyPairs:
-    """The section of one data set; in a mixture it may also hold what sets of other sources need.
+    """The section of one data set.
 
     Raises:
-        UserError: no such source, or a value of another type.
+        UserError: no such source, a setting that it does not have, or a value of another type.
     """
     kind = source_kind(data, where)
-    return typed(kind, {field.name: data[field.name] for field in fields(kind) if field.name in data}, where)
+    refuse_unknown(data, names_of(kind), where)
+    return typed(kind, {name: data[name] for name in data.keys() - {"source"}}, where)
 
 
 def build_source(data: Mapping[str, Any], *, held_out: bool = False) -> Source:
@@ -108,6 +120,9 @@ def sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
     A mixture names its sets itself, or (`mixture`) takes those of a table. What a set leaves out it takes
     from the mixture, then from configs/data/pairs_<source>.yaml.
+
+    Raises:
+        UserError: there is no set, one says too little, or a setting that none has.
     """
     chosen = data["sets"]
     if "mixture" in data:
@@ -121,16 +136,20 @@ def sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if not chosen:
         raise UserError("data.sets: names no data set; give at least one, each with source, root and weight")
     common = {key: value for key, value in data.items() if key not in ("sets", "mixture", "mixtures", "root")}
-    return {name: _complete(name, {**common, **section}) for name, section in chosen.items()}
+    refuse_unknown(common, names_of(*SOURCES.values()), "data")
+    return {name: _complete(name, section, common) for name, section in chosen.items()}
 
 
-def _complete(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+def _complete(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """A set's whole section; of the common settings it takes those that its source has."""
+    section = {**common, **own}
     missing = [key for key in ("source", "root", "weight") if key not in section]
     if missing:
         raise UserError(f"data.sets.{name}: says nothing of {', '.join(missing)}")
-    source_kind(section, f"data.sets.{name}")
+    known = names_of(source_kind(section, f"data.sets.{name}"))
     file = CONFIG_DIR / "data" / f"pairs_{section['source']}.yaml"
-    return {**OmegaConf.to_container(OmegaConf.load(file)), **section}
+    shared = {key: value for key, value in common.items() if key in known}
+    return {**OmegaConf.to_container(OmegaConf.load(file)), **shared, **own}
 
 
 def training_pairs(
