@@ -2,8 +2,8 @@
 
     python -m Step1_GFDM.convert root=<data set in VPP's layout>
 
-The new file lies beside the old one, then the annotation names it. Values and types stay. Annotations that
-name no `.pt` are left alone, so a killed run simply goes on; the old files can be deleted afterwards.
+The new file lies beside the old one, then the annotation names it. Values and types stay. What is no `.pt`
+is left alone, so a killed run simply goes on; the old files can be deleted afterwards.
 """
 
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from defi.config import entry
 from defi.engine.output import write_file
 from defi.errors import UserError
-from Step1_GFDM.data import LATENTS, read_episode
+from Step1_GFDM.data import LATENTS, inside, read_episode
 
 
 def read_old(path: Path) -> torch.Tensor:
@@ -40,17 +40,24 @@ def read_old(path: Path) -> torch.Tensor:
 
 
 def convert(root: Path, annotation: Path) -> int:
-    """Convert an episode's `.pt` files; returns their number."""
-    old = [path for path in read_episode(root, annotation).latents if path.endswith(".pt")]
-    for path in old:
-        latents = read_old(root / path)
-        write_file((root / path).with_suffix(".safetensors"), save({LATENTS: latents.contiguous()}))
-    if old:
+    """Convert an episode's `.pt` files; returns their number.
+
+    Raises:
+        UserError: the annotation or a file is damaged, or the new file's name is that of another camera.
+    """
+    named = read_episode(root, annotation).latents
+    new = {path: path.removesuffix(".pt") + ".safetensors" for path in named if path.endswith(".pt")}
+    for old, path in new.items():
+        if path in named:
+            raise UserError(f"{annotation}: names {old} and {path}; rename one of them")
+        write_file(root / path, save({LATENTS: read_old(root / old).contiguous()}))
+    if new:
         values = json.loads(annotation.read_text())
         for latent in values["latent_videos"]:
-            latent["latent_video_path"] = latent["latent_video_path"].removesuffix(".pt") + ".safetensors"
+            path = inside(root, latent["latent_video_path"])
+            latent["latent_video_path"] = new.get(path, path)
         write_file(annotation, json.dumps(values))
-    return len(old)
+    return len(new)
 
 
 @entry("step1_convert")

@@ -6,8 +6,9 @@
 """
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from defi.config import typed
+from defi.engine.fingerprint import fingerprint
 from defi.errors import UserError
+from defi.files import read_json
 
 SPLITS = ("train", "val")
+MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
 LATENTS = "latents"  # the tensor's name in a .safetensors file
+MOST_FRAMES = 10**8  # of a video: more than a month
 
 
 @dataclass
@@ -48,8 +53,12 @@ class ClipsConfig:
     def __post_init__(self) -> None:
         if self.clips not in ("window", "spread"):
             raise UserError(f"data.sets.clips={self.clips}: must be window or spread")
-        if min(self.stride, self.every) < 1 or self.weight <= 0 or min(self.cameras, default=0) < 0:
-            raise UserError(f"{self.root}: stride, every and weight must be positive, cameras not negative")
+        cameras_fit = all(0 <= share < math.inf for share in self.cameras)
+        if min(self.stride, self.every) < 1 or not 0 < self.weight < math.inf or not cameras_fit:
+            raise UserError(
+                f"{self.root}: stride={self.stride}, every={self.every}, weight={self.weight}, "
+                f"cameras={self.cameras}: must be positive numbers, a camera's share may be 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,11 @@ def inside(root: Path, path: str) -> str:
     return normal
 
 
+def as_list(texts: Any) -> list[Any]:
+    """The `texts` of a video; a single one may stand there as it is."""
+    return texts if isinstance(texts, list) else [texts]
+
+
 def read_episode(root: Path, file: Path) -> Episode:
     """One annotation, with or without latents; `video_length`, or one `state` per frame.
 
@@ -82,10 +96,14 @@ def read_episode(root: Path, file: Path) -> Episode:
     """
     try:
         values = json.loads(file.read_text())
-        texts = [str(text) for text in values["texts"]]
-        if not any(text.strip() for text in texts):
+        texts = [text for text in as_list(values["texts"]) if isinstance(text, str) and text.strip()]
+        if not texts:
             raise UserError(f"{file}: has no caption; stage 1 needs texts")
         frames = values["video_length"] if "video_length" in values else len(values.get("state", ()))
+        if not 0 <= frames <= MOST_FRAMES:
+            raise UserError(
+                f"{file}: video_length={frames}: no video is that long; give its number of frames"
+            )
         return Episode(
             str(values.get("episode_id", file.stem)),
             texts,
@@ -195,6 +213,21 @@ def open_sets(cfg: Mapping[str, Any], *, frames: int, split: str) -> dict[str, C
         name: Clips(typed(ClipsConfig, section, f"data.sets.{name}"), frames=frames, split=split)
         for name, section in cfg["sets"].items()
     }
+
+
+def made_by_another(sets: Iterable[Clips], vae: Path) -> str | None:
+    """Says so if latents are not this autoencoder's. Folders without a manifest are taken on trust.
+
+    Raises:
+        UserError: a manifest is damaged.
+    """
+    used = fingerprint(vae)
+    for clips in sets:
+        file = clips.root / MANIFEST
+        made = read_json(file, "run Step1_GFDM.prepare again").get("vae") if file.is_file() else used
+        if made != used:
+            return f"{file}: these latents were made by autoencoder {made}, {vae} is {used}"
+    return None
 
 
 class LatentClips(Dataset):

@@ -30,7 +30,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
-from Step1_GFDM.data import Clips, Episode, open_sets, read_latents
+from Step1_GFDM.data import Clips, Episode, made_by_another, open_sets, read_latents
 from Step1_GFDM.fvd import action_scores, fvd_figures
 from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
 from Step1_GFDM.i3d import FEWEST_FRAMES, I3D
@@ -241,8 +241,39 @@ def load_i3d(place: str | None, model: GFDM) -> I3D | None:
     return I3D.from_published(place).to(model.unet.device)
 
 
+def check_settings(cfg: DictConfig) -> None:
+    """Raises UserError for numbers that mean nothing."""
+    least = {"episodes": 1, "camera": 0} | ({} if cfg.steps is None else {"steps": 1})
+    for name, smallest in least.items():
+        if not isinstance(cfg[name], int) or cfg[name] < smallest:
+            raise UserError(f"{name}={cfg[name]}: must be a whole number, at least {smallest}")
+
+
+def check_latents(model: GFDM, weights: Path, cases: Sequence[Case]) -> None:
+    """Whether the model can go on from the latents; of a pretrained one another file's are told, not refused.
+
+    Raises:
+        UserError: another autoencoder made them, or they are of another size.
+    """
+    one_each = {case.data_set: case for case in cases}.values()
+    if wrong := made_by_another([case.clips for case in one_each], weights / "vae"):
+        if model.config.pretrained is None:
+            raise UserError(
+                f"{wrong}; give the data that this checkpoint was trained on, or prepare them again"
+            )
+        print(f"note: {wrong}; these must be the same weights in another file")
+    expected = model.noise(1).shape[2:]
+    for case in one_each:
+        if (found := case.latents().shape[1:]) != expected:
+            raise UserError(
+                f"{case.clips.root}: latents of episode {case.episode.id} are {list(found)}, those of "
+                f"{weights} {list(expected)}; give the data that this checkpoint was trained on"
+            )
+
+
 @entry("step1_eval")
 def main(cfg: DictConfig) -> None:
+    check_settings(cfg)
     output, state = check_output(cfg.output, overwrite=cfg.overwrite), processes()
     weights = find_weights(cfg.checkpoint, "gfdm")
     model = GFDM.from_pretrained(weights).to(state.device).eval()
@@ -252,6 +283,7 @@ def main(cfg: DictConfig) -> None:
     i3d = load_i3d(cfg.fvd, model)
     sets = open_sets(cfg.data, frames=model.config.frames, split=cfg.split)
     cases = choose(sets, cfg.episodes, cfg.camera)
+    check_latents(model, weights, cases)
     state.wait_for_everyone()
     if state.is_main_process:
         prepare_output(output, overwrite=cfg.overwrite)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from jaxtyping import Float
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
@@ -27,37 +28,51 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
+from defi.files import read_json
 from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
-from Step1_GFDM.data import LATENTS, SPLITS
+from Step1_GFDM.data import LATENTS, MANIFEST, SPLITS
 from Step1_GFDM.sources import Recording, Scene, Source, build_source
 
-MANIFEST, SKIPPED = "manifest.json", "skipped"
+SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What the latents were made of and with; a run that goes on must agree in all of it."""
 
-    source: str
+    data: dict[str, Any]  # settings of the source
     splits: dict[str, str]  # ours → fingerprint of the source's
     vae: str  # fingerprint
     scaling: float
     image_size: int
-    every: int  # frames of the source per stored frame
     cameras: list[str]
     latents: str
     videos: dict[str, str]  # codec
 
     def check(self, file: Path) -> None:
         """Raises UserError if the folder was begun with something else."""
-        before = json.loads(file.read_text())
-        for key, value in asdict(self).items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{file}: begun with {key}={before.get(key)}, now {value}; choose another output="
-                )
+        mend = "choose another output="
+        before = _settings(read_json(file, mend))
+        now = _settings(json.loads(json.dumps(asdict(self))))  # as it comes back from a file
+        for key, value in now.items():
+            if key not in before:
+                raise UserError(f"{file}: does not say {key}=, for it is of an earlier version; {mend}")
+            if before[key] != value:
+                raise UserError(f"{file}: begun with {key}={before[key]}, now {value}; {mend}")
+
+
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest holds, the source's settings under the names that the command line has for them."""
+    source = manifest.pop("data", {})
+    return {f"data.{key}": value for key, value in source.items()} | manifest
+
+
+def source_settings(data: DictConfig) -> dict[str, Any]:
+    """What decides how episodes look; the root, however it is spelled, as one path."""
+    values = OmegaConf.to_container(data) | {"root": str(Path(data.root).resolve())}
+    return {key: value for key, value in values.items() if key != "index"}  # a place to remember things
 
 
 @dataclass
@@ -146,12 +161,11 @@ def main(cfg: DictConfig) -> None:
     weights = find_vae(cfg.vae)
     vae = pipeline.load_part(AutoencoderKLTemporalDecoder, weights).requires_grad_(False)
     manifest = Manifest(
-        source=f"{cfg.data.source}:{cfg.data.root}",
+        data=source_settings(cfg.data),
         splits={split: source.fingerprint for split, source in sources.items()},
         vae=fingerprint(weights),
         scaling=vae.config.scaling_factor,
         image_size=cfg.image_size or vae.config.sample_size,
-        every=every,
         cameras=sources["train"].cameras,
         latents="float16 safetensors, posterior's mode × scaling",
         videos=VIDEO_CODEC,

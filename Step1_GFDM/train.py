@@ -5,7 +5,6 @@
 Runs under `accelerate launch` unchanged. Settings: configs/step1_train.yaml.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +14,17 @@ from omegaconf import DictConfig
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.config import TrainerConfig, run_settings
-from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.errors import UserError
 from defi.video import draw_text, to_uint8, write_mp4
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LatentClips
+from Step1_GFDM.data import LatentClips, made_by_another
 from Step1_GFDM.eval import imagine
 from Step1_GFDM.model import GFDM
-from Step1_GFDM.prepare import MANIFEST
 from Step1_GFDM.vae import load_vae
 
 SHOWN = 4
-
-
-def made_by_another(data: LatentClips, vae: Path) -> str | None:
-    """Says so if the latents are not this autoencoder's. Folders without a manifest are taken on trust."""
-    for clips in data.sets:
-        file = Path(clips.config.root) / MANIFEST
-        if file.is_file() and (made := json.loads(file.read_text())["vae"]) != fingerprint(vae):
-            return f"{file}: these latents were made by autoencoder {made}, {vae} is {fingerprint(vae)}"
-    return None
 
 
 @entry("step1_train")
@@ -49,10 +37,10 @@ def main(cfg: DictConfig) -> None:
     )
     vae = None
     if config.pretrained is None:
-        if wrong := made_by_another(data, find_weights(cfg.vae, "vae")):
+        if wrong := made_by_another(data.sets, find_weights(cfg.vae, "vae")):
             raise UserError(f"{wrong}; give that one as vae=, or run Step1_GFDM.prepare again")
         vae = load_vae(cfg.vae)
-    elif wrong := made_by_another(data, Path(config.pretrained) / "vae"):
+    elif wrong := made_by_another(data.sets, Path(config.pretrained) / "vae"):
         print(f"note: {wrong}; these must be the same weights in another file")
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)

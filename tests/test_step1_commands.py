@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
+from safetensors.torch import save_file
 from torch import Tensor
 
 from defi.calvin import Span, encode_frame, frame_name, index_files
@@ -22,7 +23,7 @@ from defi.errors import UserError
 from defi.text import TextConfig
 from defi.video import frame_count, read_frames
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
-from Step1_GFDM.data import read_episodes, read_latents
+from Step1_GFDM.data import LATENTS, MANIFEST, read_episodes, read_latents
 from Step1_GFDM.eval import columns
 from Step1_GFDM.lpips import BACKBONE, LINEAR, LPIPS, WIDTHS
 from Step1_GFDM.model import GFDM
@@ -319,6 +320,10 @@ def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: P
             "exists and is not empty",
         ),
         ("eval", ["checkpoint={out}/vae", "data.root={out}/latents", "output={out}/new"], "vae checkpoint"),
+        *(
+            ("eval", ["checkpoint={out}/gfdm", "data.root={out}/latents", "output={out}/new", wrong], wrong)
+            for wrong in ("episodes=0", "steps=0", "steps=1.5", "camera=-1")
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -350,3 +355,19 @@ def test_latents_of_another_autoencoder(outputs: Path, tmp_path: Path) -> None:
     with contextlib.redirect_stdout(printed):
         succeed("train", *given, f"gfdm.pretrained={find_checkpoint(outputs / 'gfdm')}")
     assert "these latents" not in printed.getvalue()
+
+
+def test_latents_that_a_checkpoint_cannot_go_on_from(outputs: Path, tmp_path: Path) -> None:
+    """Those of another autoencoder; and, where the folder does not say, of another size."""
+    data = Path(shutil.copytree(outputs / "latents", tmp_path / "latents"))
+    manifest = json.loads((data / MANIFEST).read_text())
+    (data / MANIFEST).write_text(json.dumps(manifest | {"vae": "another"}))
+    given = [f"checkpoint={outputs}/gfdm", f"data.root={data}", f"output={tmp_path}/imagined"]
+    code, errors = command("eval", *given)
+    assert code == 2 and "were made by autoencoder another" in errors.splitlines()[-1]
+    (data / MANIFEST).unlink()
+    for file in (data / "latent_videos").rglob("*.safetensors"):
+        save_file({LATENTS: torch.zeros(6, 4, 4, 4)}, file)
+    code, errors = command("eval", *given)
+    assert code == 2 and "are [4, 4, 4], those of" in errors.splitlines()[-1]
+    assert not (tmp_path / "imagined").exists()

@@ -112,6 +112,24 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read_episodes(tmp_path, "train")
 
 
+def test_a_caption_that_stands_alone_is_one_text(tmp_path: Path) -> None:
+    write(tmp_path, "0", 4)
+    file = tmp_path / "annotation/train/0.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"texts": "open the drawer"}))
+    assert read_episodes(tmp_path, "train")[0].texts == ["open the drawer"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"cameras": [float("nan")]}, {"cameras": [1, float("inf")]}, {"weight": float("nan")}],
+    ids=str,
+)
+def test_shares_are_numbers(changes: dict, tmp_path: Path) -> None:
+    write(tmp_path, "0", 4)
+    with pytest.raises(UserError, match="must be positive numbers"):
+        clips(demos={"root": str(tmp_path), **changes})
+
+
 def test_scores() -> None:
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.allclose(ssim(image, image), torch.ones(2), atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import save_file
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi.errors import UserError
 from defi.video import frame_count, frame_rate, read_frames, write_mp4
 from Step1_GFDM import convert, prepare
 from Step1_GFDM.config import VAESizes
-from Step1_GFDM.data import Clips, ClipsConfig, read_episodes, read_latents
+from Step1_GFDM.data import LATENTS, Clips, ClipsConfig, read_episodes, read_latents
 from Step1_GFDM.parts import build_vae
 from Step1_GFDM.sources.recordings import Recording, distinct, file_name, part
+from Step1_GFDM.sources.videos import read_captions
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +94,9 @@ def test_a_folder_of_videos_and_captions(
     assert read_latents(output / train.latents[0], np.arange(3)).shape == (3, 4, 8, 8)
     assert "broken.mp4" in (output / "skipped" / "train" / "broken.txt").read_text()
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["source"] == f"videos:{videos}" and manifest["image_size"] == 16
-    assert manifest["videos"]["codec"] == "libx264" and manifest["every"] == 2 and len(manifest["vae"]) == 16
+    assert manifest["data"]["root"] == str(videos) and manifest["data"]["every"] == 2
+    assert manifest["videos"]["codec"] == "libx264" and manifest["image_size"] == 16
+    assert len(manifest["vae"]) == 16
     clips = Clips(ClipsConfig(str(output), clips="spread", cameras=[1.0]), frames=3, split="train")
     assert clips.clip(0, np.random.default_rng(0))["text"] == "open the drawer"
 
@@ -116,13 +120,52 @@ def test_captions_as_a_table_and_as_something_something_has_them(tmp_path: Path,
 
 
 def test_longer_videos_are_left_out(videos: Path, vae: Path) -> None:
+    video(videos / "3.mp4", 4)
     (videos / "captions.jsonl").write_text(
         '{"video": "kitchen/1.mp4", "text": "a"}\n{"video": "kitchen/2.mp4", "text": "b"}\n'
-        '{"video": "kitchen/1.mp4", "text": "c"}\n'
+        '{"video": "3.mp4", "text": "c"}\n'
     )
     output = prepared("videos", videos, vae, "data.longest=8")
     assert [e.id for e in read_episodes(output, "train")] == ["kitchen_1"]
-    assert [e.texts for e in read_episodes(output, "val")] == [["c"]], "a second caption of the same video"
+    assert [e.texts for e in read_episodes(output, "val")] == [["c"]]
+
+
+def test_captions_of_one_video_stay_together(videos: Path, vae: Path) -> None:
+    """What is held out is held out under all its captions, however its path is spelled."""
+    (videos / "captions.jsonl").write_text(
+        '{"video": "kitchen/2.mp4", "text": "a"}\n{"video": "kitchen/1.mp4", "text": "b"}\n'
+        '{"video": "./kitchen/2.mp4", "text": "c"}\n{"video": "kitchen/2.mp4", "text": "d"}\n'
+    )
+    output = prepared("videos", videos, vae)
+    assert {e.texts[0] for e in read_episodes(output, "train")} == {"a", "c", "d"}
+    assert [e.texts for e in read_episodes(output, "val")] == [["b"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.csv", "\ufeffvideo,text\nkitchen/1.mp4,go\n"),
+        ("UPPER.CSV", "video,text\nkitchen/1.mp4,go\n"),
+        ("bom.jsonl", '\ufeff{"video": "kitchen/1.mp4", "text": "go"}'),
+        ("one.jsonl", '{"video": "kitchen/1.mp4", "texts": "go"}'),
+        ("bom.json", '\ufeff[{"id": "1", "label": "go"}]'),
+    ],
+)
+def test_captions_as_programs_write_them(videos: Path, name: str, content: str) -> None:
+    """With a byte order mark, a suffix in capitals, a text that stands alone."""
+    (videos / name).write_text(content, encoding="utf-8")
+    ((_, texts),) = read_captions(videos / name)
+    assert texts == ["go"]
+
+
+def test_a_path_too_long_for_a_name_is_shortened(videos: Path, vae: Path) -> None:
+    deep = "/".join(["ordner_mit_ü" * 5] * 6)
+    video(videos / deep / "1.mp4", 3)
+    video(videos / deep / "2.mp4", 4)
+    (videos / "captions.csv").write_text(f"video,text\n{deep}/1.mp4,go\n{deep}/2.mp4,come\n")
+    output = prepared("videos", videos, vae, "data.splits={train: captions.csv, val: captions.csv}")
+    first, second = sorted(read_episodes(output, "train"), key=lambda episode: episode.frames)
+    assert first.texts == ["go"] and second.texts == ["come"] and first.id[:150] == second.id[:150]
 
 
 def test_vpp_layout_without_latents(tmp_path: Path, vae: Path) -> None:
@@ -145,6 +188,53 @@ def test_vpp_layout_without_latents(tmp_path: Path, vae: Path) -> None:
     assert [Path(path).name for path in episode.latents] == ["static.safetensors", "gripper.safetensors"]
     shades = [read_frames(output / path)[0, 0, 0, 0] for path in episode.videos]
     np.testing.assert_allclose(shades, [20, 120], atol=4)
+
+
+def write_vpp(root: Path, split: str, name: str, videos: list[str], changes: Mapping[str, Any] = {}) -> Path:
+    """An annotation and its videos."""
+    for number, path in enumerate(videos):
+        video(root / path, 4, shade=20 + 100 * number)
+    annotation = {"texts": ["lift"], "videos": [{"video_path": path} for path in videos], **changes}
+    file = root / "annotation" / split / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(annotation))
+    return file
+
+
+def test_vpp_videos_of_one_name_are_all_kept(tmp_path: Path, vae: Path) -> None:
+    root = tmp_path / "vpp"
+    for split in ("train", "val"):
+        write_vpp(root, split, "7", [f"videos/{split}/7/{camera}/rgb.mp4" for camera in (0, 1)])
+    output = prepared("vpp", root, vae)
+    (episode,) = read_episodes(output, "train")
+    assert [Path(path).name for path in episode.latents] == ["0.safetensors", "1.safetensors"]
+    shades = [read_frames(output / path)[0, 0, 0, 0] for path in episode.videos]
+    np.testing.assert_allclose(shades, [20, 120], atol=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": []}, "0.json: has no caption"),
+        ({"videos": []}, "0.json: names no videos"),
+        ({"video_length": float("inf")}, "0.json: video_length=inf: no video is that long"),
+        ({"video_length": 10**30}, "0.json: video_length=1000"),
+        ({"video_length": -3}, "0.json: video_length=-3"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_damaged_annotation_is_left_out_wherever_it_stands(
+    changes: dict[str, Any], message: str, tmp_path: Path, vae: Path
+) -> None:
+    """Even where it is the first."""
+    root = tmp_path / "vpp"
+    for split in ("train", "val"):
+        for name in ("0", "1"):
+            write_vpp(root, split, name, [f"videos/{split}/{name}/rgb.mp4"])
+    write_vpp(root, "train", "0", ["videos/train/0/rgb.mp4"], changes)
+    output = prepared("vpp", root, vae)
+    assert [e.id for e in read_episodes(output, "train")] == ["1"]
+    assert message in (output / "skipped" / "train" / "0.txt").read_text()
 
 
 def test_rlds(tmp_path: Path, vae: Path) -> None:
@@ -211,6 +301,53 @@ def test_hdf5_with_several_episodes_in_a_file(tmp_path: Path, vae: Path) -> None
     assert "cut.hdf5: damaged" in note.read_text()
 
 
+def write_teleoperation(root: Path, *names: str) -> Path:
+    """Episodes of two cameras, one dark, one bright."""
+    h5py = pytest.importorskip("h5py")
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(root / f"{name}.hdf5", "w") as file:
+            for camera, shade in (("dark", 10), ("bright", 200)):
+                file[camera] = np.full((3, 20, 24, 3), shade, np.uint8)
+    return root
+
+
+TELEOPERATION = ["data.instruction=fold", "data.cameras={top: dark}"]
+
+
+def test_hdf5_in_folders_that_are_links(tmp_path: Path, vae: Path) -> None:
+    """Each once, under the name that it has in the folder itself, and without going round in circles."""
+    root = write_teleoperation(tmp_path / "here", "day1/one")
+    write_teleoperation(tmp_path / "there", "two")
+    (root / "day0").symlink_to(root / "day1")
+    (root / "day2").symlink_to(tmp_path / "there")
+    (tmp_path / "there" / "again").symlink_to(root)
+    output = prepared("hdf5", root, vae, *TELEOPERATION)
+    found = [e.id for split in ("train", "val") for e in read_episodes(output, split)]
+    assert found == ["day1-one", "day2-two"]
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ("[0, 0, 0, 10]", "data.crop.top=[0, 0, 0, 10]: give one of the cameras (top)"),
+        ("[0, 0, 1.5, 10]", "data.crop.top=[0, 0, 1.5, 10]: give one of the cameras (top)"),
+        ("5", "data.crop.top=5: give one of the cameras (top)"),
+        ("[100, 0, 10, 10]", "no episode of train could be read"),
+    ],
+)
+def test_a_crop_outside_the_picture(
+    box: str, message: str, tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = write_teleoperation(tmp_path / "aloha", "one", "two")
+    given = ["data=captioned_hdf5", f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}"]
+    assert run(prepare, *given, *TELEOPERATION, f"data.crop={{top: {box}}}") == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    if "episode" in message:
+        assert f"{root}/one.hdf5: data.crop.top={box} leaves its pictures of 20 x 24 pixels" in said.out
+
+
 def test_hdf5_links_out_of_the_file_are_not_followed(tmp_path: Path, vae: Path) -> None:
     h5py = pytest.importorskip("h5py")
     root = tmp_path / "links"
@@ -251,6 +388,43 @@ def test_a_killed_preparation_goes_on_and_redoes_nothing(
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("data.cameras={top: bright}", "begun with data.cameras={'top': 'dark'}, now {'top': 'bright'}"),
+        ("data.crop={top: [0, 0, 9, 9]}", "begun with data.crop=None, now {'top': [0, 0, 9, 9]}"),
+        ("data.pad=true", "begun with data.pad=False, now True"),
+        ("data.instruction=unfold", "begun with data.instruction=fold, now unfold"),
+        ("data.fps=7", "begun with data.fps=30, now 7"),
+        ("data.every=2", "begun with data.every=1, now 2"),
+        ("data.root={other}", "begun with data.root={root}, now {other}"),
+    ],
+)
+def test_a_preparation_goes_on_with_the_same_settings_only(
+    changed: str, message: str, tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root, other = (write_teleoperation(tmp_path / name, "one", "two") for name in ("aloha", "other"))
+    prepared("hdf5", root, vae, *TELEOPERATION)
+    given = ["data=captioned_hdf5", f"data.root={root}", f"vae={vae}", f"output={root}_latents"]
+    assert run(prepare, *given, *TELEOPERATION, "resume=true", changed.replace("{other}", str(other))) == 2
+    told = message.replace("{root}", str(root)).replace("{other}", str(other))
+    assert f"manifest.json: {told}; choose another output=" in capsys.readouterr().err
+
+
+def test_a_root_may_be_spelled_differently(
+    videos: Path, vae: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    output = prepared("videos", videos, vae)
+    monkeypatch.chdir(videos)
+    given = ["data=captioned_videos", f"vae={vae}", f"output={output}", "resume=true"]
+    for root in (".", f"{videos}/", f"{videos}/../videos"):
+        assert run(prepare, *given, f"data.root={root}") == 0
+    manifest = json.loads((output / "manifest.json").read_text())
+    (output / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "data"}))
+    assert run(prepare, *given, f"data.root={videos}") == 2
+    assert "does not say data.source=, for it is of an earlier version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         (
@@ -283,6 +457,9 @@ def test_names_of_recordings() -> None:
     assert file_name("a/b c:d.é") == "a_b_c_d.é" and file_name("../..") == "_"
     same = distinct([Recording("a", 1), Recording("b", 2), Recording("a", 3)])
     assert [(r.id, r.place) for r in same] == [("a", 1), ("b", 2), ("a-2", 3)]
+    names = ["a", "a", "a-2", "A", "a", "a-2"]
+    found = [r.id for r in distinct([Recording(name, None) for name in names])]
+    assert found == ["a", "a-3", "a-2", "A", "a-4", "a-2-2"]
 
 
 @pytest.mark.parametrize(("count", "held"), [(2, [1]), (20, [19]), (45, [19, 39])])
@@ -317,6 +494,31 @@ def test_old_latents_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture
         )
     assert run(convert, f"root={tmp_path}") == 0
     assert "0 files converted, 2 episodes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_old_latents_beside_converted_ones(tmp_path: Path) -> None:
+    """Only the old ones are converted, and none is written over another camera's."""
+    latents = torch.rand(2, 3, 4, 2, 2)
+    save_file({LATENTS: latents[0]}, tmp_path / "a.safetensors")
+    torch.save(latents[1], tmp_path / "b.pt")
+    file = write_vpp(tmp_path, "train", "0", [], {"video_length": 3})
+
+    def name(*paths: str) -> None:
+        entries = [{"latent_video_path": path} for path in paths]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_videos": entries}))
+
+    name("a.safetensors", "b.pt")
+    for count in (1, 0):
+        assert convert.convert(tmp_path, file) == count
+        (episode,) = read_episodes(tmp_path, "train")
+        assert episode.latents == ["a.safetensors", "b.safetensors"]
+        for path, expected in zip(episode.latents, latents):
+            assert torch.equal(read_latents(tmp_path / path, np.arange(3)), expected)
+    torch.save(latents[1], tmp_path / "a.pt")
+    name("a.safetensors", "a.pt")
+    with pytest.raises(UserError, match=r"0\.json: names a\.pt and a\.safetensors; rename one"):
+        convert.convert(tmp_path, file)
+    assert torch.equal(read_latents(tmp_path / "a.safetensors", np.arange(3)), latents[0])
 
 
 def test_damaged_old_latents_are_named(tmp_path: Path) -> None:

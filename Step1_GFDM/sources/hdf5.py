@@ -8,11 +8,13 @@ Needs the package h5py.
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
+from defi.folders import find_files
 from defi.hdf5 import read_hdf5
 from defi.picture import decode_picture
 from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
@@ -46,13 +48,14 @@ class HDF5Episodes:
         pad: bool = False,
         held_out: bool | None = None,
     ) -> None:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = find_files(folder, SUFFIXES)
         if not files:
             raise UserError(f"{folder}: no HDF5 files here ({', '.join(SUFFIXES)}); check data.root")
         for camera, box in (crop or {}).items():
-            if camera not in cameras or len(box) != 4 or min(box) < 0:
+            if camera not in cameras or not _is_box(box):
                 raise UserError(
-                    f"data.crop.{camera}={box}: give one of the cameras [top, left, height, width]"
+                    f"data.crop.{camera}={box}: give one of the cameras ({', '.join(cameras)}) "
+                    "[top, left, height, width] in pixels, height and width at least 1"
                 )
         self.paths, self.text, self.instruction, self.fps = dict(cameras), text, instruction, fps
         self.crop, self.pad = dict(crop or {}), pad
@@ -82,17 +85,35 @@ class HDF5Episodes:
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise UserError(f"{path}: cameras of different or no length: {lengths}")
         try:
-            views = {camera: self._frames(camera, pictures) for camera, pictures in found.pictures.items()}
+            views = {camera: _decoded(pictures) for camera, pictures in found.pictures.items()}
         except ValueError as error:
             raise UserError(f"{path}: damaged picture ({error}); copy it again") from None
+        views = {camera: self._cropped(path, camera, frames) for camera, frames in views.items()}
         return Scene(views, [text], self.fps / every)
 
-    def _frames(self, camera: str, pictures: np.ndarray | list[bytes]) -> UInt8[np.ndarray, "F H W 3"]:
-        frames = np.stack([decode_picture(p) for p in pictures]) if isinstance(pictures, list) else pictures
+    def _cropped(
+        self, path: Path, camera: str, frames: UInt8[np.ndarray, "F H W 3"]
+    ) -> UInt8[np.ndarray, "F H2 W2 3"]:
+        """Cut out and padded as the settings say. Raises UserError for a crop that leaves the pictures."""
         if camera in self.crop:
-            top, left, height, width = self.crop[camera]
+            top, left, height, width = box = self.crop[camera]
+            if top + height > frames.shape[1] or left + width > frames.shape[2]:
+                raise UserError(
+                    f"{path}: data.crop.{camera}={box} leaves its pictures of {frames.shape[1]} x "
+                    f"{frames.shape[2]} pixels (height x width); give [top, left, height, width] within them"
+                )
             frames = frames[:, top : top + height, left : left + width]
         return _square(frames) if self.pad else frames
+
+
+def _decoded(pictures: np.ndarray | list[bytes]) -> UInt8[np.ndarray, "F H W 3"]:
+    return np.stack([decode_picture(p) for p in pictures]) if isinstance(pictures, list) else pictures
+
+
+def _is_box(box: Any) -> bool:
+    """Whether this is [top, left, height, width], and not empty."""
+    numbers = isinstance(box, Sequence) and all(isinstance(number, int) for number in box)
+    return numbers and len(box) == 4 and min(box) >= 0 and min(box[2:]) > 0
 
 
 def _groups(path: Path, groups: str | None) -> list[list[str]]:

@@ -1,7 +1,9 @@
 """What a source of captioned video gives: recordings, and each one's scene when it is read."""
 
+import hashlib
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -9,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 HELD_OUT_EVERY = 20  # where a source does not name its held-out part, every 20th recording is
+LONGEST_NAME = 180  # bytes; folders take 255, with endings and the marks of unfinished files
 
 Item = TypeVar("Item")
 
@@ -51,17 +54,28 @@ class Source(Protocol):
 
 
 def file_name(text: str) -> str:
-    """A text as a file's name: what is not a letter, digit, dot or dash becomes an underscore."""
-    return re.sub(r"[^\w.\-]+", "_", text).strip("._") or "_"
+    """A text as a file's name: what is not a letter, digit, dot or dash becomes an underscore.
+
+    Of a name that is too long for a file the start is kept, and a hash of all of it.
+    """
+    name = re.sub(r"[^\w.\-]+", "_", text).strip("._") or "_"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    start = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def distinct(recordings: list[Recording]) -> list[Recording]:
-    """With numbers after the names that occur more than once."""
-    seen: dict[str, int] = {}
+    """With numbers after the names that occur more than once; no number makes a name of another recording."""
+    given = {recording.id for recording in recordings}
+    numbers: dict[str, Iterator[int]] = {}
     named = []
     for recording in recordings:
-        count = seen[recording.id] = seen.get(recording.id, 0) + 1
-        name = recording.id if count == 1 else f"{recording.id}-{count}"
+        name = recording.id
+        if name in numbers:
+            name = next(new for n in numbers[name] if (new := f"{recording.id}-{n}") not in given)
+        else:
+            numbers[name] = itertools.count(2)
         named.append(Recording(name, recording.place))
     return named
 

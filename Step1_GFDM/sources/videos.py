@@ -13,10 +13,11 @@ from pathlib import Path
 
 from defi.errors import UserError
 from defi.video import frame_count, frame_rate, read_frames
-from Step1_GFDM.data import inside
+from Step1_GFDM.data import as_list, inside
 from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
 
 SOMETHING_SUFFIX = ".webm"
+ENCODING = "utf-8-sig"  # spreadsheets begin their files with a mark, others do not
 
 
 class CaptionedVideos:
@@ -25,7 +26,7 @@ class CaptionedVideos:
     Args:
         captions: the file with the captions.
         videos: the folder that its names of videos start from.
-        held_out: None: all captions; True: every 20th, False: the others.
+        held_out: None: all captions; True: those of every 20th video, False: the others.
         longest: frames; longer videos are left out when they are read.
     """
 
@@ -37,7 +38,10 @@ class CaptionedVideos:
         if not videos.is_dir():
             raise UserError(f"{videos}: no such folder; give the folder of the videos as data.videos")
         self.longest = longest
-        said = part(list(read_captions(captions)), held_out)
+        said = list(read_captions(captions))
+        files = list(dict.fromkeys(inside(videos, name) for name, _ in said))
+        kept = set(part(files, held_out))
+        said = [(name, texts) for name, texts in said if inside(videos, name) in kept]
         recordings = [
             Recording(file_name(name.rpartition(".")[0] or name), (videos / inside(videos, name), texts))
             for name, texts in said
@@ -63,10 +67,12 @@ def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
         UserError: the file is missing or of another kind, or a caption is; file and line are named.
     """
     readers = {".jsonl": _lines, ".csv": _table, ".json": _something}
-    if file.suffix not in readers:
-        raise UserError(f"{file}: captions are read from {', '.join(readers)}")
+    if file.suffix.lower() not in readers:
+        raise UserError(
+            f"{file}: captions are read from {', '.join(readers)}; give such a file as data.splits"
+        )
     try:
-        for place, video, texts in readers[file.suffix](file):
+        for place, video, texts in readers[file.suffix.lower()](file):
             if not video or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
                 raise UserError(f"{file}: {place}: a video or its caption is missing")
             yield video, [text.strip() for text in texts]
@@ -79,19 +85,19 @@ def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     values = json.loads(line)
                 except ValueError as error:
                     raise UserError(f"{file}: line {number}: not JSON ({error})") from None
-                texts = values.get("texts", [values.get("text")])
-                yield f"line {number}", values.get("video"), texts
+                texts = values.get("texts", values.get("text"))
+                yield f"line {number}", values.get("video"), as_list(texts)
 
 
 def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding=ENCODING, newline="") as lines:
         for row in (table := csv.DictReader(lines)):
             if not {"video", "text"} <= row.keys():
                 raise UserError(f"{file}: its first line must name the columns video and text")
@@ -99,5 +105,5 @@ def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _something(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    for number, entry in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+    for number, entry in enumerate(json.loads(file.read_text(encoding=ENCODING))):
         yield f"entry {number}", f"{entry['id']}{SOMETHING_SUFFIX}", [entry["label"]]

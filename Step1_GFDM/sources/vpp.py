@@ -10,7 +10,10 @@ from Step1_GFDM.sources.recordings import Recording, Scene
 
 
 class AnnotatedVideos:
-    """One recording per annotation; cameras are the names of its videos' files."""
+    """One recording per annotation.
+
+    Cameras are the names of its videos' files without suffix; their numbers from 0, where names repeat.
+    """
 
     def __init__(self, root: Path, split: str) -> None:
         self.root = root
@@ -18,19 +21,35 @@ class AnnotatedVideos:
         if not files:
             raise UserError(f"{root}/annotation/{split}: no annotations; give a data set in VPP's layout")
         self.recordings = [Recording(file.stem, file) for file in files]
-        self.cameras = list(self._videos(read_episode(root, files[0])))
+        self.cameras = self._first_cameras()
 
     @property
     def fingerprint(self) -> str:
         """Hash of the annotations' names."""
         return hashlib.sha256("\n".join(r.id for r in self.recordings).encode()).hexdigest()[:16]
 
-    def _videos(self, episode: Episode) -> dict[str, Path]:
-        return {Path(video).stem: self.root / video for video in episode.videos}
+    def _first_cameras(self) -> list[str]:
+        """Of the first annotation that can be read. Raises UserError if none can."""
+        errors = []
+        for recording in self.recordings:
+            try:
+                return list(self._videos(read_episode(self.root, recording.place), recording))
+            except UserError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _videos(self, episode: Episode, recording: Recording) -> dict[str, Path]:
+        """Camera -> video. Raises UserError if there is none."""
+        if not episode.videos:
+            raise UserError(f"{recording.place}: names no videos; list them, or remove this annotation")
+        names = [Path(video).stem for video in episode.videos]
+        if len(set(names)) < len(names):
+            names = [str(number) for number in range(len(names))]
+        return {name: self.root / video for name, video in zip(names, episode.videos)}
 
     def read(self, recording: Recording, every: int) -> Scene:
         episode = read_episode(self.root, recording.place)
-        videos = self._videos(episode)
+        videos = self._videos(episode, recording)
         if list(videos) != self.cameras:
             raise UserError(f"{recording.place}: has the videos {list(videos)}, others {self.cameras}")
         frames = min(map(frame_count, videos.values()))
