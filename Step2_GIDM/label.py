@@ -7,6 +7,10 @@ the rows of the `codebook` [codes, Z].
                     codebook as JSON in the file's metadata. Needs the package pyarrow
     codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name`, `start`, `text`
 
+All of a data set is labelled where its section does not ask for less: RLDS' whole `train`, all of CALVIN's
+recordings (`data.language=true`: the annotated spans, with their instructions). A clip that cannot be read is
+left out; the last line tells what was labelled, and what was not.
+
 The processes of `accelerate launch` take clips in turn. The file appears when it is whole; it is the same for
 any number of processes, and after a run that was killed.
 """
@@ -14,8 +18,9 @@ any number of processes, and after a run that was killed.
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +36,7 @@ from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.processes import processes
 from Step2_GIDM.data.augment import resize
-from Step2_GIDM.data.build import build_source
+from Step2_GIDM.data.build import Whole, read_section
 from Step2_GIDM.data.pairs import Clip, Source
 from Step2_GIDM.model import GIDM
 
@@ -68,25 +73,66 @@ def label_clip(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels
     return Labels(clip, pairs, np.concatenate(indices).astype(np.int16))
 
 
-def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels]:
+def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels | UserError]:
     """All clips of at least two frames, in order, in every process; each labels its share of them.
 
+    Of a clip that cannot be read comes the reason.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none can be read.
     """
     model.eval()
     long = [number for number, clip in enumerate(source.clips) if clip.length > 1]
     if not long:
         raise UserError("data: no clip has two frames; give longer videos")
-    state = processes()
+    state, unread = processes(), []
     rounds = range(0, len(long), state.num_processes)
     for first in track(rounds, description="clips", disable=not state.is_main_process):
         own = long[first : first + state.num_processes][state.process_index :][:1]
-        yield from gather_object([label_clip(model, source, source.clips[i], distance) for i in own])
+        for found in gather_object([_label_or_reason(model, source, source.clips[i], distance) for i in own]):
+            unread += [found] if isinstance(found, UserError) else []
+            yield found
+    if len(unread) == len(long):
+        raise UserError(f"data: none of {len(long)} clips can be read; the first: {unread[0]}")
 
 
-def write_npz(path: Path, labels: Iterator[Labels], codebook: np.ndarray) -> int:
-    """Write plain arrays; returns the number of pairs."""
+def _label_or_reason(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels | UserError:
+    try:
+        return label_clip(model, source, clip, distance)
+    except UserError as error:
+        return error
+
+
+@dataclass
+class Tally:
+    """What was labelled, and how many clips could not be read."""
+
+    pairs: int = 0
+    clips: int = 0
+    unread: int = 0
+
+    def count(self, found: Iterable[Labels | UserError]) -> Iterator[Labels]:
+        """The labels in what was found; a line tells of each clip that could not be read."""
+        for part in found:
+            if isinstance(part, UserError):
+                print(f"left out: {part}")
+                self.unread += 1
+            else:
+                self.pairs, self.clips = self.pairs + len(part.pairs), self.clips + 1
+                yield part
+
+    def told(self, whole: Whole) -> str:
+        """What was labelled of a data set, and what was not."""
+        short = len(whole.source.clips) - self.clips - self.unread
+        left_out = [f"clips that cannot be read ({self.unread:,})"] if self.unread else []
+        left_out += [f"clips of less than two frames ({short:,})"] if short else []
+        left_out += whole.left_out
+        told = f"{self.pairs:,} pairs of {self.clips:,} clips of {whole.scope}"
+        return f"{told}; left out: {', '.join(left_out)}" if left_out else told
+
+
+def write_npz(path: Path, labels: Iterable[Labels], codebook: np.ndarray) -> None:
+    """Write plain arrays."""
     found = list(labels)
     now, later = np.concatenate([part.pairs for part in found]).T
     arrays = {
@@ -102,32 +148,30 @@ def write_npz(path: Path, labels: Iterator[Labels], codebook: np.ndarray) -> int
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_file(path, buffer.getvalue())
-    return len(now)
 
 
-def write_parquet(path: Path, labels: Iterator[Labels], codebook: np.ndarray) -> int:
-    """Write a table, clip by clip; it appears when it is whole. Returns the number of pairs."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"output={path}: needs the package pyarrow; pip install it, or write .npz") from None
+def write_parquet(path: Path, labels: Iterable[Labels], codebook: np.ndarray) -> None:
+    """Write a table, clip by clip; it appears when it is whole, and an error leaves nothing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     fields = {"name": pa.string(), "start": pa.int64(), "text": pa.string(), "frame": pa.int32()}
     fields |= {"later": pa.int32(), "indices": pa.list_(pa.int16())}
     schema = pa.schema(fields, metadata={"codebook": json.dumps(codebook.tolist())})
-    partial, rows = path.with_name(f".{path.name}.writing"), 0
-    with pq.ParquetWriter(partial, schema, compression="zstd") as file:
-        for part in labels:
-            count = len(part.pairs)
-            columns = {key: [getattr(part.clip, key)] * count for key in ("name", "start", "text")}
-            columns |= {"frame": part.pairs[:, 0], "later": part.pairs[:, 1], "indices": list(part.indices)}
-            file.write_table(pa.table(columns, schema=schema))
-            rows += count
-    os.replace(partial, path)
-    return rows
+    partial = path.with_name(f".{path.name}.writing")
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as file:
+            for part in labels:
+                count = len(part.pairs)
+                columns = {key: [getattr(part.clip, key)] * count for key in ("name", "start", "text")}
+                columns |= {"frame": part.pairs[:, 0], "later": part.pairs[:, 1]}
+                file.write_table(pa.table(columns | {"indices": list(part.indices)}, schema=schema))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-WRITERS: dict[str, Callable[[Path, Iterator[Labels], np.ndarray], int]] = {
+WRITERS: dict[str, Callable[[Path, Iterable[Labels], np.ndarray], None]] = {
     ".parquet": write_parquet,
     ".npz": write_npz,
 }
@@ -138,6 +182,8 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output)
     if output.suffix not in WRITERS:
         raise UserError(f"output={output}: must be a file that ends in {' or '.join(WRITERS)}")
+    if output.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise UserError(f"output={output}: needs the package pyarrow; pip install it, or write .npz")
     if output.exists() and not cfg.overwrite:
         raise UserError(f"{output}: exists; overwrite=true replaces it")
     if "sets" in cfg.data:
@@ -145,19 +191,21 @@ def main(cfg: DictConfig) -> None:
     state = processes()
     model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm")).to(state.device)
     codebook = model.tokenizer.quantizer.codebook.detach().cpu().numpy()
-    labels = label(model, build_source(cfg.data), cfg.data.distance[1])
+    section = read_section(cfg.data)
+    whole, tally = section.whole(), Tally()
+    labels = label(model, whole.source, section.distance[1])
     if not state.is_main_process:
         for _ in labels:  # the main process writes them
             pass
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        pairs = WRITERS[output.suffix](output, labels, codebook)
+        WRITERS[output.suffix](output, tally.count(labels), codebook)
     except OSError as error:
         raise UserError(
             f"{output}: cannot be written ({error.strerror}); make room and run it again"
         ) from None
-    print(f"{output}: {pairs:,} pairs")
+    print(f"{output}: {tally.told(whole)}")
 
 
 if __name__ == "__main__":

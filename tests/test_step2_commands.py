@@ -130,6 +130,46 @@ def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(label, *arguments, monkeypatch=monkeypatch) == 2, "the file exists"
 
 
+def test_label_leaves_out_what_cannot_be_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And no half-written table where nothing can be read."""
+    pytest.importorskip("pyarrow")
+    for name, length in (("a", 60), ("b", 60), ("c", 1)):
+        frames = np.random.default_rng(0).integers(0, 256, (length, 64, 64, 3), dtype=np.uint8)
+        write_mp4(tmp_path / "videos" / f"{name}.mp4", frames, 10)
+    cut = tmp_path / "videos" / "b.mp4"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    table = tmp_path / "codes.parquet"
+    arguments = [f"checkpoint={trained}", "data=pairs_videos", f"data.root={cut.parent}", f"output={table}"]
+    assert run(label, *arguments, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert f"left out: {cut}: " in printed
+    told = "left out: clips that cannot be read (1), clips of less than two frames (1)"
+    assert f"{table}: 59 pairs of 1 clips of {cut.parent}; {told}" in printed
+    (cut.parent / "a.mp4").unlink()
+    assert run(label, *arguments, "overwrite=true", monkeypatch=monkeypatch) == 2
+    assert f"data: none of 1 clips can be read; the first: {cut}: " in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_label_takes_all_episodes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Those that training would hold out, too."""
+    toy = write_videos(tmp_path, {"train": [[3, 2, 4]], "test": [[2]]})
+    arguments = [f"checkpoint={trained}", "data=pairs_rlds", f"data.root={toy}", f"data.index={tmp_path}"]
+    for split, told in (
+        ("null", "6 pairs of 3 clips of {} (train); left out: the split test (data.split)"),
+        ("train[:1]", "2 pairs of 1 clips of {} (train[:1]); left out: the split test (data.split), "
+         "2 episodes of train (data.split)"),
+    ):  # fmt: skip
+        given = [*arguments, f"data.split='{split}'" if "[" in split else f"data.split={split}"]
+        given += [f"output={tmp_path / 'codes.npz'}", "overwrite=true"]
+        assert run(label, *given, monkeypatch=monkeypatch) == 0
+        assert f"codes.npz: {told.format(toy / '1.0.0')}\n" in capsys.readouterr().out
+
+
 def test_label_rlds_as_a_table(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rows as Parquet and as npz."""
     parquet = pytest.importorskip("pyarrow.parquet")

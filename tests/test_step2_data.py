@@ -10,7 +10,7 @@ from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.errors import UserError
 from defi.video import write_mp4
 from Step2_GIDM.data.augment import Augmentation, hue_rotation, resize, saturation_matrix
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
+from Step2_GIDM.data.build import held_out_pairs, read_section, training_pairs
 from Step2_GIDM.data.calvin import CalvinClips
 from Step2_GIDM.data.pairs import Clip, PairDataset
 from Step2_GIDM.data.videos import VideoClips
@@ -139,6 +139,22 @@ def test_sections_of_the_configuration(demonstrations: Path) -> None:
     assert len(train) == len(held) == 4 + 9
     assert train.augmentation.crop == 0.9 and held.augmentation is None
     assert held.source.data.folder.name == "validation"
+
+
+@pytest.mark.parametrize(("language", "clips"), [(None, 2), (False, 2), (True, 4)])
+def test_all_of_the_demonstrations(demonstrations: Path, language: bool | None, clips: int) -> None:
+    """Training takes annotated spans; where all is wanted, all recordings, unless data.language is true."""
+    cameras = ["static", "gripper"] if language else ["static"]
+    given = section(demonstrations, language=language, cameras=cameras)
+    whole = read_section(given).whole()
+    assert len(whole.source.clips) == clips
+    assert len(training_pairs(given, 14)) == len(cameras) * (9 + 9 if language is False else 4 + 9)
+    if language:
+        assert whole.scope == f"{demonstrations / 'training'} (static, gripper; annotated spans)"
+        assert whole.left_out[0] == "frames without annotation (data.language)"
+    else:
+        assert whole.left_out == ["the camera gripper (data.cameras)", "the split validation (data.split)"]
+        assert sum(clip.length for clip in whole.source.clips) == 20
 
 
 @pytest.mark.parametrize(

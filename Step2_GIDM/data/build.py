@@ -7,11 +7,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from defi.calvin import TRAINING, VALIDATION
 from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from defi.rlds import RLDSDataset, default_splits
+from defi.rlds.spec import read_splits
 from Step2_GIDM.data.augment import Augmentation
-from Step2_GIDM.data.calvin import CalvinClips
+from Step2_GIDM.data.calvin import CAMERAS, CalvinClips
 from Step2_GIDM.data.mixture import PairMixture
 from Step2_GIDM.data.pairs import PairDataset, Source
 from Step2_GIDM.data.rlds import RLDSClips
@@ -34,22 +36,50 @@ class PairsConfig:
     augmentation: Augmentation | None
 
     def __post_init__(self) -> None:
-        if len(self.distance) != 2:
-            raise UserError(f"data.distance={self.distance}: must be [low, high]")
+        if len(self.distance) != 2 or not 1 <= self.distance[0] <= self.distance[1]:
+            raise UserError(f"data.distance={self.distance}: must be [low, high] with 1 <= low <= high")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All clips of a data set, but for those that its section leaves out.
+
+    scope: what that is, in words. left_out: what else the data set holds.
+    """
+
+    source: Source
+    scope: str
+    left_out: list[str]
 
 
 @dataclass(kw_only=True)
 class CalvinPairs(PairsConfig):
-    """`held_out` and `split` are folders of `root`. language: only annotated spans, with their text."""
+    """`held_out` and `split` are folders of `root`.
+
+    language: only annotated spans, with their text; None: in training, but not where all is wanted.
+    """
 
     held_out: str
     split: str
     cameras: list[str]
-    language: bool
+    language: bool | None
 
     def open(self, held_out: bool) -> CalvinClips:
-        folder = Path(self.root) / (self.held_out if held_out else self.split)
-        return CalvinClips(folder, cameras=self.cameras, language=self.language)
+        split = self.held_out if held_out else self.split
+        return self._clips(split, language=self.language is not False)
+
+    def whole(self) -> Whole:
+        source = self._clips(self.split, language=bool(self.language))
+        other = [camera for camera in CAMERAS if camera not in self.cameras]
+        left_out = [f"the camera {camera} (data.cameras)" for camera in other]
+        left_out += ["frames without annotation (data.language)"] if self.language else []
+        others = [s for s in (TRAINING, VALIDATION) if s != self.split and (Path(self.root) / s).is_dir()]
+        left_out += [f"the split {name} (data.split)" for name in others]
+        said = "annotated spans" if self.language else "all recordings, without instructions"
+        return Whole(source, f"{source.data.folder} ({', '.join(self.cameras)}; {said})", left_out)
+
+    def _clips(self, split: str, *, language: bool) -> CalvinClips:
+        return CalvinClips(Path(self.root) / split, cameras=self.cameras, language=language)
 
 
 @dataclass(kw_only=True)
@@ -58,6 +88,9 @@ class VideoPairs(PairsConfig):
 
     def open(self, held_out: bool) -> VideoClips:
         return VideoClips(Path(self.held_out if held_out and self.held_out else self.root))
+
+    def whole(self) -> Whole:
+        return Whole(self.open(False), self.root, [])
 
 
 @dataclass(kw_only=True)
@@ -71,7 +104,19 @@ class RLDSPairs(PairsConfig):
 
     def open(self, held_out: bool) -> RLDSClips:
         split = self.held_out if held_out else self.split
-        chosen = RLDSDataset(self.root, split or default_splits(self.root)[held_out], index=self.index)
+        return self._clips(split or default_splits(self.root)[held_out])
+
+    def whole(self) -> Whole:
+        split = self.split or "train"
+        source = self._clips(split)
+        there = read_splits(source.data.folder)
+        left_out = [f"the split {name} (data.split)" for name in there if name != source.data.split.name]
+        if more := source.data.split.episodes - len(source.data):
+            left_out.append(f"{more:,} episodes of {source.data.split.name} (data.split)")
+        return Whole(source, f"{source.data.folder} ({split})", left_out)
+
+    def _clips(self, split: str) -> RLDSClips:
+        chosen = RLDSDataset(self.root, split, index=self.index)
         return RLDSClips(chosen, image=self.image, language=self.language)
 
 
@@ -108,11 +153,6 @@ def read_section(data: Mapping[str, Any], where: str = "data") -> AnyPairs:
     kind = source_kind(data, where)
     refuse_unknown(data, names_of(kind), where)
     return typed(kind, {name: data[name] for name in data.keys() - {"source"}}, where)
-
-
-def build_source(data: Mapping[str, Any], *, held_out: bool = False) -> Source:
-    """The clips of one data set that the section names: those for training, or those held out."""
-    return read_section(data).open(held_out)
 
 
 def sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -55,8 +55,6 @@ class PairDataset(Dataset):
         stride: int = 1,
         augmentation: Augmentation | None = None,
     ) -> None:
-        if not 1 <= distance[0] <= distance[1]:
-            raise UserError(f"data.distance={list(distance)}: must be [low, high] with 1 <= low <= high")
         if stride < 1:
             raise UserError(f"data.stride={stride}: must be at least 1")
         self.source, self.image_size, self.distance, self.stride = source, image_size, distance, stride
