@@ -6,6 +6,7 @@
 # One task per GPU. Three minutes before the time limit Slurm sends SIGUSR1 to the tasks, on preemption SIGTERM: they
 # save, leave with exit code 75, and the job queues itself again. A job that starts again finds its configuration in
 # output= and goes on from its newest checkpoint; so does one whose node died. Any other exit code ends the job.
+# A rollout during training is not interrupted: where one takes longer, give `sbatch --signal=USR1@900`, say.
 #SBATCH --job-name=defi
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -27,7 +28,16 @@ for setting in "$@"; do
     case $setting in output=*) output=${setting#output=} ;; esac
 done
 [ -n "$output" ] || { echo "error: give output=<folder>, on a disk that all nodes see" >&2; exit 2; }
-[ ! -e "$output/config.yaml" ] || set -- "$@" resume=true
+if [ -e "$output/config.yaml" ]; then
+    # What the first start was to overwrite is overwritten; from then on the job goes on with its own run.
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+        for setting in "$@"; do
+            shift
+            case $setting in overwrite=*) ;; *) set -- "$@" "$setting" ;; esac
+        done
+    fi
+    case " $* " in *" overwrite=true "*) ;; *) set -- "$@" resume=true ;; esac
+fi
 
 export PATH="$(realpath "${DEFI_VENV:-.venv}")/bin:$PATH"
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
@@ -43,7 +53,8 @@ srun --kill-on-bad-exit=0 --wait=60 bash -c '
     exec python -m "$@"
 ' run "$module" "$@" || code=$?
 
-if [ "$code" -eq "$preempted" ]; then
+# 138, 143: SIGUSR1 or SIGTERM came before the run could answer it, while Python started, say.
+if [ "$code" -eq "$preempted" ] || [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; then
     echo "stopped by the cluster; queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi

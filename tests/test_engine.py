@@ -144,6 +144,32 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [record["length"] for record in records(run, "evaluate")] == list(scores.values())
 
 
+def test_the_best_by_another_metric(tmp_path: Path) -> None:
+    """Resumed with another `best_metric`, a run does not compare with numbers of the old one."""
+    scores = {2: 0.1, 4: 0.9, 6: 0.2, 8: 0.1}
+    settings = {"output": tmp_path, "config": CONFIG}
+    often = {"keep": 1, "rollout_every": 2}
+    train(
+        toy(), Points(), trainer(max_steps=1, keep=1, rollout_every=1, best_metric="length"), **settings,
+        evaluate=lambda model, step, folder: {"length": 3.5},
+    )  # fmt: skip
+    train(
+        toy(), Points(), trainer(max_steps=9, best_metric="success", **often), **settings, resume=True,
+        evaluate=lambda model, step, folder: {"success": scores[step]},
+    )  # fmt: skip
+    assert [folder.name[-2:] for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["04", "09"]
+
+
+def test_a_best_metric_that_no_evaluation_reports(tmp_path: Path) -> None:
+    settings = trainer(max_steps=9, rollout_every=3, best_metric="sucess")
+    message = "best_metric=sucess: an evaluation reports length, success; .*continue from step_00000003"
+    with pytest.raises(UserError, match=message):
+        train(
+            toy(), Points(), settings, output=tmp_path, config=CONFIG,
+            evaluate=lambda model, step, folder: {"success": 1.0, "length": 2.0},
+        )  # fmt: skip
+
+
 def test_looking_at_the_model_does_not_disturb_the_training(tmp_path: Path) -> None:
     seen = []
 

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from defi.engine import checkpoint, output, tracking
+from defi.engine import checkpoint, output, tracking, trouble
 from defi.engine.data import Feed, StepOrder
 from defi.engine.loop import train
 from defi.engine.memory import fits
@@ -89,7 +91,8 @@ def test_steps_may_be_left_out(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_a_checkpoint_from_before_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_checkpoint_from_before_is_left(dropout: float, tmp_path: Path) -> None:
     """Though none was due: continued without the bad sample, the run is as if nothing had happened."""
     bad = step_of(7, 2)
 
@@ -97,8 +100,8 @@ def test_a_checkpoint_from_before_is_left(tmp_path: Path) -> None:
         """Counts samples in its forward pass, as the quantizer does."""
 
         def __init__(self) -> None:
-            super().__init__(toy(dropout=0.0).config)
-            self.load_state_dict(toy(dropout=0.0).state_dict(), strict=False)
+            super().__init__(toy(dropout=dropout).config)
+            self.load_state_dict(toy().state_dict(), strict=False)
             self.register_buffer("count", torch.zeros(()))
 
         def forward(self, batch: dict) -> dict[str, Tensor]:
@@ -112,6 +115,15 @@ def test_a_checkpoint_from_before_is_left(tmp_path: Path) -> None:
     train(Counting(), Points(), trainer(global_batch=2), **settings, resume=True)
     train(Counting(), Points(), trainer(global_batch=2), output=tmp_path / "whole", config=CONFIG)
     assert equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full: the checkpoint comes first, the report is told to be missing."""
+    monkeypatch.setattr(trouble, "write_file", lambda file, content: full())
+    bad = step_of(7, 2)
+    message = f"its batch could not be written .*No space left.*; .*then continue from step_{bad - 1:08d}"
+    with pytest.raises(UserError, match=message):
+        train(toy(), OneBad(), trainer(global_batch=2), output=tmp_path, config=CONFIG)
 
 
 class BadGradient(torch.autograd.Function):
@@ -287,6 +299,41 @@ def test_a_loader_worker_that_dies(tmp_path: Path) -> None:
     resume = bool(checkpoint.list_checkpoints(tmp_path / "run"))
     train(toy(), Deadly(), trainer(), **settings, resume=resume, overwrite=not resume)
     assert equal(tmp_path / "whole", tmp_path / "run")
+
+
+def test_what_fails_in_a_worker_is_not_taken_for_its_death(tmp_path: Path) -> None:
+    class Buggy(Points):
+        def sample(self, index: int, rng: np.random.Generator) -> dict:
+            raise RuntimeError("stack expects each tensor to be equal size")
+
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker(.|\n)*equal size"):
+        train(toy(), Buggy(), trainer(workers=1), output=tmp_path, config=CONFIG)
+
+
+ENDS = """
+from engine_toy import Points, toy, trainer
+from defi.config import one_line_errors
+from defi.engine import start
+from defi.engine.loop import train
+from defi.errors import UserError
+
+def refuse(*args):
+    raise UserError("place: told")
+
+{how} = refuse
+with one_line_errors():
+    train(toy(), Points(), trainer(workers=2), output="run", config={{"preset_name": "toy"}})
+"""
+
+
+@pytest.mark.parametrize("how", ["Points.sample", "start.build_optimizer"])
+def test_a_program_with_loader_workers_ends_with_its_error(how: str, tmp_path: Path) -> None:
+    """In the loop, or before it has begun; the traceback of the error holds on to the loader."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-c", ENDS.format(how=how)]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.endswith("place: told\n")
 
 
 # ---------------------------------------------------------------- tracker, clock, memory

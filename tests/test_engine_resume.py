@@ -1,5 +1,6 @@
 """Exact resume: N+M steps equal N steps, stop, M steps, bit for bit."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ import torch
 from engine_toy import Points, toy, trainer
 from safetensors.torch import load_file
 
-from defi.engine import checkpoint
+from defi.engine import checkpoint, loop, state
 from defi.engine.loop import train
 from defi.engine.preemption import EXIT_PREEMPTED, SIGNALS
 from defi.engine.tracking import read_metrics
@@ -67,6 +68,32 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, workers: int,
     torch.manual_seed(123)  # whatever happened in between
     train(toy(), Points(), trainer(**settings, workers=workers), resume=True, **parts)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_at_start_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the weights are loaded, say: after the first step the run saves and leaves."""
+    open_run = loop.open_run
+
+    def opened(*args: object, **settings: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_run(*args, **settings)
+
+    monkeypatch.setattr(loop, "open_run", opened)
+    with pytest.raises(SystemExit) as left:
+        train(toy(), Points(), trainer(), output=tmp_path, config=CONFIG)
+    assert left.value.code == EXIT_PREEMPTED and checkpoint.read_manifest(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"samples": -5}, {"step": -3}, {"ema_updates": -1}, {"spikes": {"steps": -1}}]
+)
+def test_progress_below_zero_is_told(change: dict, tmp_path: Path) -> None:
+    train(toy(), Points(), trainer(max_steps=1), output=tmp_path, config=CONFIG)
+    file = checkpoint.find_checkpoint(tmp_path) / "state" / "progress.json"
+    content = json.dumps(json.loads(file.read_text()) | change)
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"progress\.json: counts below zero"):
+        state.load_progress(file.parent)
 
 
 def test_resume_goes_back_to_the_newest_whole_checkpoint(tmp_path: Path) -> None:

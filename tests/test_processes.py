@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from engine_toy import Points, toy, trainer
+from failing import SomeDamaged
 from launcher import launch
 from safetensors.torch import load_file
 from stages import STAGES, assert_same_training, train_stage
@@ -14,6 +15,7 @@ from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from defi.engine.checkpoint import find_checkpoint
 from defi.engine.loop import train
+from defi.engine.tracking import METRICS, read_metrics
 
 CONFIG = {"preset_name": "test"}
 
@@ -58,6 +60,7 @@ FAILURES = {
     "start": "error: data: no training samples",
     "data": "error: data: [Errno 2] No such file or directory: '/data/five.npz'; restore it",
     "sample": "error: sample: the main process has no pictures",
+    "folder": "error: run: cannot be written to; choose another output=",
 }
 
 
@@ -67,7 +70,7 @@ def test_one_process_that_fails_ends_the_run(how: str, tmp_path: Path) -> None:
     printed = launch("failing.py", str(tmp_path / "run"), how, code=1, seconds=60)
     assert printed.count(FAILURES[how]) == 1
     assert "[rank" not in printed, "a traceback of the other process"
-    if how == "start":
+    if how in ("start", "folder"):
         assert not (tmp_path / "run").exists()
         return
     assert checkpoint.list_checkpoints(tmp_path / "run")
@@ -78,6 +81,17 @@ def test_one_process_that_fails_ends_the_run(how: str, tmp_path: Path) -> None:
     )
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_replaced_samples_of_all_processes_are_told(tmp_path: Path) -> None:
+    launch("failing.py", str(tmp_path / "two"), "replaced")
+    settings = trainer(max_steps=11, bad_samples=0.4, log_every=4)
+    train(toy(dropout=0.0), SomeDamaged(), settings, output=tmp_path / "one", config=CONFIG)
+    one, two = (
+        sorted(r["reason"] for r in read_metrics(tmp_path / run / METRICS) if r["kind"] == "bad_sample")
+        for run in ("one", "two")
+    )
+    assert one == two and len(set(one)) == 4
 
 
 @pytest.mark.parametrize("name", ["single_gpu", "ddp", "multi_node", "fsdp", "deepspeed"])

@@ -60,6 +60,20 @@ def test_a_stopped_job_queues_itself_and_goes_on(cluster: Path) -> None:
     assert code == 0 and told[-1].endswith("output=run resume=true")
 
 
+@pytest.mark.parametrize("code", [138, 143])
+def test_a_signal_while_python_starts(cluster: Path, code: int) -> None:
+    assert submit(cluster, "Step3_DeFI.train", "output=run", code=code)[1][-1] == "requeue 7"
+
+
+def test_only_the_first_start_overwrites(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cluster / "run").mkdir()
+    (cluster / "run" / "config.yaml").write_text("")
+    given = ("Step3_DeFI.train", "overwrite=true", "output=run", "a=1")
+    assert submit(cluster, *given)[1][-1].endswith("overwrite=true output=run a=1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert submit(cluster, *given)[1][-1].endswith("train output=run a=1 resume=true")
+
+
 def test_a_failed_job_ends(cluster: Path) -> None:
     code, told = submit(cluster, "Step3_DeFI.train", "output=run", code=2)
     assert code == 2 and not any(line.startswith("requeue") for line in told)

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -267,14 +267,17 @@ def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
     """Delete all but the newest `keep` complete checkpoints and the one with the largest `best_metric`."""
     checkpoints = list_checkpoints(run)
     kept = set(checkpoints[-keep:])
-    if best_metric is not None:
-        scores = {folder: read_manifest(folder)["metrics"].get(best_metric) for folder in checkpoints}
-        scored = {folder: score for folder, score in scores.items() if score is not None}
-        if scored:
-            kept.add(max(scored, key=scored.__getitem__))  # the oldest of equals: the one evaluated
+    if found := scores(checkpoints, best_metric):
+        kept.add(max(found, key=found.__getitem__))  # the oldest of equals: the one evaluated
     for folder in checkpoints:
         if folder not in kept:
             remove(folder)
+
+
+def scores(checkpoints: Sequence[Path], metric: str | None) -> dict[Path, float]:
+    """What their latest evaluation says of a metric, for those that have it."""
+    found = {folder: read_manifest(folder)["metrics"].get(metric) for folder in checkpoints}
+    return {folder: score for folder, score in found.items() if isinstance(score, (int, float))}
 
 
 def remove(folder: Path) -> None:

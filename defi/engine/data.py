@@ -6,6 +6,7 @@ made from (seed, epoch, index): the same sample comes out in any worker, process
 the next epoch. Global generators (torch.rand, np.random) must not be used inside data sets.
 """
 
+import atexit
 import hashlib
 import re
 import signal
@@ -167,6 +168,7 @@ class Feed:
             generator=torch.Generator(),  # else the loader would draw from the generator of the training
         )
         self._batches = iter(loader)
+        atexit.register(self.close)  # what fails before anyone closes this must not leave workers behind
 
     def next_step(self) -> list[dict[str, Any]]:
         """The micro-batches of the next step, on the device; strings and `seed` stay where they are."""
@@ -228,7 +230,10 @@ class Feed:
         return self.samples // self.order.size > before // self.order.size
 
     def close(self) -> None:
-        """Let the loader workers go."""
+        """Let the loader workers go, now: the traceback of an error may hold the loader till the very end."""
+        atexit.unregister(self.close)
+        if hasattr(self._batches, "_shutdown_workers"):
+            self._batches._shutdown_workers()
         del self._batches
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:

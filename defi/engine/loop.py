@@ -16,9 +16,11 @@ from torch.utils.data import Dataset
 from defi.engine.config import TrainerConfig
 from defi.engine.model import StageModel
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
+from defi.engine.run import Run, lost_another_process
 from defi.engine.schedule import learning_rate
 from defi.engine.sharding import whole
 from defi.engine.start import open_run
+from defi.errors import UserError
 
 Inspect = Callable[[StageModel, int, Path], Mapping[str, float]]
 
@@ -61,36 +63,47 @@ def train(
             `trainer.skip_nonfinite` lets it go on; or disk, memory or data fail (`Run.explained`).
         SystemExit: with `EXIT_PREEMPTED`, after saving, when SIGTERM or SIGUSR1 came.
     """
-    run = open_run(
-        model, dataset, trainer, output=Path(output), config=dict(config), seed=seed, resume=resume,
-        overwrite=overwrite, tracker=tracker, collate=collate,
-    )  # fmt: skip
-    preemption = Preemption(run.accelerator)
-    with run.explained(), closing(run), closing(preemption):
-        for step in range(run.step + 1, trainer.max_steps + 1):
-            batches = run.next_batches()
-            lr = learning_rate(step - 1, trainer)
-            try:
-                scalars, loss = train_step(
-                    run.accelerator, run.wrapped, run.optimizer, batches, lr=lr, clip=trainer.clip
-                )
-                run.step_done(scalars, loss)
-            except FloatingPointError as error:
-                run.leave_out(batches, error)
-            if due(step, trainer.log_every) or step == trainer.max_steps:
-                run.log(lr)
-            if sample is not None and due(step, trainer.sample_every):
-                run.inspect("sample", sample)
-            if evaluate is not None and due(step, trainer.rollout_every):
-                run.inspect("evaluate", evaluate)
-            preempted = preemption.requested()
-            if due(step, trainer.save_every) or step == trainer.max_steps or run.new_best or preempted:
-                run.save()
-            if preempted:
-                run.settle()
-                run.display.say(f"stopped by a signal after step {step}; continue with resume=true")
-                sys.exit(EXIT_PREEMPTED)
-        return run.finish()
+    with closing(Preemption()) as preemption:  # a signal at start is answered after the first step
+        try:
+            run = open_run(
+                model, dataset, trainer, output=Path(output), config=dict(config), seed=seed, resume=resume,
+                overwrite=overwrite, tracker=tracker, collate=collate,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if not lost_another_process(error):
+                raise
+            raise UserError(f"{output}: {lost_another_process(error)}; start again") from error
+        with run.explained(), closing(run):
+            return take_steps(run, preemption, sample=sample, evaluate=evaluate)
+
+
+def take_steps(run: Run, preemption: Preemption, *, sample: Inspect | None, evaluate: Inspect | None) -> Path:
+    """All steps that are left, with what is due after each; returns the last checkpoint's folder."""
+    trainer = run.trainer
+    for step in range(run.step + 1, trainer.max_steps + 1):
+        batches = run.next_batches()
+        lr = learning_rate(step - 1, trainer)
+        try:
+            scalars, loss = train_step(
+                run.accelerator, run.wrapped, run.optimizer, batches, lr=lr, clip=trainer.clip
+            )
+            run.step_done(scalars, loss)
+        except FloatingPointError as error:
+            run.leave_out(batches, error)
+        if due(step, trainer.log_every) or step == trainer.max_steps:
+            run.log(lr)
+        if sample is not None and due(step, trainer.sample_every):
+            run.inspect("sample", sample)
+        if evaluate is not None and due(step, trainer.rollout_every):
+            run.inspect("evaluate", evaluate)
+        preempted = preemption.requested(run.accelerator)
+        if due(step, trainer.save_every) or step == trainer.max_steps or run.new_best or preempted:
+            run.save()
+        if preempted:
+            run.settle()
+            run.display.say(f"stopped by a signal after step {step}; continue with resume=true")
+            sys.exit(EXIT_PREEMPTED)
+    return run.finish()
 
 
 def train_step(

@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Preemption:
     """Remembers that one of `SIGNALS` came; a second one has its usual effect."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.noticed = accelerator, False
+    def __init__(self) -> None:
+        self.noticed = False
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._notice) for number in SIGNALS}
@@ -24,12 +24,12 @@ class Preemption:
         self.noticed = True
         self.close()
 
-    def requested(self) -> bool:
+    def requested(self, accelerator: Accelerator) -> bool:
         """Whether a signal came to any process; every process must ask at the same step."""
-        if self.accelerator.num_processes == 1:
+        if accelerator.num_processes == 1:
             return self.noticed
-        flag = torch.tensor(float(self.noticed), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        flag = torch.tensor(float(self.noticed), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum") > 0)
 
     def close(self) -> None:
         """Give the signals back to whom they belonged."""

@@ -1,6 +1,7 @@
 """A run in progress: everything the loop holds in its hands, and what it does with it between steps."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,6 +29,16 @@ from defi.engine.tracking import METRICS, TRACKERS, Journal
 from defi.engine.writer import CheckpointWriter, moving_tensors
 from defi.errors import UserError
 from defi.files import one_line
+
+# As the loader says it, or `Feed`; an error within a worker comes as what it is, and says "Caught …" first.
+DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
+
+
+def lost_another_process(error: RuntimeError) -> str | None:
+    """What to say where an error means that another process of the run is gone."""
+    if isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's
+        return f"lost another process of this run ({one_line(error)}); if it failed, its message says why"
+    return None
 
 
 @dataclass
@@ -57,6 +68,7 @@ class Run:
     spikes: SpikeWatch = field(default_factory=SpikeWatch)
     left_out: int = 0  # steps whose numbers were not finite
     before: list[Tensor] = field(default_factory=list)  # what the buffers held before the present step
+    drawn: list[Tensor] = field(default_factory=list)  # the random generators before it
     saved: int = 0  # step of the latest checkpoint
     fitted: bool = False  # a micro-batch is known to fit the memory
     faults_told: int = 0
@@ -69,6 +81,7 @@ class Run:
         if not (self.fitted or self.sharded or self.accelerator.device.type == "cpu"):
             batches = self.fit(batches)
         self.before = [buffer.clone() for buffer in self.buffers]
+        self.drawn = state.torch_rng_state()
         return batches
 
     @cached_property
@@ -116,22 +129,14 @@ class Run:
         Raises:
             UserError: more such steps than `trainer.skip_nonfinite`; a checkpoint from before it was written.
         """
-        file, origin = trouble.write_report(
-            self.output / "nonfinite",
-            self.model,
-            batches,
-            step=self.step + 1,
-            process=self.accelerator.process_index,
-            reason=str(error),
-            samples=self.feed.indices(),
-        )
-        what = f"{error} at step {self.step + 1}, first in {origin}; its batch is in {file}"
+        what = f"{error} at step {self.step + 1}, first in {self._report(batches, str(error))}"
         for buffer, before in zip(self.buffers, self.before):
             buffer.copy_(before)
         self.optimizer.zero_grad()
         if self.left_out >= self.trainer.skip_nonfinite:
             if self.saved != self.step:
                 self.feed.put_back()
+                state.set_torch_rng_state(self.drawn)
                 with suppress(UserError):  # another error is being told
                     self.save()
             raise UserError(
@@ -147,6 +152,23 @@ class Run:
         )
         self.journal.write("left_out", self.step, {"reason": str(error), "samples": self.feed.indices()})
 
+    def _report(self, batches: list[dict[str, Any]], reason: str) -> str:
+        """Write down the batches of the step that went wrong; says where it began and where that stands."""
+        origin = trouble.find_origin(self.model, batches)
+        try:
+            file = trouble.write_report(
+                self.output / "nonfinite",
+                batches,
+                step=self.step + 1,
+                process=self.accelerator.process_index,
+                reason=reason,
+                samples=self.feed.indices(),
+                origin=origin,
+            )
+        except OSError as fault:
+            return f"{origin}; its batch could not be written ({fault.strerror})"
+        return f"{origin}; its batch is in {file}"
+
     def _advance(self) -> None:
         """The step is over, whatever became of it."""
         self.step += 1
@@ -154,15 +176,21 @@ class Run:
         self.model.step_end()
         if self.writer is not None:
             self.writer.check()
-        for fault in self.feed.faults[self.faults_told :]:
-            self.journal.write("bad_sample", self.step, {"reason": fault})
-            self.display.say(f"replaced: {fault}")
-        self.faults_told = len(self.feed.faults)
         if self.feed.ended_epoch:
             self.journal.write("epoch", self.step, {"epoch": int(self.feed.epochs), **self.model.epoch_end()})
 
+    def tell_faults(self) -> None:
+        """Write and show which samples were replaced since the last time, in any process."""
+        if self.trainer.bad_samples == 0:
+            return
+        new, self.faults_told = self.feed.faults[self.faults_told :], len(self.feed.faults)
+        for fault in gather_object(new) if self.accelerator.num_processes > 1 else new:
+            self.journal.write("bad_sample", self.step, {"reason": fault})
+            self.display.say(f"replaced: {fault}")
+
     def log(self, rate: float) -> None:
         """Write and show the averages since the last time."""
+        self.tell_faults()
         if self.journal.empty:  # all steps since then were left out
             return
         means, steps, seconds = self.journal.averages()
@@ -195,11 +223,25 @@ class Run:
                 numbers = broadcast_object_list([numbers])[0]
         if kind == "evaluate":
             self.metrics = numbers
-            score = (
-                numbers.get(self.trainer.best_metric, -math.inf) if self.trainer.best_metric else -math.inf
+            self._judge(numbers)
+
+    def _judge(self, numbers: Mapping[str, float]) -> None:
+        """Note whether an evaluation is the best so far.
+
+        Raises:
+            UserError: it has no `trainer.best_metric`; a checkpoint of this step was written.
+        """
+        metric = self.trainer.best_metric
+        if metric is None:
+            return
+        if metric not in numbers:
+            self.save()
+            raise UserError(
+                f"trainer.best_metric={metric}: an evaluation reports {', '.join(sorted(numbers))}; choose "
+                f"one of these, {self.way_back()}"
             )
-            self.new_best = score > self.best
-            self.best = max(score, self.best)
+        self.new_best = numbers[metric] > self.best
+        self.best = max(numbers[metric], self.best)
 
     def _copy_whole(self) -> None:
         """Put the sharded model together in the main process' snapshot; a shard alone computes nothing."""
@@ -231,6 +273,7 @@ class Run:
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step; `settle` waits for its end."""
+        self.tell_faults()
         self.saved = self.step
         rng = state.rng_state()
         rng = gather_object([rng]) if self.accelerator.num_processes > 1 else [rng]
@@ -256,7 +299,6 @@ class Run:
             samples=self.feed.samples,
             elapsed_s=self.elapsed_now(),
             ema_updates=self.ema.updates if self.ema is not None else 0,
-            best=self.best,
             left_out=self.left_out,
             spikes=self.spikes,
             scaler=scaler.state_dict() if scaler is not None else None,
@@ -290,12 +332,9 @@ class Run:
                 f"{self.way_back()}"
             ) from error
         except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's
-                raise UserError(
-                    f"{self.output}: lost another process of this run ({one_line(error)}); if it failed, its "
-                    f"message says why; {self.way_back()}"
-                ) from error
-            if "DataLoader worker" not in str(error):
+            if lost := lost_another_process(error):
+                raise UserError(f"{self.output}: {lost}; {self.way_back()}") from error
+            if not DEAD_WORKER.match(str(error)):
                 raise
             raise UserError(
                 f"trainer.workers={self.trainer.workers}: a loader worker died ({one_line(error)}), "

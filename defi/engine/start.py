@@ -1,5 +1,6 @@
 """Opening a run: everything is checked and loaded before anything is written."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -99,7 +100,10 @@ def open_run(
         saved=step,
         elapsed=progress.elapsed_s,
         metrics=checkpoint.read_manifest(source)["metrics"] if source else {},
-        best=progress.best,
+        best=max(
+            checkpoint.scores(checkpoint.list_checkpoints(output), trainer.best_metric).values(),
+            default=-math.inf,
+        ),
         spikes=progress.spikes,
         left_out=progress.left_out,
     )

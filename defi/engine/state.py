@@ -1,7 +1,6 @@
 """What an exact resume needs besides weights: optimizer, random generators, position; no pickle."""
 
 import json
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +76,18 @@ def rng_state() -> dict[str, Any]:
     }
 
 
+def torch_rng_state() -> list[torch.Tensor]:
+    """States of torch's generators alone, which are all that a training step draws from: cheap."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+
+
+def set_torch_rng_state(states: list[torch.Tensor]) -> None:
+    """Put torch's generators where `torch_rng_state` found them."""
+    torch.set_rng_state(states[0])
+    for cuda in states[1:]:
+        torch.cuda.set_rng_state(cuda)
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put the random generators of this process where `rng_state` found them."""
     version, python, gauss = state["python"]
@@ -102,15 +113,14 @@ def preserved_rng() -> Iterator[None]:
 class Progress:
     """Where a run is.
 
-    samples: position in the stream of samples. best: largest value of `trainer.best_metric` so far.
-    left_out: steps whose numbers were not finite. scaler: state of the loss scale, with fp16.
+    samples: position in the stream of samples. left_out: steps whose numbers were not finite.
+    scaler: state of the loss scale, with fp16.
     """
 
     step: int = 0
     samples: int = 0
     elapsed_s: float = 0.0
     ema_updates: int = 0
-    best: float = -math.inf
     left_out: int = 0
     spikes: SpikeWatch = field(default_factory=SpikeWatch)
     scaler: dict[str, Any] | None = None
@@ -131,6 +141,8 @@ def load_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
     if not (folder / PROGRESS).is_file():
         raise UserError(f"{folder.parent}: holds weights but no training state; it cannot be resumed")
     progress = typed(Progress, read_json(folder / PROGRESS, COPY_AGAIN), str(folder / PROGRESS))
+    if min(progress.step, progress.samples, progress.ema_updates, progress.spikes.steps) < 0:
+        raise UserError(f"{folder / PROGRESS}: counts below zero; {COPY_AGAIN}")
     rng = read_json(folder / RNG, COPY_AGAIN, kind=list)
     if not (rng and all(map(_is_rng_state, rng))):
         raise UserError(f"{folder / RNG}: not the states of random generators; {COPY_AGAIN}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from defi.engine.model import StageModel
@@ -17,35 +17,37 @@ from defi.engine.state import preserved_rng
 
 def write_report(
     folder: Path,
-    model: StageModel,
     batches: Sequence[Mapping[str, Any]],
     *,
     step: int,
     process: int,
     reason: str,
     samples: Sequence[int],
-) -> tuple[Path, str]:
+    origin: str,
+) -> Path:
     """Write a process's share of a step that went wrong, as `step_<step>_process_<n>.{json,safetensors}`.
 
     The tensors of the i-th micro-batch are named `<i>.<name>`; its texts are in the JSON file, beside the
     reason, the samples' indices in the data set and where the trouble began.
 
     Returns:
-        The JSON file, and where the trouble began.
+        The JSON file.
+
+    Raises:
+        OSError: the disk is full or cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step_{step:08d}_process_{process}.json"
-    origin = find_origin(model, batches)
     tensors: dict[str, Tensor] = {}
     rest: list[dict[str, Any]] = []
     for number, batch in enumerate(batches):
         named = {name: value for name, value in batch.items() if torch.is_tensor(value)}
         tensors |= {f"{number}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
         rest.append({name: value for name, value in batch.items() if name not in named})
-    save_file(tensors, file.with_suffix(".safetensors"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(file.with_suffix(".safetensors"), save(tensors))
     report = {"step": step, "reason": reason, "origin": origin, "samples": list(samples), "batches": rest}
     write_file(file, json.dumps(report, indent=1))
-    return file, origin
+    return file
 
 
 def find_origin(model: StageModel, batches: Sequence[Mapping[str, Any]]) -> str:
