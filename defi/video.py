@@ -1,8 +1,12 @@
 """Frames from video files, videos from frames, and the few picture operations that all stages share."""
 
 import os
+from bisect import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import av
@@ -64,9 +68,103 @@ def read_frames(path: Path, indices: Sequence[int] | None = None) -> Frames:
     if wanted and not (min(wanted) >= 0 and max(wanted) < len(reader)):
         raise UserError(f"{path}: has {len(reader)} frames, frame {max(wanted)} was asked for")
     try:
+        if wanted and not _seeks_exactly(reader, path, max(wanted)):
+            return _read_by_time(path, wanted)
         return reader.get_batch(wanted).asnumpy()
-    except (decord.DECORDError, RuntimeError):  # damage; or a width that decord cannot copy (96 or 144, say)
+    except (decord.DECORDError, RuntimeError, av.FFmpegError, LookupError, ValueError):
+        # Damage; a width that decord cannot copy (96 or 144, say); times that are missing or wrong.
         return _read_in_order(path, wanted)
+
+
+def _seeks_exactly(reader: decord.VideoReader, path: Path, last: int) -> bool:
+    """Whether decord finds all frames up to `last`.
+
+    It takes the place of a key frame in the file, which holds frames in the order of decoding, for its number
+    in the order of showing. These are the same where no frame is shown on another side of a key frame.
+    """
+    keys = list(reader.get_key_indices())
+    if last < [*keys, len(reader)][1] and Path(path).suffix.lower() != ".avi":
+        return True  # decoding starts at the first frame
+    timeline = _timeline(path, os.stat(path).st_mtime_ns)
+    return timeline.closed and timeline.keys == keys
+
+
+@dataclass(frozen=True)
+class _Timeline:
+    """When the frames of a video are shown, in ticks of its clock, and where decoding can start.
+
+    shown: times of the frames, in order; empty where they are not known.
+    keys: places of the key frames in the file.
+    starts: when each key frame is shown, in order, and the time by which seeking finds it.
+    closed: whether all frames before a key frame in the file are shown before it, and all after it after.
+    """
+
+    shown: list[int]
+    keys: list[int]
+    starts: list[tuple[int, int]]
+    closed: bool
+
+    def time(self, number: int) -> int:
+        """When a frame is shown; the last one for those that an edit list hides, which are counted too."""
+        return self.shown[min(number, len(self.shown) - 1)]
+
+    def start(self, time: int) -> int:
+        """Where to seek for the frame of a time: the last key frame that is shown no later."""
+        return self.starts[max(bisect(self.starts, time, key=lambda start: start[0]) - 1, 0)][1]
+
+
+@lru_cache(maxsize=1000)
+def _timeline(path: Path, changed: int) -> _Timeline:
+    """Of a file as it is since `changed` (ns); its packets are read, not decoded.
+
+    Raises:
+        FFmpegError: the file is damaged.
+    """
+    with av.open(str(path)) as container:
+        packets = [
+            (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+            for packet in container.demux(video=0)
+            if packet.size
+        ]
+        codec = container.streams.video[0].codec_context
+        made_up = container.format.name == "avi" and codec.has_b_frames  # AVI stores no times
+    times, _, is_key, hidden = zip(*packets)
+    keys = [place for place, key in enumerate(is_key) if key]
+    if made_up or None in times or len(set(times)) < len(times):
+        return _Timeline([], keys, [], closed=False)
+    latest = list(accumulate(times, max))
+    earliest = list(accumulate(reversed(times), min))[::-1]
+    return _Timeline(
+        shown=sorted(time for time, hide in zip(times, hidden) if not hide),
+        keys=keys,
+        starts=sorted((pts, pts if dts is None else dts) for pts, dts, key, _ in packets if key),
+        closed=not any(hidden) and all(latest[key] == times[key] == earliest[key] for key in keys),
+    )
+
+
+def _read_by_time(path: Path, wanted: Sequence[int]) -> Frames:
+    """Frames of a video by seeking to key frames and decoding until the times of the frames come.
+
+    Raises:
+        FFmpegError, LookupError, ValueError: the file is damaged, or its times are not those of its frames.
+    """
+    timeline = _timeline(path, os.stat(path).st_mtime_ns)
+    times = [timeline.time(number) for number in wanted]
+    found: dict[int, np.ndarray] = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        for start, group in groupby(sorted(set(times)), timeline.start):
+            missing = set(group)
+            container.seek(start, stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts in missing:
+                    found[frame.pts] = frame.to_ndarray(format="rgb24")
+                    missing.remove(frame.pts)
+                if not missing:
+                    break
+            else:
+                raise LookupError(f"no frame at {min(missing)}")
+    return np.stack([found[time] for time in times])
 
 
 def _read_in_order(path: Path, wanted: Sequence[int]) -> Frames:
@@ -75,17 +173,19 @@ def _read_in_order(path: Path, wanted: Sequence[int]) -> Frames:
     Raises:
         UserError: the video is damaged.
     """
-    found: dict[int, np.ndarray] = {}
+    missing, found = set(wanted), {}
     try:
         with av.open(str(path)) as container:
             for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
+                if number in missing:
                     found[number] = frame.to_ndarray(format="rgb24")
-                if number >= max(wanted):
+                    missing.remove(number)
+                if not missing:
                     break
         return np.stack([found[number] for number in wanted])
-    except (av.FFmpegError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged within frames {min(wanted)} to {max(wanted)}") from error
+    except (av.FFmpegError, LookupError, ValueError) as error:
+        what = f"frame {min(missing)} cannot be decoded" if missing else "its frames change their size"
+        raise UserError(f"{path}: damaged, {what}; replace or remove it") from error
 
 
 def write_mp4(path: Path, frames: Frames, fps: float) -> None:
