@@ -61,25 +61,42 @@ def following(frames: int, apart: int | None) -> range | None:
     return None if apart is None else range(0, frames * apart, apart)
 
 
-def annotated_starts(data: CalvinFolder, *, tail: int, stride: int) -> list[Starts]:
-    """s … e − tail of every annotated span (s, e).
+def choose_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int, spans: str) -> list[Starts]:
+    """Where samples start: see `plan_samples`. A printed line tells of spans too short for `tail`.
 
     Raises:
-        UserError: no span is long enough.
+        UserError: a setting is none of those that there are, `tail` leaves no room for a chunk, no span is
+            long enough, or (`all`) no recording.
     """
-    found = [Starts(n, s, range(s.start, s.end - tail + 1, stride)) for n, s in enumerate(data.spans)]
-    found = [starts for starts in found if starts.frames]
-    if not found:
+    if spans not in ("annotated", "all"):
+        raise UserError(f"data.spans={spans}: choose annotated or all")
+    if stride < 1:
+        raise UserError(f"data.stride={stride}: must be 1 or more")
+    if tail < chunk - 1:
+        raise UserError(f"data.tail={tail}: a chunk has {chunk} actions; set data.tail={chunk - 1} or more")
+    all_frames = spans == "all"
+    known = [] if all_frames and not data.is_annotated else data.spans
+    starts = [Starts(n, s, range(s.start, s.end - tail + 1, stride)) for n, s in enumerate(known)]
+    starts = [each for each in starts if each.frames]
+    if not starts and not all_frames:
         raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
-    return found
+    fate = "taken without text" if all_frames else "left out"
+    told = too_short(known, starts, chunk=chunk, tail=tail, fate=fate)
+    if told and processes().is_main_process:
+        print(f"{data.folder}: {told}")
+    if all_frames:
+        starts += other_starts(data, known, chunk=chunk, tail=tail, stride=stride)
+    if not starts:
+        raise UserError(f"{data.folder}: no recording has the {chunk} frames of a chunk; give longer ones")
+    return starts
 
 
-def left_out(spans: Sequence[Span], starts: Sequence[Starts], *, chunk: int, tail: int) -> str:
-    """What to tell of annotated spans that no sample starts in; "" if there are none."""
+def too_short(spans: Sequence[Span], starts: Sequence[Starts], *, chunk: int, tail: int, fate: str) -> str:
+    """What to tell of annotated spans that no sample with their text starts in; "" if there are none."""
     short = [span for span in spans if span.end - span.start < tail]
     if not short:
         return ""
-    told = f"{len(short)} of {len(spans)} annotated spans are too short for data.tail={tail}: left out"
+    told = f"{len(short)} of {len(spans)} annotated spans are too short for data.tail={tail}: {fate}"
     if lost := sorted({span.task for span in short} - {each.span.task for each in starts}):
         told += f"; tasks without any sample: {', '.join(lost)}"
     if long_enough := sum(span.end - span.start >= chunk - 1 for span in short):
@@ -87,9 +104,12 @@ def left_out(spans: Sequence[Span], starts: Sequence[Starts], *, chunk: int, tai
     return told
 
 
-def other_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int) -> list[Starts]:
-    """The frames of every recording that lie in no annotated span's s … e − tail; without instruction."""
-    annotated = np.concatenate([np.arange(s.start, s.end - tail + 1) for s in data.spans])
+def other_starts(
+    data: CalvinFolder, spans: Sequence[Span], *, chunk: int, tail: int, stride: int
+) -> list[Starts]:
+    """The frames of every recording that lie in no span's s … e − tail; without instruction."""
+    taken = [frame for span in spans for frame in range(span.start, span.end - tail + 1)]
+    annotated = np.array(taken, np.int64)
     found = []
     for start, end in data.episodes:
         frames = np.setdiff1d(np.arange(start, end - chunk + 2, stride), annotated)
@@ -111,24 +131,12 @@ def plan_samples(
 
     Processes share the reading; each gets the whole plan. `video`: frames of the clip that is kept with each
     sample, counted from its own; past e, e is repeated. `spans`: with `all`, the recordings' other frames
-    follow as samples whose instruction is empty. A printed line tells of spans too short for `tail`.
+    follow as samples whose instruction is empty; there need be no annotation.
 
     Raises:
-        UserError: a setting is none of those that there are, `tail` leaves no room for a chunk, no span is
-            long enough, or frames are missing.
+        UserError: as `choose_starts`; or frames are missing.
     """
-    if spans not in ("annotated", "all"):
-        raise UserError(f"data.spans={spans}: choose annotated or all")
-    if stride < 1:
-        raise UserError(f"data.stride={stride}: must be 1 or more")
-    if tail < chunk - 1:
-        raise UserError(f"data.tail={tail}: a chunk has {chunk} actions; set data.tail={chunk - 1} or more")
-    starts = annotated_starts(data, tail=tail, stride=stride)
-    told = left_out(data.spans, starts, chunk=chunk, tail=tail)
-    if told and processes().is_main_process:
-        print(f"{data.folder}: {told}")
-    if spans == "all":
-        starts += other_starts(data, chunk=chunk, tail=tail, stride=stride)
+    starts = choose_starts(data, chunk=chunk, tail=tail, stride=stride, spans=spans)
     needed = {n: range(each.frames[0], each.frames[-1] + chunk) for n, each in enumerate(starts)}
     data.check_frames(np.unique(np.concatenate([np.array(frames) for frames in needed.values()])))
     motions = read_motions(data, needed)

@@ -149,12 +149,20 @@ class CalvinFolder:
         """Numbers of all frames, in the order of the recordings."""
         return np.concatenate([np.arange(start, end + 1) for start, end in self.episodes])
 
+    @property
+    def is_annotated(self) -> bool:
+        """Whether the split says what its demonstrations show."""
+        return ANNOTATIONS in self._files
+
     @cached_property
     def spans(self) -> list[Span]:
         """The annotated demonstrations, in the file's order."""
         path = self._files.path(ANNOTATIONS)
         if ANNOTATIONS not in self._files:
-            raise UserError(f"{path}: missing annotation; only data with language can be trained on")
+            raise UserError(
+                f"{path}: missing annotation, so there are no instructions; copy it too, or do without them "
+                "(data.language=false in stage 2, data.spans=all in stage 3)"
+            )
         annotation = self._load(ANNOTATIONS)
         try:
             texts, tasks = annotation["language"]["ann"], annotation["language"]["task"]

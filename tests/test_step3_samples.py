@@ -13,7 +13,7 @@ from policy_fakes import PRESET, build_gfdm, write_demonstrations, write_stages
 from safetensors.torch import load_file
 from test_step3_data import train_settings
 
-from defi.calvin import CalvinFolder, frame_name
+from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.config import CONFIG_DIR, compose_preset
 from defi.engine.checkpoint import find_checkpoint, read_manifest
 from defi.engine.tracking import read_metrics
@@ -162,6 +162,28 @@ def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.spans=some"):
         prepare(settings(place, tmp_path / "new", "demos", "images", **{"data.spans": "some"}))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_recordings_without_samples_that_have_text(
+    annotated: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """No annotation, or only spans shorter than the tail: of all frames, samples without text remain."""
+    root = write_demonstrations(tmp_path / "demos")
+    if not annotated:
+        (root / "training" / ANNOTATIONS).unlink()
+    given = {"data.root": root, "data.tail": 30}
+    store = PolicyStore(
+        prepare(settings(place, tmp_path / "s", "demos", "images", **given, **{"data.spans": "all"}))
+    )
+    assert [store[i]["text"] for i in range(len(store))] == [""] * (6 + 13)
+    told = "2 of 2 annotated spans are too short for data.tail=30: taken without text"
+    assert (told in capsys.readouterr().out) == annotated
+    with pytest.raises(UserError, match="is longer than data.tail=30" if annotated else "data.spans=all"):
+        prepare(settings(place, tmp_path / "new", "demos", "images", **given))
+    frames = CalvinFolder(root / "training")
+    with pytest.raises(UserError, match="no recording has the 30 frames of a chunk"):
+        plan_samples(frames, chunk=30, tail=29, stride=1, by_text=False, spans="all")
 
 
 def test_a_frame_of_latents_takes_at_most_17_kb() -> None:
