@@ -10,7 +10,7 @@ with `resume=true`, on any number of processes.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
+from defi.files import read_json
 from defi.processes import processes, share
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
@@ -49,6 +50,7 @@ from Step3_DeFI.samples import Plan, following, plan_samples, read_looks
 from Step3_DeFI.sources import check_gfdm
 
 DONE = "done.npy"
+RESULTS = ("samples", "rows", "look", "texts", "tasks")  # of a store: what follows from data and settings
 
 
 @dataclass
@@ -244,13 +246,25 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
 
 
 def is_begun(output: Path, manifest: StoreManifest) -> bool:
-    """Whether the folder holds this store, complete or not. Raises UserError if it holds another."""
+    """Whether the folder holds this store, complete or not.
+
+    `source` may be another path: the data are known by their fingerprint, wherever they lie.
+
+    Raises:
+        UserError: it holds another store; what differs is named.
+    """
     for file in (output / MANIFEST, output / PROGRESS):
         if file.exists():
-            record: dict[str, Any] = json.loads(file.read_text())
+            record: dict[str, Any] = read_json(file, "make it anew with overwrite=true")
             record.pop("batch", None)
-            if typed(StoreManifest, record, str(file)) != manifest:
-                raise UserError(f"{output}: was begun with other data or settings; set overwrite=true")
+            begun, wanted = asdict(typed(StoreManifest, record, str(file))), asdict(manifest)
+            differ = [name for name in wanted if name != "source" and begun[name] != wanted[name]]
+            if differ:
+                told = [f"{name} {begun[name]}, not {wanted[name]}" for name in differ if name not in RESULTS]
+                raise UserError(
+                    f"{output}: was begun with other data or settings ({'; '.join(told or differ)}); "
+                    "give those, choose another output=, or replace it with overwrite=true"
+                )
             return True
     return False
 

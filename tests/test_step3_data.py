@@ -1,6 +1,7 @@
 """From demonstrations to the policy's store, and from the store to a trained policy."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +164,18 @@ def test_an_interrupted_preparation_goes_on(place: Path, tmp_path: Path, monkeyp
         prepare(prepare_settings(place, broken, **values))
     with pytest.raises(UserError, match="was not finished; run Step3_DeFI.prepare again with resume=true"):
         PolicyStore(broken)
-    with pytest.raises(UserError, match="begun with other data or settings"):
+    with pytest.raises(UserError, match=r"with other data or settings \(seed 0, not 1\); .*another output="):
         prepare(prepare_settings(place, broken, **values, seed=1, resume=True))
-    prepare(prepare_settings(place, broken, **values, resume=True))
+    again = {"data.root": os.path.relpath(place / "demos")}  # the same data by another path
+    prepare(prepare_settings(place, broken, **values, **again, resume=True))
     assert len(calls) == 3 + 3  # 19 looks in batches of 4: the third died, three were left
-    for file in ("inputs.npy", "actions.npy", "index.npy", "manifest.json"):
+    manifest, expected = (json.loads((run / "manifest.json").read_text()) for run in (broken, whole))
+    assert manifest.pop("source") == f"{again['data.root']}/training"
+    assert manifest.items() <= expected.items()
+    for file in ("inputs.npy", "actions.npy", "index.npy"):
         assert (whole / file).read_bytes() == (broken / file).read_bytes(), file
-    manifest = json.loads((broken / "manifest.json").read_text())
-    del manifest["video_stride"]  # a store from before that setting is complete as well
-    (broken / "manifest.json").write_text(json.dumps(manifest))
+    del expected["video_stride"]  # a store from before that setting is complete as well
+    (broken / "manifest.json").write_text(json.dumps(expected))
     prepare(prepare_settings(place, broken, **values, resume=True))
     assert len(calls) == 6
 
