@@ -58,11 +58,12 @@ class Probed:
         return cls(seen, np.array(clips), np.array(rows))
 
 
-def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, dict[str, float]]:
+def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, dict[str, float | None]]:
     """R² on `test` of ridge regressions fitted on `fit`: per action that varies in both, and of `all`.
 
     Actions weigh by their variance in `all`, so that those that hardly vary hardly count. Inputs: the codes,
-    random codes, and differences of DINO features (what codes could hold at best).
+    random codes, and differences of DINO features (what codes could hold at best). Where no action varies
+    there is nothing to explain: None.
     """
     varies = (fit.actions.std(0) > STILL) & (test.actions.std(0) > STILL)
     names = [name for name, kept in zip(ACTIONS, varies) if kept]
@@ -99,8 +100,10 @@ def report(numbers: dict[str, Any], codes: int) -> None:
         names = list(numbers["probe"]["codes"])
         table = Table("R²", *names, title="robot actions read linearly from")
         for name, scores in numbers["probe"].items():
-            table.add_row(name, *(f"{scores[key]:.2f}" for key in names))
+            table.add_row(name, *("—" if scores[key] is None else f"{scores[key]:.2f}" for key in names))
         console.print(table)
+        if names == ["all"]:
+            console.print("No action varies in both splits: there is nothing to probe.")
 
 
 @entry("step2_health")

@@ -51,9 +51,17 @@ def fit_and_predict(
     return ridge(fit, targets, new)[int(np.argmin(errors))]
 
 
-def r2(truth: Float[np.ndarray, "M A"], predicted: Float[np.ndarray, "M A"]) -> tuple[list[float], float]:
-    """R² of each target, and of all together: the share of their summed variance that is explained."""
+def r2(
+    truth: Float[np.ndarray, "M A"], predicted: Float[np.ndarray, "M A"]
+) -> tuple[list[float | None], float | None]:
+    """R² of each target, and of all together: the share of their summed variance that is explained.
+
+    None where there is no variance to explain.
+    """
     spread = ((truth - truth.mean(0)) ** 2).sum(0)
     residual = ((truth - predicted) ** 2).sum(0)
-    each = 1 - residual / spread.clip(1e-12)
-    return each.tolist(), float(1 - residual.sum() / max(spread.sum(), 1e-12))
+    *each, together = (
+        float(1 - left / whole) if whole > 0 else None
+        for left, whole in zip([*residual, residual.sum()], [*spread, spread.sum()])
+    )
+    return each, together

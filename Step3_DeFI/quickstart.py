@@ -94,7 +94,8 @@ def futures(folder: Path) -> Markup:
 def latent_actions(folder: Path) -> Markup:
     """Stage 2: which code moves what, and whether the codes mean anything."""
     health = json.loads((folder / "health.json").read_text())
-    rows = [[name, scores["all"]] for name, scores in health["probe"].items()]
+    scores = {name: found["all"] for name, found in health["probe"].items()}
+    rows = [[name, "—" if score is None else score] for name, score in scores.items()]
     return html.section(
         "Latent actions",
         html.paragraph("What moved in the picture where GIDM, trained on video alone, chose the same code."),

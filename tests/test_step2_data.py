@@ -16,6 +16,8 @@ from Step2_GIDM.data.pairs import Clip, PairDataset
 from Step2_GIDM.data.videos import VideoClips
 from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import direction, telling_place
+from Step2_GIDM.health import Probed, probe, report
+from Step2_GIDM.observe import Observed
 from Step2_GIDM.probe import fit_and_predict, one_hot, r2
 
 
@@ -259,3 +261,16 @@ def test_r2_of_all_targets_weighs_them_by_variance() -> None:
     truth = np.array([[-10.0, -1], [10, 1]])
     each, together = r2(truth, np.array([[-10.0, 0], [10, 0]]))
     assert each == [1, 0] and together == pytest.approx(1 - 2 / 202)
+
+
+def test_where_no_action_varies_there_is_nothing_to_probe(capsys: pytest.CaptureFixture) -> None:
+    assert r2(np.ones((4, 1)), np.zeros((4, 1))) == ([None], None)
+    still = torch.zeros(4, 2, dtype=torch.long)
+    seen = Observed(np.arange(4), torch.zeros(4, 2, 3, 8, 8), still, torch.rand(4, 3), *torch.zeros(3, 4))
+    part = Probed(seen, np.array([0, 0, 1, 1]), np.zeros((4, 7)))
+    found = probe(part, part, codes=8)
+    assert set(found) == {"codes", "random codes", "feature differences"}
+    assert all(scores == {"all": None} for scores in found.values())
+    report(seen.numbers(8) | {"probe": found}, 8)
+    told = capsys.readouterr().out
+    assert "No action varies in both splits: there is nothing to probe." in told and told.count("—") == 3
