@@ -7,12 +7,14 @@ as a program, which leaves what was asked for on its standard output. Needs the 
 
 import contextlib
 import json
+import math
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,9 @@ from defi.errors import UserError
 if TYPE_CHECKING:
     import h5py
 
-SECONDS, BYTES_PER_SECOND = 3, 10**7  # of computing: some at least, and more for larger files
+# Seconds of computing: some at least, and more for larger files and for what unpacking them makes of them.
+SECONDS, BYTES_PER_SECOND, UNPACKED_PER_SECOND = 3, 10**7, 10**8
+MOST_PACKED = 1032  # bytes that deflate makes of one
 MEMORY = 2**34  # bytes
 TOLD = 2  # exit code where standard error ends with a message for the user
 
@@ -131,19 +135,38 @@ def _text(group: Any, name: str) -> str | None:
 def _pictures(data: Any, every: int) -> list[np.ndarray]:
     """All raw pictures as one array, or each encoded one."""
     if getattr(data, "ndim", 0) == 4 and data.dtype == np.uint8 and data.shape[-1] == 3:
-        return [data[::every]]
+        return [_rows(data, every)]
     if getattr(data, "ndim", 0) in (1, 2):
-        return [np.frombuffer(bytes(np.asarray(row)), np.uint8) for row in data[::every]]
+        return [np.frombuffer(bytes(np.asarray(row)), np.uint8) for row in _rows(data, every)]
     what = f"{data.dtype} {data.shape}" if hasattr(data, "shape") else "a group"
     raise UserError(
         f"{data.file.filename}: {data.name} is {what}, not pictures: uint8 [F, H, W, 3], or encoded ones"
     )
 
 
-def _limit(size: int) -> None:
-    """Bounds on what this process may compute and hold."""
-    seconds = SECONDS + size // BYTES_PER_SECOND
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+def _rows(data: "h5py.Dataset", every: int) -> np.ndarray:
+    """Every `every`-th row. Each packed piece of the file is read once: HDF5 itself is slow at steps."""
+    rows = np.empty((-(-len(data) // every), *data.shape[1:]), data.dtype)
+    packed = data.chunks[0] if data.chunks else 1
+    for _, group in groupby(range(0, len(data), every), lambda row: row // packed):
+        wanted = list(group)
+        rows[wanted[0] // every : wanted[-1] // every + 1] = data[wanted[0] : wanted[-1] + 1][::every]
+    return rows
+
+
+def _unpacked(member: Any) -> int:
+    """Bytes that a data set says it holds; zero of a group."""
+    return math.prod(member.shape or ()) * member.dtype.itemsize if hasattr(member, "shape") else 0
+
+
+def _limit(size: int, unpacked: int = 0) -> None:
+    """Bounds on what this process may compute and hold.
+
+    size: bytes of the file. unpacked: bytes of what is read from it, as the file says, which may be damaged.
+    """
+    believed = min(unpacked, MOST_PACKED * size, MEMORY)
+    seconds = SECONDS + size // BYTES_PER_SECOND + believed // UNPACKED_PER_SECOND
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if soft == resource.RLIM_INFINITY else soft, hard))
 
@@ -153,11 +176,11 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     try:
         with opened(asked["path"]) as file:
-            _limit(Path(asked["path"]).stat().st_size)
+            _limit(asked["size"])
             group = find(file, asked["group"])
-            found = {
-                c: _pictures(find(group, place), asked["every"]) for c, place in asked["cameras"].items()
-            }
+            places = {camera: find(group, place) for camera, place in asked["cameras"].items()}
+            _limit(asked["size"], sum(map(_unpacked, places.values())))
+            found = {camera: _pictures(place, asked["every"]) for camera, place in places.items()}
             text = (_text(group, asked["text"]) or _text(file, asked["text"])) if asked["text"] else None
             members = list(group) if hasattr(group, "keys") else []
     except UserError as error:
