@@ -1,32 +1,35 @@
 """How many frames the videos of a folder have: counted once, so that a later start opens none of them.
 
-    <root>/.defi/frames.json   {path below root: [bytes, time of change in ns, frames, or why there are none]}
+    <root>/.defi/frames.jsonl   a line per video: [path below root, bytes, time of change in ns, frames]
 
-Where the folder cannot be written to, the file lies in the user's cache. A video is opened again when its
-size or time of change is another one.
+Instead of frames a line may say why there are none. Where the folder cannot be written to, the file lies in
+the user's cache. A video is opened again when its size or time of change is another one.
 """
 
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
 from defi.cache import take_turn, user_cache
 from defi.engine.output import write_file
 from defi.errors import UserError
-from defi.files import read_json
 from defi.video import frame_count
 
-INDEX = "frames.json"
+INDEX = "frames.jsonl"
 OPENERS = 8  # videos that are opened at the same time
 PART = 2000  # videos after which the index is written, should the counting be interrupted
 MOST_FRAMES = 10**9
+LONGEST = 2**16  # bytes of a line; paths have at most 4096
+FEWEST = 1000  # videos for whose lines there is always room
 
-Entry = tuple[int, int, int | str]  # bytes, time of change in ns, frames or the fault
+Entry = tuple[int | str, ...]  # bytes, time of change in ns, frames or the fault
 Stamp = tuple[int, int] | None  # bytes and time of change in ns; None: the file is not there
 
 
@@ -51,21 +54,30 @@ def _known(places: Sequence[Path], stamps: dict[str, Stamp]) -> dict[str, Entry]
     """What the indices say of videos that are still as they were. A damaged index says nothing."""
     known: dict[str, Entry] = {}
     for place in places:
-        try:
-            written = read_json(place / INDEX, "")
-        except UserError:
-            continue
-        for name, stamp in stamps.items():
-            if stamp and _is_entry(entry := written.get(name)) and stamp == tuple(entry[:2]):
+        for name, *entry in _lines(place / INDEX, LONGEST * max(FEWEST, len(stamps))):
+            if (stamp := stamps.get(name)) and stamp == tuple(entry[:2]):
                 known[name] = tuple(entry)
     return known
 
 
-def _is_entry(entry: object) -> bool:
-    """Whether it says what an index says; the folder, and the index in it, may be a stranger's."""
-    if not isinstance(entry, list) or len(entry) != 3:
+def _lines(file: Path, largest: int) -> Iterator[list[Any]]:
+    """Lines of an index, read one by one: it may be a stranger's, and shall not fill the memory."""
+    try:
+        if not file.is_file() or file.stat().st_size > largest:
+            return
+        with file.open("rb") as stream:
+            while line := stream.readline(LONGEST):
+                with suppress(ValueError, RecursionError):
+                    if _is_line(found := json.loads(line)):
+                        yield found
+    except OSError:
+        return
+
+
+def _is_line(found: object) -> bool:
+    if not isinstance(found, list) or len(found) != 4 or not isinstance(found[0], str):
         return False
-    frames = entry[2]
+    frames = found[3]
     return isinstance(frames, str) or (type(frames) is int and 0 < frames < MOST_FRAMES)
 
 
@@ -100,7 +112,7 @@ def _count(
 
 def _write(file: Path, known: dict[str, Entry]) -> None:
     try:
-        write_file(file, json.dumps(known))
+        write_file(file, "".join(json.dumps([name, *entry]) + "\n" for name, entry in known.items()))
     except OSError as error:
         warnings.warn(f"{file}: not written ({error.strerror}); frames will be counted again", stacklevel=2)
 

@@ -74,7 +74,8 @@ def test_only_changed_and_new_videos_are_opened(videos: Path, opened: list[str])
     (videos / "kitchen" / "c.mov").unlink()
     found = counts(videos)
     assert (found["a.mp4"], found["new.mp4"]) == (9, 3) and sorted(opened) == ["a.mp4", "new.mp4"]
-    assert "kitchen/c.mov" not in json.loads((videos / ".defi" / INDEX).read_text())
+    lines = map(json.loads, (videos / ".defi" / INDEX).read_text().splitlines())
+    assert {name for name, *_ in lines} == {"a.mp4", "damaged.mp4", "kitchen/b.mp4", "new.mp4"}
     opened.clear()
     os.utime(videos / "new.mp4", ns=(0, 0))  # of the same size, changed at another time
     assert counts(videos) == found and opened == ["new.mp4"]
@@ -97,14 +98,16 @@ def test_where_the_folder_cannot_be_written_to(videos: Path, opened: list[str], 
     "content",
     [
         b"\xff\xfe",
-        b'{"a.mp4": [',
-        b"[1, 2]",
-        b'{"a.mp4": 4, "kitchen/b.mp4": [1], "kitchen/c.mov": {"frames": 6}}',
-        b'{"a.mp4": [SIZE, TIME, 1e9]}',
-        b'{"a.mp4": [SIZE, TIME, -3]}',
-        b'{"a.mp4": [SIZE, TIME, true]}',
-        b'{"a.mp4": [SIZE, TIME, 99999999999999999999]}',
-        b'{"a.mp4": [SIZE, TIME, null]}',
+        b'["a.mp4", SIZE, TIME, ',
+        b'["a.mp4", SIZE, TIME, 4, 4]',
+        b'{"a.mp4": [SIZE, TIME, 4]}',
+        b'[1, 2]\n4\n[["a.mp4"], SIZE, TIME, 4]',
+        b"[" * 10**5,
+        b'["a.mp4", SIZE, TIME, 1e9]',
+        b'["a.mp4", SIZE, TIME, -3]',
+        b'["a.mp4", SIZE, TIME, true]',
+        b'["a.mp4", SIZE, TIME, 99999999999999999999]',
+        b'["a.mp4", SIZE, TIME, null]',
     ],
 )
 def test_an_index_that_is_none_says_nothing(videos: Path, opened: list[str], content: bytes) -> None:
@@ -115,6 +118,19 @@ def test_an_index_that_is_none_says_nothing(videos: Path, opened: list[str], con
     assert counts(videos) == expected(videos) and len(opened) == 4
     opened.clear()
     assert counts(videos) == expected(videos) and opened == []
+
+
+def test_an_index_of_any_length(videos: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bound follows the number of videos; beyond it the index is not even opened."""
+    counts(videos)
+    index = videos / ".defi" / INDEX
+    whole = index.read_text()
+    monkeypatch.setattr(video_index, "FEWEST", 1)
+    monkeypatch.setattr(video_index, "LONGEST", max(map(len, whole.splitlines())) + 1)
+    opened.clear()
+    assert counts(videos) == expected(videos) and opened == []
+    index.write_text("[]\n" * 1000 + whole)
+    assert counts(videos) == expected(videos) and len(opened) == 4
 
 
 def test_an_interrupted_count_goes_on(
@@ -154,7 +170,7 @@ def test_a_full_disk_does_not_stop_the_start(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(video_index, "write_file", full)
-    with pytest.warns(UserWarning, match=r"frames\.json: not written \(No space left on device\)"):
+    with pytest.warns(UserWarning, match=r"frames\.jsonl: not written \(No space left on device\)"):
         assert counts(videos) == expected(videos)
 
 
