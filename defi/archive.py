@@ -45,7 +45,7 @@ def open_files(folder: Path) -> Files:
         UserError: there is no such folder, or the zip is cut short.
     """
     for archive in (folder, *folder.parents):
-        if archive.suffix == ".zip" and archive.is_file():
+        if archive.suffix.lower() == ".zip" and archive.is_file():
             return ZipFiles(archive, folder.relative_to(archive).as_posix())
     return FolderFiles(folder)
 

@@ -88,6 +88,9 @@ def test_any_folder_of_videos(tmp_path: Path) -> None:
     write_mp4(tmp_path / "two.mp4", np.zeros((5, 64, 64, 3), np.uint8), 10)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "notes.txt").write_text("no video either")
+    elsewhere = (tmp_path / "deep").rename(tmp_path.with_name(f"{tmp_path.name}_elsewhere"))
+    (tmp_path / "deep").symlink_to(elsewhere)
+    (tmp_path / "deep" / "back").symlink_to(tmp_path)
     with pytest.warns(UserWarning, match=r"1 of 3 videos left out.*broken\.mp4"):
         source = VideoClips(tmp_path)
     assert [clip.length for clip in source.clips] == [12, 5]

@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_demonstrations(folder / "other", lengths=(14,), seed=1)
     (folder / "other" / "training").rename(folder / "demos" / "validation")
     write_stages(folder)
-    with zipfile.ZipFile(folder / "demos.zip", "w") as archive:
+    with zipfile.ZipFile(folder / "DEMOS.ZIP", "w") as archive:
         for path in sorted(p for p in (folder / "demos").rglob("*") if p.is_file()):
             archive.write(path, path.relative_to(folder))
     return folder
@@ -52,7 +52,7 @@ def settings(place: Path, output: Path, root: str, kind: str, **values: Any) -> 
 
 
 @pytest.mark.parametrize("apart", [None, 5])
-@pytest.mark.parametrize("root", ["demos", "demos.zip"])
+@pytest.mark.parametrize("root", ["demos", "DEMOS.ZIP"])
 def test_store_and_files_yield_the_same_samples(
     place: Path, tmp_path: Path, root: str, apart: int | None
 ) -> None:
@@ -84,7 +84,7 @@ def trained(place: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("root", "held_out", "starts"),
-    [("demos", "validation", (2, 4)), ("demos.zip", "{place}/demos.zip/validation", (4,))],
+    [("demos", "validation", (2, 4)), ("DEMOS.ZIP", "{place}/DEMOS.ZIP/validation", (4,))],
 )
 def test_training_from_the_recordings_is_training_from_their_store(
     place: Path, trained: Path, tmp_path: Path, root: str, held_out: str, starts: tuple[int, ...]
@@ -129,7 +129,7 @@ def test_data_that_do_not_fit_are_named(
 
 
 def test_latents_are_those_of_the_raw_frames(place: Path, tmp_path: Path) -> None:
-    store = PolicyStore(prepare(settings(place, tmp_path / "store", "demos.zip", "latents")))
+    store = PolicyStore(prepare(settings(place, tmp_path / "store", "DEMOS.ZIP", "latents")))
     data, gfdm = CalvinFolder(place / "demos" / "training"), build_gfdm().eval()
     for i in (0, 7, 18):
         frame = int(np.load(tmp_path / "store" / SPANS)[i, 1])

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
+from defi.folders import find_files
 from defi.video import VIDEO_SUFFIXES, frame_count, read_frames
 from defi.video_index import count_frames
 from Step2_GIDM.data.pairs import Clip
@@ -24,7 +25,7 @@ class VideoClips:
         if root.is_file():
             files, counts = [root], [frame_count(root)]
         else:
-            files = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+            files = find_files(root, VIDEO_SUFFIXES)
             counts = count_frames(root, files)
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
