@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from jaxtyping import Float
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
@@ -33,7 +33,7 @@ from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
 from Step1_GFDM.data import LATENTS, MANIFEST, SPLITS
-from Step1_GFDM.sources import Recording, Scene, Source, build_source
+from Step1_GFDM.sources import Recording, Scene, Source, build_source, read_settings
 
 SKIPPED = "skipped"
 
@@ -67,12 +67,6 @@ def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a manifest holds, the source's settings under the names that the command line has for them."""
     source = manifest.pop("data", {})
     return {f"data.{key}": value for key, value in source.items()} | manifest
-
-
-def source_settings(data: DictConfig) -> dict[str, Any]:
-    """What decides how episodes look; the root, however it is spelled, as one path."""
-    values = OmegaConf.to_container(data) | {"root": str(Path(data.root).resolve())}
-    return {key: value for key, value in values.items() if key != "index"}  # a place to remember things
 
 
 @dataclass
@@ -154,14 +148,15 @@ def read_ahead(jobs: list[Job], every: int) -> Iterator[tuple[Job, Scene | UserE
 def main(cfg: DictConfig) -> None:
     state = processes()
     output = check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
-    every = int(cfg.data.every)
-    if every < 1:
-        raise UserError(f"data.every={every}: must be at least 1")
-    sources = {split: build_source(cfg.data, split) for split in SPLITS}
+    for name in ("batch", "image_size"):
+        if cfg[name] is not None and not (isinstance(cfg[name], int) and cfg[name] >= 1):
+            raise UserError(f"{name}={cfg[name]}: must be a whole number, at least 1")
+    settings = read_settings(cfg.data)
+    sources = {split: build_source(settings, split) for split in SPLITS}
     weights = find_vae(cfg.vae)
     vae = pipeline.load_part(AutoencoderKLTemporalDecoder, weights).requires_grad_(False)
     manifest = Manifest(
-        data=source_settings(cfg.data),
+        data=settings.deciding(),
         splits={split: source.fingerprint for split, source in sources.items()},
         vae=fingerprint(weights),
         scaling=vae.config.scaling_factor,
@@ -190,7 +185,7 @@ def main(cfg: DictConfig) -> None:
     ]
     jobs = share(left)
     encode = Encoder(vae.to(state.device), cfg.batch)
-    coming = read_ahead(jobs, every)
+    coming = read_ahead(jobs, settings.every)
     for job, scene in track(coming, "latents", total=len(jobs), disable=not state.is_local_main_process):
         finish(output, job, scene, encode=encode, image_size=manifest.image_size)
     state.wait_for_everyone()

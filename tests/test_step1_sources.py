@@ -20,6 +20,7 @@ from Step1_GFDM.config import VAESizes
 from Step1_GFDM.data import LATENTS, Clips, ClipsConfig, read_episodes, read_latents
 from Step1_GFDM.parts import build_vae
 from Step1_GFDM.sources.recordings import Recording, distinct, file_name, part
+from Step1_GFDM.sources.settings import read_settings
 from Step1_GFDM.sources.videos import read_captions
 
 
@@ -331,8 +332,8 @@ def test_hdf5_in_folders_that_are_links(tmp_path: Path, vae: Path) -> None:
     ("box", "message"),
     [
         ("[0, 0, 0, 10]", "data.crop.top=[0, 0, 0, 10]: give one of the cameras (top)"),
-        ("[0, 0, 1.5, 10]", "data.crop.top=[0, 0, 1.5, 10]: give one of the cameras (top)"),
-        ("5", "data.crop.top=5: give one of the cameras (top)"),
+        ("[0, 0, 10]", "data.crop.top=[0, 0, 10]: give one of the cameras (top)"),
+        ("5", "data.crop.top=5: "),
         ("[100, 0, 10, 10]", "no episode of train could be read"),
     ],
 )
@@ -394,7 +395,7 @@ def test_a_killed_preparation_goes_on_and_redoes_nothing(
         ("data.crop={top: [0, 0, 9, 9]}", "begun with data.crop=None, now {'top': [0, 0, 9, 9]}"),
         ("data.pad=true", "begun with data.pad=False, now True"),
         ("data.instruction=unfold", "begun with data.instruction=fold, now unfold"),
-        ("data.fps=7", "begun with data.fps=30, now 7"),
+        ("data.fps=7", "begun with data.fps=30.0, now 7.0"),
         ("data.every=2", "begun with data.every=1, now 2"),
         ("data.root={other}", "begun with data.root={root}, now {other}"),
     ],
@@ -408,6 +409,34 @@ def test_a_preparation_goes_on_with_the_same_settings_only(
     assert run(prepare, *given, *TELEOPERATION, "resume=true", changed.replace("{other}", str(other))) == 2
     told = message.replace("{root}", str(root)).replace("{other}", str(other))
     assert f"manifest.json: {told}; choose another output=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.every=0", "data.every=0: must be at least 1"),
+        ("data.every=1.5", "data.every=1.5: "),
+        ("data.fps=fast", "data.fps=fast: "),
+        ("data.fps=0", "data.fps=0.0: must be more than 0"),
+        ("data.crop=5", "data.crop=5: "),
+        ("data.cameras=top", "data.cameras=top: "),
+        ("data.splits=null", "data.splits"),
+        ("data.splits.train=null", "data.splits.train=None: give what data.source=hdf5 calls it"),
+        ("data.source=vhs", "data.source=vhs: choose from calvin"),
+        ("batch=0", "batch=0: must be a whole number"),
+        ("image_size=-1", "image_size=-1: must be a whole number"),
+    ],
+)
+def test_settings_that_cannot_be(
+    setting: str, message: str, tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = write_teleoperation(tmp_path / "aloha", "one", "two")
+    given = ["data=captioned_hdf5", f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}"]
+    assert run(prepare, *given, *TELEOPERATION, setting) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"data\.cameras=\{\}: name at least one"):
+        read_settings({"source": "hdf5", "root": str(root), "splits": {}, "cameras": {}})
 
 
 def test_a_root_may_be_spelled_differently(

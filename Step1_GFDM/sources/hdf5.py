@@ -8,7 +8,6 @@ Needs the package h5py.
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -52,7 +51,7 @@ class HDF5Episodes:
         if not files:
             raise UserError(f"{folder}: no HDF5 files here ({', '.join(SUFFIXES)}); check data.root")
         for camera, box in (crop or {}).items():
-            if camera not in cameras or not _is_box(box):
+            if camera not in cameras or len(box) != 4 or min(box) < 0 or min(box[2:]) < 1:
                 raise UserError(
                     f"data.crop.{camera}={box}: give one of the cameras ({', '.join(cameras)}) "
                     "[top, left, height, width] in pixels, height and width at least 1"
@@ -108,12 +107,6 @@ class HDF5Episodes:
 
 def _decoded(pictures: np.ndarray | list[bytes]) -> UInt8[np.ndarray, "F H W 3"]:
     return np.stack([decode_picture(p) for p in pictures]) if isinstance(pictures, list) else pictures
-
-
-def _is_box(box: Any) -> bool:
-    """Whether this is [top, left, height, width], and not empty."""
-    numbers = isinstance(box, Sequence) and all(isinstance(number, int) for number in box)
-    return numbers and len(box) == 4 and min(box) >= 0 and min(box[2:]) > 0
 
 
 def _groups(path: Path, groups: str | None) -> list[list[str]]:

@@ -1,0 +1,92 @@
+"""What the `data` section of configs/step1_prepare.yaml says, for each kind of source."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from defi.config import typed
+from defi.errors import UserError
+
+
+@dataclass
+class SourceSettings:
+    """splits: ours -> the source's. every: take every n-th frame."""
+
+    source: str
+    root: str
+    splits: dict[str, str | None]
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"data.every={self.every}: must be at least 1")
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides how episodes look, for JSON; the root as one path, however it is spelled."""
+        return asdict(self) | {"root": str(Path(self.root).resolve())}
+
+
+@dataclass
+class VideosSettings(SourceSettings):
+    """videos: folder below root. longest: frames."""
+
+    videos: str = "."
+    longest: int | None = None
+
+
+@dataclass
+class RecordedSettings(SourceSettings):
+    """Of sources that do not say how fast they were recorded. fps: frames per second."""
+
+    fps: float = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.fps < 1000:
+            raise UserError(f"data.fps={self.fps}: must be more than 0 and less than 1000")
+
+
+@dataclass
+class HDF5Settings(RecordedSettings):
+    """See `Step1_GFDM.sources.hdf5.HDF5Episodes`."""
+
+    cameras: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    instruction: str | None = None
+    groups: str | None = None
+    crop: dict[str, list[int]] | None = None
+    pad: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cameras:
+            raise UserError("data.cameras={}: name at least one, {name: path of its pictures in an episode}")
+
+
+@dataclass
+class RLDSSettings(RecordedSettings):
+    """See `Step1_GFDM.sources.rlds.RLDSEpisodes`. index: where the places of pictures are kept."""
+
+    cameras: dict[str, str | None] | None = None
+    language: str | None = None
+    index: str = ""
+
+    def deciding(self) -> dict[str, Any]:
+        return {key: value for key, value in super().deciding().items() if key != "index"}
+
+
+SOURCES = {
+    "calvin": SourceSettings,
+    "videos": VideosSettings,
+    "vpp": SourceSettings,
+    "hdf5": HDF5Settings,
+    "rlds": RLDSSettings,
+}
+
+
+def read_settings(data: Mapping[str, Any]) -> SourceSettings:
+    """Of the `data` section. Raises UserError for a source that does not exist, or a value that cannot be."""
+    if data["source"] not in SOURCES:
+        raise UserError(f"data.source={data['source']}: choose from {', '.join(SOURCES)}")
+    return typed(SOURCES[data["source"]], data, "data")
