@@ -166,6 +166,7 @@ def test_all_of_the_demonstrations(demonstrations: Path, language: bool | None, 
     ("change", "message"),
     [
         ({"distance": [5, 2]}, r"data.distance=\[5, 2\]"),
+        ({"distance": [1, 10**30]}, r"data.distance=\[1, 10+\]: .* <= 1,000,000"),
         ({"distance": 15}, "data.distance=.*must be a list"),
         ({"distance": [15]}, r"data.distance=\[15\]: must be \[low, high\]"),
         ({"distance": [1, "far"]}, r"data.distance\[1\]: .*'far'"),

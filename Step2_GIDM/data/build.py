@@ -19,6 +19,8 @@ from Step2_GIDM.data.pairs import PairDataset, Source
 from Step2_GIDM.data.rlds import RLDSClips
 from Step2_GIDM.data.videos import VideoClips
 
+FARTHEST = 10**6  # frames between the two of a pair: hours of video
+
 
 @dataclass(kw_only=True)
 class PairsConfig:
@@ -36,8 +38,9 @@ class PairsConfig:
     augmentation: Augmentation | None
 
     def __post_init__(self) -> None:
-        if len(self.distance) != 2 or not 1 <= self.distance[0] <= self.distance[1]:
-            raise UserError(f"data.distance={self.distance}: must be [low, high] with 1 <= low <= high")
+        if len(self.distance) != 2 or not 1 <= self.distance[0] <= self.distance[1] <= FARTHEST:
+            limits = f"with 1 <= low <= high <= {FARTHEST:,}"
+            raise UserError(f"data.distance={self.distance}: must be [low, high] {limits}")
 
 
 @dataclass(frozen=True)
