@@ -5,13 +5,13 @@ compared, which needs far fewer sequences than comparing the two averages.
 """
 
 import argparse
-import sys
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from defi.config import one_line_errors
 from defi.errors import UserError
 from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.results import Results, read_results
@@ -80,12 +80,9 @@ def main() -> None:
     parser.add_argument("a", help="results.json, or the output folder of a rollout")
     parser.add_argument("b", help="the same of the other")
     paths = parser.parse_args()
-    try:
+    with one_line_errors():
         a, b = read_results(paths.a), read_results(paths.b)
         table = comparison_table(a, b)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     console = Console(highlight=False)
     console.print(table)
     for name, path in (("a", paths.a), ("b", paths.b)):

@@ -3,20 +3,23 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from defi.config import entry
-from defi.engine.checkpoint import CHANGED, environment, find_checkpoint, read_manifest
+from defi.config import entry, flatten
+from defi.engine.checkpoint import CHANGED, COPY_AGAIN, MANIFEST, environment, find_checkpoint, read_manifest
 from defi.errors import UserError
 from defi.sim.renderers import SOFTWARE, egl_devices
 from defi.sim.scene import SceneConfig
@@ -130,37 +133,37 @@ def check_checkpoint(path: str) -> Iterator[Finding]:
     """A checkpoint: whole, and made in an environment like this one."""
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)
+    if missing := [key for key in ("stage", "preset", "step") if key not in manifest]:
+        raise UserError(f"{folder / MANIFEST}: lacks {', '.join(missing)}; {COPY_AGAIN}")
     detail = f"{folder}: {manifest['stage']}, preset {manifest['preset']}, step {manifest['step']}"
     yield Finding("checkpoint", "ok", detail)
-    now = environment()
-    then = {key: manifest[key] for key in now if key in manifest}
-    for key in now:
-        before, today = then.get(key), now[key]
-        pairs = (
-            {f"{key} {part}": (before.get(part), today.get(part)) for part in before.keys() | today.keys()}
-            if isinstance(before, dict)
-            else {key: (before, today)}
-        )
-        for name, (old, new) in sorted(pairs.items()):
-            if old != new:
-                detail = f"the checkpoint was made with {old}, here it is {new}"
-                yield Finding(name, "note", detail, meaning(name, old))
+    here = environment()
+    now, then = flatten(here), flatten({key: manifest[key] for key in here if key in manifest})
+    for key in sorted(now.keys() | then.keys()):
+        old, new, name = then.get(key), now.get(key), key.replace(".", " ", 1)
+        if old != new:
+            detail = f"the checkpoint was made with {old}, here it is {new}"
+            yield Finding(name, "note", detail, meaning(name, old))
 
 
-def meaning(name: str, old: str | None) -> str:
-    """What it means that an entry of a manifest's environment was `old` and is something else now."""
+def meaning(name: str, old: Any) -> str:
+    """What it means that an entry of a manifest's environment was `old` and is something else now.
+
+    The manifest may be a stranger's: what it says is quoted in commands.
+    """
     kind, _, part = name.partition(" ")
     if kind in ("version", "git_commit"):
         commit = str(old).removesuffix(CHANGED) if kind == "git_commit" and old else None
-        same = f"; git checkout {commit} has it" if commit else ""
+        same = f"; git checkout {shlex.quote(commit)} has it" if commit else ""
         return f"other code may compute something else{same}"
     if kind == "hardware":
         return "results differ in rounding; a resumed run goes on, not bit for bit"
     if part == "python":
         return f"random choices may differ; Python {old} has the same"
+    wanted = shlex.quote(f"{part}=={old}")
     if part == "numpy":
-        return f"random numbers, and so samples, may differ; pip install numpy=={old} has the same"
-    return f"results differ in rounding, or more; pip install {part}=={old} has the same"
+        return f"random numbers, and so samples, may differ; pip install {wanted} has the same"
+    return f"results differ in rounding, or more; pip install {wanted} has the same"
 
 
 def examine(what: str, check: Callable[..., Iterator[Finding]], *args: object) -> Iterator[Finding]:
@@ -187,16 +190,21 @@ def findings(cfg: DictConfig) -> list[Finding]:
     return found
 
 
-@entry("doctor")
-def main(cfg: DictConfig) -> None:
+def report(found: Sequence[Finding]) -> Table:
+    """What is found, for the terminal; brackets in it are no markup, for it may be a stranger's."""
     table = Table(box=None, pad_edge=False)
     for column in ("what", "", "found", "how to mend it"):
         table.add_column(column, overflow="fold")
-    found = findings(cfg)
     for finding in found:
-        style = STYLES[finding.verdict]
-        table.add_row(finding.what, f"[{style}]{finding.verdict}[/]", finding.detail, finding.mend)
-    Console(highlight=False).print(table)
+        verdict = Text(finding.verdict, STYLES[finding.verdict])
+        table.add_row(Text(finding.what), verdict, Text(finding.detail), Text(finding.mend))
+    return table
+
+
+@entry("doctor")
+def main(cfg: DictConfig) -> None:
+    found = findings(cfg)
+    Console(highlight=False).print(report(found))
     if any(finding.verdict == "wrong" for finding in found):
         sys.exit(1)
 

@@ -27,6 +27,7 @@ from stages import build_vae
 from torch.optim import AdamW
 
 from benchmarks.rlds_writer import encode, write_videos
+from defi import doctor
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import look
 from defi.engine import checkpoint, state
@@ -72,6 +73,7 @@ def read_run(folder: Path) -> None:
     assert isinstance(manifest["step"], int)
     Toy.from_pretrained(checkpoint.find_weights(folder, "gidm"))
     curves(folder)
+    doctor.report(list(doctor.examine("checkpoint", doctor.check_checkpoint, str(folder))))
 
 
 def read_state(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The doctor: right about what is there, clear about what is not."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from policy_fakes import write_stages
+from rich.console import Console
 
 from defi import doctor
 from defi.engine.checkpoint import CHANGED, find_checkpoint
@@ -77,6 +79,32 @@ def test_a_checkpoint_is_compared_with_this_environment(checkpoint: Path, tmp_pa
 )
 def test_what_a_difference_means(name: str, old: str | None, told: str) -> None:
     assert told in doctor.meaning(name, old)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"preset": None}, "lacks preset; copy the checkpoint again"),
+        ({"version": {"a": 1}}, "made with 1, here it is None"),
+        ({"packages": "[/]"}, "made with [/], here it is None"),
+        ({"preset": "[/bold]"}, "preset [/bold], step"),
+        ({"packages": {"torch": "1; rm *"}}, "pip install 'torch==1; rm *' has the same"),
+        ({"git_commit": "x; rm *"}, "git checkout 'x; rm *' has it"),
+        ({"hardware": {"[/]": {"[/bold]": 1}}}, "made with 1, here it is None"),
+    ],
+)
+def test_a_strangers_manifest_is_told_as_it_is(
+    checkpoint: Path, tmp_path: Path, change: dict, told: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    manifest = json.loads((copy / "manifest.json").read_text()) | change
+    (copy / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+    found = list(doctor.examine("checkpoint", doctor.check_checkpoint, str(copy)))
+    console = Console(width=10_000, file=io.StringIO())
+    console.print(doctor.report(found))
+    printed = "; ".join(f"{finding.detail}; {finding.mend}" for finding in found)
+    assert told in printed and all(finding.detail in console.file.getvalue() for finding in found)
 
 
 def test_a_manifest_names_code_config_data_packages_and_hardware(checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """The training loop on a toy model: what it learns, writes, refuses and stops at."""
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -281,6 +282,23 @@ def test_every_number_of_the_log_is_in_the_picture(tmp_path: Path, monkeypatch: 
     assert loss.get_yscale() == "log" and rate.get_ylim()[0] == 0
     assert [text.get_text() for text in mse.get_legend().get_texts()] == ["sample"]
     assert all(axis.get_xlim() == (0, 300) for axis in panels.values())
+
+
+def test_the_command_that_draws_tells_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 0.5}\n')
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    for run, told in (
+        (tmp_path / "none", "missing; give"),
+        (tmp_path, "full.png: cannot be written (No space"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["plot", str(run), "--out", str(tmp_path / "full.png")])
+        with pytest.raises(SystemExit) as left:
+            plot.main()
+        printed = capsys.readouterr().err
+        assert left.value.code == 2 and printed.count("\n") == 1
+        assert printed.startswith("error: ") and told in printed
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -1,7 +1,6 @@
 """Curves of training runs from their `metrics.jsonl`: `python -m defi.engine.plot <run> [<run> …]`."""
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator, PercentFormatter
 
+from defi.config import one_line_errors
 from defi.engine.tracking import METRICS, read_metrics
 from defi.errors import UserError
 
@@ -81,6 +81,9 @@ def draw(runs: Sequence[Path], out: Path) -> Path:
     """Draw the curves of the runs into a PNG file: a panel per number, a colour per run.
 
     Training is a line, everything else points; vertical lines mark steps that were left out.
+
+    Raises:
+        UserError: a run has no numbers, or the picture cannot be written.
     """
     by_run = {_title(run): curves(run) for run in runs}
     left_out = {_title(run): steps_of(run, "left_out") for run in runs}
@@ -108,8 +111,14 @@ def draw(runs: Sequence[Path], out: Path) -> Path:
             axis.remove()
         marks = [Line2D([], [], color=f"C{number}", label=run) for number, run in enumerate(by_run)]
         figure.legend(handles=marks, loc="outside upper left", ncols=len(marks), fontsize=9)
-        figure.savefig(out, dpi=110)
-        plt.close(figure)
+        try:
+            figure.savefig(out, dpi=110)
+        except OSError as error:
+            raise UserError(
+                f"{out}: cannot be written ({error.strerror}); make room there or choose another --out"
+            ) from None
+        finally:
+            plt.close(figure)
     return out
 
 
@@ -171,10 +180,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
     parser.add_argument("--out", type=Path, help="picture to write (default: curves.png in the first run)")
     options = parser.parse_args()
-    try:
+    with one_line_errors():
         print(draw(options.runs, options.out or options.runs[0] / "curves.png"))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
