@@ -90,7 +90,8 @@ def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels | UserE
     for first in track(rounds, description="clips", disable=not state.is_main_process):
         own = long[first : first + state.num_processes][state.process_index :][:1]
         for found in gather_object([_label_or_reason(model, source, source.clips[i], distance) for i in own]):
-            unread += [found] if isinstance(found, UserError) else []
+            if isinstance(found, UserError):
+                unread.append(found)
             yield found
     if len(unread) == len(long):
         raise UserError(f"data: none of {len(long)} clips can be read; the first: {unread[0]}")

@@ -138,6 +138,7 @@ def test_label_leaves_out_what_cannot_be_read(
     for name, length in (("a", 60), ("b", 60), ("c", 1)):
         frames = np.random.default_rng(0).integers(0, 256, (length, 64, 64, 3), dtype=np.uint8)
         write_mp4(tmp_path / "videos" / f"{name}.mp4", frames, 10)
+    (tmp_path / "videos" / "d.mp4").write_bytes(b"no video")
     cut = tmp_path / "videos" / "b.mp4"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     table = tmp_path / "codes.parquet"
@@ -145,7 +146,8 @@ def test_label_leaves_out_what_cannot_be_read(
     assert run(label, *arguments, monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
     assert f"left out: {cut}: " in printed
-    told = "left out: clips that cannot be read (1), clips of less than two frames (1)"
+    told = "left out: clips that cannot be read (1), clips of less than two frames (1), "
+    told += "videos that cannot be opened (1)"
     assert f"{table}: 59 pairs of 1 clips of {cut.parent}; {told}" in printed
     (cut.parent / "a.mp4").unlink()
     assert run(label, *arguments, "overwrite=true", monkeypatch=monkeypatch) == 2

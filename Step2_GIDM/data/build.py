@@ -93,7 +93,9 @@ class VideoPairs(PairsConfig):
         return VideoClips(Path(self.held_out if held_out and self.held_out else self.root))
 
     def whole(self) -> Whole:
-        return Whole(self.open(False), self.root, [])
+        source = self.open(False)
+        damaged = [f"videos that cannot be opened ({len(source.damaged):,})"] if source.damaged else []
+        return Whole(source, self.root, damaged)
 
 
 @dataclass(kw_only=True)

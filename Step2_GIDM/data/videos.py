@@ -30,12 +30,13 @@ class VideoClips:
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
         self.clips = [Clip(str(file), 0, n) for file, n in zip(files, counts) if isinstance(n, int)]
-        damaged = [count for count in counts if isinstance(count, UserError)]
+        self.damaged = [count for count in counts if isinstance(count, UserError)]
         if not self.clips:
-            raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {damaged[0]}")
-        if damaged:
+            raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {self.damaged[0]}")
+        if self.damaged:
             warnings.warn(
-                f"{len(damaged)} of {len(files)} videos left out; the first: {damaged[0]}", stacklevel=2
+                f"{len(self.damaged)} of {len(files)} videos left out; the first: {self.damaged[0]}",
+                stacklevel=2,
             )
 
     @property
