@@ -213,6 +213,13 @@ def test_vpp_videos_of_one_name_are_all_kept(tmp_path: Path, vae: Path) -> None:
     np.testing.assert_allclose(shades, [20, 120], atol=4)
 
 
+def test_an_annotation_of_a_long_name(tmp_path: Path, vae: Path) -> None:
+    root = tmp_path / "vpp"
+    for split in ("train", "val"):
+        write_vpp(root, split, "i" * 248, [f"videos/{split}/7/rgb.mp4"])
+    assert read_episodes(prepared("vpp", root, vae), "train")[0].id.startswith("i" * 100)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -54,11 +54,12 @@ class Source(Protocol):
 
 
 def file_name(text: str) -> str:
-    """A text as a file's name: what is not a letter, digit, dot or dash becomes an underscore.
+    """A text as a file's name: what is not a letter, digit, dot or dash becomes an underscore."""
+    return shortened(re.sub(r"[^\w.\-]+", "_", text).strip("._") or "_")
 
-    Of a name that is too long for a file the start is kept, and a hash of all of it.
-    """
-    name = re.sub(r"[^\w.\-]+", "_", text).strip("._") or "_"
+
+def shortened(name: str) -> str:
+    """Of a name that is too long for a file the start is kept, and a hash of all of it."""
     if len(name.encode()) <= LONGEST_NAME:
         return name
     start = name.encode()[:LONGEST_NAME].decode(errors="ignore")

@@ -6,7 +6,7 @@ from pathlib import Path
 from defi.errors import UserError
 from defi.video import frame_count, frame_rate, read_frames
 from Step1_GFDM.data import Episode, read_episode
-from Step1_GFDM.sources.recordings import Recording, Scene
+from Step1_GFDM.sources.recordings import Recording, Scene, shortened
 
 
 class AnnotatedVideos:
@@ -20,7 +20,7 @@ class AnnotatedVideos:
         files = sorted((root / "annotation" / split).glob("*.json"))
         if not files:
             raise UserError(f"{root}/annotation/{split}: no annotations; give a data set in VPP's layout")
-        self.recordings = [Recording(file.stem, file) for file in files]
+        self.recordings = [Recording(shortened(file.stem), file) for file in files]
         self.cameras = self._first_cameras()
 
     @property
