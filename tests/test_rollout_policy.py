@@ -1,5 +1,6 @@
 """A DeFI checkpoint rolled out: the same actions whatever shares the batch, and the whole command."""
 
+import errno
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from defi.engine import checkpoint
 from defi.errors import UserError
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
-from Step3_DeFI.rollout.evaluate import run_chains
+from Step3_DeFI.rollout.evaluate import Evaluation, run_chains
 from Step3_DeFI.rollout.messages import Look
 from Step3_DeFI.rollout.policy import (
     ModelPolicy,
@@ -210,6 +211,33 @@ def test_wrong_settings_are_one_line(settings: list[str], message: str):
     with pytest.raises(UserError, match=message) as caught:
         typed(CommandConfig, composed(settings), "step3_rollout")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("Step3_DeFI.rollout.__main__.write_file", "rollout.json"),
+        ("Step3_DeFI.rollout.evaluate.write_clip", "a clip"),
+        ("Step3_DeFI.rollout.evaluate.ChainLog.append", "chains.jsonl"),
+        ("Step3_DeFI.rollout.results.Results.save", "results.json and the report"),
+        ("Step3_DeFI.rollout.__main__.write_report", "results.json and the report"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_resume_goes_on(
+    place: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    evaluation = fake_evaluation(chains=2, processes=1)
+    monkeypatch.setattr(Evaluation, "prepare", lambda *_: evaluation)
+    settings = ["agent=random", f"output={tmp_path}"]
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr(place, full)
+        main.__wrapped__(composed(settings))
+    assert str(caught.value).startswith(f"{tmp_path}: cannot write {what} (No space left on device); ")
+    main.__wrapped__(composed([*settings, "resume=true"]))
+    assert len(read_results(tmp_path).chains) == 2
 
 
 def test_wrong_checkpoints_are_one_line(run: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from defi.errors import going_on
 from defi.sim.renderers import Renderer, find_renderer
 from Step3_DeFI.rollout.clips import write_clip
 from Step3_DeFI.rollout.config import RolloutConfig
@@ -99,6 +100,9 @@ def run_chains(
 
     With `output`, chains are written to `<output>/<name>.jsonl` as they finish, and those found there are not
     run again; the first chains are filmed into `<output>/videos`, the baseline's are not.
+
+    Raises:
+        UserError: a simulator process cannot run a chain, or `output` cannot be written to.
     """
     shard = shard or Shard()
     config = evaluation.config
@@ -114,11 +118,13 @@ def run_chains(
     with Fleet(setup, evaluation.processes(shard, len(trials)), server) as fleet, progress:
         for event in fleet.run(trials):
             if isinstance(event, Clip):
-                write_clip(output / "videos", event, config.videos.every)
+                with going_on(output, "a clip"):
+                    write_clip(output / "videos", event, config.videos.every)
                 continue
             found[event.index] = event
             if log:
-                log.append(event)
+                with going_on(output, log.path.name):
+                    log.append(event)
             progress.show(found.values())
     shard.wait()
     found = log.read() if log else found
