@@ -93,27 +93,27 @@ def _seeks_exactly(reader: decord.VideoReader, path: Path, last: int) -> bool:
 class _Timeline:
     """When the frames of a video are shown, in ticks of its clock, and where decoding can start.
 
-    shown: times of the frames, in order; empty where they are not known.
+    shown: times of the frames, in order; empty where they are not known or not needed.
     keys: places of the key frames in the file.
     starts: when each key frame is shown, in order, and the time by which seeking finds it.
     closed: whether all frames before a key frame in the file are shown before it, and all after it after.
     """
 
-    shown: list[int]
+    shown: np.ndarray
     keys: list[int]
     starts: list[tuple[int, int]]
     closed: bool
 
     def time(self, number: int) -> int:
         """When a frame is shown; the last one for those that an edit list hides, which are counted too."""
-        return self.shown[min(number, len(self.shown) - 1)]
+        return int(self.shown[min(number, len(self.shown) - 1)])
 
     def start(self, time: int) -> int:
         """Where to seek for the frame of a time: the last key frame that is shown no later."""
         return self.starts[max(bisect(self.starts, time, key=lambda start: start[0]) - 1, 0)][1]
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=200)  # of which an hour of video takes a megabyte, where it is not closed
 def _timeline(path: Path, changed: int) -> _Timeline:
     """Of a file as it is since `changed` (ns); its packets are read, not decoded.
 
@@ -130,15 +130,18 @@ def _timeline(path: Path, changed: int) -> _Timeline:
         made_up = container.format.name == "avi" and codec.has_b_frames  # AVI stores no times
     times, _, is_key, hidden = zip(*packets)
     keys = [place for place, key in enumerate(is_key) if key]
+    unknown = np.empty(0, np.int64)
     if made_up or None in times or len(set(times)) < len(times):
-        return _Timeline([], keys, [], closed=False)
+        return _Timeline(unknown, keys, [], closed=False)
     latest = list(accumulate(times, max))
     earliest = list(accumulate(reversed(times), min))[::-1]
+    if not any(hidden) and all(latest[key] == times[key] == earliest[key] for key in keys):
+        return _Timeline(unknown, keys, [], closed=True)
     return _Timeline(
-        shown=sorted(time for time, hide in zip(times, hidden) if not hide),
+        shown=np.array(sorted(time for time, hide in zip(times, hidden) if not hide)),
         keys=keys,
         starts=sorted((pts, pts if dts is None else dts) for pts, dts, key, _ in packets if key),
-        closed=not any(hidden) and all(latest[key] == times[key] == earliest[key] for key in keys),
+        closed=False,
     )
 
 
