@@ -208,6 +208,21 @@ def test_actions_of_another_space_are_refused(shape):
         run_chains(fake_evaluation(chains=1), "policy", Wrong(), show=False)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_to_all_processes_are_left_to_the_evaluation(number):
+    evaluation = fake_evaluation(chains=3)
+    server = PolicyServer(FakePolicy(), 1)
+    with Fleet(evaluation.setup("policy", filmed=False), 1, server) as fleet:
+        running = fleet.run(evaluation.trials)
+        results = [next(running)]
+        (simulator,) = fleet.simulators
+        simulator.process.send_signal(number)
+        results += running
+        assert fleet.replaced == 0
+    assert outcome(results) == one_by_one(evaluation, 1)
+    assert simulator.process.poll() is not None
+
+
 SLOW_RUN = """
 import sys, time
 sys.path[:0] = {path!r}
@@ -224,15 +239,20 @@ run_chains(fake_evaluation(processes=2), "policy", Slow(), output=Path({output!r
 """
 
 
-def test_killed_run_continues_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize(
+    "end",
+    [lambda run: run.kill(), lambda run: os.killpg(run.pid, signal.SIGTERM)],
+    ids=["run killed", "group told to end"],
+)
+def test_killed_run_continues_and_leaves_no_process(tmp_path, end):
     log = tmp_path / "chains.jsonl"
     code = SLOW_RUN.format(path=[entry for entry in sys.path if entry], output=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     deadline = time.monotonic() + 120
     while (not log.exists() or log.read_text().count("\n") < 2) and time.monotonic() < deadline:
         time.sleep(0.02)
     children = psutil.Process(process.pid).children()
-    os.kill(process.pid, signal.SIGKILL)
+    end(process)
     process.wait()
     assert len(children) == 2
     assert not psutil.wait_procs(children, timeout=60)[1]

@@ -13,6 +13,10 @@ from defi.errors import UserError
 from Step3_DeFI.rollout.chain import Agent, ExpertAgent, PolicyAgent, RandomAgent, run_chain
 from Step3_DeFI.rollout.messages import Actions, Failure, Look, Setup, Trial
 
+# Ctrl-C and what Slurm sends reach every process of a run. The evaluation, or the training around it, decides
+# what becomes of them; this process ends with the connection, or is killed.
+LEFT_TO_THE_EVALUATION = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 def serve(connection: Connection) -> None:
     """Run the chains that arrive until the connection is closed."""
@@ -54,7 +58,8 @@ def make_agent(setup: Setup, connection: Connection) -> Agent:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the evaluation's to handle
+    for number in LEFT_TO_THE_EVALUATION:
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     try:
         serve(connection)
