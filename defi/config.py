@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import CompactHydraException, MissingConfigException
+from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -78,6 +79,8 @@ def explain(error: CompactHydraException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: no such choice; choose from {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return how_to_write(error.override)
     cause = error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or cause.parent_node is None:
         return one_line(error)
@@ -87,6 +90,21 @@ def explain(error: CompactHydraException) -> str:
     names = " ".join(f"{section}.{key}=" if section else f"{key}=" for key in close or known)
     ask = f"did you mean {names}?" if close else f"there are {names};"
     return f"{cause.full_key}=: no such setting; {ask} --cfg job prints all"
+
+
+def how_to_write(setting: str) -> str:
+    """What to do about a `key=value` that Hydra cannot read."""
+    key, given, value = setting.partition("=")
+    if not given:
+        return f"{setting}: not a setting; write key=value"
+    if value.startswith("~/"):
+        return f"{setting}: the shell leaves this ~ as it is; write {key}=$HOME{value[1:]}"
+    text = value.replace('"', r"\"")
+    quoted = shlex.quote(f'{key}="{text}"')
+    return (
+        f"{setting}: cannot be read; close its brackets, or quote a text with accents, brackets or signs: "
+        f"{quoted}"
+    )
 
 
 def check_given(cfg: DictConfig) -> None:

@@ -1,9 +1,11 @@
 """Command lines: a wrong one is one line that names the setting and the way out."""
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from defi.config import check_given, check_overwrite, entry, one_line_errors
@@ -26,8 +28,9 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
         ("tracker.xyz=3", "error: tracker.xyz=: no such setting; there are tracker."),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
         ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
-        ("trainer.lr=[1", "error: no viable alternative at input '[1'"),
-        ("trainer.lr", "error: Error parsing override 'trainer.lr'"),
+        ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
+        ("trainer.lr", "error: trainer.lr: not a setting; write key=value"),
+        ("output=~/run", "error: output=~/run: the shell leaves this ~ as it is; write output=$HOME/run"),
         ("trainer.lr=${nope}", "error: Interpolation key 'nope' not found"),
     ],
 )
@@ -41,6 +44,20 @@ def test_a_wrong_command_line_is_one_line(
     printed = capsys.readouterr().err
     assert left.value.code == 2
     assert printed.startswith(told) and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("folder", ["my vidéos", "runs [1]", "a=b", "it's (new)", 'a "b"'])
+def test_a_folder_that_needs_quotes_is_shown_with_them(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *GIVEN, f"output={folder}"])
+    with pytest.raises(SystemExit):
+        command()
+    told, _, quoted = capsys.readouterr().err.rpartition(": ")
+    assert told.startswith(f"error: output={folder}: cannot be read; ")
+    (setting,) = shlex.split(quoted)  # as the shell hands it on
+    assert OverridesParser.create().parse_override(setting).value() == folder
 
 
 def test_a_right_command_line_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
