@@ -230,6 +230,17 @@ def made_by_another(sets: Iterable[Clips], vae: Path) -> str | None:
     return None
 
 
+def check_size(sets: Iterable[Clips], expected: torch.Size) -> None:
+    """Raises UserError if latents are not of the model's size [4, h, w]."""
+    for clips in sets:
+        found = clips.clip(0, np.random.default_rng(0))["latents"].shape[1:]
+        if found != expected:
+            raise UserError(
+                f"{clips.root}: its latents are {list(found)}, the model's {list(expected)}; "
+                "prepare them with the model's image_size="
+            )
+
+
 class LatentClips(Dataset):
     """A mixture of data sets by weight: each sample first draws its data set, then a clip of it."""
 

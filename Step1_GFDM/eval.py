@@ -30,7 +30,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
-from Step1_GFDM.data import Clips, Episode, made_by_another, open_sets, read_latents
+from Step1_GFDM.data import Clips, Episode, check_size, made_by_another, open_sets, read_latents
 from Step1_GFDM.fvd import action_scores, fvd_figures
 from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
 from Step1_GFDM.i3d import FEWEST_FRAMES, I3D
@@ -249,26 +249,19 @@ def check_settings(cfg: DictConfig) -> None:
             raise UserError(f"{name}={cfg[name]}: must be a whole number, at least {smallest}")
 
 
-def check_latents(model: GFDM, weights: Path, cases: Sequence[Case]) -> None:
+def check_latents(model: GFDM, weights: Path, sets: Sequence[Clips]) -> None:
     """Whether the model can go on from the latents; of a pretrained one another file's are told, not refused.
 
     Raises:
         UserError: another autoencoder made them, or they are of another size.
     """
-    one_each = {case.data_set: case for case in cases}.values()
-    if wrong := made_by_another([case.clips for case in one_each], weights / "vae"):
+    if wrong := made_by_another(sets, weights / "vae"):
         if model.config.pretrained is None:
             raise UserError(
                 f"{wrong}; give the data that this checkpoint was trained on, or prepare them again"
             )
         print(f"note: {wrong}; these must be the same weights in another file")
-    expected = model.noise(1).shape[2:]
-    for case in one_each:
-        if (found := case.latents().shape[1:]) != expected:
-            raise UserError(
-                f"{case.clips.root}: latents of episode {case.episode.id} are {list(found)}, those of "
-                f"{weights} {list(expected)}; give the data that this checkpoint was trained on"
-            )
+    check_size(sets, model.noise(1).shape[2:])
 
 
 @entry("step1_eval")
@@ -283,7 +276,7 @@ def main(cfg: DictConfig) -> None:
     i3d = load_i3d(cfg.fvd, model)
     sets = open_sets(cfg.data, frames=model.config.frames, split=cfg.split)
     cases = choose(sets, cfg.episodes, cfg.camera)
-    check_latents(model, weights, cases)
+    check_latents(model, weights, list(sets.values()))
     state.wait_for_everyone()
     if state.is_main_process:
         prepare_output(output, overwrite=cfg.overwrite)

@@ -19,7 +19,7 @@ from defi.engine.output import check_output
 from defi.errors import UserError
 from defi.video import draw_text, to_uint8, write_mp4
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LatentClips, made_by_another
+from Step1_GFDM.data import LatentClips, check_size, made_by_another
 from Step1_GFDM.eval import imagine
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.vae import load_vae
@@ -44,6 +44,7 @@ def main(cfg: DictConfig) -> None:
         print(f"note: {wrong}; these must be the same weights in another file")
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
+    check_size([*data.sets, *held_out.sets], model.noise(1).shape[2:])
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     picks = np.linspace(0, len(held_out) - 1, SHOWN).astype(int)

@@ -295,13 +295,14 @@ def test_lpips_names_what_is_missing(tmp_path: Path) -> None:
         LPIPS.from_folder(tmp_path)
 
 
-def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: Path) -> None:
-    """With one annotation gone only that episode is made again."""
+def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: Path, tmp_path: Path) -> None:
+    """With one annotation gone only that episode is made again, also from demonstrations that were moved."""
+    moved = shutil.copytree(demonstrations, tmp_path / "moved")
     folder = outputs / "latents"
     files = sorted(folder.rglob("*.safetensors"))
     before = {file: file.stat().st_mtime_ns for file in files}
     (folder / "annotation" / "train" / "000001.json").unlink()
-    settings = [f"data.root={demonstrations}", f"vae={outputs}/vae", f"output={folder}", "data.every=2"]
+    settings = [f"data.root={moved}", f"vae={outputs}/vae", f"output={folder}", "data.every=2"]
     succeed("prepare", *settings, "resume=true")
     redone = {file.parent.name for file in files if file.stat().st_mtime_ns != before[file]}
     assert redone == {"000001"} and len(read_episodes(folder, "train")) == 3
@@ -314,6 +315,11 @@ def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: P
         ("prepare", ["data.root={demos}", "vae=nowhere", "output={out}/new"], "nowhere: no checkpoint"),
         ("train", ["data.root=nowhere", "vae={out}/vae", "output={out}/new"], "nowhere/annotation/train"),
         ("train", ["data.root={out}/latents", "vae={out}/gfdm", "output={out}/new"], "gfdm checkpoint"),
+        (
+            "train",
+            [*SMALL, "gfdm.image_size=64", "data.root={out}/latents", "vae={out}/vae", "output={out}/new"],
+            "its latents are [4, 8, 8], the model's [4, 16, 16]",
+        ),
         (
             "train",
             ["data.root={out}/latents", "vae={out}/vae", "output={out}/vae"],
@@ -369,5 +375,5 @@ def test_latents_that_a_checkpoint_cannot_go_on_from(outputs: Path, tmp_path: Pa
     for file in (data / "latent_videos").rglob("*.safetensors"):
         save_file({LATENTS: torch.zeros(6, 4, 4, 4)}, file)
     code, errors = command("eval", *given)
-    assert code == 2 and "are [4, 4, 4], those of" in errors.splitlines()[-1]
+    assert code == 2 and "its latents are [4, 4, 4], the model's [4, 8, 8]" in errors.splitlines()[-1]
     assert not (tmp_path / "imagined").exists()

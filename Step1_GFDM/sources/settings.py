@@ -23,12 +23,21 @@ class SourceSettings:
             raise UserError(f"data.every={self.every}: must be at least 1")
 
     def deciding(self) -> dict[str, Any]:
-        """What decides how episodes look, for JSON; the root as one path, however it is spelled."""
-        return asdict(self) | {"root": str(Path(self.root).resolve())}
+        """What decides how episodes look, for JSON. Where data lie does not: their fingerprint knows them."""
+        return {key: value for key, value in asdict(self).items() if key not in ("root", "index")}
 
 
 @dataclass
-class VideosSettings(SourceSettings):
+class FilesSettings(SourceSettings):
+    """Of sources whose fingerprint knows files by their names only."""
+
+    def deciding(self) -> dict[str, Any]:
+        """With the root, however it is spelled: other files may have the same names."""
+        return super().deciding() | {"root": str(Path(self.root).resolve())}
+
+
+@dataclass
+class VideosSettings(FilesSettings):
     """videos: folder below root. longest: frames."""
 
     videos: str = "."
@@ -48,7 +57,7 @@ class RecordedSettings(SourceSettings):
 
 
 @dataclass
-class HDF5Settings(RecordedSettings):
+class HDF5Settings(FilesSettings, RecordedSettings):
     """See `Step1_GFDM.sources.hdf5.HDF5Episodes`."""
 
     cameras: dict[str, str] = field(default_factory=dict)
@@ -72,14 +81,11 @@ class RLDSSettings(RecordedSettings):
     language: str | None = None
     index: str = ""
 
-    def deciding(self) -> dict[str, Any]:
-        return {key: value for key, value in super().deciding().items() if key != "index"}
-
 
 SOURCES = {
     "calvin": SourceSettings,
     "videos": VideosSettings,
-    "vpp": SourceSettings,
+    "vpp": FilesSettings,
     "hdf5": HDF5Settings,
     "rlds": RLDSSettings,
 }
