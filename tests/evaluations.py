@@ -10,6 +10,7 @@ import preparations
 from hydra.core.global_hydra import GlobalHydra
 
 from benchmarks.rlds_writer import write_videos
+from defi.engine.checkpoint import find_weights
 from Step1_GFDM.eval import main as imagine
 from Step2_GIDM.label import main as label
 from Step3_DeFI.rollout.__main__ import main as roll_out
@@ -21,7 +22,7 @@ SCRIPT = "<script>alert(1)</script>"
 def write_inputs(folder: Path) -> Path:
     """Models of stages 1 and 2, latents for the first, episodes for the second."""
     preparations.write_inputs(folder)
-    preparations.run("latents", folder, folder / "latents")
+    preparations.run("latents", folder, folder / "latents", vae=find_weights(folder / "gfdm") / "vae")
     write_videos(folder, {"train": [[4, 2, 5], [3, 3]], "val": [[2]]}, size=16)
     return folder
 
