@@ -8,7 +8,21 @@ import torch
 from torch import Tensor
 
 from defi.config import typed
+from defi.errors import UserError
 from defi.text import TextConfig
+
+
+def check_counts(cfg: Mapping[str, Any], **least: int) -> None:
+    """Raises UserError if one of these settings is no whole number, or less than its least."""
+    for name, smallest in least.items():
+        if not isinstance(cfg[name], int) or cfg[name] < smallest:
+            raise UserError(f"{name}={cfg[name]}: must be a whole number, at least {smallest}")
+
+
+def check_rate(name: str, fps: Any) -> None:
+    """Raises UserError for frames per second that no video has."""
+    if not isinstance(fps, (int, float)) or not 0 < fps < 1000:
+        raise UserError(f"{name}={fps}: must be a number of frames per second, more than 0, less than 1000")
 
 
 @dataclass

@@ -30,6 +30,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
+from Step1_GFDM.config import check_counts, check_rate
 from Step1_GFDM.data import Clips, Episode, check_size, made_by_another, open_sets, read_latents
 from Step1_GFDM.fvd import action_scores, fvd_figures
 from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
@@ -243,10 +244,10 @@ def load_i3d(place: str | None, model: GFDM) -> I3D | None:
 
 def check_settings(cfg: DictConfig) -> None:
     """Raises UserError for numbers that mean nothing."""
-    least = {"episodes": 1, "camera": 0} | ({} if cfg.steps is None else {"steps": 1})
-    for name, smallest in least.items():
-        if not isinstance(cfg[name], int) or cfg[name] < smallest:
-            raise UserError(f"{name}={cfg[name]}: must be a whole number, at least {smallest}")
+    check_counts(cfg, episodes=1, camera=0)
+    if cfg.steps is not None:
+        check_counts(cfg, steps=1)
+    check_rate("fps", cfg.fps)
 
 
 def check_latents(model: GFDM, weights: Path, sets: Sequence[Clips]) -> None:

@@ -32,6 +32,7 @@ from defi.files import read_json
 from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
+from Step1_GFDM.config import check_counts
 from Step1_GFDM.data import LATENTS, MANIFEST, SPLITS
 from Step1_GFDM.sources import Recording, Scene, Source, build_source, read_settings
 
@@ -148,9 +149,9 @@ def read_ahead(jobs: list[Job], every: int) -> Iterator[tuple[Job, Scene | UserE
 def main(cfg: DictConfig) -> None:
     state = processes()
     output = check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
-    for name in ("batch", "image_size"):
-        if cfg[name] is not None and not (isinstance(cfg[name], int) and cfg[name] >= 1):
-            raise UserError(f"{name}={cfg[name]}: must be a whole number, at least 1")
+    check_counts(cfg, batch=1)
+    if cfg.image_size is not None:
+        check_counts(cfg, image_size=1)
     settings = read_settings(cfg.data)
     sources = {split: build_source(settings, split) for split in SPLITS}
     weights = find_vae(cfg.vae)

@@ -328,7 +328,7 @@ def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: P
         ("eval", ["checkpoint={out}/vae", "data.root={out}/latents", "output={out}/new"], "vae checkpoint"),
         *(
             ("eval", ["checkpoint={out}/gfdm", "data.root={out}/latents", "output={out}/new", wrong], wrong)
-            for wrong in ("episodes=0", "steps=0", "steps=1.5", "camera=-1")
+            for wrong in ("episodes=0", "steps=0", "steps=1.5", "camera=-1", "fps=0")
         ),
     ],
 )

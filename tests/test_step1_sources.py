@@ -424,7 +424,7 @@ def test_a_preparation_goes_on_with_the_same_settings_only(
         ("data.every=0", "data.every=0: must be at least 1"),
         ("data.every=1.5", "data.every=1.5: "),
         ("data.fps=fast", "data.fps=fast: "),
-        ("data.fps=0", "data.fps=0.0: must be more than 0"),
+        ("data.fps=0", "data.fps=0.0: must be a number of frames per second"),
         ("data.crop=5", "data.crop=5: "),
         ("data.cameras=top", "data.cameras=top: "),
         ("data.splits=null", "data.splits"),

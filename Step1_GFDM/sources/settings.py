@@ -7,6 +7,7 @@ from typing import Any
 
 from defi.config import typed
 from defi.errors import UserError
+from Step1_GFDM.config import check_rate
 
 
 @dataclass
@@ -52,8 +53,7 @@ class RecordedSettings(SourceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.fps < 1000:
-            raise UserError(f"data.fps={self.fps}: must be more than 0 and less than 1000")
+        check_rate("data.fps", self.fps)
 
 
 @dataclass
