@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from launcher import launch
 
 from benchmarks.rlds_writer import write_videos
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
@@ -149,6 +150,9 @@ def test_label_leaves_out_what_cannot_be_read(
     told = "left out: clips that cannot be read (1), clips of less than two frames (1), "
     told += "videos that cannot be opened (1)"
     assert f"{table}: 59 pairs of 1 clips of {cut.parent}; {told}" in printed
+    shared = tmp_path / "shared.parquet"
+    launch("../Step2_GIDM/label.py", *arguments[:-1], f"output={shared}")
+    assert shared.read_bytes() == table.read_bytes(), "whichever process came upon it"
     (cut.parent / "a.mp4").unlink()
     assert run(label, *arguments, "overwrite=true", monkeypatch=monkeypatch) == 2
     assert f"data: none of 1 clips can be read; the first: {cut}: " in capsys.readouterr().err
