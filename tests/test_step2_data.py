@@ -1,11 +1,13 @@
 """Stage 2's data: pairs from videos and demonstrations, one augmentation per pair, displacement, probe."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.rlds_writer import encode
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.errors import UserError
 from defi.video import write_mp4
@@ -19,6 +21,7 @@ from Step2_GIDM.gallery import direction, telling_place
 from Step2_GIDM.health import Probed, probe, report
 from Step2_GIDM.observe import Observed
 from Step2_GIDM.probe import fit_and_predict, one_hot, r2
+from Step3_DeFI.quickstart import latent_actions
 
 
 class Numbered:
@@ -267,7 +270,10 @@ def test_r2_of_all_targets_weighs_them_by_variance() -> None:
     assert each == [1, 0] and together == pytest.approx(1 - 2 / 202)
 
 
-def test_where_no_action_varies_there_is_nothing_to_probe(capsys: pytest.CaptureFixture) -> None:
+def test_where_no_action_varies_there_is_nothing_to_probe(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Neither in the table, nor on the page of a whole recipe."""
     assert r2(np.ones((4, 1)), np.zeros((4, 1))) == ([None], None)
     still = torch.zeros(4, 2, dtype=torch.long)
     seen = Observed(np.arange(4), torch.zeros(4, 2, 3, 8, 8), still, torch.rand(4, 3), *torch.zeros(3, 4))
@@ -275,6 +281,10 @@ def test_where_no_action_varies_there_is_nothing_to_probe(capsys: pytest.Capture
     found = probe(part, part, codes=8)
     assert set(found) == {"codes", "random codes", "feature differences"}
     assert all(scores == {"all": None} for scores in found.values())
-    report(seen.numbers(8) | {"probe": found}, 8)
+    numbers = seen.numbers(8) | {"probe": found}
+    report(numbers, 8)
     told = capsys.readouterr().out
     assert "No action varies in both splits: there is nothing to probe." in told and told.count("—") == 3
+    (tmp_path / "health.json").write_text(json.dumps(numbers))
+    (tmp_path / "gallery.png").write_bytes(encode(np.zeros((8, 8, 3), np.uint8), "PNG"))
+    assert str(latent_actions(tmp_path)).count("<td>—</td>") == 3
