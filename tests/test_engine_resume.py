@@ -70,7 +70,9 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, workers: int,
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_signal_at_start_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_at_start_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """While the weights are loaded, say: after the first step the run saves and leaves."""
     open_run = loop.open_run
 
@@ -82,6 +84,7 @@ def test_a_signal_at_start_is_answered(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as left:
         train(toy(), Points(), trainer(), output=tmp_path, config=CONFIG)
     assert left.value.code == EXIT_PREEMPTED and checkpoint.read_manifest(tmp_path)["step"] == 1
+    assert capsys.readouterr().err.startswith("SIGTERM: saves and leaves after the present step")
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def train(
         UserError: the output folder, the batch or the checkpoint does not fit (`open_run`); the loss or
             gradient is no longer finite: the run stops before that step moves the weights, unless
             `trainer.skip_nonfinite` lets it go on; or disk, memory or data fail (`Run.explained`).
-        SystemExit: with `EXIT_PREEMPTED`, after saving, when SIGTERM or SIGUSR1 came.
+        SystemExit: with `EXIT_PREEMPTED`, after saving, when a signal came (`defi.engine.preemption`).
     """
     with closing(Preemption()) as preemption:  # a signal at start is answered after the first step
         try:

@@ -1,6 +1,8 @@
 """Leaving in good order when a cluster asks for the machine back, or a person presses Ctrl-C."""
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -23,6 +25,11 @@ class Preemption:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.noticed = True
         self.close()
+        if os.environ.get("RANK", "0") == "0":  # one of the processes
+            name = signal.Signals(number).name
+            print(
+                f"{name}: saves and leaves after the present step; once more: ends at once", file=sys.stderr
+            )
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether a signal came to any process; every process must ask at the same step."""
