@@ -14,7 +14,8 @@ from defi.errors import UserError
 
 @entry("step3_train")
 def command(cfg: DictConfig) -> None:
-    """Any command."""
+    """Any command; leaves a setting that it was given."""
+    Path("told").write_text(str(cfg.trainer.lr))
 
 
 GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
@@ -64,6 +65,7 @@ def test_a_right_command_line_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["command", *GIVEN, "trainer.lr=3"])
     command()
+    assert (tmp_path / "told").read_text() == "3"
 
 
 def test_overwrite_deletes_nothing_that_the_command_reads(tmp_path: Path) -> None:

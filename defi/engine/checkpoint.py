@@ -11,6 +11,7 @@
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -278,6 +279,11 @@ def scores(checkpoints: Sequence[Path], metric: str | None) -> dict[Path, float]
     """What their latest evaluation says of a metric, for those that have it."""
     found = {folder: read_manifest(folder)["metrics"].get(metric) for folder in checkpoints}
     return {folder: score for folder, score in found.items() if isinstance(score, (int, float))}
+
+
+def best_score(run: Path, metric: str | None) -> float:
+    """The largest value of a metric among a run's checkpoints; −∞ where none has it."""
+    return max(scores(list_checkpoints(run), metric).values(), default=-math.inf)
 
 
 def remove(folder: Path) -> None:

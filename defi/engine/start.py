@@ -1,11 +1,10 @@
 """Opening a run: everything is checked and loaded before anything is written."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
@@ -73,9 +72,7 @@ def open_run(
     accelerator.wait_for_everyone()  # all have looked at the output folder
     if snapshot is not None:  # the main process
         prepare_output(output, resume=resume, overwrite=overwrite)
-        lock = claim(output)
-        write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
-        opened = open_tracker(tracker, output, config)
+        lock, opened = claim_output(output, config), open_tracker(tracker, output, config)
         writer = CheckpointWriter(
             snapshot, output, config=config, data=data, keep=trainer.keep, best_metric=trainer.best_metric
         )
@@ -100,21 +97,23 @@ def open_run(
         saved=step,
         elapsed=progress.elapsed_s,
         metrics=checkpoint.read_manifest(source)["metrics"] if source else {},
-        best=max(
-            checkpoint.scores(checkpoint.list_checkpoints(output), trainer.best_metric).values(),
-            default=-math.inf,
-        ),
+        best=checkpoint.best_score(output, trainer.best_metric),
         spikes=progress.spikes,
         left_out=progress.left_out,
     )
     summarise(run)
-    if resume and not source:
-        run.display.say("  resuming     nothing: it was stopped before its first checkpoint, and starts anew")
-    if source:
+    if resume:
         report_resume(run, source, processes_then=len(rng))
-        if accelerator.process_index < len(rng):
-            state.set_rng_state(rng[accelerator.process_index])
+    if accelerator.process_index < len(rng):
+        state.set_rng_state(rng[accelerator.process_index])
     return run
+
+
+def claim_output(output: Path, config: dict[str, Any]) -> TextIO | None:
+    """Take the prepared folder for this run: its lock, which is returned, and its configuration in it."""
+    lock = claim(output)
+    write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+    return lock
 
 
 def distribute(
@@ -225,8 +224,11 @@ def restore(
         scaler.load_state_dict(progress.scaler)
 
 
-def report_resume(run: Run, source: Path, *, processes_then: int) -> None:
+def report_resume(run: Run, source: Path | None, *, processes_then: int) -> None:
     """Say where the run continues, and everything that is not what the checkpoint was trained with."""
+    if source is None:
+        run.display.say("  resuming     nothing: it was stopped before its first checkpoint, and starts anew")
+        return
     run.display.say(f"  resuming     after step {run.step}, from {source}")
     old, new = flatten(checkpoint.read_run_config(source)), flatten(run.config)
     for key in sorted(old.keys() | new.keys()):
