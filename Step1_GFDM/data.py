@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from defi.config import typed
-from defi.engine.fingerprint import fingerprint
+from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from defi.files import read_json
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from defi.checkpoints.foreign import read_foreign
-from defi.engine.checkpoint import load_strict
+from defi.engine.weights import load_strict
 
 PUBLISHED = ("rgb_imagenet.pt", "i3d_pretrained_400.pt")
 SIDE, FEWEST_FRAMES = 224, 9  # pixels; frames that are two steps of time at the end, which are averaged

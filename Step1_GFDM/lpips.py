@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import alexnet
 
 from defi.checkpoints.foreign import read_foreign
-from defi.engine.checkpoint import load_strict
+from defi.engine.weights import load_strict
 
 BACKBONE, LINEAR = "alexnet-owt-7be5be79.pth", "alex.pth"
 WIDTHS = (64, 192, 384, 256, 256)

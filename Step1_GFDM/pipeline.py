@@ -24,8 +24,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from defi.checkpoints.foreign import read_foreign
 from defi.config import typed
-from defi.engine.checkpoint import COPY_AGAIN, demand_fit, load_strict, read_tensors
 from defi.engine.state import preserved_rng
+from defi.engine.weights import COPY_AGAIN, check_fit, load_strict, read_tensors
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json
 from defi.text import CLIPText
@@ -103,7 +103,7 @@ def load_part(cls: type[Part], folder: Path) -> Part:
         preserved_rng(),
         torch.device("meta"),
     ):  # before memory is taken: a damaged file may ask for all
-        demand_fit(_build(cls, folder).state_dict(), tensors, source=weights_file(folder))
+        check_fit(_build(cls, folder).state_dict(), tensors, source=weights_file(folder))
     model = _build(cls, folder)
     load_strict(model.state_dict(), tensors, source=weights_file(folder))
     return model.eval()

@@ -25,8 +25,8 @@ from torch import Tensor
 from defi.config import entry
 from defi.engine.checkpoint import MANIFEST as CHECKPOINT
 from defi.engine.checkpoint import find_weights
-from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
+from defi.engine.weights import fingerprint
 from defi.errors import UserError, going_on
 from defi.files import read_json
 from defi.processes import processes, share

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from defi.config import typed
-from defi.engine.checkpoint import COPY_AGAIN, find_weights
+from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import StageModel, settings_of
+from defi.engine.weights import COPY_AGAIN
 from defi.errors import UserError
 from defi.files import read_json
 from Step1_GFDM import pipeline

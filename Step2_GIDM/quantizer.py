@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from defi.engine.sharding import cut, whole
+from defi.engine.sharding import full_tensor, shard_like
 
 RECENT = 256  # encoder vectors kept for restarts
 
@@ -88,9 +88,9 @@ class VectorQuantizer(nn.Module):
             generator = torch.Generator().manual_seed(int(self.restarts))
             draw = torch.randperm(min(counted, RECENT), generator=generator)
             draw = draw[torch.arange(len(dead)) % len(draw)]  # with more dead codes than vectors, again
-            codebook = whole(self.codebook).detach().clone()
+            codebook = full_tensor(self.codebook).detach().clone()
             codebook[dead] = self.recent.flip(0)[draw.to(self.recent.device)].to(codebook.dtype)
-            self.codebook.copy_(cut(codebook, like=self.codebook))
+            self.codebook.copy_(shard_like(codebook, self.codebook))
             self.restarts += 1
         self.usage.zero_()
         return len(dead) if counted else 0

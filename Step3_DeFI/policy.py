@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from defi.config import typed
-from defi.engine.checkpoint import COPY_AGAIN, find_weights
+from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel, settings_of
+from defi.engine.weights import COPY_AGAIN
 from defi.files import check_sizes, read_json
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM

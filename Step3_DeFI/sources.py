@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defi.engine.checkpoint import COPY_AGAIN, find_weights
-from defi.engine.fingerprint import fingerprint
+from defi.engine.checkpoint import find_weights
+from defi.engine.weights import COPY_AGAIN, fingerprint
 from defi.errors import UserError
 from defi.files import read_json
 from defi.text import T5Text

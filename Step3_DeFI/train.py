@@ -20,9 +20,9 @@ from defi.calvin import TRAINING, VALIDATION
 from defi.config import entry, typed
 from defi.engine.checkpoint import continues, find_weights
 from defi.engine.config import TrainerConfig, run_settings
-from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
+from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore

@@ -1,4 +1,4 @@
-"""Sharded runs of all stages, for `accelerate launch --use_fsdp` or `--use_deepspeed`."""
+"""Sharded runs of all stages, for `accelerate launch --use_fsdp`."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from defi.engine.loop import train
 from defi.engine.model import StageModel
-from defi.engine.sharding import asked_for
 from defi.errors import UserError
 
 CONFIG = {"config": {"preset_name": "test"}}
@@ -44,9 +43,8 @@ def main(folder: Path) -> None:
     train(toy(dropout=0.0), Points(), settings, output=folder / "whole" / "toy", sample=look, **CONFIG)
     # What one process began (the test did), two go on with.
     train(toy(dropout=0.0), Points(), trainer(max_steps=6), output=folder / "begun", resume=True, **CONFIG)
-    if asked_for() == "fsdp":
-        leave_out = trainer(max_steps=6, skip_nonfinite=1)
-        train(toy(dropout=0.0), OneBad(), leave_out, output=folder / "left_out", **CONFIG)
+    leave_out = trainer(max_steps=6, skip_nonfinite=1)
+    train(toy(dropout=0.0), OneBad(), leave_out, output=folder / "left_out", **CONFIG)
     try:
         train(toy(dropout=0.0), OneBad(), trainer(max_steps=6), output=folder / "stopped", **CONFIG)
     except UserError as error:

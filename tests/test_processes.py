@@ -94,7 +94,7 @@ def test_replaced_samples_of_all_processes_are_told(tmp_path: Path) -> None:
     assert one == two and len(set(one)) == 4
 
 
-@pytest.mark.parametrize("name", ["single_gpu", "ddp", "multi_node", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("name", ["single_gpu", "ddp", "multi_node", "fsdp"])
 def test_launch_settings_are_accelerates(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -1,7 +1,4 @@
-"""A model cut over two processes trains, saves and resumes as a whole one does, at every stage.
-
-By FSDP, and by DeepSpeed where that is installed.
-"""
+"""A model sharded over two processes trains, saves and resumes as a whole one does, at every stage."""
 
 import json
 from pathlib import Path
@@ -30,14 +27,12 @@ from Step1_GFDM.parts import build_scheduler, build_unet
 CONFIG = {"config": {"preset_name": "test"}}
 
 
-@pytest.fixture(scope="module", params=SHARDED)
-def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of all stages in two processes, `begun` of them in one; `printed` is what they said."""
-    if request.param == "deepspeed":
-        pytest.importorskip("deepspeed", reason="needs pip install deepspeed")
-    output = tmp_path_factory.mktemp(request.param)
+    output = tmp_path_factory.mktemp("sharded")
     train(toy(dropout=0.0), Points(), trainer(max_steps=3), output=output / "begun", **CONFIG)
-    (output / "printed").write_text(launch("sharded.py", str(output), how=SHARDED[request.param]))
+    (output / "printed").write_text(launch("sharded.py", str(output), how=SHARDED))
     return output
 
 
@@ -97,25 +92,22 @@ def test_bf16(stage: str, sharded: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_in_one_process(sharded: Path) -> None:
-    """Both write their report; the step ends the run in both, or is left out, which DeepSpeed cannot."""
-    printed, runs = (sharded / "printed").read_text(), ["stopped", "left_out"]
+    """Both write their report; the step ends the run in both, or is left out."""
+    printed = (sharded / "printed").read_text()
     assert "sharded over 2 processes" in printed
-    if "deepspeed" in sharded.name:
-        runs.remove("left_out")
-    for name in runs:
+    for name in ("stopped", "left_out"):
         origins = {
             json.loads(report.read_text())["origin"]
             for report in (sharded / name / "nonfinite").glob("step_*_process_*.json")
         }
         assert "'x' of the batch" in origins and len(origins) == 2, name
-    assert printed.count("the loss is nan at step") == len(runs) + 1, "one process says what is left out"
-    if "left_out" in runs:
-        final = load_file(find_checkpoint(sharded / "left_out") / "model.safetensors")
-        assert all(tensor.isfinite().all() for tensor in final.values())
+    assert printed.count("the loss is nan at step") == 3, "one process says what is left out"
+    final = load_file(find_checkpoint(sharded / "left_out") / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in final.values())
 
 
 @pytest.mark.parametrize("rank", [0, 7])
-def test_the_full_size_unet_is_cut_into_eight(rank: int) -> None:
+def test_the_full_size_unet_is_sharded_by_eight(rank: int) -> None:
     """What configs/accelerate/fsdp.yaml says of memory, counted without any."""
     config = GFDMConfig.from_preset(compose_preset("paper"))
     with torch.device("meta"):
@@ -126,13 +118,14 @@ def test_the_full_size_unet_is_cut_into_eight(rank: int) -> None:
     sizes = [sum(p.numel() for p in block.parameters()) for block in model.unfrozen_blocks()]
     dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
     try:
-        sharding.shard(model, processes=8, device=torch.device("cpu"))
+        kept = {p for name in frozen for p in model.get_submodule(name).parameters()}
+        sharding.shard(model, model.unfrozen_blocks(), kept, processes=8, device=torch.device("cpu"))
         shares = [parameter.to_local().numel() for _, parameter in model.trainable()]
     finally:
         dist.destroy_process_group()
     assert trained / 1e6 == pytest.approx(1524.6, abs=0.1)
     assert sum(shares) == pytest.approx(trained / 8, rel=1e-4)
-    assert not any(sharding.is_cut(p) for name in frozen for p in model.get_submodule(name).parameters())
+    assert not any(map(sharding.is_sharded, kept))
     bytes_per_weight = 4 * (1 + 1 + 2 + 1)  # weight, gradient, two moments, average
     assert bytes_per_weight * trained / 1e9 == pytest.approx(30.5, abs=0.05)
     assert bytes_per_weight * sum(shares) / 1e9 == pytest.approx(3.8, abs=0.05)
@@ -145,21 +138,16 @@ def test_the_full_size_unet_is_cut_into_eight(rank: int) -> None:
 @pytest.mark.parametrize(
     ("environment", "settings", "told"),
     [
-        ({sharding.SWITCHES["fsdp"]: "true"}, {"precision": "fp16"}, "fp16: .*trainer.precision=bf16"),
+        ({sharding.FSDP: "true"}, {"precision": "fp16"}, "fp16: .*trainer.precision=bf16"),
         (
-            {sharding.SWITCHES["fsdp"]: "true", "FSDP_VERSION": "1"},
+            {sharding.FSDP: "true", "FSDP_VERSION": "1"},
             {},
-            "FSDP_VERSION=1: .*fsdp_version: 2 only.*configs/accelerate/fsdp.yaml",
+            "FSDP_VERSION=1: only fsdp_version: 2 .*configs/accelerate/fsdp.yaml",
         ),
         (
-            {sharding.SWITCHES["deepspeed"]: "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
             {},
-            "ZERO_STAGE=3: .*stage: 2 only.*configs/accelerate/deepspeed.yaml",
-        ),
-        (
-            {sharding.SWITCHES["deepspeed"]: "true"},
-            {"skip_nonfinite": 1},
-            "pip install deepspeed|skip_nonfinite=1: .*fsdp.yaml",
+            "DEEPSPEED=true: not supported; .*fsdp.yaml",
         ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "MEGATRON_LM=true: not supported"),
     ],

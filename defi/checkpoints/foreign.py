@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from defi.checkpoints.torchscript import is_torchscript, read_torchscript
-from defi.engine.checkpoint import read_tensors
+from defi.engine.weights import read_tensors
 from defi.errors import UserError
 from defi.files import one_line
 

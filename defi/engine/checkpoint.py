@@ -17,21 +17,18 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 import defi
 from defi.engine.output import sync
-from defi.engine.sharding import cut
+from defi.engine.weights import COPY_AGAIN
 from defi.errors import UserError
-from defi.files import check_sizes, one_line, read_json, read_yaml
+from defi.files import one_line, read_json, read_yaml
 
 if TYPE_CHECKING:
     from defi.engine.ema import EMA
@@ -39,11 +36,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"
-COPY_AGAIN = "copy the checkpoint again"
 REQUIRED = {"stage": str, "step": int, "data": dict, "metrics": dict, "files": dict}  # of a manifest
 CHANGED = "+changes"  # after the commit of a checkout whose files differ from it
 PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safetensors")
-Config = TypeVar("Config")
 
 
 # ---------------------------------------------------------------- finding and reading
@@ -124,69 +119,6 @@ def is_complete(folder: Path) -> bool:
         )
     except (OSError, ValueError):
         return False
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU."""
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; copy the checkpoint folder as a whole") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
-
-
-def read_config(config_class: type[Config], file: Path) -> Config:
-    """A config dataclass from its JSON file; unknown and missing keys are errors."""
-    values = read_json(file, "copy the checkpoint folder as a whole")
-    check_sizes(values, file)
-    unknown = sorted(set(values) - {field.name for field in fields(config_class)})  # type: ignore[arg-type]
-    if unknown:
-        raise UserError(
-            f"{file}: unknown setting {unknown[0]!r}; it was written by another version of this code"
-        )
-    try:
-        return config_class(**values)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
-
-
-@torch.no_grad()
-def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Copy `tensors` into `target` in place; names and shapes must agree entirely, else nothing is copied.
-
-    Raises:
-        UserError: as `demand_fit`.
-    """
-    demand_fit(target, tensors, source=source)
-    for name, tensor in target.items():
-        tensor.copy_(cut(tensors[name], like=tensor))
-
-
-def demand_fit(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Compare the names and shapes of the tensors of a file with those of a model.
-
-    Raises:
-        UserError: names the source, the first tensor that does not fit, and how many do not.
-    """
-    missing = [name for name in target if name not in tensors]
-    extra = [name for name in tensors if name not in target]
-    wrong = [name for name in target if name in tensors and target[name].shape != tensors[name].shape]
-    fix = "use the preset and settings it was trained with"
-    if wrong:
-        name = wrong[0]
-        found, wanted = tuple(tensors[name].shape), tuple(target[name].shape)
-        raise UserError(
-            f"{source}: {name} has shape {found}, the model wants {wanted} ({len(wrong)} such); {fix}"
-        )
-    if missing:
-        raise UserError(f"{source}: lacks {missing[0]} ({len(missing)} tensors missing); {fix}")
-    if extra:
-        raise UserError(
-            f"{source}: has {extra[0]}, unknown to the model ({len(extra)} tensors too many); {fix}"
-        )
 
 
 # ---------------------------------------------------------------- writing

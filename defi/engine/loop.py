@@ -18,7 +18,7 @@ from defi.engine.model import StageModel
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
 from defi.engine.run import Run, lost_another_process
 from defi.engine.schedule import learning_rate
-from defi.engine.sharding import whole
+from defi.engine.sharding import full_tensor
 from defi.engine.start import open_run
 from defi.errors import UserError
 
@@ -135,7 +135,7 @@ def train_step(
             share = value.detach() / len(batches)
             means[name] = means[name] + share if name in means else share
     norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
-    means["grad_norm"] = whole(norm)
+    means["grad_norm"] = full_tensor(norm)
     loss = demand_finite(means["loss"], means["grad_norm"], accelerator)
     optimizer.step()
     optimizer.zero_grad()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defi.engine.checkpoint import COPY_AGAIN, load_strict, read_config, read_tensors
+from defi.engine.weights import COPY_AGAIN, load_strict, read_config, read_tensors
 from defi.errors import UserError
 from defi.files import one_line
 

@@ -249,7 +249,8 @@ class Run:
         if self.writer is not None:
             self.writer.copy(tensors)
         else:
-            sharding.hand_over(tensors.values())
+            for tensor in tensors.values():  # take part while the main process asks for them
+                sharding.full_tensor(tensor)
 
     @contextmanager
     def inspected(self) -> Iterator[StageModel]:
@@ -284,7 +285,8 @@ class Run:
                     step=self.step, metrics=self.metrics, tensors=tensors, progress=self._progress(), rng=rng
                 )
             else:
-                sharding.hand_over(tensors.values())
+                for tensor in tensors.values():  # take part while the main process asks for them
+                    sharding.full_tensor(tensor)
 
     def settle(self) -> None:
         """Return when the checkpoints are on the disk, in every process at the same time."""

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 
 from defi.config import flatten
-from defi.engine import checkpoint, sharding, state, zero
+from defi.engine import checkpoint, sharding, state
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Feed, StepOrder
 from defi.engine.ema import EMA
@@ -92,7 +92,7 @@ def open_run(
         output=output,
         config=config,
         data=data,
-        sharded=sharding.asked_for() is not None,
+        sharded=sharding.requested(),
         step=step,
         saved=step,
         elapsed=progress.elapsed_s,
@@ -120,15 +120,18 @@ def distribute(
     model: StageModel, trainer: TrainerConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, EMA | None, Optimizer]:
     """The model as every process is to call it, whole or cut as the launcher asked; averages; optimizer."""
-    sharded = sharding.asked_for()
-    if sharded == "fsdp":
-        sharding.shard(model, processes=accelerator.num_processes, device=accelerator.device)
+    if sharded := sharding.requested():
+        sharding.shard(
+            model,
+            model.unfrozen_blocks(),
+            {p for name in model.frozen for p in model.get_submodule(name).parameters()},
+            processes=accelerator.num_processes,
+            device=accelerator.device,
+        )
     ema = EMA(model, trainer.ema) if trainer.ema is not None else None
     # The mode of evaluation leaves out the wrapper of DDP.
-    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded is not None)
+    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
     optimizer = accelerator.prepare_optimizer(build_optimizer(model, trainer, accelerator))
-    if sharded == "deepspeed":
-        wrapped, optimizer = zero.shard(model, optimizer.optimizer, accelerator, clip=trainer.clip)
     return wrapped, ema, optimizer
 
 
@@ -139,17 +142,13 @@ def start_processes(trainer: TrainerConfig) -> Accelerator:
         UserError: the precision is not available here, or the launcher was told to shard the model otherwise
             than `defi.engine.sharding` does.
     """
-    sharded = sharding.asked_for()
-    if sharded and trainer.precision == "fp16":
+    if sharding.requested() and trainer.precision == "fp16":
         raise UserError("trainer.precision=fp16: not for a sharded model; set trainer.precision=bf16")
-    if sharded == "deepspeed":
-        zero.check(trainer)
     # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     try:
-        kind = zero.ZeroAccelerator if sharded == "deepspeed" else Accelerator
-        with sharding.left_to_us():
-            return kind(
+        with sharding.hidden_from_accelerate():
+            return Accelerator(
                 mixed_precision=trainer.precision,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(broadcast_buffers=False),

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from defi.config import typed
-from defi.engine.checkpoint import COPY_AGAIN, read_tensors
-from defi.engine.sharding import cut
+from defi.engine.sharding import shard_like
 from defi.engine.spikes import SpikeWatch
+from defi.engine.weights import COPY_AGAIN, read_tensors
 from defi.errors import UserError
 from defi.files import read_json
 
@@ -54,7 +54,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer, names: list[str]) -> None
             raise UserError(
                 f"{folder / OPTIMIZER}: {key} has another shape than the model's; resume with the old preset"
             )
-        state.setdefault(name, {})[kind] = cut(tensor, like=parameters[name]) if tensor.dim() else tensor
+        state.setdefault(name, {})[kind] = shard_like(tensor, parameters[name]) if tensor.dim() else tensor
     missing = [name for name in names if name not in state]
     if state and missing:
         raise UserError(

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from defi.engine import checkpoint, state
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.sharding import whole
+from defi.engine.sharding import full_tensor
 from defi.errors import UserError
 from defi.files import one_line
 
@@ -51,7 +51,7 @@ class Snapshot:
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy these `moving_tensors` of the original into this one."""
         for name, tensor in tensors.items():
-            complete = whole(tensor)
+            complete = full_tensor(tensor)
             if name not in self._copies:
                 self._copies[name] = _twin(complete)
             self._copies[name].copy_(complete, non_blocking=True)

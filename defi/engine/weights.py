@@ -1,0 +1,96 @@
+"""Weights and settings in files: read strictly, every name and shape compared with the model's."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from defi.engine.sharding import shard_like
+from defi.errors import UserError
+from defi.files import check_sizes, one_line, read_json
+
+COPY_AGAIN = "copy the checkpoint again"
+COPY_FOLDER = "copy the checkpoint folder as a whole"
+BLOCK, BLOCKS = 4096, 64  # bytes, and how many such blocks of a file `fingerprint` reads
+Config = TypeVar("Config")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU."""
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; {COPY_FOLDER}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
+
+
+def read_config(config_class: type[Config], file: Path) -> Config:
+    """A config dataclass from its JSON file; unknown and missing keys are errors."""
+    values = read_json(file, COPY_FOLDER)
+    check_sizes(values, file)
+    if unknown := sorted(set(values) - {field.name for field in fields(config_class)}):  # type: ignore[arg-type]
+        raise UserError(f"{file}: unknown setting {unknown[0]!r}; another version of this code wrote it")
+    try:
+        return config_class(**values)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
+
+
+@torch.no_grad()
+def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Copy `tensors` into `target` in place; names and shapes must agree entirely, else nothing is copied.
+
+    Raises:
+        UserError: as `check_fit`.
+    """
+    check_fit(target, tensors, source=source)
+    for name, tensor in target.items():
+        tensor.copy_(shard_like(tensors[name], tensor))
+
+
+def check_fit(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Compare the names and shapes of the tensors of a file with those of a model.
+
+    Raises:
+        UserError: names the source, the first tensor that does not fit, and how many do not.
+    """
+    missing = [name for name in target if name not in tensors]
+    extra = [name for name in tensors if name not in target]
+    wrong = [name for name in target if name in tensors and target[name].shape != tensors[name].shape]
+    if wrong:
+        found, wanted = tuple(tensors[wrong[0]].shape), tuple(target[wrong[0]].shape)
+        fault = f"{wrong[0]} has shape {found}, the model wants {wanted} ({len(wrong)} such)"
+    elif missing:
+        fault = f"lacks {missing[0]} ({len(missing)} tensors missing)"
+    elif extra:
+        fault = f"has {extra[0]}, unknown to the model ({len(extra)} tensors too many)"
+    else:
+        return
+    raise UserError(f"{source}: {fault}; use the preset and settings it was trained with")
+
+
+def fingerprint(folder: Path) -> str:
+    """Identifies weights by file names, sizes and evenly spread blocks, without reading gigabytes.
+
+    Averaged weights and resume state beside them do not count.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin")):
+        relative, size = file.relative_to(folder), file.stat().st_size
+        if relative.parts[0] in ("ema", "state"):
+            continue
+        digest.update(f"{relative}:{size};".encode())
+        with file.open("rb") as stream:
+            for i in range(BLOCKS):
+                stream.seek(max(0, (size - BLOCK) * i // (BLOCKS - 1)))
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()[:16]
