@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from defi.checkpoints.foreign import read_foreign
 from defi.config import typed
-from defi.engine.state import preserved_rng
+from defi.engine.resume import preserved_rng
 from defi.engine.weights import COPY_AGAIN, check_fit, load_strict, read_tensors
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json

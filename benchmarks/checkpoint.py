@@ -2,7 +2,7 @@
 
 Compares, in one run, the pause of training by
   plain       writing everything before the next step, as a plain save does
-  background  copying the state and writing it in a thread (`defi.engine.writer`), what training uses
+  background  copying the state and writing it in a thread (`CheckpointWriter`), what training uses
 for a model with averages and AdamW, and prints the time of steps while a thread writes, and peak memory.
 """
 
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from defi.engine import checkpoint, state
+from defi.engine import checkpoint
+from defi.engine.checkpoint import CheckpointWriter, training_tensors
+from defi.engine.config import TrainerConfig
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.writer import CheckpointWriter, Snapshot, moving_tensors
+from defi.engine.resume import Progress, ResumeState, optimizer_tensors, rng_state
 
 WIDTH = 1024
 
@@ -66,30 +68,20 @@ class Training:
         self.ema.update()
         return time.perf_counter() - start
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        return state.optimizer_tensors(self.optimizer, [name for name, _ in self.model.trainable()])
-
 
 def save_plainly(training: Training, run: Path, step: int) -> None:
     """Everything on the disk before it returns."""
-
-    def write_state(folder: Path) -> None:
-        state.save_optimizer(folder, training.optimizer_tensors())
-        state.save_progress(folder, state.Progress(step=step), [state.rng_state()])
-
-    checkpoint.save(training.model, run, step=step, config={}, ema=training.ema, state=write_state)
+    state = ResumeState(
+        Progress(step=step), optimizer_tensors(training.optimizer, training.model), [rng_state()]
+    )
+    checkpoint.save(training.model, run, step=step, config={}, ema=training.ema, state=state)
     checkpoint.rotate(run, keep=1)
 
 
 def save_in_background(training: Training, writer: CheckpointWriter, step: int) -> None:
     """Returns when the state is copied."""
-    writer.save(
-        step=step,
-        metrics={},
-        tensors=moving_tensors(training.model, training.ema, training.optimizer),
-        progress=state.Progress(step=step),
-        rng=[state.rng_state()],
-    )
+    tensors = training_tensors(training.model, training.ema, training.optimizer)
+    writer.save(tensors, Progress(step=step), [rng_state()], metrics={})
 
 
 def timed(action: Callable[[], None]) -> float:
@@ -115,8 +107,8 @@ def main() -> None:
         memory = [peak()]
         plain = [timed(lambda: save_plainly(training, run, 1)) for _ in range(2)]
         memory.append(peak())
-        snapshot = Snapshot(training.model, training.ema.decay)
-        writer = CheckpointWriter(snapshot, run, config={}, data={}, keep=1, best_metric=None)
+        trainer = TrainerConfig(ema=training.ema.decay, keep=1)
+        writer = CheckpointWriter(training.model, trainer, run, config={}, data={})
         pauses, writing, busy = [], [], []
         for step in range(2, options.rounds + 3):  # by turns, as the disk's speed changes
             plain.append(timed(lambda: save_plainly(training, run, step)))  # noqa: B023

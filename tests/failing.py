@@ -8,7 +8,7 @@ import numpy as np
 from engine_toy import Points, toy, trainer
 
 from defi.config import one_line_errors
-from defi.engine import start
+from defi.engine import run
 from defi.engine.loop import train
 from defi.engine.model import StageModel
 from defi.errors import UserError
@@ -45,7 +45,7 @@ def main(folder: Path, how: str) -> None:
     if how == "start" and os.environ["RANK"] == "1":
         data = Points(size=0)
     if how == "folder" and os.environ["RANK"] == "0":
-        start.prepare_output = refuse
+        run.prepare_output = refuse
     settings = trainer(max_steps=500, save_every=1, sample_every=3 if how == "sample" else 0)
     if how == "replaced":
         settings = trainer(max_steps=11, bad_samples=0.4, log_every=4)

@@ -1,7 +1,6 @@
 """Folders of valid files, and what reads them once they are damaged (`test_hostile_files.py`)."""
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from checkpoint_fakes import PLAIN_HEAD, OpenAICLIP, small_clip, write_gidm, write_policy
 from engine_toy import Points, Toy, toy, trainer
 from policy_fakes import (
@@ -24,15 +24,16 @@ from policy_fakes import (
 from rollout_fakes import fake_evaluation
 from safetensors.torch import save_file
 from stages import build_vae
-from torch.optim import AdamW
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import look
-from defi.engine import checkpoint, state
+from defi.engine import checkpoint, resume
 from defi.engine.loop import train
 from defi.engine.plot import curves
+from defi.engine.start import build_optimizer
+from defi.engine.weights import load_strict, read_tensors
 from defi.rlds import RLDSDataset, default_splits
 from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
@@ -78,22 +79,23 @@ def read_run(folder: Path) -> None:
 
 def read_state(folder: Path) -> None:
     model = toy()
-    optimizer = AdamW([p for _, p in model.trainable()])
-    state.load_optimizer(folder, optimizer, [name for name, _ in model.trainable()])
-    _, generators = state.load_progress(folder)
-    with state.preserved_rng():
-        state.set_rng_state(generators[0])
-        torch.rand(3), np.random.rand(3), random.random()
+    optimizer = build_optimizer(model, trainer(), Accelerator())
+    file = folder / "state" / resume.OPTIMIZER
+    load_strict(resume.optimizer_tensors(optimizer, model), read_tensors(file), source=file)
+    _, generators = resume.read_progress(folder / "state")
+    with resume.preserved_rng():
+        resume.set_rng_state(generators[0])
+        torch.rand(3)
 
 
 def make_state(folder: Path) -> None:
     model = toy()
-    optimizer = AdamW([p for _, p in model.trainable()])
+    optimizer = build_optimizer(model, trainer(), Accelerator())
     model({"x": torch.ones(2, 3), "seed": torch.arange(2)})["loss"].backward()
     optimizer.step()
-    names = [name for name, _ in model.trainable()]
-    state.save_optimizer(folder, state.optimizer_tensors(optimizer, names))
-    state.save_progress(folder, state.Progress(step=2, samples=8), [state.rng_state()])
+    tensors = resume.optimizer_tensors(optimizer, model)
+    progress = resume.Progress(step=2, samples=8)
+    resume.ResumeState(progress, tensors, [resume.rng_state()]).write(folder / "state")
 
 
 def make_calvin(folder: Path) -> None:
@@ -305,7 +307,7 @@ READERS: dict[str, Reader] = {
          "checkpoints/*/ema/*", "metrics.jsonl"),
         read_run,
     ),
-    "resume state": Reader(make_state, ("*",), read_state),
+    "resume state": Reader(make_state, ("state/*",), read_state),
     "CALVIN": Reader(
         make_calvin,
         ("training/ep_start_end_ids.npy", f"training/{ANNOTATIONS}", "training/scene_info.npy",

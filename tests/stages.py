@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from defi.engine.checkpoint import find_checkpoint
 from defi.engine.config import TrainerConfig
+from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
 from defi.engine.model import StageModel
-from defi.engine.tracking import METRICS, read_metrics
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 

@@ -1,8 +1,10 @@
 """The training loop on a toy model: what it learns, writes, refuses and stops at."""
 
+import ast
 import json
 import sys
 from dataclasses import fields
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,10 @@ from defi.engine import checkpoint, plot
 from defi.engine.config import TrainerConfig
 from defi.engine.data import StepOrder
 from defi.engine.ema import EMA
+from defi.engine.log import read_metrics
 from defi.engine.loop import train
 from defi.engine.output import prepare_output
 from defi.engine.schedule import learning_rate
-from defi.engine.tracking import read_metrics
 from defi.errors import UserError
 
 CONFIG = {"preset_name": "toy", "trainer": {"lr": 1e-2}}
@@ -312,6 +314,16 @@ def test_the_same_weights_with_any_number_of_loader_workers(tmp_path: Path) -> N
         assert_equal_weights(none, run(str(workers), workers=workers))
     with pytest.raises(AssertionError):
         assert_equal_weights(none, run("other", seed=6))
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for file in Path(checkpoint.__file__).parent.glob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        graph[file.stem] = {node.module.removeprefix("defi.engine.") for node in imports}
+        graph[file.stem] |= {a.name for node in imports if node.module == "defi.engine" for a in node.names}
+    assert {"loop", "run", "model"} <= graph.keys()
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 # ---------------------------------------------------------------- refusals

@@ -15,18 +15,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker
 from engine_toy import Points, Toy, toy, trainer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from defi.engine import checkpoint, output, tracking, trouble
+from defi.engine import checkpoint, faults, log, output
 from defi.engine.data import Feed, StepOrder
+from defi.engine.log import SpikeDetector, read_metrics
 from defi.engine.loop import train
-from defi.engine.memory import fits
-from defi.engine.spikes import SpikeWatch
-from defi.engine.start import build_optimizer
-from defi.engine.tracking import read_metrics
 from defi.errors import UserError
 
 CONFIG = {"preset_name": "toy"}
@@ -119,7 +117,7 @@ def test_a_checkpoint_from_before_is_left(dropout: float, tmp_path: Path) -> Non
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full: the checkpoint comes first, the report is told to be missing."""
-    monkeypatch.setattr(trouble, "write_file", lambda file, content: full())
+    monkeypatch.setattr(faults, "write_file", lambda file, content: full())
     bad = step_of(7, 2)
     message = f"its batch could not be written .*No space left.*; .*then continue from step_{bad - 1:08d}"
     with pytest.raises(UserError, match=message):
@@ -179,10 +177,10 @@ def test_spikes_are_noted_with_their_samples(tmp_path: Path) -> None:
 
 
 def test_no_spike_where_losses_scatter_as_ever() -> None:
-    watch, random = SpikeWatch(), np.random.default_rng(0)
-    assert not any(watch.sees(loss) for loss in random.normal(1, 0.25, 2000))
-    assert not any(watch.sees(1.0 + 1e-12 * i) for i in range(300))
-    assert watch.sees(50.0)
+    watch, random = SpikeDetector(), np.random.default_rng(0)
+    assert not any(watch.is_spike(loss) for loss in random.normal(1, 0.25, 2000))
+    assert not any(watch.is_spike(1.0 + 1e-12 * i) for i in range(300))
+    assert watch.is_spike(50.0)
 
 
 # ---------------------------------------------------------------- disk
@@ -230,10 +228,10 @@ def test_a_disk_that_is_full_for_the_kernel_too(tmp_path: Path) -> None:
 
 def test_numbers_that_cannot_be_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"output": tmp_path, "config": CONFIG}
-    write = tracking.Journal.write
-    monkeypatch.setattr(tracking.Journal, "write", lambda self, *a: full() if a[1] == 5 else write(self, *a))
+    write = log.Journal.write
+    monkeypatch.setattr(log.Journal, "write", lambda self, *a: full() if a[1] == 5 else write(self, *a))
     with pytest.raises(
-        UserError, match="No space left on device; mend that, then continue from step_00000004"
+        UserError, match="No space left on device; fix that, then continue from step_00000004"
     ):
         train(toy(), Points(), trainer(save_every=2), **settings)
 
@@ -313,7 +311,7 @@ def test_what_fails_in_a_worker_is_not_taken_for_its_death(tmp_path: Path) -> No
 ENDS = """
 from engine_toy import Points, toy, trainer
 from defi.config import one_line_errors
-from defi.engine import start
+from defi.engine import run
 from defi.engine.loop import train
 from defi.errors import UserError
 
@@ -326,7 +324,7 @@ with one_line_errors():
 """
 
 
-@pytest.mark.parametrize("how", ["Points.sample", "start.build_optimizer"])
+@pytest.mark.parametrize("how", ["Points.sample", "run.build_optimizer"])
 def test_a_program_with_loader_workers_ends_with_its_error(how: str, tmp_path: Path) -> None:
     """In the loop, or before it has begun; the traceback of the error holds on to the loader."""
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
@@ -341,21 +339,21 @@ def test_a_program_with_loader_workers_ends_with_its_error(how: str, tmp_path: P
 
 @pytest.mark.parametrize("fails_at", ["open", "log", "close"])
 def test_a_tracker_without_its_server(fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unreachable:
-        def __init__(self, *args: object) -> None:
+    class Unreachable(TensorBoardTracker):
+        def start(self) -> None:
             self.attempt("open")
 
         def log(self, numbers: object, step: int) -> None:
             self.attempt("log")
 
-        def close(self) -> None:
+        def finish(self) -> None:
             self.attempt("close")
 
         def attempt(self, act: str) -> None:
             if act == fails_at:
                 raise ConnectionError("no route to host")
 
-    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Unreachable)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Unreachable)
     with pytest.warns(
         UserWarning, match="no route to host; the run goes on without it, metrics.jsonl has all"
     ):
@@ -394,12 +392,14 @@ def test_out_of_memory_at_start_shrinks_the_micro_batch(
     hungry = Hungry(toy(dropout=0.0).config)
     hungry.load_state_dict(toy(dropout=0.0).state_dict())
     settings = trainer(global_batch=12, max_steps=5)
-    with pytest.raises(UserError, match="trainer.micro_batch=12: out of memory at step 1; lower it"):
+    with pytest.raises(UserError, match="trainer.micro_batch=12: out of memory; lower it"):
         train(hungry, Points(), settings, output=tmp_path / "later", config=CONFIG)
     # On a GPU the first batch is tried out before the first step.
-    next_batches = Run.next_batches
+    next_batches, first = Run.next_batches, iter([True])
     monkeypatch.setattr(
-        Run, "next_batches", lambda run: next_batches(run) if run.fitted else run.fit(next_batches(run))
+        Run,
+        "next_batches",
+        lambda run: run.fit(next_batches(run)) if next(first, False) else next_batches(run),
     )
     train(hungry, Points(), settings, output=tmp_path / "small", config=CONFIG)
     assert (
@@ -416,14 +416,10 @@ def test_out_of_memory_at_start_shrinks_the_micro_batch(
 
 def test_the_trial_of_a_batch_changes_nothing() -> None:
     model, accelerator = toy(), Accelerator()
-    optimizer = build_optimizer(model, trainer(), accelerator)
-    order = StepOrder(22, seed=0, start=0, global_batch=4, micro_batch=4, process=(0, 1))
-    feed = Feed(
-        Points(), order, accumulation=1, workers=0, bad_samples=0.0, device=torch.device("cpu")
-    )  # fmt: skip
+    feed = Feed(Points(), trainer(), seed=0, start=0, process=(0, 1), device=torch.device("cpu"))
     (batch,) = feed.next_step()
     before, drawn = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
-    assert fits(model, batch, optimizer, accelerator)
+    assert faults.micro_batch_fits(model, batch, accelerator)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

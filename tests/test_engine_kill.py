@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from defi.engine import checkpoint
 from defi.engine.checkpoint import find_checkpoint, list_checkpoints, read_manifest
+from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
-from defi.engine.tracking import METRICS, read_metrics
 
 TESTS = Path(__file__).resolve().parent
 BEST = 15  # the step whose evaluation is the best

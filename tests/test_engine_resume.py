@@ -11,10 +11,10 @@ import torch
 from engine_toy import Points, toy, trainer
 from safetensors.torch import load_file
 
-from defi.engine import checkpoint, loop, state
+from defi.engine import checkpoint, loop, resume
+from defi.engine.log import read_metrics
 from defi.engine.loop import train
 from defi.engine.preemption import EXIT_PREEMPTED, SIGNALS
-from defi.engine.tracking import read_metrics
 from defi.errors import UserError
 
 CONFIG = {"preset_name": "toy"}
@@ -74,17 +74,17 @@ def test_a_signal_at_start_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """While the weights are loaded, say: after the first step the run saves and leaves."""
-    open_run = loop.open_run
+    run = loop.Run
 
     def opened(*args: object, **settings: object) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
-        return open_run(*args, **settings)
+        return run(*args, **settings)
 
-    monkeypatch.setattr(loop, "open_run", opened)
+    monkeypatch.setattr(loop, "Run", opened)
     with pytest.raises(SystemExit) as left:
         train(toy(), Points(), trainer(), output=tmp_path, config=CONFIG)
     assert left.value.code == EXIT_PREEMPTED and checkpoint.read_manifest(tmp_path)["step"] == 1
-    assert capsys.readouterr().err.startswith("SIGTERM: saves and leaves after the present step")
+    assert capsys.readouterr().err.startswith("SIGTERM received: saving after this step, then exiting.")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_progress_below_zero_is_told(change: dict, tmp_path: Path) -> None:
     content = json.dumps(json.loads(file.read_text()) | change)
     file.write_text(content)
     with pytest.raises(UserError, match=r"progress\.json: counts below zero"):
-        state.load_progress(file.parent)
+        resume.read_progress(file.parent)
 
 
 def test_resume_goes_back_to_the_newest_whole_checkpoint(tmp_path: Path) -> None:
@@ -110,6 +110,22 @@ def test_resume_goes_back_to_the_newest_whole_checkpoint(tmp_path: Path) -> None
     train(toy(), Points(), trainer(), output=run, config=CONFIG, resume=True)
     assert_equal_runs(tmp_path / "whole", run)
     assert not half.exists()
+
+
+def test_more_generators_than_training_draws_from(tmp_path: Path) -> None:
+    """Older checkpoints hold those of Python and NumPy, too."""
+    train(toy(), Points(), trainer(), output=tmp_path / "whole", config=CONFIG)
+    parts = {"output": tmp_path / "parts", "config": CONFIG}
+    train(toy(), Points(), trainer(max_steps=5), **parts)
+    folder = checkpoint.find_checkpoint(tmp_path / "parts")
+    states = [
+        state | {"python": [3, [0], None]} for state in json.loads((folder / "state/rng.json").read_text())
+    ]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state/rng.json"] = (folder / "state/rng.json").write_text(json.dumps(states))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    train(toy(), Points(), trainer(), **parts, resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_resume_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -14,8 +14,8 @@ from stages import STAGES, assert_same_training, train_stage
 from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from defi.engine.checkpoint import find_checkpoint
+from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
-from defi.engine.tracking import METRICS, read_metrics
 
 CONFIG = {"preset_name": "test"}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from defi.calvin import Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights
-from defi.engine.tracking import read_metrics
+from defi.engine.log import read_metrics
 from defi.errors import UserError
 from defi.text import TextConfig
 from defi.video import frame_count, read_frames

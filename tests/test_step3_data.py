@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from defi.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR
 from defi.engine.checkpoint import find_weights, read_manifest
-from defi.engine.tracking import read_metrics
+from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.data import PolicyStore

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from defi.calvin import CalvinFolder
 from defi.engine import checkpoint
 from defi.engine.checkpoint import find_weights
-from defi.engine.tracking import read_metrics
+from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.unet import FEATURE_PARTS

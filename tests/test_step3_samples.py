@@ -16,7 +16,7 @@ from test_step3_data import train_settings
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.config import CONFIG_DIR, compose_preset
 from defi.engine.checkpoint import find_checkpoint, read_manifest
-from defi.engine.tracking import read_metrics
+from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.config import PolicyConfig

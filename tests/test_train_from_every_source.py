@@ -20,7 +20,7 @@ from benchmarks.rlds_writer import write_videos
 from defi.config import compose_preset
 from defi.engine import checkpoint
 from defi.engine.checkpoint import read_manifest
-from defi.engine.tracking import METRICS, read_metrics
+from defi.engine.log import METRICS, read_metrics
 from defi.video import write_mp4
 from Step1_GFDM import adapter as gfdm_adapter
 from Step1_GFDM.config import GFDMConfig

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from defi.engine.progress import ProgressDisplay
+from defi.engine.log import ProgressDisplay
 from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.statistics import CONFIDENCE_Z, lengths
 

@@ -1,11 +1,14 @@
-"""The training engine of every stage: one loop, its checkpoints, schedule, EMA, data order and log.
+"""The training engine of every stage.
 
-    model.py       StageModel: what the loop trains          config.py    TrainerConfig: the numbers of a run
-    loop.py        train(): the loop, one step beside it     data.py      the order of samples, resumable
-    checkpoint.py  folders of weights, found and checked     state.py     what an exact resume needs besides
-    writer.py      checkpoints written in the background     output.py    output folders, atomic writes
-    trouble.py     numbers that are not finite               spikes.py    losses far above the others
-    memory.py      whether a micro-batch fits               ema.py schedule.py tracking.py progress.py plot.py
+    loop.py        train(): the loop, one step beside it    run.py         what it holds between steps
+    start.py       processes, optimizer, restoring          model.py       StageModel: what the loop trains
+    config.py      TrainerConfig: the numbers of a run      schedule.py    the learning rate
+    data.py        the order of samples, resumable          shuffle.py     a permutation without memory
+    checkpoint.py  folders: found, read, written            resume.py      what an exact resume needs besides
+    weights.py     tensors and settings, read strictly      ema.py         averaged weights
+    faults.py      not finite, out of memory, lost worker   preemption.py  signals
+    log.py         metrics.jsonl, trackers, the terminal    plot.py        its curves
+    output.py      output folders, atomic writes            sharding.py    FSDP2
 
 Import from the modules: this package itself imports nothing, so that commands without a network start fast.
 """

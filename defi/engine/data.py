@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from defi.engine.config import TrainerConfig
 from defi.engine.shuffle import Shuffle
 from defi.errors import UserError
 
@@ -144,24 +146,28 @@ class Feed:
     def __init__(
         self,
         dataset: Dataset,
-        order: StepOrder,
+        trainer: TrainerConfig,
         *,
-        accumulation: int,
-        workers: int,
-        bad_samples: float,
+        seed: int,
+        start: int,
+        process: tuple[int, int],
         device: torch.device,
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
-        self.order, self.accumulation, self.device = order, accumulation, device
-        self.workers, self.bad_samples = workers, bad_samples
-        self.samples = order.start
+        micro_batch, self.accumulation = trainer.split_batch(process[1])
+        self.order = StepOrder(
+            len(dataset), seed=seed, start=start, global_batch=trainer.global_batch, micro_batch=micro_batch,
+            process=process,
+        )  # fmt: skip
+        self.bad_samples, self.device = trainer.bad_samples, device
+        self.samples = start
         self.waited = 0.0
         self.parts = 1
         self.faults: list[str] = []
         loader = DataLoader(
-            SeededDataset(dataset, order.seed, tolerant=bad_samples > 0),
-            batch_sampler=order,
-            num_workers=workers,
+            SeededDataset(dataset, seed, tolerant=trainer.bad_samples > 0),
+            batch_sampler=self.order,
+            num_workers=trainer.workers,
             collate_fn=collate,
             worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
@@ -186,7 +192,11 @@ class Feed:
         self.samples += self.order.global_batch
         for batch in batches:
             self._note_faults(batch.pop("fault", []))
-        return [self._to_device(part) for batch in batches for part in split(batch, self.parts)]
+        return [
+            send_to_device(part, self.device, non_blocking=True, skip_keys="seed")
+            for batch in batches
+            for part in split(batch, self.parts)
+        ]
 
     def put_back(self) -> None:
         """The latest step has not been taken after all: a run that goes on from here takes it again."""
@@ -200,7 +210,7 @@ class Feed:
             latest = "; ".join(dict.fromkeys(self.faults[-3:]))
             raise UserError(
                 f"data: {len(self.faults)} samples could not be read, more than "
-                f"trainer.bad_samples={self.bad_samples} allows; mend or remove them, or raise it: {latest}"
+                f"trainer.bad_samples={self.bad_samples} allows; fix or remove them, or raise it: {latest}"
             )
 
     def indices(self) -> list[int]:
@@ -235,16 +245,6 @@ class Feed:
         if hasattr(self._batches, "_shutdown_workers"):
             self._batches._shutdown_workers()
         del self._batches
-
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self.device.type == "cpu":
-            return batch
-        return {
-            name: value.to(self.device, non_blocking=True)
-            if torch.is_tensor(value) and name != "seed"
-            else value
-            for name, value in batch.items()
-        }
 
 
 def leave_signals(worker: int) -> None:

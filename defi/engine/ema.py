@@ -28,23 +28,24 @@ class EMA:
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Set the averages to the present weights."""
+    def restart(self, updates: int = 0) -> None:
+        """Set the averages to the present weights, as they are after so many updates."""
         for average, parameter in zip(self.average, self.parameters):
             average.copy_(parameter)
+        self.updates = updates
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the averaged weights inside this context, and its own again after it."""
-        self.swap()
+        self._swap()
         try:
             yield
         finally:
-            self.swap()
+            self._swap()
 
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the model's weights and the averages, one tensor after the other to need little memory."""
+    def _swap(self) -> None:
+        """Exchange weights and averages, one tensor after the other to need little memory."""
         for parameter, average in zip(self.parameters, self.average):
             kept = parameter.detach().clone()
             parameter.copy_(average)

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from defi.engine import checkpoint, faults
 from defi.engine.config import TrainerConfig
 from defi.engine.model import StageModel
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
-from defi.engine.run import Run, lost_another_process
+from defi.engine.run import Inspect, Run
 from defi.engine.schedule import learning_rate
 from defi.engine.sharding import full_tensor
-from defi.engine.start import open_run
 from defi.errors import UserError
-
-Inspect = Callable[[StageModel, int, Path], Mapping[str, float]]
 
 
 def train(
@@ -58,23 +56,26 @@ def train(
             `trainer.best_metric` is one of them.
 
     Raises:
-        UserError: the output folder, the batch or the checkpoint does not fit (`open_run`); the loss or
-            gradient is no longer finite: the run stops before that step moves the weights, unless
-            `trainer.skip_nonfinite` lets it go on; or disk, memory or data fail (`Run.explained`).
+        UserError: the output folder, the batch or the checkpoint does not fit (`Run`); the loss or gradient
+            is no longer finite: the run stops before that step moves the weights, unless
+            `trainer.skip_nonfinite` lets it go on; or disk, memory or data fail (`faults.explain`).
         SystemExit: with `EXIT_PREEMPTED`, after saving, when a signal came (`defi.engine.preemption`).
     """
+    run, output = None, Path(output)
     with closing(Preemption()) as preemption:  # a signal at start is answered after the first step
         try:
-            run = open_run(
-                model, dataset, trainer, output=Path(output), config=dict(config), seed=seed, resume=resume,
+            run = Run(
+                model, dataset, trainer, output=output, config=dict(config), seed=seed, resume=resume,
                 overwrite=overwrite, tracker=tracker, collate=collate,
             )  # fmt: skip
-        except RuntimeError as error:
-            if not lost_another_process(error):
+            with closing(run):
+                return take_steps(run, preemption, sample=sample, evaluate=evaluate)
+        except Exception as error:
+            micro_batch = run.feed.micro_batch if run else trainer.micro_batch
+            fault = faults.explain(error, output, micro_batch=micro_batch, workers=trainer.workers)
+            if fault is None:
                 raise
-            raise UserError(f"{output}: {lost_another_process(error)}; start again") from error
-        with run.explained(), closing(run):
-            return take_steps(run, preemption, sample=sample, evaluate=evaluate)
+            raise UserError(f"{fault}, {checkpoint.how_to_continue(output)}") from error
 
 
 def take_steps(run: Run, preemption: Preemption, *, sample: Inspect | None, evaluate: Inspect | None) -> Path:
@@ -136,13 +137,13 @@ def train_step(
             means[name] = means[name] + share if name in means else share
     norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
     means["grad_norm"] = full_tensor(norm)
-    loss = demand_finite(means["loss"], means["grad_norm"], accelerator)
+    loss = check_finite(means["loss"], means["grad_norm"], accelerator)
     optimizer.step()
     optimizer.zero_grad()
     return means, loss
 
 
-def demand_finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> float:
+def check_finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> float:
     """The mean loss over all processes, which all come to the same verdict.
 
     With fp16 an infinite gradient means that the loss scale is too large: the scaler leaves out the step and

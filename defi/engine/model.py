@@ -27,7 +27,7 @@ class StageModel(nn.Module):
     A subclass names its `stage` ("vae", "gfdm", "gidm" or "policy"), its `config_class` (a dataclass, kept as
     `self.config`) and the sub-networks that stay as they are (`frozen`, dotted names): those are never
     trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist. All that training
-    changes are parameters and buffers: checkpoints are written from a copy of those (`defi.engine.writer`).
+    changes are parameters and buffers: checkpoints are written from a copy of those (`CheckpointWriter`).
     `blocks` are the classes of the large modules, called through `forward` alone and not inside each other,
     which a sharded run (`defi.engine.sharding`) puts together one at a time.
 
@@ -72,29 +72,31 @@ class StageModel(nn.Module):
             self.get_submodule(name).eval()
         return self
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether a module, parameter or buffer belongs to a frozen sub-network."""
+        return f"{name}.".startswith(tuple(f"{part}." for part in self.frozen))
+
+    def frozen_parameters(self) -> set[nn.Parameter]:
+        """Those of the frozen sub-networks."""
+        return {parameter for name, parameter in self.named_parameters() if self.is_frozen(name)}
+
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer moves, in a fixed order."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def moving(self) -> dict[str, Tensor]:
         """Parameters and all buffers outside the frozen sub-networks: everything that training changes."""
-        outside = tuple(f"{name}." for name in self.frozen)
         tensors = [*self.named_parameters(), *self.named_buffers()]
-        return {name: tensor for name, tensor in tensors if not name.startswith(outside)}
-
-    def unfrozen_blocks(self) -> list[nn.Module]:
-        """The modules of the classes `blocks` outside the frozen sub-networks."""
-        outside = tuple(f"{name}." for name in self.frozen)
-        return [
-            module
-            for name, module in self.named_modules()
-            if isinstance(module, self.blocks) and not f"{name}.".startswith(outside)
-        ]
+        return {name: tensor for name, tensor in tensors if not self.is_frozen(name)}
 
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers outside the frozen sub-networks."""
-        outside = tuple(f"{name}." for name in self.frozen)
-        return {name: t for name, t in self.state_dict().items() if not name.startswith(outside)}
+        return {name: tensor for name, tensor in self.state_dict().items() if not self.is_frozen(name)}
+
+    def unfrozen_blocks(self) -> list[nn.Module]:
+        """The modules of the classes `blocks` outside the frozen sub-networks."""
+        modules = self.named_modules()
+        return [m for name, m in modules if isinstance(m, self.blocks) and not self.is_frozen(name)]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and `config.json`; stages with a format of their own override this."""
@@ -126,7 +128,7 @@ def settings_of(file: Path) -> Iterator[None]:
     """Building a model as a file says; what its layers refuse is a `UserError` that names the file."""
     try:
         yield
+    except UserError:
+        raise
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{file}: no model has these settings ({one_line(error)}); {COPY_AGAIN}") from None

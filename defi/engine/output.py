@@ -21,28 +21,25 @@ def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = 
             neither is set; `overwrite` would delete other runs, or the folder one is in; or another process
             is writing there.
     """
-    output = Path(output)
+    output, choose = Path(output), "choose another output="
     if resume and overwrite:
         raise UserError("resume=true and overwrite=true: they exclude each other; set one of them")
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file, not a folder; choose another output=")
+        raise UserError(f"{output}: is a file, not a folder; {choose}")
     if overwrite and Path.cwd().resolve().is_relative_to(output.resolve()):
-        raise UserError(
-            f"{output}: overwrite=true would delete the folder you are in; choose another output="
-        )
+        raise UserError(f"{output}: overwrite=true would delete the folder you are in; {choose}")
     if overwrite and (other := next(output.glob("*/**/checkpoints/step_*"), None)) is not None:
         raise UserError(
-            f"{output}: overwrite=true would delete {other}, a checkpoint of another run; "
-            "choose another output="
+            f"{output}: overwrite=true would delete {other}, a checkpoint of another run; {choose}"
         )
-    # Of several processes of one run only the first writes, and so only it may be in another's way.
+    # Of the processes of one run only the first writes, so only it can be in another run's way.
     if os.environ.get("RANK", "0") == "0" and (output / LOCK).is_file() and (held := claim(output)):
         held.close()
     kept = output.is_dir() and any(not is_leftover(path) for path in output.iterdir())
     if kept and not (resume or overwrite):
         raise UserError(
             f"{output}: exists and is not empty; overwrite=true replaces it, resume=true continues it, "
-            "or choose another output="
+            f"or {choose}"
         )
     return output
 
@@ -58,7 +55,7 @@ def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool 
         (output / PROBE).unlink()
     except OSError as error:
         raise UserError(
-            f"{output}: cannot be written to ({error.strerror}); make room there or choose another output="
+            f"{output}: cannot be written to ({error.strerror}); free space there or choose another output="
         ) from None
     return output
 

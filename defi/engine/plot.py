@@ -1,7 +1,7 @@
 """Curves of training runs from their `metrics.jsonl`: `python -m defi.engine.plot <run> [<run> …]`."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator, PercentFormatter
 
 from defi.config import one_line_errors
-from defi.engine.tracking import METRICS, read_metrics
+from defi.engine.log import METRICS, read_metrics
 from defi.errors import UserError
 
-Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # <kind>/<name> → steps, values
 BOOKKEEPING = ("kind", "step", "epoch", "elapsed_s", "usual")
-MACHINERY = ("lr", "grad_norm", "samples_per_s", "data_wait")
-TITLES = {
-    "lr": "learning rate",
-    "samples_per_s": "samples per second",
-    "data_wait": "time waiting for data",
-}
+LAST = ("lr", "grad_norm", "samples_per_s", "data_wait")  # of the panels
+TITLES = {"lr": "learning rate", "samples_per_s": "samples per second", "data_wait": "time waiting for data"}
 SHARES = ("data_wait", "code_usage")
-FROM_ZERO = (*SHARES, "lr", "samples_per_s")
 MARKS = {"epoch": "s", "sample": "o", "evaluate": "D", "spike": "x"}
 SMOOTHED = 100  # points from which on a running mean is drawn
 STYLE = {
@@ -39,7 +34,7 @@ STYLE = {
 }  # fmt: skip
 
 
-def curves(path: Path | str) -> dict[str, Curve]:
+def curves(path: Path | str) -> Curves:
     """Every number of a run as (steps, values), under `<kind>/<name>`, such as `train/loss`.
 
     Args:
@@ -53,28 +48,8 @@ def curves(path: Path | str) -> dict[str, Curve]:
     return {name: tuple(np.array(pairs, dtype=float).T) for name, pairs in points.items()}
 
 
-def steps_of(path: Path | str, kind: str) -> list[int]:
-    """The steps of a run's lines of one kind."""
-    return [record["step"] for record in _records(path) if record["kind"] == kind]
-
-
 def _records(path: Path | str) -> list[dict[str, Any]]:
-    path = Path(path)
-    return read_metrics(path / METRICS if path.is_dir() else path)
-
-
-def panels(names: Iterable[str]) -> dict[str, list[str]]:
-    """Curves that are the same number seen in training, at epochs, in samples, together; losses first."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(name.partition("/")[2], []).append(name)
-    return {name: found[name] for name in sorted(found, key=lambda name: (_rank(name), name))}
-
-
-def _rank(name: str) -> int:
-    if name == "loss":
-        return 0
-    return 1 if name.endswith("loss") else 3 if name in MACHINERY else 2
+    return read_metrics(Path(path, METRICS) if Path(path).is_dir() else Path(path))
 
 
 def draw(runs: Sequence[Path], out: Path) -> Path:
@@ -85,57 +60,58 @@ def draw(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: a run has no numbers, or the picture cannot be written.
     """
-    by_run = {_title(run): curves(run) for run in runs}
-    left_out = {_title(run): steps_of(run, "left_out") for run in runs}
-    shown = panels(dict.fromkeys(name for found in by_run.values() for name in found))
-    if not shown:
+    by_run = {str(run.parent if run.name == METRICS else run): curves(run) for run in runs}
+    left_out = [[r["step"] for r in _records(run) if r["kind"] == "left_out"] for run in runs]
+    numbers = {name.partition("/")[2] for found in by_run.values() for name in found}
+    if not numbers:
         raise UserError(
             f"{runs[0]}: {METRICS} holds no numbers yet; wait for the first trainer.log_every steps"
         )
     last = max(steps[-1] for found in by_run.values() for steps, _ in found.values())
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
+    columns = min(3, len(numbers))
+    rows = -(-len(numbers) // columns)
+    size = (4.6 * columns, 2.6 * rows + 0.5)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(4.6 * columns, 2.6 * rows + 0.5), squeeze=False, layout="constrained"
-        )
-        for axis, (name, kinds) in zip(axes.flat, shown.items()):
-            for number, (run, found) in enumerate(by_run.items()):
-                for kind in kinds:
-                    if kind in found:
-                        _draw_curve(axis, kind, found[kind], f"C{number}")
-                for step in left_out[run]:
-                    axis.axvline(step, color=f"C{number}", linewidth=0.8, linestyle=":")
-            _finish(axis, name, kinds, last)
-        for axis in axes.flat[len(shown) :]:
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        for axis, number in zip(axes.flat, sorted(numbers, key=_rank)):
+            for color, found in enumerate(by_run.values()):
+                for name, (steps, values) in found.items():
+                    kind, _, of = name.partition("/")
+                    if of == number:
+                        _draw_curve(axis, kind, steps, values, f"C{color}", smooth=number != "lr")
+                for step in left_out[color]:
+                    axis.axvline(step, color=f"C{color}", linewidth=0.8, linestyle=":")
+            _finish(axis, number, last)
+        for axis in axes.flat[len(numbers) :]:
             axis.remove()
-        marks = [Line2D([], [], color=f"C{number}", label=run) for number, run in enumerate(by_run)]
-        figure.legend(handles=marks, loc="outside upper left", ncols=len(marks), fontsize=9)
+        handles = [Line2D([], [], color=f"C{color}", label=run) for color, run in enumerate(by_run)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9)
         try:
             figure.savefig(out, dpi=110)
         except OSError as error:
             raise UserError(
-                f"{out}: cannot be written ({error.strerror}); make room there or choose another --out"
+                f"{out}: cannot be written ({error.strerror}); free space or choose another --out"
             ) from None
         finally:
             plt.close(figure)
     return out
 
 
-def _title(run: Path) -> str:
-    return str(run.parent if run.name == METRICS else run)
+def _rank(number: str) -> tuple[int, str]:
+    """Order of the panels: losses first, the machinery last."""
+    return (0 if number == "loss" else 1 if number.endswith("loss") else 3 if number in LAST else 2, number)
 
 
-def _draw_curve(axis: Axes, name: str, curve: Curve, color: str) -> None:
-    """Training as it is, where that is ragged faint under its running mean; anything else as points."""
-    steps, values = curve
-    kind, _, number = name.partition("/")
+def _draw_curve(
+    axis: Axes, kind: str, steps: np.ndarray, values: np.ndarray, color: str, *, smooth: bool
+) -> None:
+    """Training as a line, faint under its running mean where there are many points; the rest as points."""
     if kind != "train":
-        axis.plot(steps, values, MARKS.get(kind, "o"), color=color)
-        if kind != "spike":
-            axis.plot(steps, values, color=color, linewidth=0.6)
+        style = MARKS.get(kind, "o") + ("" if kind == "spike" else "-")
+        label = None if kind in axis.get_legend_handles_labels()[1] else kind
+        axis.plot(steps, values, style, color=color, linewidth=0.6, label=label)
         return
-    smooth = len(steps) >= SMOOTHED and number != "lr"
+    smooth = smooth and len(steps) >= SMOOTHED
     axis.plot(steps, values, color=color, alpha=0.25 if smooth else 1, marker="" if len(steps) > 1 else ".")
     if smooth:
         axis.plot(steps, running_mean(values, len(steps) // 50), color=color)
@@ -143,33 +119,26 @@ def _draw_curve(axis: Axes, name: str, curve: Curve, color: str) -> None:
 
 def running_mean(values: Float[np.ndarray, " N"], reach: int) -> Float[np.ndarray, " N"]:
     """Mean of each value and as many as `reach` before and after it."""
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    place = np.arange(len(values))
-    first, end = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
-    return (sums[end] - sums[first]) / (end - first)
+    ones = np.ones(2 * reach + 1)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
-def _finish(axis: Axes, name: str, kinds: Sequence[str], last: float) -> None:
+def _finish(axis: Axes, number: str, last: float) -> None:
     """Title, scales, and which marks are which."""
-    axis.set_title(TITLES.get(name, name.replace("_", " ")), loc="left")
+    axis.set_title(TITLES.get(number, number.replace("_", " ")), loc="left")
     axis.set_xlim(0, last)
-    values = np.concatenate([line.get_ydata() for line in axis.lines if len(line.get_xdata()) != 2] or [[1]])
-    if name.endswith("loss") and values.min() > 0 and values.max() > 5 * values.min():
+    low, high = axis.dataLim.intervaly
+    if number.endswith("loss") and low > 0 and high > 5 * low:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.yaxis.set_minor_locator(NullLocator())
-    elif name in SHARES:
+    elif number in SHARES:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if name in FROM_ZERO:
+    if number in (*SHARES, "lr", "samples_per_s"):
         axis.set_ylim(bottom=0)
-    if len(kinds) > 1:
-        marks = [
-            Line2D([], [], color="0.4", marker=MARKS.get(kind, "o"), linestyle="", label=kind)
-            for kind in (name.partition("/")[0] for name in kinds)
-            if kind != "train"
-        ]
-        axis.legend(handles=marks, fontsize=8)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=8)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Leaving in good order when a cluster asks for the machine back, or a person presses Ctrl-C."""
+"""Stopping cleanly when a cluster asks for the machine back, or a person presses Ctrl-C."""
 
 import os
 import signal
@@ -6,8 +6,9 @@ import sys
 import threading
 from types import FrameType
 
-import torch
 from accelerate import Accelerator
+
+from defi.engine.faults import in_any_process
 
 EXIT_PREEMPTED = 75  # "temporary failure, try again": start the same command with resume=true
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -26,19 +27,17 @@ class Preemption:
         self.noticed = True
         self.close()
         if os.environ.get("RANK", "0") == "0":  # one of the processes
-            name = signal.Signals(number).name
             print(
-                f"{name}: saves and leaves after the present step; once more: ends at once", file=sys.stderr
+                f"{signal.Signals(number).name} received: saving after this step, then exiting. "
+                "Send again to exit immediately.",
+                file=sys.stderr,
             )
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether a signal came to any process; every process must ask at the same step."""
-        if accelerator.num_processes == 1:
-            return self.noticed
-        flag = torch.tensor(float(self.noticed), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum") > 0)
+        return in_any_process(self.noticed, accelerator)
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Give the signals back to their previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

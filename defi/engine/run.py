@@ -1,87 +1,132 @@
-"""A run in progress: everything the loop holds in its hands, and what it does with it between steps."""
+"""A run in progress: what the loop holds, and what it does with it between steps."""
 
-import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
-from defi.engine import checkpoint, memory, sharding, state, trouble
+from defi.engine import checkpoint, faults, sharding
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Feed, split
 from defi.engine.ema import EMA
+from defi.engine.log import METRICS, TRACKERS, Journal, ProgressDisplay, check_tracker
 from defi.engine.model import StageModel
-from defi.engine.progress import ProgressDisplay
-from defi.engine.spikes import SpikeWatch
-from defi.engine.tracking import METRICS, TRACKERS, Journal
-from defi.engine.writer import CheckpointWriter, moving_tensors
+from defi.engine.output import check_output, claim, prepare_output, write_file
+from defi.engine.resume import (
+    Progress,
+    preserved_rng,
+    read_progress,
+    rng_state,
+    set_rng_state,
+)
+from defi.engine.start import build_optimizer, changes_since, restore, start_processes
 from defi.errors import UserError
-from defi.files import one_line
 
-# As the loader says it, or `Feed`; an error within a worker comes as what it is, and says "Caught …" first.
-DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
-
-
-def lost_another_process(error: RuntimeError) -> str | None:
-    """What to say where an error means that another process of the run is gone."""
-    if isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's
-        return f"lost another process of this run ({one_line(error)}); if it failed, its message says why"
-    return None
+# Called with the model, the step and a folder for pictures or videos; returns numbers to log.
+Inspect = Callable[[StageModel, int, Path], Mapping[str, float]]
 
 
-@dataclass
 class Run:
-    """One training run in progress. What `_progress` notes survives a resume."""
+    """One training run. Everything is checked and loaded before anything is written.
 
-    accelerator: Accelerator
-    model: StageModel
-    wrapped: nn.Module  # the model as accelerate prepared it
-    optimizer: Optimizer
-    ema: EMA | None
-    feed: Feed
-    journal: Journal
-    display: ProgressDisplay
-    writer: CheckpointWriter | None  # only in the main process
-    lock: TextIO | None  # of the output folder, held until `close`
-    trainer: TrainerConfig
-    output: Path
-    config: dict[str, Any]
-    data: dict[str, Any]  # size and fingerprint
-    sharded: bool = False  # the model is cut over the processes
-    step: int = 0
-    elapsed: float = 0.0  # seconds of training before this start
-    metrics: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
-    best: float = -math.inf
-    new_best: bool = False  # the evaluation of this step is the best so far
-    spikes: SpikeWatch = field(default_factory=SpikeWatch)
-    left_out: int = 0  # steps whose numbers were not finite
-    before: list[Tensor] = field(default_factory=list)  # what the buffers held before the present step
-    drawn: list[Tensor] = field(default_factory=list)  # the random generators before it
-    saved: int = 0  # step of the latest checkpoint
-    fitted: bool = False  # a micro-batch is known to fit the memory
-    faults_told: int = 0
-    started: float = field(default_factory=time.monotonic)
+    Raises:
+        UserError: the output folder is taken, there is nothing to resume from, the batch cannot be divided,
+            the data set is empty, the precision is not available, or the checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        model: StageModel,
+        dataset: Dataset,
+        trainer: TrainerConfig,
+        *,
+        output: Path,
+        config: dict[str, Any],
+        seed: int,
+        resume: bool,
+        overwrite: bool,
+        tracker: Mapping[str, Any] | None,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None,
+    ) -> None:
+        check_output(output, resume=resume, overwrite=overwrite)
+        goes_on = checkpoint.continues(output, resume)
+        source = checkpoint.find_checkpoint(output, model.stage) if goes_on else None
+        if len(dataset) == 0:
+            raise UserError("data: no training samples; check the data folder and the filters set for it")
+        self.model, self.trainer, self.output, self.config = model, trainer, output, config
+        self.data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
+        self.progress, rng = read_progress(source / "state") if source else (Progress(), [])
+        self.sharded = sharding.requested()
+
+        self.accelerator = start_processes(trainer, check_tracker(tracker), output)
+        self.main, device = self.accelerator.is_main_process, self.accelerator.device
+        set_seed(seed, device_specific=True)
+        process = (self.accelerator.process_index, self.accelerator.num_processes)
+        self.feed = Feed(
+            dataset, trainer, seed=seed, start=self.progress.samples, process=process, device=device,
+            collate=collate,
+        )  # fmt: skip
+        model.train().to(device)
+        self.writer = checkpoint.CheckpointWriter(
+            model, trainer, output, config=config, data=self.data, main=self.main
+        )
+        if self.sharded:
+            sharding.shard(model, model.unfrozen_blocks(), model.frozen_parameters(), device)
+        self.ema = EMA(model, trainer.ema) if trainer.ema is not None else None
+        # What the loop calls: DDP's wrapper, which evaluation mode leaves out.
+        self.wrapped: nn.Module = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
+        self.optimizer = build_optimizer(model, trainer, self.accelerator)
+        if source:
+            restore(source, self.progress, self.model, self.ema, self.optimizer, self.accelerator.scaler)
+
+        self.lock = None  # of the output folder, held until `close`
+        self.accelerator.wait_for_everyone()  # all have looked at the output folder
+        if self.main:
+            prepare_output(output, resume=resume, overwrite=overwrite)
+            self.lock = claim(output)
+            write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+        self.accelerator.wait_for_everyone()
+        self.journal = Journal(self.accelerator, output, self.step)
+        self.journal.open_tracker(tracker, config)
+        self.display = ProgressDisplay(model.stage, trainer.max_steps, self.step, enabled=self.main)
+
+        self.started = time.monotonic()
+        self.saved = self.step  # step of the latest checkpoint
+        # Numbers of the latest evaluation.
+        self.metrics = checkpoint.read_manifest(source)["metrics"] if source else {}
+        self.best = checkpoint.best_score(output, trainer.best_metric)
+        self.new_best = False  # the evaluation of this step is the best so far
+        # A trial of a sharded model that fails in one process would leave the others waiting for its shards.
+        self.fits = self.sharded or device.type == "cpu"  # a micro-batch is known to fit the memory
+        self.reported = 0  # replaced samples
+        self._summarise(source, resume=resume, processes_then=len(rng))
+        if process[0] < len(rng):
+            set_rng_state(rng[process[0]])
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far, over all starts."""
+        return self.progress.step
+
+    # ---------------------------------------------------------------- a step
 
     def next_batches(self) -> list[dict[str, Any]]:
         """The micro-batches of the next step, small enough for the memory."""
         batches = self.feed.next_step()
-        # A trial of a sharded model that fails in one process would leave the others waiting for its shards.
-        if not (self.fitted or self.sharded or self.accelerator.device.type == "cpu"):
+        if not self.fits:
             batches = self.fit(batches)
-        self.before = [buffer.clone() for buffer in self.buffers]
-        self.drawn = state.torch_rng_state()
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.rng_before = rng_state()
         return batches
 
     @cached_property
@@ -90,19 +135,18 @@ class Run:
         return [t for t in self.model.moving().values() if not isinstance(t, nn.Parameter)]
 
     def fit(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The batches in as many parts as it takes to have room for one; the global batch stays."""
+        """The batches in parts small enough for the memory; the global batch stays."""
         asked = self.feed.micro_batch
-        while not memory.fits(self.model, batches[0], self.optimizer, self.accelerator):
-            if self.feed.micro_batch == 1:
+        while not faults.micro_batch_fits(self.model, batches[0], self.accelerator):
+            before = self.feed.micro_batch
+            if before == 1:
                 raise UserError(
                     "trainer.micro_batch=1: out of memory with a single sample; choose a smaller preset, "
                     "trainer.precision=bf16, or a larger GPU"
                 )
-            before = self.feed.micro_batch
             self.feed.shrink()
-            parts = before // self.feed.micro_batch
-            batches = [part for batch in batches for part in split(batch, parts)]
-        self.fitted = True
+            batches = [part for batch in batches for part in split(batch, before // self.feed.micro_batch)]
+        self.fits = True
         if self.feed.micro_batch < asked:
             self.display.say(
                 f"  batch        out of memory with {asked} samples at a time: now {self.feed.micro_batch}, "
@@ -116,116 +160,98 @@ class Run:
             self.ema.update()
         self.journal.add(scalars)
         self._advance()
-        usual = self.spikes.mean
-        if self.spikes.sees(loss):
-            spike = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
-            self.journal.write("spike", self.step, spike)
-            told = f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}"
-            self.display.say(f"{told}; its samples are in {self.output / METRICS}")
+        usual = self.progress.spikes.mean
+        if self.progress.spikes.is_spike(loss):
+            samples = self.feed.indices()
+            self.journal.write("spike", self.step, {"loss": loss, "usual": usual, "samples": samples})
+            self.display.say(
+                f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}; its samples are in "
+                f"{self.output / METRICS}"
+            )
 
     def leave_out(self, batches: list[dict[str, Any]], error: FloatingPointError) -> None:
-        """Write down a step whose numbers are not finite, and go on without it if that is still allowed.
+        """Report a step whose numbers are not finite, and go on without it if that is still allowed.
 
         Raises:
             UserError: more such steps than `trainer.skip_nonfinite`; a checkpoint from before it was written.
         """
-        what = f"{error} at step {self.step + 1}, first in {self._report(batches, str(error))}"
-        for buffer, before in zip(self.buffers, self.before):
+        report = faults.write_report(
+            self.output / "nonfinite", self.model, batches, step=self.step + 1, reason=str(error),
+            process=self.accelerator.process_index, samples=self.feed.indices(),
+        )  # fmt: skip
+        what, allowed = f"{error} at step {self.step + 1}, first in {report}", self.trainer.skip_nonfinite
+        for buffer, before in zip(self.buffers, self.buffers_before):
             buffer.copy_(before)
         self.optimizer.zero_grad()
-        if self.left_out >= self.trainer.skip_nonfinite:
+        if self.progress.left_out >= allowed:
             if self.saved != self.step:
                 self.feed.put_back()
-                state.set_torch_rng_state(self.drawn)
-                with suppress(UserError):  # another error is being told
+                set_rng_state(self.rng_before)
+                with suppress(UserError):  # another error is raised already
                     self.save()
             raise UserError(
-                f"{self.output}: {what}; lower trainer.lr or trainer.clip, mend the data, or allow "
-                f"trainer.skip_nonfinite, {self.way_back()}"
+                f"{self.output}: {what}; lower trainer.lr or trainer.clip, fix the data, or allow "
+                f"trainer.skip_nonfinite, {self.how_to_continue()}"
             )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
-        self.left_out += 1
+        self.progress.left_out += 1
         self._advance()
-        self.display.say(
-            f"left out: {what} ({self.left_out} of trainer.skip_nonfinite={self.trainer.skip_nonfinite})"
-        )
+        self.display.say(f"left out: {what} ({self.progress.left_out} of trainer.skip_nonfinite={allowed})")
         self.journal.write("left_out", self.step, {"reason": str(error), "samples": self.feed.indices()})
 
-    def _report(self, batches: list[dict[str, Any]], reason: str) -> str:
-        """Write down the batches of the step that went wrong; says where it began and where that stands."""
-        origin = trouble.find_origin(self.model, batches)
-        try:
-            file = trouble.write_report(
-                self.output / "nonfinite",
-                batches,
-                step=self.step + 1,
-                process=self.accelerator.process_index,
-                reason=reason,
-                samples=self.feed.indices(),
-                origin=origin,
-            )
-        except OSError as fault:
-            return f"{origin}; its batch could not be written ({fault.strerror})"
-        return f"{origin}; its batch is in {file}"
-
     def _advance(self) -> None:
-        """The step is over, whatever became of it."""
-        self.step += 1
+        """The step is over, taken or left out."""
+        self.progress.step += 1
         self.new_best = False
         self.model.step_end()
-        if self.writer is not None:
-            self.writer.check()
+        self.writer.check()
         if self.feed.ended_epoch:
             self.journal.write("epoch", self.step, {"epoch": int(self.feed.epochs), **self.model.epoch_end()})
 
-    def tell_faults(self) -> None:
-        """Write and show which samples were replaced since the last time, in any process."""
-        if self.trainer.bad_samples == 0:
-            return
-        new, self.faults_told = self.feed.faults[self.faults_told :], len(self.feed.faults)
-        for fault in gather_object(new) if self.accelerator.num_processes > 1 else new:
-            self.journal.write("bad_sample", self.step, {"reason": fault})
-            self.display.say(f"replaced: {fault}")
+    # ---------------------------------------------------------------- what is due now and then
 
     def log(self, rate: float) -> None:
         """Write and show the averages since the last time."""
-        self.tell_faults()
-        if self.journal.empty:  # all steps since then were left out
-            return
+        self._report_replaced()
         means, steps, seconds = self.journal.averages()
-        numbers = means | {
-            "lr": rate,
-            "epoch": self.feed.epochs,
-            "samples_per_s": steps * self.trainer.global_batch / seconds,
-            "data_wait": min(self.feed.waited / seconds, 1.0),
-            "elapsed_s": self.elapsed_now(),
-        }
+        if steps == 0:  # all since then were left out
+            return
+        speed, wait = steps * self.trainer.global_batch / seconds, min(self.feed.waited / seconds, 1.0)
         self.feed.waited = 0.0
+        position = {"epoch": self.feed.epochs, "elapsed_s": self.elapsed()}
+        numbers = means | {"lr": rate, "samples_per_s": speed, "data_wait": wait} | position
         self.journal.write("train", self.step, numbers)
-        self.display.update(self.step, numbers)
+        self.display.show(self.step, f"loss {means['loss']:.4g}  {speed:.4g} samples/s  data wait {wait:.0%}")
 
-    def inspect(self, kind: str, look: Callable[[StageModel, int, Path], Mapping[str, float]]) -> None:
-        """Let `look` sample from or roll out the averaged model in the main process; the others wait."""
+    def _report_replaced(self) -> None:
+        """Write and show which samples were replaced since the last time, in any process."""
+        if self.trainer.bad_samples == 0:
+            return
+        new, self.reported = self.feed.faults[self.reported :], len(self.feed.faults)
+        for fault in gather_object(new):
+            self.journal.write("bad_sample", self.step, {"reason": fault})
+            self.display.say(f"replaced: {fault}")
+
+    def inspect(self, kind: str, function: Inspect) -> None:
+        """Let `function` sample from or roll out the averaged model in the main process; the others wait."""
         numbers: dict[str, float] = {}
         with self.journal.paused():
             if self.sharded:
-                self._copy_whole()
-            if self.writer is not None:
-                folder = (
-                    self.output / ("samples" if kind == "sample" else "rollouts") / f"step_{self.step:08d}"
-                )
+                self.writer.copy(checkpoint.training_tensors(self.model, self.ema))
+            if self.main:
+                place = "samples" if kind == "sample" else "rollouts"
+                folder = self.output / place / f"step_{self.step:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
-                with self.inspected() as model:
-                    numbers = dict(look(model, self.step, folder))
+                with self._averaged_model() as model:
+                    numbers = dict(function(model, self.step, folder))
                 self.journal.write(kind, self.step, numbers)
-            if self.accelerator.num_processes > 1:
-                numbers = broadcast_object_list([numbers])[0]
+            (numbers,) = broadcast_object_list([numbers])
         if kind == "evaluate":
             self.metrics = numbers
-            self._judge(numbers)
+            self._compare(numbers)
 
-    def _judge(self, numbers: Mapping[str, float]) -> None:
+    def _compare(self, numbers: Mapping[str, float]) -> None:
         """Note whether an evaluation is the best so far.
 
         Raises:
@@ -238,119 +264,94 @@ class Run:
             self.save()
             raise UserError(
                 f"trainer.best_metric={metric}: an evaluation reports {', '.join(sorted(numbers))}; choose "
-                f"one of these, {self.way_back()}"
+                f"one of these, {self.how_to_continue()}"
             )
         self.new_best = numbers[metric] > self.best
         self.best = max(numbers[metric], self.best)
 
-    def _copy_whole(self) -> None:
-        """Put the sharded model together in the main process' snapshot; a shard alone computes nothing."""
-        tensors = moving_tensors(self.model, self.ema, None)
-        if self.writer is not None:
-            self.writer.copy(tensors)
-        else:
-            for tensor in tensors.values():  # take part while the main process asks for them
-                sharding.full_tensor(tensor)
-
     @contextmanager
-    def inspected(self) -> Iterator[StageModel]:
-        """The model as users will see it: averaged weights, eval mode, no gradients; training undisturbed."""
-        place = self.writer.snapshot if self.sharded else self
-        if place.ema is not None:
-            place.ema.swap()
-        place.model.eval()
+    def _averaged_model(self) -> Iterator[StageModel]:
+        """Averaged weights, eval mode, no gradients; training undisturbed. Of a sharded model, the copy."""
+        holder = self.writer if self.sharded else self
+        model, device = holder.model.eval(), self.accelerator.device
         try:
             with (
-                state.preserved_rng(),
+                preserved_rng(),
                 torch.no_grad(),
                 self.accelerator.autocast(),
-                place.on(self.accelerator.device) if self.sharded else nullcontext(),
+                holder.ema.applied() if holder.ema is not None else nullcontext(),
+                moved(model, device) if self.sharded else nullcontext(),
             ):
-                yield place.model
+                yield model
         finally:
-            place.model.train()
-            if place.ema is not None:
-                place.ema.swap()
+            model.train()
+
+    # ---------------------------------------------------------------- checkpoints and the end
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step; `settle` waits for its end."""
-        self.tell_faults()
+        self._report_replaced()
         self.saved = self.step
-        rng = state.rng_state()
-        rng = gather_object([rng]) if self.accelerator.num_processes > 1 else [rng]
-        tensors = moving_tensors(self.model, self.ema, self.optimizer)
+        scaler = self.accelerator.scaler
+        progress = replace(
+            self.progress,
+            samples=self.feed.samples,
+            elapsed_s=self.elapsed(),
+            ema_updates=self.ema.updates if self.ema is not None else 0,
+            scaler=scaler.state_dict() if scaler is not None else None,
+        )
+        rng = gather_object([rng_state()])
+        tensors = checkpoint.training_tensors(self.model, self.ema, self.optimizer)
         with self.journal.paused():
-            if self.writer is not None:
-                self.writer.save(
-                    step=self.step, metrics=self.metrics, tensors=tensors, progress=self._progress(), rng=rng
-                )
-            else:
-                for tensor in tensors.values():  # take part while the main process asks for them
-                    sharding.full_tensor(tensor)
+            self.writer.save(tensors, progress, rng, self.metrics)
 
     def settle(self) -> None:
         """Return when the checkpoints are on the disk, in every process at the same time."""
-        if self.writer is not None:
-            self.writer.wait()
+        self.writer.wait()
         self.accelerator.wait_for_everyone()
 
-    def _progress(self) -> state.Progress:
-        scaler = self.accelerator.scaler
-        return state.Progress(
-            step=self.step,
-            samples=self.feed.samples,
-            elapsed_s=self.elapsed_now(),
-            ema_updates=self.ema.updates if self.ema is not None else 0,
-            left_out=self.left_out,
-            spikes=self.spikes,
-            scaler=scaler.state_dict() if scaler is not None else None,
-        )
-
-    def elapsed_now(self) -> float:
+    def elapsed(self) -> float:
         """Seconds of training so far, over all starts."""
-        return self.elapsed + time.monotonic() - self.started
+        return self.progress.elapsed_s + time.monotonic() - self.started
 
-    def way_back(self) -> str:
-        """What a person can do to go on."""
-        if self.writer is not None:
-            with suppress(UserError):  # another error is being told
-                self.writer.wait()
-        saved = checkpoint.list_checkpoints(self.output)
-        return f"then continue from {saved[-1].name} with resume=true" if saved else "then start again"
+    def how_to_continue(self) -> str:
+        """What to do after this run has failed."""
+        with suppress(UserError):  # another error is raised already
+            self.writer.wait()
+        return checkpoint.how_to_continue(self.output)
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Faults of disk, memory, loader workers and other processes as one line that says what to do."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"trainer.micro_batch={self.feed.micro_batch}: out of memory at step {self.step + 1}; "
-                f"lower it (the global batch stays), {self.way_back()}"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or self.output}: {error.strerror or one_line(error)}; mend that, "
-                f"{self.way_back()}"
-            ) from error
-        except RuntimeError as error:
-            if lost := lost_another_process(error):
-                raise UserError(f"{self.output}: {lost}; {self.way_back()}") from error
-            if not DEAD_WORKER.match(str(error)):
-                raise
-            raise UserError(
-                f"trainer.workers={self.trainer.workers}: a loader worker died ({one_line(error)}), "
-                f"often for want of memory; lower trainer.workers, {self.way_back()}"
-            ) from error
+    def _summarise(self, source: Path | None, *, resume: bool, processes_then: int) -> None:
+        """Print what is trained, on what, where it goes, and what a resumed run does differently."""
+        trained = sum(parameter.numel() for _, parameter in self.model.trainable())
+        frozen = sum(parameter.numel() for parameter in self.model.parameters()) - trained
+        trainer, processes = self.trainer, self.accelerator.num_processes
+        micro, accumulation = trainer.split_batch(processes)
+        sharded = f", sharded over {processes} processes" if self.sharded else ""
+        fingerprint = f", fingerprint {self.data['fingerprint']}" if self.data["fingerprint"] else ""
+        self.display.say(
+            f"{self.model.stage}, preset {self.config.get('preset_name')}\n"
+            f"  parameters   {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen{sharded}\n"
+            f"  data         {self.data['size']:,} samples{fingerprint}\n"
+            f"  batch        {trainer.global_batch} = {micro} × {processes} process(es) × {accumulation} "
+            "accumulated\n"
+            f"  steps        {trainer.max_steps} ({trainer.schedule} rate, at most {trainer.lr:g})\n"
+            f"  precision    {trainer.precision} on {self.accelerator.device.type}\n"
+            f"  output       {self.output}"
+        )
+        if source is not None:
+            self.display.say(f"  resuming     after step {self.step}, from {source}")
+            for change in changes_since(source, self.config, self.data, processes_then, processes):
+                self.display.say(f"  changed      {change}")
+        elif resume:
+            self.display.say("  resuming     nothing: stopped before its first checkpoint, it starts anew")
 
     def finish(self) -> Path:
         """Say where everything is and return the last checkpoint."""
         self.settle()
-        final = checkpoint.find_checkpoint(self.output)
-        spent = timedelta(seconds=round(self.elapsed_now()))
+        saved = checkpoint.list_checkpoints(self.output)
         self.display.close()
         places = {
-            "checkpoint": f"{final} ({len(checkpoint.list_checkpoints(self.output))} kept)",
+            "checkpoint": f"{saved[-1]} ({len(saved)} kept)",
             "numbers": f"{self.output / METRICS} (python -m defi.engine.plot {self.output})",
             **{
                 name: f"{self.output / name}/"
@@ -358,20 +359,33 @@ class Run:
                 if (self.output / name).is_dir()
             },
         }
-        lines = "".join(f"\n  {name:<12} {place}" for name, place in places.items())
-        self.display.say(f"done: step {self.step} after {spent}{lines}")
-        return final
+        self.display.say(f"done: step {self.step} after {timedelta(seconds=round(self.elapsed()))}")
+        for name, place in places.items():
+            self.display.say(f"  {name:<12} {place}")
+        return saved[-1]
 
     def close(self) -> None:
-        """Let go of the checkpoint thread, loader workers, files and the terminal."""
+        """Release the checkpoint thread, loader workers, files and the terminal."""
         self.display.close()
-        if self.writer is not None:
-            try:
-                self.writer.close()
-            except UserError as error:  # something else ends the run already; this is not to be lost
-                self.display.say(f"error: {error}")
+        try:
+            self.writer.close()
+        except UserError as error:  # something else ends the run already; this is not to be lost
+            self.display.say(f"error: {error}")
         self.feed.close()
         self.journal.close()
         if self.lock is not None:
             self.lock.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def moved(model: StageModel, device: torch.device) -> Iterator[None]:
+    """What training changes of a model is on a device inside this context, and back again after it."""
+    before = [(tensor, tensor.data) for tensor in model.moving().values()]
+    for tensor, data in before:
+        tensor.data = data.to(device)
+    try:
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data

@@ -6,36 +6,17 @@ from defi.engine.config import TrainerConfig
 
 
 def learning_rate(step: int, trainer: TrainerConfig) -> float:
-    """Rate of the optimizer step number `step` (the first is 0)."""
-    if trainer.schedule == "tri_stage":
-        return tri_stage(
-            step,
-            lr=trainer.lr,
-            total_steps=trainer.max_steps,
-            phases=trainer.phases,
-            start_scale=trainer.start_scale,
-            end_scale=trainer.end_scale,
-        )
-    warmup_steps = int(trainer.warmup * trainer.max_steps)
-    return trainer.lr * min(1.0, (step + 1) / (warmup_steps + 1))
+    """Rate of the optimizer step number `step` (the first is 0).
 
-
-def tri_stage(
-    step: int,
-    *,
-    lr: float,
-    total_steps: int,
-    phases: tuple[float, float, float],
-    start_scale: float,
-    end_scale: float,
-) -> float:
-    """Linear warm-up from start_scale·lr to lr, hold, half a cosine down to end_scale·lr, which then stays.
-
-    Args:
-        phases: shares of `total_steps` (each rounded down to whole steps) of warm-up, hold and cosine.
+    constant: `lr` after a linear warm-up over the share `warmup` of the steps.
+    tri_stage: linear warm-up from start_scale·lr to lr, hold, half a cosine down to end_scale·lr, which then
+    stays; `phases` are their shares of `max_steps`, each rounded down to whole steps.
     """
-    warmup, hold, decay = (int(share * total_steps) for share in phases)
-    first, last = start_scale * lr, end_scale * lr
+    lr = trainer.lr
+    if trainer.schedule == "constant":
+        return lr * min(1.0, (step + 1) / (int(trainer.warmup * trainer.max_steps) + 1))
+    warmup, hold, decay = (int(share * trainer.max_steps) for share in trainer.phases)
+    first, last = trainer.start_scale * lr, trainer.end_scale * lr
     if step < warmup:
         return first + (lr - first) / warmup * step
     if step < warmup + hold:

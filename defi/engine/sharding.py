@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from defi.errors import UserError
@@ -59,12 +60,7 @@ def hidden_from_accelerate() -> Iterator[None]:
 
 
 def shard(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    frozen: set[nn.Parameter],
-    *,
-    processes: int,
-    device: torch.device,
+    model: nn.Module, blocks: Sequence[nn.Module], frozen: set[nn.Parameter], device: torch.device
 ) -> None:
     """Shard the model, in place, over all processes; `frozen` parameters stay complete in each of them.
 
@@ -77,7 +73,7 @@ def shard(
 
     # Stable Video Diffusion's blocks return views; nothing after them works in place.
     warnings.filterwarnings("ignore", message=r".*returned a view tensor", category=UserWarning)
-    mesh = init_device_mesh(device.type, (processes,))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, ignored_params=frozen)
 
