@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from defi.engine.sharding import full_tensor, shard_like
+from defi.engine.distributed import full_tensor, shard_like
 
 RECENT = 256  # encoder vectors kept for restarts
 

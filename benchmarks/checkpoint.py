@@ -24,7 +24,8 @@ from defi.engine.checkpoint import CheckpointWriter, training_tensors
 from defi.engine.config import TrainerConfig
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.resume import Progress, ResumeState, optimizer_tensors, rng_state
+from defi.engine.optimizer import optimizer_tensors
+from defi.engine.resume import Progress, ResumeState, rng_state
 
 WIDTH = 1024
 

@@ -31,8 +31,8 @@ from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import look
 from defi.engine import checkpoint, resume
 from defi.engine.loop import train
+from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
-from defi.engine.start import build_optimizer
 from defi.engine.weights import load_strict, read_tensors
 from defi.rlds import RLDSDataset, default_splits
 from defi.sim.tasks import INSTRUCTIONS
@@ -81,7 +81,7 @@ def read_state(folder: Path) -> None:
     model = toy()
     optimizer = build_optimizer(model, trainer(), Accelerator())
     file = folder / "state" / resume.OPTIMIZER
-    load_strict(resume.optimizer_tensors(optimizer, model), read_tensors(file), source=file)
+    load_strict(optimizer_tensors(optimizer, model), read_tensors(file), source=file)
     _, generators = resume.read_progress(folder / "state")
     with resume.preserved_rng():
         resume.set_rng_state(generators[0])
@@ -93,7 +93,7 @@ def make_state(folder: Path) -> None:
     optimizer = build_optimizer(model, trainer(), Accelerator())
     model({"x": torch.ones(2, 3), "seed": torch.arange(2)})["loss"].backward()
     optimizer.step()
-    tensors = resume.optimizer_tensors(optimizer, model)
+    tensors = optimizer_tensors(optimizer, model)
     progress = resume.Progress(step=2, samples=8)
     resume.ResumeState(progress, tensors, [resume.rng_state()]).write(folder / "state")
 

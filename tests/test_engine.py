@@ -21,8 +21,8 @@ from defi.engine.data import StepOrder
 from defi.engine.ema import EMA
 from defi.engine.log import read_metrics
 from defi.engine.loop import train
+from defi.engine.optimizer import learning_rate
 from defi.engine.output import prepare_output
-from defi.engine.schedule import learning_rate
 from defi.errors import UserError
 
 CONFIG = {"preset_name": "toy", "trainer": {"lr": 1e-2}}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from defi.engine import checkpoint, faults, log, output
+from defi.engine import checkpoint, faults, log, output, run
 from defi.engine.data import Feed, StepOrder
 from defi.engine.log import SpikeDetector, read_metrics
 from defi.engine.loop import train
@@ -412,6 +412,18 @@ def test_out_of_memory_at_start_shrinks_the_micro_batch(
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(small[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, averages and moments are there before anything is trained."""
+
+    def too_much(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "build_optimizer", too_much)
+    with pytest.raises(UserError, match="out of memory before the first step; .*, then start again"):
+        train(toy(), Points(), trainer(), output=tmp_path / "run", config=CONFIG)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_trial_of_a_batch_changes_nothing() -> None:

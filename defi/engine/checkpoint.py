@@ -27,16 +27,18 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import defi
 from defi.engine.config import TrainerConfig
+from defi.engine.distributed import full_tensor
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
+from defi.engine.optimizer import optimizer_tensors
 from defi.engine.output import sync
-from defi.engine.resume import Progress, ResumeState, optimizer_tensors
-from defi.engine.sharding import full_tensor
-from defi.engine.weights import COPY_AGAIN
+from defi.engine.resume import OPTIMIZER, Progress, ResumeState
+from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
 from defi.errors import UserError
 from defi.files import one_line, read_json, read_yaml
 
@@ -129,6 +131,26 @@ def is_complete(folder: Path) -> bool:
         )
     except (OSError, ValueError):
         return False
+
+
+def restore(
+    source: Path,
+    progress: Progress,
+    model: StageModel,
+    ema: EMA | None,
+    optimizer: Optimizer,
+    scaler: GradScaler | None,
+) -> None:
+    """Put weights, averages, optimizer and loss scale where the checkpoint `source` left them."""
+    averages = source / "ema" if (source / "ema").is_dir() else source
+    if ema is not None:
+        model.load_weights(averages)
+        ema.restart(progress.ema_updates if averages != source else 0)
+    model.load_weights(source)
+    file = source / "state" / OPTIMIZER
+    load_strict(optimizer_tensors(optimizer, model), read_tensors(file), source=file)
+    if scaler is not None and progress.scaler is not None:
+        scaler.load_state_dict(progress.scaler)
 
 
 # ---------------------------------------------------------------- writing

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from defi.engine.distributed import in_any_process
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
 from defi.engine.resume import preserved_rng
@@ -23,8 +24,13 @@ DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
 
 
 def explain(error: Exception, output: Path, *, micro_batch: int | None, workers: int) -> str | None:
-    """One line for a fault of memory, disk, loader workers or other processes; None for any other error."""
+    """One line for a fault of memory, disk, loader workers or other processes; None for any other error.
+
+    `micro_batch` is None before the first step.
+    """
     if isinstance(error, torch.OutOfMemoryError):
+        if micro_batch is None:
+            return f"{output}: out of memory before the first step; choose a smaller preset or a larger GPU"
         return f"trainer.micro_batch={micro_batch}: out of memory; lower it (the global batch stays)"
     if isinstance(error, OSError):
         return f"{error.filename or output}: {error.strerror or one_line(error)}; fix that"
@@ -56,13 +62,6 @@ def micro_batch_fits(model: StageModel, batch: Mapping[str, Any], accelerator: A
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return not in_any_process(not fits, accelerator)
-
-
-def in_any_process(fact: bool, accelerator: Accelerator) -> bool:
-    """Whether it is so in any process; every process must ask."""
-    if accelerator.num_processes == 1:  # a GPU need not be waited for
-        return fact
-    return bool(accelerator.reduce(torch.tensor(float(fact), device=accelerator.device), "sum") > 0)
 
 
 def write_report(

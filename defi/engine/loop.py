@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from defi.engine import checkpoint, faults
 from defi.engine.config import TrainerConfig
+from defi.engine.distributed import full_tensor
 from defi.engine.model import StageModel
+from defi.engine.optimizer import learning_rate
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
 from defi.engine.run import Inspect, Run
-from defi.engine.schedule import learning_rate
-from defi.engine.sharding import full_tensor
 from defi.errors import UserError
 
 
@@ -71,7 +71,7 @@ def train(
             with closing(run):
                 return take_steps(run, preemption, sample=sample, evaluate=evaluate)
         except Exception as error:
-            micro_batch = run.feed.micro_batch if run else trainer.micro_batch
+            micro_batch = run.feed.micro_batch if run else None
             fault = faults.explain(error, output, micro_batch=micro_batch, workers=trainer.workers)
             if fault is None:
                 raise

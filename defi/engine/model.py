@@ -29,7 +29,7 @@ class StageModel(nn.Module):
     trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist. All that training
     changes are parameters and buffers: checkpoints are written from a copy of those (`CheckpointWriter`).
     `blocks` are the classes of the large modules, called through `forward` alone and not inside each other,
-    which a sharded run (`defi.engine.sharding`) puts together one at a time.
+    which a sharded run (`defi.engine.distributed`) puts together one at a time.
 
     Several processes: parameters get averaged gradients; buffers are *not* broadcast, so a buffer that
     accumulates over samples must be reduced over processes inside `forward`, `step_end` or `epoch_end`.
@@ -88,6 +88,18 @@ class StageModel(nn.Module):
         """Parameters and all buffers outside the frozen sub-networks: everything that training changes."""
         tensors = [*self.named_parameters(), *self.named_buffers()]
         return {name: tensor for name, tensor in tensors if not self.is_frozen(name)}
+
+    @contextmanager
+    def moved_to(self, device: torch.device) -> Iterator[None]:
+        """What training changes is on a device inside this context, and back again after it."""
+        before = [(tensor, tensor.data) for tensor in self.moving().values()]
+        for tensor, data in before:
+            tensor.data = data.to(device)
+        try:
+            yield
+        finally:
+            for tensor, data in before:
+                tensor.data = data
 
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers outside the frozen sub-networks."""

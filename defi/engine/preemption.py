@@ -8,7 +8,7 @@ from types import FrameType
 
 from accelerate import Accelerator
 
-from defi.engine.faults import in_any_process
+from defi.engine.distributed import in_any_process
 
 EXIT_PREEMPTED = 75  # "temporary failure, try again": start the same command with resume=true
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from defi.config import typed
 from defi.engine.log import SpikeDetector
-from defi.engine.model import StageModel
 from defi.engine.weights import COPY_AGAIN
 from defi.errors import UserError
 from defi.files import read_json
@@ -72,12 +70,6 @@ def read_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
     if not (rng and all(map(_is_rng_state, rng))):
         raise UserError(f"{folder / RNG}: not the states of random generators; {COPY_AGAIN}")
     return progress, rng
-
-
-def optimizer_tensors(optimizer: Optimizer, model: StageModel) -> dict[str, Tensor]:
-    """The optimizer's tensors as `<kind>.<parameter name>`; its settings are the configuration's."""
-    named = ((name, optimizer.state[parameter]) for name, parameter in model.trainable())
-    return {f"{kind}.{name}": tensor for name, state in named for kind, tensor in state.items()}
 
 
 # ---------------------------------------------------------------- torch's random generators

@@ -15,21 +15,17 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from defi.engine import checkpoint, faults, sharding
+from defi.config import flatten
+from defi.engine import checkpoint, faults
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Feed, split
+from defi.engine.distributed import shard, sharding_requested, start_processes
 from defi.engine.ema import EMA
 from defi.engine.log import METRICS, TRACKERS, Journal, ProgressDisplay, check_tracker
 from defi.engine.model import StageModel
+from defi.engine.optimizer import build_optimizer
 from defi.engine.output import check_output, claim, prepare_output, write_file
-from defi.engine.resume import (
-    Progress,
-    preserved_rng,
-    read_progress,
-    rng_state,
-    set_rng_state,
-)
-from defi.engine.start import build_optimizer, changes_since, restore, start_processes
+from defi.engine.resume import Progress, preserved_rng, read_progress, rng_state, set_rng_state
 from defi.errors import UserError
 
 # Called with the model, the step and a folder for pictures or videos; returns numbers to log.
@@ -66,7 +62,7 @@ class Run:
         self.model, self.trainer, self.output, self.config = model, trainer, output, config
         self.data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
         self.progress, rng = read_progress(source / "state") if source else (Progress(), [])
-        self.sharded = sharding.requested()
+        self.sharded = sharding_requested()
 
         self.accelerator = start_processes(trainer, check_tracker(tracker), output)
         self.main, device = self.accelerator.is_main_process, self.accelerator.device
@@ -81,13 +77,14 @@ class Run:
             model, trainer, output, config=config, data=self.data, main=self.main
         )
         if self.sharded:
-            sharding.shard(model, model.unfrozen_blocks(), model.frozen_parameters(), device)
+            shard(model, model.unfrozen_blocks(), model.frozen_parameters(), device)
         self.ema = EMA(model, trainer.ema) if trainer.ema is not None else None
         # What the loop calls: DDP's wrapper, which evaluation mode leaves out.
         self.wrapped: nn.Module = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
         self.optimizer = build_optimizer(model, trainer, self.accelerator)
         if source:
-            restore(source, self.progress, self.model, self.ema, self.optimizer, self.accelerator.scaler)
+            scaler = self.accelerator.scaler
+            checkpoint.restore(source, self.progress, model, self.ema, self.optimizer, scaler)
 
         self.lock = None  # of the output folder, held until `close`
         self.accelerator.wait_for_everyone()  # all have looked at the output folder
@@ -280,7 +277,7 @@ class Run:
                 torch.no_grad(),
                 self.accelerator.autocast(),
                 holder.ema.applied() if holder.ema is not None else nullcontext(),
-                moved(model, device) if self.sharded else nullcontext(),
+                model.moved_to(device) if self.sharded else nullcontext(),
             ):
                 yield model
         finally:
@@ -340,18 +337,33 @@ class Run:
         )
         if source is not None:
             self.display.say(f"  resuming     after step {self.step}, from {source}")
-            for change in changes_since(source, self.config, self.data, processes_then, processes):
+            for change in self._changes(source, processes_then):
                 self.display.say(f"  changed      {change}")
         elif resume:
             self.display.say("  resuming     nothing: stopped before its first checkpoint, it starts anew")
 
+    def _changes(self, source: Path, processes_then: int) -> list[str]:
+        """Everything that is not what the checkpoint `source` was trained with."""
+        old, new = flatten(checkpoint.read_run_config(source)), flatten(self.config)
+        changes = [
+            f"{key}: {old.get(key)} → {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if key not in ("resume", "overwrite", "output") and old.get(key) != new.get(key)
+        ]
+        if checkpoint.read_manifest(source)["data"] != self.data:
+            changes.append("the training data: samples come in another order from here on")
+        processes = self.accelerator.num_processes
+        if processes != processes_then:
+            changes.append(f"processes: {processes_then} → {processes}; same samples, other dropout")
+        return changes
+
     def finish(self) -> Path:
         """Say where everything is and return the last checkpoint."""
         self.settle()
-        saved = checkpoint.list_checkpoints(self.output)
+        final, kept = checkpoint.find_checkpoint(self.output), checkpoint.list_checkpoints(self.output)
         self.display.close()
         places = {
-            "checkpoint": f"{saved[-1]} ({len(saved)} kept)",
+            "checkpoint": f"{final} ({len(kept)} kept)",
             "numbers": f"{self.output / METRICS} (python -m defi.engine.plot {self.output})",
             **{
                 name: f"{self.output / name}/"
@@ -362,7 +374,7 @@ class Run:
         self.display.say(f"done: step {self.step} after {timedelta(seconds=round(self.elapsed()))}")
         for name, place in places.items():
             self.display.say(f"  {name:<12} {place}")
-        return saved[-1]
+        return final
 
     def close(self) -> None:
         """Release the checkpoint thread, loader workers, files and the terminal."""
@@ -376,16 +388,3 @@ class Run:
         if self.lock is not None:
             self.lock.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-
-
-@contextmanager
-def moved(model: StageModel, device: torch.device) -> Iterator[None]:
-    """What training changes of a model is on a device inside this context, and back again after it."""
-    before = [(tensor, tensor.data) for tensor in model.moving().values()]
-    for tensor, data in before:
-        tensor.data = data.to(device)
-    try:
-        yield
-    finally:
-        for tensor, data in before:
-            tensor.data = data

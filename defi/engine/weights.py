@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from defi.engine.sharding import shard_like
+from defi.engine.distributed import shard_like
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json
 

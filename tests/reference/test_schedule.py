@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from defi.engine.config import TrainerConfig
-from defi.engine.schedule import learning_rate
+from defi.engine.optimizer import learning_rate
 
 
 def test_tri_stage_equals_the_recorded_rates(reference: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model sharded over the processes by PyTorch's FSDP2: each keeps 1/N of every trained tensor.
+"""The processes of a run, and a model sharded over them by FSDP2: each keeps 1/N of every trained tensor.
 
 Gradients, averages and optimizer states are sharded with the weights. Where such a tensor meets a file,
 `full_tensor` puts it together and `shard_like` takes a process's part, so that checkpoints do not depend on
@@ -9,13 +9,18 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from defi.engine.config import TrainerConfig
 from defi.errors import UserError
 
+LONGEST_WAIT = timedelta(hours=2)  # of the other processes while the main one samples, rolls out or saves
 FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`, as the rest of this block
 UNSUPPORTED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 REQUIRED = {
@@ -26,30 +31,55 @@ REQUIRED = {
 }
 
 
-def requested() -> bool:
+def sharding_requested() -> bool:
     """Whether `accelerate launch` was told to shard the model.
 
     Raises:
         UserError: in another way than `configs/accelerate/fsdp.yaml` does.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return False
     fix = "launch with --config_file configs/accelerate/fsdp.yaml"
     for switch in UNSUPPORTED:
         if _is_on(switch):
             raise UserError(f"{switch}=true: not supported; {fix}")
-    for name, value in REQUIRED.items() if _is_on(FSDP) else ():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not _is_on(FSDP):
+        return False
+    for name, value in REQUIRED.items():
         if os.environ.get(name, value).lower() != value:
             raise UserError(f"{name}={os.environ[name]}: only {name.lower()}: {value} is supported; {fix}")
-    return _is_on(FSDP)
+    return True
 
 
 def _is_on(switch: str) -> bool:
     return os.environ.get(switch, "false").lower() in ("true", "1")
 
 
+def start_processes(trainer: TrainerConfig, tracker: str | None, output: Path) -> Accelerator:
+    """Join the processes that `accelerate launch` started, or be the only one.
+
+    Raises:
+        UserError: the precision is not available here, or not for a sharded model.
+    """
+    if sharding_requested() and trainer.precision == "fp16":
+        raise UserError("trainer.precision=fp16: not for a sharded model; set trainer.precision=bf16")
+    # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    try:
+        with _hidden_from_accelerate():
+            return Accelerator(
+                mixed_precision=trainer.precision,
+                log_with=tracker,
+                project_dir=output,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                ],
+            )
+    except ValueError as error:
+        raise UserError(f"trainer.precision={trainer.precision}: {error}; set trainer.precision=no") from None
+
+
 @contextmanager
-def hidden_from_accelerate() -> Iterator[None]:
+def _hidden_from_accelerate() -> Iterator[None]:
     """Hide the request to shard from accelerate, which would do it in its own way, and on GPUs only."""
     value = os.environ.pop(FSDP, None)
     try:
@@ -57,6 +87,13 @@ def hidden_from_accelerate() -> Iterator[None]:
     finally:
         if value is not None:
             os.environ[FSDP] = value
+
+
+def in_any_process(fact: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so in any process; every process must ask."""
+    if accelerator.num_processes == 1:  # a GPU need not be waited for
+        return fact
+    return bool(accelerator.reduce(torch.tensor(float(fact), device=accelerator.device), "sum") > 0)
 
 
 def shard(
