@@ -1,9 +1,9 @@
 """Clips of latents for GFDM, from folders in VPP's layout (see `Step1_GFDM.prepare`).
 
-<root>/annotation/{train,val}/<id>.json          texts, videos, latent_videos, video_length or state, episode_id
+<root>/annotation/{train,val}/<id>.json    texts, videos, latent_videos, video_length or state, episode_id
 <root>/videos/{train,val}/<id>/<camera>.mp4
 <root>/latent_videos/{train,val}/<id>/<camera>.safetensors (or .pt): scaled latents [frames, 4, h, w]
-<root>/manifest.json                             of prepared folders: `data.every`, steps between stored frames
+<root>/manifest.json                       of prepared folders: `data.every`, steps between stored frames
 
 VPP's own CALVIN has annotation_abc_13/{train,val_d} instead, and some of its sets keep latents in
 latent_videos_svd, which the annotations do not name.
