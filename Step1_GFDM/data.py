@@ -240,9 +240,9 @@ class Clips:
         every = self.config.every or stride
         if self.config.clips == "window" and (stride % stored or every % stored):
             raise UserError(
-                f"{self.root}: holds one frame in {stored} of its recordings, which stride={stride}, "
-                f"every={every} count; prepare it again with data.every={math.gcd(stride, every)} or 1, or "
-                f"give multiples of {stored} (stride= and every= of the data set; null: gfdm.frame_step)"
+                f"{self.root}: stores one frame in {stored} of its recordings, too few for stride={stride}, "
+                f"every={every} (frames of the recording; null: gfdm.frame_step); prepare it again with "
+                f"data.every={math.gcd(stride, every)}, or give multiples of {stored}"
             )
         return stride // stored, every // stored
 
