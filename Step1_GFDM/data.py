@@ -34,7 +34,6 @@ from defi.processes import processes
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
 LATENTS = "latents"  # the tensor's name in a .safetensors file
-FOLDER, OTHER_FOLDER = "latent_videos", "latent_videos_svd"  # of latents; the other is tried second
 MOST_FRAMES = 10**8  # of a video: more than a month
 
 
@@ -103,8 +102,7 @@ def read_episode(root: Path, file: Path) -> Episode:
     """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
 
     Raises:
-        NotJSON: names the file.
-        UserError: names the file.
+        UserError: names the file; `NotJSON` where that is all that is wrong.
     """
     try:
         values = json.loads(file.read_text())
@@ -282,7 +280,7 @@ class Clips:
         try:
             return read_latents(self.root / path, indices)
         except UserError:
-            other = self.root / path.replace(FOLDER, OTHER_FOLDER)
+            other = self.root / path.replace("latent_videos", "latent_videos_svd")
             if not other.is_file():
                 raise
             return read_latents(other, indices)

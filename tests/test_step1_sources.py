@@ -537,8 +537,9 @@ def test_old_latents_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture
         assert torch.equal(
             read_latents(tmp_path / episode.latents[0], np.array([5, 2, 6])), latents[[5, 2, 6]]
         )
+    (tmp_path / "annotation/train/1.json").write_text("{")
     assert run(convert, f"root={tmp_path}") == 0
-    assert "0 files converted, 2 episodes" in " ".join(capsys.readouterr().out.split())
+    assert "0 files converted, 3 episodes" in " ".join(capsys.readouterr().out.split())
 
 
 def test_old_latents_beside_converted_ones(tmp_path: Path) -> None:
