@@ -39,8 +39,8 @@ POSITIONS = 256  # the longest text that a random CLIP tower reads, in tokens (a
 class TextConfig:
     """One tower. With `pretrained` (folder or hub name) only `tokens` is read besides it.
 
-    tokens: T, special tokens included. Of CLIP the length of the token states. T5 reads texts of any length; when
-        acting, they are padded to a multiple of it.
+    tokens: T, special tokens included. Of CLIP the length of the token states. T5 reads texts of any length;
+        when acting, they are padded to a multiple of it.
     keep_end: what CLIP makes of texts longer than T. False: token states of the text cut at T, as published.
         True: the last of them is that of the whole text's end, which has seen all of it.
     width, layers, heads: of the random tower. projection: width P of the sentence embedding (CLIP only).
@@ -142,8 +142,8 @@ class _Tower(nn.Module):
         """The encodings of `texts`; new ones are encoded and remembered, oldest out first.
 
         Each text goes through the tower alone: in a batch its rounding would depend on the texts beside it,
-        and so on what was encoded before, and a resumed run would not equal an uninterrupted one. For that
-        reason too it is encoded in the tower's own precision, whatever autocast or inference mode surrounds it.
+        and so on what was encoded before, and a resumed run would not equal an uninterrupted one. So would it
+        if autocast or inference mode around the first use had a say; the tower's own precision holds.
         """
         with torch.autocast(self._device.type, enabled=False):
             known = {text: self._cache.get(text) or self._encode(text) for text in dict.fromkeys(texts)}

@@ -17,6 +17,7 @@ from rollout_fakes import fake_evaluation
 
 from defi.config import CONFIG_DIR, typed
 from defi.engine import checkpoint
+from defi.engine.data import seed_of
 from defi.errors import UserError
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
@@ -27,7 +28,6 @@ from Step3_DeFI.rollout.policy import (
     evaluate_policy,
     identify,
     load_policy,
-    noise_seed,
     policy_threads,
 )
 from Step3_DeFI.rollout.results import ChainLog, read_results
@@ -74,7 +74,7 @@ def test_actions_are_bitwise_equal_whatever_shares_the_batch(model: DeFI):
 
 
 def test_noise_is_a_function_of_seed_chain_and_look(model: DeFI):
-    seeds = {noise_seed((s, c, k)) for s in range(3) for c in range(20) for k in range(20)}
+    seeds = {seed_of("rollout", s, c, k) for s in range(3) for c in range(20) for k in range(20)}
     assert len(seeds) == 3 * 20 * 20 and all(0 <= seed < 2**63 for seed in seeds)
     policy = ModelPolicy(model)
     first, again = look(1), look(1)

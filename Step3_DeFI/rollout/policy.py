@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import nn
 
 from defi.engine.checkpoint import find_weights, read_manifest
+from defi.engine.data import seed_of
 from defi.errors import UserError
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
@@ -51,7 +52,7 @@ class ModelPolicy:
 
     def act(self, looks: Sequence[Look]) -> Float[np.ndarray, "B K 7"]:
         images = torch.stack([observe(look.images, self.model.image_size) for look in looks])
-        noise = self.model.noise(torch.tensor([noise_seed(look.seed) for look in looks]))
+        noise = self.model.noise(torch.tensor([seed_of("rollout", *look.seed) for look in looks]))
         texts = [look.instruction for look in looks]
         with torch.autocast(self.model.device.type, **self._autocast):
             return self.model.act(images, texts, noise=noise).float().cpu().numpy()
@@ -126,8 +127,3 @@ def evaluate_policy(model: DeFI, evaluation: Evaluation, *, output: Path | None 
     summary = results.limits[str(max(evaluation.config.max_steps))]
     rates = {f"success_{i + 1}": success["rate"] for i, success in enumerate(summary["success"])}
     return {"average_length": summary["average"], **rates}
-
-
-def noise_seed(seed: tuple[int, ...]) -> int:
-    """One 63-bit seed out of (run seed, chain, look)."""
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
