@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from defi.config import typed
 from defi.engine.checkpoint import COPY_AGAIN, find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel, settings_of
@@ -325,7 +324,7 @@ class DeFI(StageModel):
         file = folder / CONFIG
         values = read_json(file, COPY_AGAIN)
         check_sizes(values, file)
-        config = typed(PolicyConfig, values, str(file))
+        config = PolicyConfig.from_json(values, file)
         sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
         with settings_of(file):
             policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)

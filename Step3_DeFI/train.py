@@ -163,7 +163,10 @@ def roller(cfg: DictConfig) -> Inspect:
 
     config = typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout")
     evaluation = Evaluation.prepare(config)
-    return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder)
+    precision = cfg.trainer.precision
+    return lambda policy, step, folder: evaluate_policy(
+        policy, evaluation, precision=precision, output=folder
+    )
 
 
 def train_policy(cfg: DictConfig) -> Path:
