@@ -31,10 +31,6 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "policy.action_head.action_positions=true",
             "error: policy.action_head.action_positions=: no longer a setting; positions come with policy.",
         ),
-        (
-            "+policy.action_head.action_positions=true",
-            "error: policy.action_head.action_positions=True: no longer a setting; positions come with",
-        ),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
         ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
