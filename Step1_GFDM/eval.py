@@ -25,7 +25,7 @@ from torch import Tensor
 
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
-from defi.engine.data import SampleNoise
+from defi.engine.data import SampleNoise, sample_seeds, seed_of
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from defi.processes import processes, share
@@ -70,10 +70,10 @@ def ssim(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tens
 def imagine(
     model: GFDM, first: Float[Tensor, "N 4 h w"], texts: list[str], *, steps: int | None, seed: int
 ) -> Float[Tensor, "N F 3 H W"]:
-    """Imagined frames in [-1, 1] from scaled latents of the first ones; clip i draws noise from seed + i."""
+    """Imagined frames in [-1, 1] from scaled latents of the first ones; each clip has noise of its own."""
     device = model.unet.device
     size = model.noise(1).shape[1:]
-    noise = SampleNoise(torch.arange(len(first)) + seed, device).normal(*size)
+    noise = SampleNoise(sample_seeds("imagined", seed, len(first)), device).normal("video", *size)
     latents = model.generate(first.to(device), model.encode_text(texts), noise=noise, steps=steps)
     return model.decode_latents(latents).cpu()
 
@@ -167,7 +167,7 @@ class Judge:
 
     def __call__(self, case: Case, other: Case) -> Judged:
         """`other`: another episode, for the one-step figures."""
-        seed, latents = self.seed + case.number, case.latents()
+        seed, latents = seed_of("case", self.seed, case.number), case.latents()
         real = case.frames(self.model.config.image_size)
         texts = [case.text, *([] if self.instruction is None else [self.instruction])]
         imagined = {  # from the same noise: only the words differ

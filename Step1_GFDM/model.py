@@ -159,8 +159,8 @@ class GFDM(StageModel):
         """Loss of a batch with `text`, `seed` and either `latents` [B, F, 4, h, w] (scaled) or `frames`
         [B, F, 3, H, W] in [-1, 1], whose first one then gets noise of strength exp(N(-3, 0.5))."""
         random = SampleNoise(batch["seed"], self.unet.device)
-        keep = random.uniform(1, 1) >= self.config.diffusion.text_dropout
-        normal = random.normal(1, 1, 1, 1)
+        keep = random.uniform("text dropout", 1, 1) >= self.config.diffusion.text_dropout
+        normal = random.normal("video sigma", 1, 1, 1, 1)
         noise_aug = torch.zeros(len(keep), device=keep.device)
         if "latents" in batch:
             latents = batch["latents"]
@@ -168,15 +168,15 @@ class GFDM(StageModel):
         else:
             frames = batch["frames"]
             latents = self.encode_images(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-            noise_aug = torch.exp(0.5 * random.normal() - 3)
-            blur = noise_aug[:, None, None, None] * random.normal(*frames.shape[2:])
+            noise_aug = torch.exp(0.5 * random.normal("strength of the condition's noise") - 3)
+            blur = noise_aug[:, None, None, None] * random.normal("condition", *frames.shape[2:])
             condition = self.encode_images(frames[:, 0] + blur)
         loss = self.denoising_loss(
             latents,
             self.encode_text(batch["text"]) * keep,
             condition=condition,
             noise_aug=noise_aug,
-            noise=random.normal(*latents.shape[1:]),
+            noise=random.normal("video", *latents.shape[1:]),
             normal=normal,
         )
         return {"loss": loss}

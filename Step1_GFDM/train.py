@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.config import TrainerConfig, run_settings
+from defi.engine.data import sample_seeds
 from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.errors import UserError
@@ -61,7 +62,7 @@ def main(cfg: DictConfig) -> None:
             frames = np.concatenate([to_uint8(beside), to_uint8(clip)], axis=2)
             captioned = np.stack([draw_text(frame, f"real | imagined: {text}") for frame in frames])
             write_mp4(folder / f"clip_{number}.mp4", captioned, fps=5)
-        seeds = torch.arange(len(shown)) + cfg.seed
+        seeds = sample_seeds("held out", cfg.seed, len(shown))
         return {"held_out_loss": model({"latents": latents, "text": texts, "seed": seeds})["loss"].item()}
 
     train(

@@ -4,6 +4,8 @@ Paper section "General Inverse Dynamics Model": frozen DINOv2 patches of two fra
 action tokenizer and a decoder that predicts the later frame's patches. Actions of a robot are never used.
 """
 
+import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,14 @@ from Step2_GIDM.quantizer import perplexity
 __all__ = ["GIDM", "GIDMConfig", "LatentActionSizes", "LatentActionTokenizer", "LatentActions"]
 
 VARIANTS = ("language", "controllable")
+
+PUNCTUATION = re.compile(f"[{re.escape(string.punctuation.replace(chr(92), ''))}]")
+"""What is left out of instructions. The published pattern forgets the backslash, which therefore stays."""
+
+
+def plain(text: str) -> str:
+    """Lower case, without punctuation: how instructions reach T5 in this stage. Blanks stay as they are."""
+    return PUNCTUATION.sub("", text.lower())
 
 
 @dataclass
@@ -154,7 +164,8 @@ class GIDM(StageModel):
         return self.tokenizer(patches, *self.language(texts))
 
     def language(self, texts: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
-        return self.text(texts) if self.config.variant == "language" else ()
+        """States and mask of the instructions; nothing in the variant without language."""
+        return self.text([plain(text) for text in texts]) if self.config.variant == "language" else ()
 
     def step_end(self) -> None:
         """Restart the codes that the latest `restart_pairs` pairs, of all processes, did not use."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from defi.engine.data import stream
 from defi.engine.sharding import cut, whole
 
 RECENT = 256  # encoder vectors kept for restarts
@@ -85,8 +86,8 @@ class VectorQuantizer(nn.Module):
         dead = (self.usage == 0).nonzero().flatten()
         counted = int(self.usage.sum())
         if counted and len(dead) and self.codebook.requires_grad:
-            generator = torch.Generator().manual_seed(int(self.restarts))
-            draw = torch.randperm(min(counted, RECENT), generator=generator)
+            restarts = stream("restarted codes", int(self.restarts))
+            draw = torch.from_numpy(restarts.permutation(min(counted, RECENT)))
             draw = draw[torch.arange(len(dead)) % len(draw)]  # with more dead codes than vectors, again
             codebook = whole(self.codebook).detach().clone()
             codebook[dead] = self.recent.flip(0)[draw.to(self.recent.device)].to(codebook.dtype)

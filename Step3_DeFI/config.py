@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ class VideoFormerConfig:
 class ActionHeadConfig:
     """Sizes of the action head.
 
-    cross_attention: `full`, or `causal` as in the published weights: action i sees the first i + 1 tokens.
-    action_positions: a learned position per action (published: none).
+    cross_attention: `full`, with a learned position per action, or `causal` as in the published weights:
+        action i sees the first i + 1 tokens, which is then the only sign of which action it is.
     identity_modulation: begin with plain layers, AdaLN's scale and gate 1 (published: 0, nearly closed).
     """
 
@@ -42,7 +43,6 @@ class ActionHeadConfig:
     residual_dropout: float = 0.1
     mlp_dropout: float = 0.05
     cross_attention: str = "full"
-    action_positions: bool = False
     identity_modulation: bool = False
 
     def __post_init__(self) -> None:
@@ -173,8 +173,25 @@ class PolicyConfig:
         """From a composed configuration: its section `policy`."""
         return typed(cls, cfg["policy"], "policy")
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
+        """From the content of a checkpoint's `file`; in older ones positions were a setting of their own.
+
+        Raises:
+            UserError: a setting that there is not, or positions that do not go with the cross-attention.
+        """
+        head = values.get("action_head")
+        if isinstance(head, dict) and "action_positions" in head:
+            has, kind = head.pop("action_positions"), head.get("cross_attention", "full")
+            if has != (kind == "full"):
+                raise UserError(
+                    f"{file}: cross_attention={kind} with action_positions={has} is no longer possible (full "
+                    "cannot tell actions apart without positions, causal has none); train it again"
+                )
+        return typed(cls, values, str(file))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON; `typed(PolicyConfig, …)` reads them back."""
+        """Plain containers, for JSON; `from_json` reads them back."""
         return asdict(self)
 
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from defi.config import typed
 from defi.engine.checkpoint import COPY_AGAIN, find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel, settings_of
@@ -189,9 +188,10 @@ class DeFI(StageModel):
         """Denoising loss over `draws` pairs of σ and noise per sample, which share one encoded context."""
         diffusion = self.config.diffusion
         draw = SampleNoise(seeds, self.device)
-        sigma = diffusion.sigma(draw.uniform(diffusion.draws))
-        noise = draw.normal(diffusion.draws, *actions.shape[1:])
-        memory = self.encode(context.without_sentence(draw.uniform(1) < diffusion.text_dropout))
+        sigma = diffusion.sigma(draw.uniform("action sigma", diffusion.draws))
+        noise = draw.normal("actions", diffusion.draws, *actions.shape[1:])
+        dropped = draw.uniform("sentence dropout", 1) < diffusion.text_dropout
+        memory = self.encode(context.without_sentence(dropped))
         return denoising_loss(
             lambda noisy, level: self.action_head.decode(memory, noisy, self.action_head.noise_levels(level)),
             actions[:, None],
@@ -204,7 +204,8 @@ class DeFI(StageModel):
         """Stage 1's loss on the real next frames of the same samples; each view is a clip of its own."""
         video, views = batch["video"].to(self.device), self.config.views
         clips = video.flatten(0, 1)
-        seeds = batch["seed"][:, None] ^ (torch.arange(views) << 40)  # other noise for each view
+        draw = SampleNoise(batch["seed"], self.device)
+        seeds = torch.stack([draw.others(f"video of view {view}") for view in range(views)], dim=1)
         clip_batch = {
             "latents": encode_views(self.gfdm, clips) if "images" in batch else clips.to(self.dtype),
             "text": [text for text in batch["text"] for _ in range(views)],
@@ -226,8 +227,11 @@ class DeFI(StageModel):
 
     def noise(self, seeds: Int[Tensor, " B"]) -> PolicyNoise:
         """The noise of B looks, one seed each: the same whatever else is in the batch."""
-        actions = SampleNoise(seeds, self.device).normal(self.config.chunk, self.config.action_dim)
-        return PolicyNoise(video=self.video_noise(seeds), actions=actions)
+        return PolicyNoise(video=self.video_noise(seeds), actions=self.action_noise(seeds))
+
+    def action_noise(self, seeds: Int[Tensor, " B"]) -> Float[Tensor, "B K A"]:
+        """Noise that the sampling of a chunk starts from, a function of each look's seed."""
+        return SampleNoise(seeds, self.device).normal("actions", self.config.chunk, self.config.action_dim)
 
     @torch.no_grad()
     def act(
@@ -268,9 +272,8 @@ class DeFI(StageModel):
     @torch.no_grad()
     def predict(self, batch: dict[str, Any]) -> Float[Tensor, "B K A"]:
         """The chunks it would act out on a training batch (whose `actions` are not looked at)."""
-        seeds = batch["seed"]
-        actions = SampleNoise(seeds, self.device).normal(self.config.chunk, self.config.action_dim)
-        return self.act_on_features(self._features_of(batch), batch["text"], noise=actions)
+        noise = self.action_noise(batch["seed"])
+        return self.act_on_features(self._features_of(batch), batch["text"], noise=noise)
 
     @property
     def image_size(self) -> int:
@@ -321,7 +324,7 @@ class DeFI(StageModel):
         file = folder / CONFIG
         values = read_json(file, COPY_AGAIN)
         check_sizes(values, file)
-        config = typed(PolicyConfig, values, str(file))
+        config = PolicyConfig.from_json(values, file)
         sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
         with settings_of(file):
             policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)

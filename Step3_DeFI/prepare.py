@@ -25,6 +25,7 @@ from torch import Tensor
 from defi.calvin import CalvinFolder
 from defi.config import entry, typed
 from defi.engine.checkpoint import find_weights
+from defi.engine.data import seed_of
 from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
@@ -90,10 +91,7 @@ class Encoder:
         return torch.stack(draws, dim=1).half().cpu().numpy()
 
     def _noise(self, first_row: int, rows: int, draw: int) -> Float[Tensor, "N V F 4 h w"]:
-        seeds = [
-            int(np.random.SeedSequence([self.seed, row, draw]).generate_state(1, np.uint64)[0] >> 1)
-            for row in range(first_row, first_row + rows)
-        ]
+        seeds = [seed_of("store", self.seed, row, draw) for row in range(first_row, first_row + rows)]
         noise = partial(video_noise, self.gfdm, kind=self.feature_noise, device=self.device)
         return noise(torch.tensor(seeds), views=len(CAMERAS))
 

@@ -20,6 +20,7 @@ from defi.calvin import TRAINING, VALIDATION
 from defi.config import entry, typed
 from defi.engine.checkpoint import continues, find_weights
 from defi.engine.config import TrainerConfig, run_settings
+from defi.engine.data import sample_seeds
 from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
@@ -109,11 +110,11 @@ def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, Pol
     }
 
 
-def spread(samples: PolicySamples, count: int) -> dict[str, Any]:
+def spread(samples: PolicySamples, count: int, seed: int = 0) -> dict[str, Any]:
     """A batch of samples from all over a data set."""
     picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
     batch = default_collate([samples[int(i)] for i in picked])
-    return batch | {"seed": torch.arange(len(picked))}
+    return batch | {"seed": sample_seeds("shown", seed, len(picked))}
 
 
 def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
@@ -121,12 +122,12 @@ def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
 
     `sets`: by name ("training", "held_out"); `count` samples, evenly spread, are taken of each.
     """
-    batches = {name: spread(samples, count) for name, samples in sets.items()}
+    batches = {name: spread(samples, count, seed) for name, samples in sets.items()}
 
     def sample(policy: DeFI, step: int, folder: Path) -> dict[str, float]:
         numbers = {}
         for name, batch in batches.items():
-            predicted = policy.predict(batch | {"seed": batch["seed"] + seed}).cpu()
+            predicted = policy.predict(batch).cpu()
             expert = batch["actions"]
             numbers[f"{name}_action_error"] = (predicted - expert).square().mean().item()
             right = (predicted[..., -1] > 0) == (expert[..., -1] > 0)
@@ -165,7 +166,10 @@ def roller(cfg: DictConfig) -> Inspect:
 
     config = typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout")
     evaluation = Evaluation.prepare(config)
-    return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder)
+    precision = cfg.trainer.precision
+    return lambda policy, step, folder: evaluate_policy(
+        policy, evaluation, precision=precision, output=folder
+    )
 
 
 def train_policy(cfg: DictConfig) -> Path:
@@ -181,7 +185,7 @@ def train_policy(cfg: DictConfig) -> Path:
         print(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
     if not continues(cfg.output, cfg.resume):
-        policy.fit_standardisation(spread(samples["training"], FITTED))
+        policy.fit_standardisation(spread(samples["training"], FITTED, cfg.seed))
     return train(
         policy,
         samples["training"],

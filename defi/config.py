@@ -23,6 +23,13 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 Settings = TypeVar("Settings")
 
+RETIRED = {
+    "policy.action_head.action_positions": (
+        "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
+    ),
+}
+"""Settings that there were once, and what to do instead."""
+
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: make `main(cfg)` a command that reads `configs/<config_name>.yaml` and `key=value` settings.
@@ -84,6 +91,8 @@ def explain(error: CompactHydraException) -> str:
     cause = error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or cause.parent_node is None:
         return one_line(error)
+    if cause.full_key in RETIRED:
+        return f"{cause.full_key}=: no longer a setting; {RETIRED[cause.full_key]}"
     section = cause.full_key.rpartition(".")[0]
     known = sorted(str(key) for key in cause.parent_node if key != "hydra")
     close = difflib.get_close_matches(str(cause.key), known)
@@ -184,6 +193,8 @@ def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Setting
             reason = "must be a list"
         given = flatten(values).get(error.full_key)
         key = f"{where}.{error.full_key}" + ("" if given is None else f"={given}")
+        if hint := RETIRED.get(f"{where}.{error.full_key}"):
+            raise UserError(f"{key}: no longer a setting; {hint}") from error
         raise UserError(f"{key}: {reason}; see {cls.__name__} in {cls.__module__}") from error
 
 

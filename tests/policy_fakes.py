@@ -65,7 +65,6 @@ PRESET: dict[str, Any] = {
             "attention_dropout": 0.0,
             "residual_dropout": 0.0,
             "mlp_dropout": 0.0,
-            "action_positions": True,
             "identity_modulation": True,
         },
         "diffusion": {"draws": 2},

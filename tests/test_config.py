@@ -27,6 +27,10 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
         ("trainer.lrr=3", "error: trainer.lrr=: no such setting; did you mean trainer.lr=? --cfg job prints"),
         ("trainr.lr=3", "error: trainr=: no such setting; did you mean trainer="),
         ("tracker.xyz=3", "error: tracker.xyz=: no such setting; there are tracker."),
+        (
+            "policy.action_head.action_positions=true",
+            "error: policy.action_head.action_positions=: no longer a setting; positions come with policy.",
+        ),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
         ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),

@@ -230,12 +230,14 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process otherwise
     try:
         model = toy(dropout=0.0)
-        train(model, Points(), trainer(precision="bf16"), output=tmp_path / "run", config=CONFIG)
+        train(
+            model, Points(), trainer(precision="bf16", max_steps=60), output=tmp_path / "run", config=CONFIG
+        )
         assert model.net[0].weight.dtype == torch.float32
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     losses = [record["loss"] for record in records(tmp_path / "run", "train")]
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
 
 
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:

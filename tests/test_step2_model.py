@@ -15,7 +15,7 @@ from Step2_GIDM.blocks import SelfAttention, SpatioTemporalBlock, sinusoid
 from Step2_GIDM.dino import DinoConfig, DinoPatches
 from Step2_GIDM.initial import start_as_difference
 from Step2_GIDM.latent_action import LatentActionModel, LatentActionSizes, LatentActionTokenizer
-from Step2_GIDM.model import GIDM, GIDMConfig
+from Step2_GIDM.model import GIDM, GIDMConfig, plain
 from Step2_GIDM.quantizer import VectorQuantizer, perplexity
 
 SIZES = LatentActionSizes(
@@ -28,6 +28,13 @@ def small(**changes) -> GIDMConfig:
     dino = DinoConfig(image_size=42, width=32, layers=1, heads=2)
     text = TextConfig(width=16, layers=1, heads=2)
     return GIDMConfig(**(sizes | {"dino": dino, "text": text} | changes))
+
+
+def test_instructions_are_cleaned_for_t5() -> None:
+    assert plain("Öffne the  Drawer, now! ") == "öffne the  drawer now "
+    assert plain("back\\slash ^caret_ [brackets] don't") == "back\\slash caret brackets dont"
+    model = GIDM(small())
+    assert torch.equal(model.language(["Open it!"])[0], model.language(["open it"])[0])
 
 
 def test_positions_are_sine_on_even_and_cosine_on_odd_channels() -> None:

@@ -1,5 +1,6 @@
 """The policy: gradients, learning, independence of the batch, work done once, checkpoints of all stages."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,7 @@ def test_a_saved_policy_acts_the_same_also_after_moving(
     checkpoint.save(build_gfdm(seed=1), tmp_path / "other", step=1, config={"preset_name": "test"})
     with pytest.raises(UserError, match="not the gfdm checkpoint that .* was trained on"):
         DeFI.from_pretrained(run, gfdm=tmp_path / "other")
+    check_older_config(run, tmp_path / "elsewhere")
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not JSON"):
         DeFI.from_pretrained(run, gfdm=tmp_path / "elsewhere")
@@ -282,6 +284,20 @@ def test_refuses_other_checkpoints(stages: tuple[Path, Path], tmp_path: Path) ->
         DeFI.from_stages(policy_config(), gfdm=tmp_path / "nothing", gidm=gidm)
     with pytest.raises(UserError, match="holds a gidm checkpoint, not gfdm"):
         DeFI.from_stages(policy_config(), gfdm=gidm, gidm=gidm)
+
+
+def check_older_config(run: Path, gfdm: Path) -> None:
+    """Positions were a setting of their own: read where it says what follows from the cross-attention now."""
+    file = run / "config.json"
+    config = json.loads(file.read_text())
+    older = config | {"action_head": config["action_head"] | {"action_positions": True}}
+    file.write_text(json.dumps(older))
+    DeFI.from_pretrained(run, gfdm=gfdm)
+    for kind, positions in (("full", False), ("causal", True)):
+        older["action_head"] |= {"action_positions": positions, "cross_attention": kind}
+        file.write_text(json.dumps(older))
+        with pytest.raises(UserError, match=f"cross_attention={kind} with action_positions={positions}"):
+            DeFI.from_pretrained(run, gfdm=gfdm)
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -318,6 +334,10 @@ def test_settings_are_checked() -> None:
         ({"feature_noise": "some"}, "policy.feature_noise=some: must be fresh or fixed"),
         ({"latent_action_frames": [0, 5]}, r"beyond policy.frames=3"),
         ({"action_head": {"cross_attention": "half"}}, "must be full or causal"),
+        (
+            {"action_head": {"action_positions": True}},
+            "action_positions=True: no longer a setting; positions",
+        ),
         ({"diffusion": {"sampler": "euler"}}, "choose one of ddim, dpmpp_2m, heun"),
         ({"diffusion": {"steps": 0}}, "policy.diffusion.steps=0: must be 1 or more"),
         ({"diffusion": {"text_dropout": 1.0}}, r"policy.diffusion.text_dropout=1.0: must lie in \[0, 1\)"),

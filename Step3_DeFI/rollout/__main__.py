@@ -18,7 +18,14 @@ from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
 from Step3_DeFI.rollout.messages import AGENTS
-from Step3_DeFI.rollout.policy import PRECISIONS, ModelPolicy, identify, load_policy, policy_threads
+from Step3_DeFI.rollout.policy import (
+    PRECISIONS,
+    ModelPolicy,
+    identify,
+    load_policy,
+    policy_threads,
+    trained_precision,
+)
 from Step3_DeFI.rollout.report import result_table, task_table, write_report
 from Step3_DeFI.rollout.results import RESULTS
 
@@ -48,7 +55,7 @@ class CommandConfig(RolloutConfig):
     sampler: str | None = None
     sampler_steps: int | None = None
     guidance: float | None = None
-    precision: str = "no"
+    precision: str | None = None
     threads: int | None = None
     output: str = "outputs/rollout"
     resume: bool = False
@@ -73,6 +80,8 @@ class CommandConfig(RolloutConfig):
 @entry("step3_rollout")
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_rollout")
+    if config.agent == "policy":
+        config.precision = config.precision or trained_precision(config.checkpoint)
     state = processes()
     shard = Shard(state.process_index, state.num_processes, state.wait_for_everyone)
     if state.is_main_process:
