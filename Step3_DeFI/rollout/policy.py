@@ -15,6 +15,7 @@ from torch import nn
 
 from defi.engine.checkpoint import find_weights, read_manifest
 from defi.errors import UserError
+from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
@@ -22,7 +23,6 @@ from Step3_DeFI.rollout.messages import Look
 from Step3_DeFI.rollout.results import ChainLog
 
 ACTION_DIM = 7
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ModelPolicy:
