@@ -110,7 +110,7 @@ class GFDM(StageModel):
 
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 4 h w"]:
-        """Scaled latents (mode of the posterior) of images in [-1, 1], float32 whatever the VAE is kept in."""
+        """Scaled latents (mode of the posterior) of images in [-1, 1]; float32, as the VAE may not be."""
         return self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float() * self.scaling
 
     @torch.no_grad()

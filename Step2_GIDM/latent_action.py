@@ -56,8 +56,8 @@ class LatentActionEncoder(nn.Module):
     One set of queries, or two in the controllable variant (the new set stands first). The later frame's
     queries are the answer: attention over time is causal, so only they have seen both frames.
 
-    mixed_text_masks: repeat the published fault that in training, of the B·F rows, row n gets the text mask of
-    sample n mod B, so that one sample's padding hides or shows another's text.
+    mixed_text_masks: repeat the published fault that in training, of the B·F rows, row n gets the text mask
+    of sample n mod B, so that one sample's padding hides or shows another's text.
     """
 
     mixed_text_masks = False
