@@ -90,7 +90,7 @@ def test_default_initial_weights_are_pytorchs() -> None:
         if isinstance(layer, nn.Linear):
             bound = layer.in_features**-0.5
             assert 0.9 * bound < layer.weight.abs().max() <= bound, name
-            assert layer.weight.std() == pytest.approx(bound / 3**0.5, rel=0.1), name
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
             assert layer.bias is None or 0 < layer.bias.abs().max() <= bound, name
         elif isinstance(layer, nn.LayerNorm):
             assert (layer.weight == 1).all() and (layer.bias == 0).all(), name

@@ -1,8 +1,8 @@
 """`preset=released`, as the training commands compose it, against the facts read off the published scripts.
 
 Each fact of `pipelines/training.json` meets the first check whose stage and name fit. Facts in words are read
-for their numbers and key words. Facts that no setting can hold are `TOLD`: they stand in docs/deviations.md, or
-other tests, named there, run them. A fact that is known to neither is skipped with its name.
+for their numbers and key words. Facts that no setting can hold are `TOLD`: they stand in docs/deviations.md,
+or other tests, named there, run them. A fact that is known to neither is skipped with its name.
 """
 
 import json
