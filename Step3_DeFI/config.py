@@ -143,8 +143,8 @@ class PolicyConfig:
     restart_codes: codes that no sample of an epoch used are restarted (published: no).
     t5_dropout: T5 runs with its dropout while the policy trains (published, by an oversight).
     mixed_text_masks: as in stage 2 (`LatentActionEncoder`; published, a fault).
-    gfdm_precision: what the frozen video model's UNet and VAE are kept and computed in, whatever the rest is
-        computed in: no (float32, or what the rest is computed in), fp16 (published) or bf16.
+    gfdm_precision: what UNet and VAE of a frozen video model are kept and computed in, whatever the rest is
+        computed in: no (as the rest), fp16 (published) or bf16.
     codebook_weight, commitment_weight: of the loss. finetune: whether the video model learns as well.
     """
 
@@ -178,15 +178,15 @@ class PolicyConfig:
             raise UserError(
                 f"policy.gfdm_precision={self.gfdm_precision}: choose one of {', '.join(PRECISIONS)}"
             )
-        if self.gfdm_precision != "no" and self.finetune.mode != "none":
-            raise UserError(
-                f"policy.gfdm_precision={self.gfdm_precision}: a video model that learns needs float32; set "
-                f"policy.gfdm_precision=no, or leave gfdm.finetune={self.finetune.mode} at none"
-            )
         if max(self.latent_action_frames) >= self.frames:
             raise UserError(
                 f"policy.latent_action_frames={self.latent_action_frames}: beyond policy.frames={self.frames}"
             )
+
+    @property
+    def video_precision(self) -> str:
+        """`gfdm_precision`, but for a video model that learns, which needs float32."""
+        return self.gfdm_precision if self.finetune.mode == "none" else "no"
 
     @classmethod
     def from_preset(cls, cfg: Mapping[str, Any]) -> "PolicyConfig":

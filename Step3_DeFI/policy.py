@@ -89,7 +89,7 @@ class DeFI(StageModel):
         check_gfdm(config, gfdm)
         self.config, self.sources = config, sources
         self.gfdm, self.t5 = gfdm, t5
-        keep_in(config.gfdm_precision, gfdm)
+        keep_in(config.video_precision, gfdm)
         open_for_finetuning(gfdm, config.finetune)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
         former = config.video_former
@@ -129,7 +129,7 @@ class DeFI(StageModel):
 
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
         """From features and instructions to what the action head encodes; computed once per chunk."""
-        if self.config.gfdm_precision != "no":
+        if self.config.video_precision != "no":
             features = features.to(self.dtype)
         features = merge_tokens(self.standardise(features), self.config.merge)
         language = self.t5(
@@ -197,7 +197,7 @@ class DeFI(StageModel):
 
     def _video_precision(self) -> AbstractContextManager:
         """A video model with a precision of its own computes in that, not in autocast's."""
-        own = self.config.gfdm_precision != "no"
+        own = self.config.video_precision != "no"
         return torch.autocast(self.device.type, enabled=False) if own else nullcontext()
 
     def _action_loss(

@@ -240,7 +240,7 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
     if kind != "images":
         weights = find_weights(cfg.gfdm_checkpoint, "gfdm")
         gfdm = GFDM.from_pretrained(weights).to(device).eval()
-        keep_in(policy.gfdm_precision, gfdm)
+        keep_in(policy.video_precision, gfdm)
         check_gfdm(policy, gfdm, weights)
         image_size = gfdm.config.image_size
     return Encoder(kind, draws, cfg.seed, gfdm, policy.feature_noise, device), image_size

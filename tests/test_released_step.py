@@ -7,6 +7,7 @@ published code's, written out.
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from Step1_GFDM.model import GFDM
 from Step2_GIDM.data.build import training_pairs
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step2_GIDM.train import build_model
-from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.config import FinetuneConfig, PolicyConfig
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.train import open_samples
 
@@ -278,6 +279,8 @@ def test_stage_3_parts_in_half_precision(stage3: tuple[DeFI, Any]) -> None:
     assert half(policy.gfdm.unet) and half(policy.gfdm.vae)
     rest = (policy.gfdm.clip, policy.t5, policy.video_former, policy.gidm_branch, policy.action_head)
     assert not any(half(module) for module in rest)
+    learning = replace(policy.config, finetune=FinetuneConfig(mode="lora"))
+    assert (policy.config.video_precision, learning.video_precision) == ("fp16", "no")
     assert policy.epoch_end() == {}  # no code is restarted
 
 
