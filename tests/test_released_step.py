@@ -284,6 +284,20 @@ def test_stage_3_parts_in_half_precision(stage3: tuple[DeFI, Any]) -> None:
     assert policy.epoch_end() == {}  # no code is restarted
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_stage_3_acts_in_half_precision(stage3: tuple[DeFI, Any], precision: str) -> None:
+    """The video model computes in fp16 where the rest computes in something else."""
+    policy, samples = stage3
+    spy = Spy(conv_in=policy.gfdm.unet.conv_in, vae=policy.gfdm.vae.encoder)
+    noise = policy.noise(torch.tensor([1]))
+    pictures = batch_of(samples, 1)["images"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        chunk = policy.eval().act(pictures, ["stop"], noise=noise)
+    policy.train()
+    assert chunk.dtype == torch.float32 and chunk.isfinite().all()
+    assert {spy.outputs[name].dtype for name in ("conv_in", "vae")} == {torch.float16}
+
+
 def test_stage_3_video(stage3: tuple[DeFI, Any]) -> None:
     """What the frozen video model sees and gives."""
     policy, samples = stage3
