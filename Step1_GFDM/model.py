@@ -110,8 +110,8 @@ class GFDM(StageModel):
 
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 4 h w"]:
-        """Scaled latents (mode of the posterior) of images in [-1, 1]."""
-        return self.vae.encode(images).latent_dist.mode() * self.scaling
+        """Scaled latents (mode of the posterior) of images in [-1, 1]; float32, as the VAE may not be."""
+        return self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float() * self.scaling
 
     @torch.no_grad()
     def decode_latents(self, latents: Float[Tensor, "N F 4 h w"]) -> Float[Tensor, "N F 3 H W"]:
@@ -259,7 +259,8 @@ class GFDM(StageModel):
             ).sample
             sample = self.scheduler.step(prediction, timestep, sample).prev_sample
         timestep = self.scheduler.timesteps[step - 1]
-        scaled = self.scheduler.scale_model_input(sample, timestep)
+        noisy = torch.cat([self.scheduler.scale_model_input(sample, timestep), image], dim=2)
+        dtype = self.unet.dtype
         return up_block_features(
-            self.unet, torch.cat([scaled, image], dim=2), timestep.expand(len(latents)), text, time_ids
+            self.unet, noisy.to(dtype), timestep.expand(len(latents)), text.to(dtype), time_ids
         )

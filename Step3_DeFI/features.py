@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from defi.engine.data import SampleNoise
 from Step1_GFDM.model import GFDM
+from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import to_unit
+
+
+def keep_in(precision: str, gfdm: GFDM) -> None:
+    """Keep the weights of UNet and VAE in fp16 or bf16; CLIP's and, with `no`, all stay as they are."""
+    if precision != "no":
+        for network in (gfdm.unet, gfdm.vae):
+            nn.Module.to(network, PRECISIONS[precision])  # diffusers' own has a warning to tell
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictu
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
-from Step3_DeFI.features import Standardise, encode_views, imagine, merge_tokens, video_noise
+from Step3_DeFI.features import Standardise, encode_views, imagine, keep_in, merge_tokens, video_noise
 from Step3_DeFI.finetune import idle, open_for_finetuning
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.sources import Sources, check_gfdm, check_gidm
@@ -87,6 +88,7 @@ class DeFI(StageModel):
         check_gfdm(config, gfdm)
         self.config, self.sources = config, sources
         self.gfdm, self.t5 = gfdm, t5
+        keep_in(config.video_precision, gfdm)
         open_for_finetuning(gfdm, config.finetune)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
         former = config.video_former
@@ -106,6 +108,7 @@ class DeFI(StageModel):
             feature_channels=config.feature_channels * config.merge**2,
             frames=config.latent_action_frames,
         )
+        self.gidm_branch.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
         self.action_head = ActionDenoiser(
             config.action_head,
             sentence_dim=config.sentence_width,
@@ -125,8 +128,16 @@ class DeFI(StageModel):
 
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
         """From features and instructions to what the action head encodes; computed once per chunk."""
+        if self.config.video_precision != "no":
+            features = features.to(self.dtype)
         features = merge_tokens(self.standardise(features), self.config.merge)
-        latent_actions = self.gidm_branch(features[:, 0], *self.t5(texts, full_length=not self.training))
+        language = self.t5(
+            texts,
+            full_length=not self.training,
+            together=self.training and self.config.mixed_text_masks,
+            dropout=self.training and self.config.t5_dropout,
+        )
+        latent_actions = self.gidm_branch(features[:, 0], *language)
         return Context(
             sentence=self.gfdm.clip.sentence(texts),
             video_tokens=self.video_former(features.transpose(1, 2).flatten(2, 3)),
@@ -176,11 +187,17 @@ class DeFI(StageModel):
         """Features, stored or imagined now; with a gradient where the video model learns."""
         if "features" in batch:
             return batch["features"].to(self.device, self.dtype)
-        if "latents" in batch:
-            latents = batch["latents"].to(self.device, self.dtype)
-        else:
-            latents = encode_views(self.gfdm, batch["images"].to(self.device))
-        return imagine(self.gfdm, latents, batch["text"], noise=self.video_noise(batch["seed"]))
+        with self._video_precision():
+            if "latents" in batch:
+                latents = batch["latents"].to(self.device, self.dtype)
+            else:
+                latents = encode_views(self.gfdm, batch["images"].to(self.device))
+            return imagine(self.gfdm, latents, batch["text"], noise=self.video_noise(batch["seed"]))
+
+    def _video_precision(self) -> AbstractContextManager:
+        """A video model with a precision of its own computes in that, not in autocast's."""
+        own = self.config.video_precision != "no"
+        return torch.autocast(self.device.type, enabled=False) if own else nullcontext()
 
     def _action_loss(
         self, context: Context, actions: Float[Tensor, "B K A"], seeds: Int[Tensor, " B"]
@@ -220,7 +237,9 @@ class DeFI(StageModel):
             self.standardise.fit(self._features_of(batch))
 
     def epoch_end(self) -> dict[str, float]:
-        """Restart codes that no sample of the epoch used."""
+        """Restart codes that no sample of the epoch used, where that is wanted."""
+        if not self.config.restart_codes:
+            return {}
         return {"restarted_codes": float(self.gidm_branch.tokenizer.quantizer.restart_unused())}
 
     # ------------------------------------------------------------ acting
@@ -242,8 +261,9 @@ class DeFI(StageModel):
         noise: PolicyNoise,
     ) -> Float[Tensor, "B K A"]:
         """The next K actions, gripper not binarised. `images` as `observe` gives them: static, gripper."""
-        latents = encode_views(self.gfdm, images.to(self.device))
-        features = imagine(self.gfdm, latents, texts, noise=noise.video)
+        with self._video_precision():
+            latents = encode_views(self.gfdm, images.to(self.device))
+            features = imagine(self.gfdm, latents, texts, noise=noise.video)
         return self.act_on_features(features, texts, noise=noise.actions)
 
     @torch.no_grad()

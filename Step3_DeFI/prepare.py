@@ -45,7 +45,7 @@ from Step3_DeFI.data import (
     VIDEO,
     StoreManifest,
 )
-from Step3_DeFI.features import encode_views, imagine, video_noise
+from Step3_DeFI.features import encode_views, imagine, keep_in, video_noise
 from Step3_DeFI.observation import CAMERAS
 from Step3_DeFI.samples import Plan, following, plan_samples, read_looks
 from Step3_DeFI.sources import check_gfdm
@@ -237,6 +237,7 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
     if kind != "images":
         weights = find_weights(cfg.gfdm_checkpoint, "gfdm")
         gfdm = GFDM.from_pretrained(weights).to(device).eval()
+        keep_in(policy.video_precision, gfdm)
         check_gfdm(policy, gfdm, weights)
         image_size = gfdm.config.image_size
     return Encoder(kind, draws, cfg.seed, gfdm, policy.feature_noise, device), image_size

@@ -284,13 +284,17 @@ class T5Text(_Tower):
         return states[0], batch["attention_mask"][0].bool()
 
     def forward(
-        self, texts: list[str], *, full_length: bool = False
+        self, texts: list[str], *, full_length: bool = False, together: bool = False, dropout: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
         """States padded with zeros to the longest text of the batch, and the mask: true at tokens.
 
         With `full_length` they are padded to a multiple of the configured T, so that shapes, and with them
         the rounding of what follows, do not depend on the other texts of the batch.
+        `together` encodes the texts anew as one padded batch, whose padding has states of its own; `dropout`
+        does the same with T5's dropout on.
         """
+        if together or dropout:
+            return self._encode_together(texts, dropout=dropout)
         encoded = self._cached(texts)
         states = nn.utils.rnn.pad_sequence([states for states, _ in encoded], batch_first=True)
         mask = nn.utils.rnn.pad_sequence([mask for _, mask in encoded], batch_first=True)
@@ -298,3 +302,13 @@ class T5Text(_Tower):
             missing = -mask.shape[1] % self.config.tokens
             states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
         return states, mask
+
+    @torch.no_grad()
+    def _encode_together(self, texts: list[str], *, dropout: bool) -> tuple[Tensor, Tensor]:
+        batch = self.tokenizer(texts, padding=True, verbose=False, return_tensors="pt")
+        batch = batch.to(self._device)
+        self.model.train(dropout)
+        try:
+            return self.model(**batch).last_hidden_state, batch["attention_mask"].bool()
+        finally:
+            self.model.eval()

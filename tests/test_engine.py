@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +125,36 @@ def test_ema_follows_its_formula_and_steps_aside() -> None:
 def test_constant_schedule_warms_up() -> None:
     rates = [learning_rate(step, TrainerConfig(lr=1.0, warmup=0.3, max_steps=10)) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+
+
+def test_a_run_may_end_after_epochs(tmp_path: Path) -> None:
+    """As loaders that fill up the last batch count: ⌈N / global batch⌉ steps, of 22 samples six of four."""
+    settings = trainer(max_steps=None, epochs=2, schedule="tri_stage")
+    train(toy(), Points(), settings, output=tmp_path / "run", config=CONFIG)
+    rates = [record["lr"] for record in records(tmp_path / "run", "train")]
+    whole = replace(settings, max_steps=12)
+    assert rates == pytest.approx([learning_rate(step, whole) for step in range(12)])
+    assert [record["epoch"] for record in records(tmp_path / "run", "epoch")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples", "steps"),
+    [
+        ({"epochs": 36, "global_batch": 160}, 696_473, 156_708),  # stage 3 as documented
+        ({"epochs": 3, "global_batch": 8, "passes": 8}, 10, 30),  # each of 8 processes walks 10 samples
+        ({"epochs": 3, "global_batch": 8, "max_steps": 4}, 10, 4),  # what is reached first
+        ({"max_steps": 4}, 10, 4),
+    ],
+)
+def test_steps_of_epochs(settings: dict, samples: int, steps: int) -> None:
+    assert TrainerConfig(**{"max_steps": None} | settings).for_samples(samples).max_steps == steps
+
+
+def test_an_epoch_may_be_several_passes(tmp_path: Path) -> None:
+    settings = trainer(max_steps=None, epochs=2, passes=2)
+    train(toy(), Points(), settings, output=tmp_path / "run", config=CONFIG)
+    ends = [record["step"] for record in records(tmp_path / "run", "epoch")]
+    assert ends == [11, 22]  # 44 samples each
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
@@ -347,6 +377,8 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
         ({"max_step": 5}, "trainer.max_step=5: .*TrainerConfig"),
         ({"schedule": "cosine"}, "choose one of constant, tri_stage"),
         ({"max_steps": 0}, "trainer.max_steps=0"),
+        ({"max_steps": None}, "trainer.max_steps=None: give it or trainer.epochs"),
+        ({"matmul": "low"}, "choose one of highest, high, medium"),
         ({"lr": "fast"}, "trainer.lr=fast: .*fast"),
         ({"workers": 1.5}, "trainer.workers"),
         ({"phases": [0.5, 0.2, 0.1]}, "trainer.phases"),

@@ -323,6 +323,15 @@ def test_every_choice_can_be_set_with_any_preset(preset: str) -> None:
     assert PolicyConfig.from_preset(plain).finetune.mode == "none"
 
 
+def test_codes_are_restarted_where_that_is_wanted() -> None:
+    for wanted, found in ((True, {"restarted_codes"}), (False, set())):
+        policy = build_policy(restart_codes=wanted).train()
+        policy(policy.config.fake_batch(2))
+        before = policy.gidm_branch.tokenizer.quantizer.codebook.detach().clone()
+        assert set(policy.epoch_end()) == found
+        assert torch.equal(policy.gidm_branch.tokenizer.quantizer.codebook, before) != wanted
+
+
 def test_the_published_choices_are_the_defaults() -> None:
     """configs/policy/paper.yaml says what the dataclasses say."""
     chosen = OmegaConf.load(CONFIG_DIR / "policy" / "paper.yaml")

@@ -17,6 +17,7 @@ from defi.config import flatten
 from defi.engine.checkpoint import find_weights, read_manifest, read_run_config
 from defi.engine.data import seed_of
 from defi.errors import UserError
+from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
@@ -24,7 +25,6 @@ from Step3_DeFI.rollout.messages import Look
 from Step3_DeFI.rollout.results import ChainLog
 
 ACTION_DIM = 7
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ModelPolicy:

@@ -182,11 +182,13 @@ class Feed:
         workers: int,
         bad_samples: float,
         device: torch.device,
+        passes: int = 1,
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
         self.order, self.accumulation, self.device = order, accumulation, device
         self.workers, self.bad_samples = workers, bad_samples
         self.samples = order.start
+        self.epoch_size = passes * order.size
         self.waited = 0.0
         self.parts = 1
         self.faults: list[str] = []
@@ -252,14 +254,14 @@ class Feed:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far."""
-        return self.samples / self.order.size
+        """Epochs (of one or several passes over the data) so far."""
+        return self.samples / self.epoch_size
 
     @property
     def ended_epoch(self) -> bool:
-        """Whether the latest step took the last sample of a pass."""
+        """Whether the latest step took the last sample of an epoch."""
         before = self.samples - self.order.global_batch
-        return self.samples // self.order.size > before // self.order.size
+        return self.samples // self.epoch_size > before // self.epoch_size
 
     def close(self) -> None:
         """Let the loader workers go, now: the traceback of an error may hold the loader till the very end."""

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
@@ -54,11 +55,13 @@ def open_run(
     goes_on = checkpoint.continues(output, resume)
     if len(dataset) == 0:
         raise UserError("data: no training samples; check the data folder and the filters set for it")
+    trainer = trainer.for_samples(len(dataset))
     find_tracker(tracker)
     source = checkpoint.find_checkpoint(output, model.stage) if goes_on else None
     progress, rng = state.load_progress(source / "state") if source else (state.Progress(), [])
 
     accelerator = start_processes(trainer)
+    torch.set_float32_matmul_precision(trainer.matmul)
     set_seed(seed, device_specific=True)
     feed = open_feed(dataset, trainer, accelerator, seed=seed, start=progress.samples, collate=collate)
     model.train().to(accelerator.device)
@@ -194,6 +197,7 @@ def open_feed(
         dataset,
         order,
         accumulation=accumulation,
+        passes=trainer.passes,
         workers=trainer.workers,
         bad_samples=trainer.bad_samples,
         device=accelerator.device,
