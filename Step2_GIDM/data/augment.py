@@ -1,4 +1,8 @@
-"""One augmentation for both frames of a pair: what moved must be motion, not the augmentation."""
+"""One augmentation for both frames of a pair: what moved must be motion, not the augmentation.
+
+The operations are those of the published code (tf.image's, through dlimp): on pictures of the model's size,
+values cut to [0, 1] after each.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,11 +11,26 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from defi.errors import UserError
+from Step2_GIDM.data.resize import to_unit
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+@dataclass(frozen=True)
+class Draw:
+    """What is done to the frames of one pair.
+
+    side, top, left: of the crop, as shares of the picture's side. brightness: what is added to all values.
+    contrast: factor of the distance from the mean. saturation: factor. hue: rotation, as a share of the circle.
+    """
+
+    side: float
+    top: float
+    left: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
 
 
 @dataclass
@@ -39,47 +58,53 @@ class Augmentation:
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise UserError(f"data.augmentation.{name}={value}: must be between 0 and 1")
 
-    def apply(
-        self, frames: UInt8[Tensor, "N 3 H W"], side: int, rng: np.random.Generator
-    ) -> Float[Tensor, "N 3 side side"]:
-        """Crop, resize to `side` and recolour all frames by one draw; values in [0, 1]."""
-        height, width = frames.shape[-2:]
-        h, w = (max(1, round(size * math.sqrt(self.crop))) for size in (height, width))
-        top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-        small = TF.resized_crop(frames, top, left, h, w, [side, side], antialias=True)
-        return self.recolour(to_unit(small), rng)
-
-    def recolour(
-        self, frames: Float[Tensor, "N 3 H W"], rng: np.random.Generator
-    ) -> Float[Tensor, "N 3 H W"]:
-        """Shift, scale about the mean colour, saturate, rotate the hue: together an affine map of colours."""
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """One draw, uniform in each range."""
+        side = math.sqrt(self.crop)
+        top, left = rng.uniform(0, 1 - side, 2)
         shift = rng.uniform(-self.brightness, self.brightness)
-        contrast = 1 + rng.uniform(-self.contrast, self.contrast)
-        saturation = 1 + rng.uniform(-self.saturation, self.saturation)
-        angle = 2 * math.pi * rng.uniform(-self.hue, self.hue)
-        colour = torch.tensor(hue_rotation(angle) @ saturation_matrix(saturation), dtype=torch.float32)
-        mean = frames.mean(dim=(0, 2, 3))
-        offset = colour @ (mean * (1 - contrast) + shift * contrast)
-        matrices = (contrast * colour).expand(len(frames), 3, 3)
-        return torch.baddbmm(offset[:, None], matrices, frames.flatten(2)).clamp_(0, 1).view_as(frames)
+        contrast, saturation = (1 + rng.uniform(-r, r) for r in (self.contrast, self.saturation))
+        return Draw(side, top, left, shift, contrast, saturation, rng.uniform(-self.hue, self.hue))
 
 
-def resize(frames: UInt8[Tensor, "N 3 H W"], side: int) -> Float[Tensor, "N 3 side side"]:
-    """Without augmentation: the whole picture at side × side, values in [0, 1]."""
-    return to_unit(TF.resize(frames, [side, side], antialias=True))
+def augment(frames: UInt8[Tensor, "N 3 S S"], draw: Draw) -> UInt8[Tensor, "N 3 S S"]:
+    """All frames cropped and recoloured by one draw; contrast is about each picture's own mean."""
+    unit = crop(to_unit(frames), draw)
+    unit = unit.add_(draw.brightness).clamp_(0, 1)
+    mean = unit.mean((2, 3), keepdim=True)
+    unit = torch.lerp(mean, unit, draw.contrast).clamp_(0, 1)
+    unit = recolour(unit, draw.saturation, draw.hue).clamp_(0, 1)
+    return unit.mul_(255.5).byte()  # cut, not rounded: how TensorFlow turns [0, 1] into bytes
 
 
-def to_unit(frames: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
-    """Bytes to [0, 1]."""
-    return frames.contiguous().float().div_(255)
+def crop(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 S S"]:
+    """A square of each picture at the size of the whole, bilinear; corner pixels stay corners."""
+    size = frames.shape[-1]
+
+    def taps(first: float) -> tuple[Tensor, Tensor]:
+        """The pixel before each place along a side, and how far beyond it the place is."""
+        places = torch.linspace(first, first + draw.side, size, dtype=torch.float64) * (size - 1)
+        before = places.floor().clamp_(0, max(0, size - 2))
+        return before.long(), (places - before).float()
+
+    def between(lines: Tensor, axis: int, first: float) -> Tensor:
+        before, beyond = taps(first)
+        beyond = beyond.unsqueeze(-1) if axis == -2 else beyond
+        after = (before + 1).clamp_(max=size - 1)
+        return torch.lerp(lines.index_select(axis, before), lines.index_select(axis, after), beyond)
+
+    return between(between(frames, -2, draw.top), -1, draw.left)
 
 
-def saturation_matrix(factor: float) -> np.ndarray:
-    """Colours moved away from (factor > 1) or towards their own grey."""
-    return factor * np.eye(3) + (1 - factor) * np.outer(np.ones(3), LUMA)
-
-
-def hue_rotation(angle: float) -> np.ndarray:
-    """Rotation of the colour cube about its grey diagonal (Rodrigues' formula)."""
-    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * (cross @ cross)
+def recolour(frames: Float[Tensor, "N 3 S S"], saturation: float, hue: float) -> Float[Tensor, "N 3 S S"]:
+    """Saturation times a factor and hue rotated, in HSV: V is the largest channel, and stays."""
+    value, lowest = frames.amax(1, keepdim=True), frames.amin(1, keepdim=True)
+    red, green, blue = frames.split(1, dim=1)
+    chroma = value - lowest
+    sixth = 1 / chroma.clamp(min=1e-12)  # a grey has no hue; its chroma of 0 makes any do
+    angle = torch.where(value == green, (blue - red) * sixth + 2, (red - green) * sixth + 4)
+    angle = torch.where(value == red, (green - blue) * sixth, angle)  # in sixths of the circle
+    chroma = torch.minimum(chroma * saturation, value)
+    peaks = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)  # of red, green and blue, opposite to where they are 0
+    distance = (angle + (6 * hue + peaks)) % 6
+    return value - chroma * torch.minimum(distance, 4 - distance).clamp_(0, 1)
