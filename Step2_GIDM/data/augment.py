@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from defi.errors import UserError
-from Step2_GIDM.data.resize import to_unit
 
 
 @dataclass(frozen=True)
@@ -67,44 +66,49 @@ class Augmentation:
         return Draw(side, top, left, shift, contrast, saturation, rng.uniform(-self.hue, self.hue))
 
 
-def augment(frames: UInt8[Tensor, "N 3 S S"], draw: Draw) -> UInt8[Tensor, "N 3 S S"]:
-    """All frames cropped and recoloured by one draw; contrast is about each picture's own mean."""
-    unit = crop(to_unit(frames), draw)
-    unit = unit.add_(draw.brightness).clamp_(0, 1)
-    mean = unit.mean((2, 3), keepdim=True)
-    unit = torch.lerp(mean, unit, draw.contrast).clamp_(0, 1)
-    unit = recolour(unit, draw.saturation, draw.hue).clamp_(0, 1)
-    return unit.mul_(255.5).byte()  # cut, not rounded: how TensorFlow turns [0, 1] into bytes
+def augment(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 S S"]:
+    """All frames, in [0, 1], cropped and recoloured by one draw; contrast is about each picture's own mean.
+
+    The result is whole levels / 255, cut and not rounded: so does TensorFlow turn [0, 1] into bytes.
+    """
+    frames = crop(frames, draw).add_(draw.brightness).clamp_(0, 1)
+    mean = frames.mean((2, 3), keepdim=True)
+    frames = torch.lerp(mean, frames, draw.contrast).clamp_(0, 1)
+    return recolour(frames, draw.saturation, draw.hue).clamp_(0, 1).mul_(255.5).floor_().div_(255)
 
 
 def crop(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 S S"]:
     """A square of each picture at the size of the whole, bilinear; corner pixels stay corners."""
     size = frames.shape[-1]
 
-    def taps(first: float) -> tuple[Tensor, Tensor]:
-        """The pixel before each place along a side, and how far beyond it the place is."""
+    def rows(lines: Tensor, first: float) -> Tensor:
         places = torch.linspace(first, first + draw.side, size, dtype=torch.float64) * (size - 1)
-        before = places.floor().clamp_(0, max(0, size - 2))
-        return before.long(), (places - before).float()
+        above = places.floor().long().clamp_(0, size - 1)
+        below = (above + 1).clamp_(max=size - 1)
+        beyond = (places - above).float().unsqueeze(-1)
+        return torch.lerp(lines.index_select(-2, above), lines.index_select(-2, below), beyond)
 
-    def between(lines: Tensor, axis: int, first: float) -> Tensor:
-        before, beyond = taps(first)
-        beyond = beyond.unsqueeze(-1) if axis == -2 else beyond
-        after = (before + 1).clamp_(max=size - 1)
-        return torch.lerp(lines.index_select(axis, before), lines.index_select(axis, after), beyond)
-
-    return between(between(frames, -2, draw.top), -1, draw.left)
+    columns = rows(rows(frames, draw.top).mT.contiguous(), draw.left)  # rows are contiguous: five times as fast
+    return columns.mT.contiguous()
 
 
 def recolour(frames: Float[Tensor, "N 3 S S"], saturation: float, hue: float) -> Float[Tensor, "N 3 S S"]:
-    """Saturation times a factor and hue rotated, in HSV: V is the largest channel, and stays."""
-    value, lowest = frames.amax(1, keepdim=True), frames.amin(1, keepdim=True)
-    red, green, blue = frames.split(1, dim=1)
-    chroma = value - lowest
-    sixth = 1 / chroma.clamp(min=1e-12)  # a grey has no hue; its chroma of 0 makes any do
-    angle = torch.where(value == green, (blue - red) * sixth + 2, (red - green) * sixth + 4)
-    angle = torch.where(value == red, (green - blue) * sixth, angle)  # in sixths of the circle
-    chroma = torch.minimum(chroma * saturation, value)
-    peaks = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)  # of red, green and blue, opposite to where they are 0
-    distance = (angle + (6 * hue + peaks)) % 6
-    return value - chroma * torch.minimum(distance, 4 - distance).clamp_(0, 1)
+    """Saturation times a factor and hue rotated, in HSV: the largest channel, V, stays.
+
+    Arithmetic alone: comparisons and `where` take ten times as long on a CPU.
+    """
+    red, green, blue = frames.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    scale = (chroma + 1e-12).reciprocal_()  # a grey has no hue, and with a chroma of 0 needs none
+    r, g, b = (value[:, None] - frames).mul_(scale[:, None]).unbind(1)  # how far below V, in shares of chroma
+    angle = torch.lerp(2 + r - b, 4 + g - r, g.sign())  # in sixths of the circle: green is V, or blue …
+    angle = torch.lerp(angle, b - g, 1 - r.sign())  # … or red
+    angle.add_(6 * hue)
+    angle.sub_((angle / 6).floor_(), alpha=6)
+    chroma = torch.minimum(chroma.mul_(saturation), value)
+    below = (2 - (angle - 3).abs_(), (angle - 2).abs_().sub_(1), (angle - 4).abs_().sub_(1))
+    out = torch.empty_like(frames)
+    for channel, share in zip(out.unbind(1), below):
+        torch.addcmul(value, share.clamp_(0, 1), chroma, value=-1, out=channel)
+    return out

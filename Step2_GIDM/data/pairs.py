@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from defi.errors import UserError
 from Step2_GIDM.data.augment import Augmentation, augment
-from Step2_GIDM.data.resize import lanczos, to_unit
+from Step2_GIDM.data.resize import resize
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class PairDataset(Dataset):
         """`frames` [2, 3, H, W] in [0, 1], `text`: of the earlier frame."""
         clip, now = self.locate(index)
         distance = int(rng.integers(self.distance[0], self.distance[1] + 1))
-        frames = lanczos(self._read(clip, now, distance), self.image_size)
+        frames = resize(self._read(clip, now, distance), self.image_size)
         if self.augmentation is not None:
             frames = augment(frames, self.augmentation.draw(rng))
-        return {"frames": to_unit(frames), "text": clip.text(now)}
+        return {"frames": frames, "text": clip.text(now)}
