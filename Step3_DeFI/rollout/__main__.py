@@ -79,7 +79,7 @@ def main(cfg: DictConfig) -> None:
         check_output(config.output, resume=config.resume, overwrite=config.overwrite)
     evaluation = Evaluation.prepare(config, state.process_index)
     if state.is_main_process:
-        print(f"renderer: {evaluation.renderer}")
+        print(evaluation.drawing)
     policy, known = None, {}
     if config.agent == "policy":
         precision = {"precision": config.precision}
@@ -108,6 +108,8 @@ def main(cfg: DictConfig) -> None:
         console = Console(highlight=False)
         console.print(result_table(results))
         console.print(task_table(results))
+        if evaluation.caveat:
+            console.print(evaluation.caveat, style="bold red")
         console.print(f"  {output / RESULTS}\n  {report}", markup=False, soft_wrap=True)
 
 

@@ -121,6 +121,8 @@ def evaluate_policy(model: DeFI, evaluation: Evaluation, *, output: Path | None 
     """
     if output is not None:
         ChainLog(output, "chains").clear()
+    if evaluation.caveat:
+        print(evaluation.caveat)
     with policy_threads():
         results = evaluate(evaluation, "policy", ModelPolicy(model), output=output, show=False)
     summary = results.limits[str(max(evaluation.config.max_steps))]
