@@ -21,8 +21,8 @@ from Step3_DeFI.rollout.server import Policy, PolicyServer
 
 OTHER_PICTURES = (
     "This number does not compare with published ones: it was drawn on the CPU, CALVIN's data and the "
-    "published evaluations with EGL. The pictures differ: in scene D the static view by 21 of 255 in the mean, "
-    "45 % of its pixels by more than 20, the gripper view by 18."
+    "published evaluations with EGL. The pictures differ: in scene D the static view by 21 of 255 in the "
+    "mean (45 % of its pixels by more than 20), the gripper view by 18."
 )
 AGENT_NAMES = {"policy": "DeFI", "random": "random actions", "expert": "scripted experts"}
 

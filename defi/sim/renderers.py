@@ -135,7 +135,7 @@ def find_renderer(kind: str, *, fallback: bool = False, share: int = 0) -> Rende
         UserError: an unknown kind, or one that does not work here.
     """
     if kind not in KINDS:
-        raise UserError(f"sim.renderer={kind}: must be null or one of {', '.join(KINDS)}")
+        raise UserError(f"sim.renderer={kind}: must be one of {', '.join(KINDS)}")
     if kind == "cpu":
         return Renderer("cpu", KINDS["cpu"])
     there = devices(kind)
