@@ -7,7 +7,7 @@ pytest.importorskip("pybullet")
 from defi import doctor
 from defi.errors import UserError
 from defi.sim import renderers, scenes
-from defi.sim.renderers import Renderer, default_kind, egl_devices, find_renderer
+from defi.sim.renderers import MESA, Renderer, default_kind, egl_devices, find_renderer
 from defi.sim.world import RELOADS, World
 
 GPUS = {0: "Fast 1", 1: "Fast 2"}
@@ -106,7 +106,7 @@ def test_the_doctor_says_what_a_missing_device_means(monkeypatch: pytest.MonkeyP
 @pytest.fixture(scope="module")
 def egl() -> Renderer:
     if not egl_devices():
-        pytest.skip("no EGL device here: install Mesa's (libegl-mesa0 libegl1 libgl1-mesa-dri)")
+        pytest.skip(f"no EGL device works here; {MESA}")
     return find_renderer("egl")
 
 

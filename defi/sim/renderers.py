@@ -25,7 +25,9 @@ KINDS = {
     "egl": "OpenGL through EGL: on a GPU, else by Mesa",
 }
 DRIVER = "install the GPU vendor's driver with its EGL library (in a container: the graphics capability)"
-MESA = "install Mesa's EGL library (Debian, Ubuntu: apt-get install libegl-mesa0 libegl1 libgl1-mesa-dri)"
+MESA = (
+    "install Mesa's EGL library (Debian, Ubuntu: apt-get install libegl-mesa0 libegl1 libgl1 libgl1-mesa-dri)"
+)
 NEEDED = {"gpu": DRIVER, "mesa": MESA, "egl": f"{MESA} or a GPU's"}
 PROBE = "from defi.sim.bullet import Bullet; bullet = Bullet('egl'); bullet.getCameraImage(8, 8)"
 PATIENCE = 120  # seconds for one device; a broken driver may never come back

@@ -14,7 +14,7 @@ from defi import doctor
 from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from defi.sim import official, renderers
-from defi.sim.renderers import egl_devices, find_renderer
+from defi.sim.renderers import NEEDED, egl_devices, find_renderer
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
 from Step3_DeFI.rollout.evaluate import Evaluation
 from Step3_DeFI.train import roller
@@ -39,7 +39,7 @@ def clone(reference: Path) -> Path:
 @pytest.fixture
 def egl() -> None:
     if not egl_devices():
-        pytest.skip("no EGL device here: install Mesa's (libegl-mesa0 libegl1 libgl1-mesa-dri)")
+        pytest.skip(f"no EGL device works here; {NEEDED['egl']}")
 
 
 @pytest.mark.parametrize("given", ["sim=calvin", "sim=builtin", "sim.backend=calvin_env"])

@@ -33,10 +33,10 @@ def test_trajectories_frames_and_judgements(reference: Path) -> None:
 
 
 def test_reload_forgets_the_past(reference: Path) -> None:
-    world, data = next(recordings(reference))
-    for _ in range(2):
-        replay(world, data)
-        world.reload()
+    recorded = recordings(reference)  # the world is closed with it
+    world, data = next(recorded)
+    replay(world, data)
+    world.reload()
     replay(world, data)
 
 
