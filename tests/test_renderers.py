@@ -80,15 +80,27 @@ def test_only_the_assets_of_calvin_need_egl() -> None:
     "probe", ["import time; time.sleep(60)", "import os; os.abort()", "print('GL_RENDERER=x'); 1 / 0"]
 )
 def test_a_broken_driver_is_no_device(monkeypatch: pytest.MonkeyPatch, probe: str) -> None:
+    monkeypatch.delenv("EGL_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(renderers, "PROBE", probe)
     monkeypatch.setattr(renderers, "PATIENCE", 2)
     assert egl_devices.__wrapped__() == {}
 
 
 def test_a_broken_device_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EGL_VISIBLE_DEVICES", raising=False)
     answers = {0: ("Fast", 3), 1: ("", 0), 2: ("llvmpipe", 3)}
     monkeypatch.setattr(renderers, "_probe", answers.__getitem__)
     assert egl_devices.__wrapped__() == {0: "Fast", 2: "llvmpipe"}
+
+
+def test_devices_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {0: ("Fast", 4), 2: ("", 4), 3: ("llvmpipe", 4)}
+    monkeypatch.setattr(renderers, "_probe", answers.__getitem__)
+    monkeypatch.setenv("EGL_VISIBLE_DEVICES", "3,0,2")
+    assert egl_devices.__wrapped__() == {0: "Fast", 3: "llvmpipe"}
+    monkeypatch.setenv("EGL_VISIBLE_DEVICES", "fast")
+    with pytest.raises(UserError, match="EGL_VISIBLE_DEVICES=fast: must be numbers of EGL devices"):
+        egl_devices.__wrapped__()
 
 
 def test_the_doctor_says_what_a_missing_device_means(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,19 @@ def _probe(device: int) -> tuple[str, int]:
 
 @cache
 def egl_devices() -> dict[int, str]:
-    """The EGL devices that can draw here: number -> name."""
+    """The EGL devices that can draw here: number -> name. EGL_VISIBLE_DEVICES=0,2 allows these only.
+
+    Raises:
+        UserError: that variable holds something else.
+    """
+    if given := os.environ.get(DEVICE_VARIABLE):
+        try:
+            allowed = sorted(map(int, given.split(",")))
+        except ValueError:
+            raise UserError(
+                f"{DEVICE_VARIABLE}={given}: must be numbers of EGL devices, such as 0,2; unset it for all"
+            ) from None
+        return {device: name for device in allowed if (name := _probe(device)[0])}
     found, device, count = {}, 0, 1
     while device < count:
         name, seen = _probe(device)
