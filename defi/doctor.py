@@ -113,7 +113,7 @@ def check_machine(output: Path) -> Iterator[Finding]:
 
 
 def check_clone(calvin_root: str) -> Iterator[Finding]:
-    """A clone of CALVIN: all scenes, every file that they name, and the instructions."""
+    """A clone of CALVIN: all scenes, every file that they name, the instructions; and what draws it here."""
     for scene in "ABCD":
         config = SceneConfig.from_calvin(calvin_root, scene)
         files = [config.arm.urdf, config.table.urdf, config.plane, *(block.urdf for block in config.blocks)]
@@ -126,6 +126,7 @@ def check_clone(calvin_root: str) -> Iterator[Finding]:
     if not words.is_file():
         raise UserError(f"{words}: missing; the clone is incomplete")
     yield Finding("CALVIN", "ok", f"{calvin_root}: scenes A, B, C, D and the instructions are there")
+    yield from check_pictures(calvin_root)
 
 
 def check_pictures(calvin_root: str, scene: str = "D") -> Iterator[Finding]:
@@ -199,7 +200,6 @@ def findings(cfg: DictConfig) -> list[Finding]:
     ]
     if cfg.calvin_root:
         found += examine("CALVIN", check_clone, cfg.calvin_root)
-        found += examine("CALVIN's renderer", check_pictures, cfg.calvin_root)
     if cfg.checkpoint:
         found += examine("checkpoint", check_checkpoint, cfg.checkpoint)
     return found

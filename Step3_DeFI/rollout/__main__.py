@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -78,6 +79,12 @@ def main(cfg: DictConfig) -> None:
     if state.is_main_process:
         check_output(config.output, resume=config.resume, overwrite=config.overwrite)
     evaluation = Evaluation.prepare(config, state.process_index)
+    kinds = sorted(set(gather_object([evaluation.renderer.kind])))
+    if len(kinds) > 1:
+        raise UserError(
+            f"sim.renderer: the processes of this run would draw with different ones ({', '.join(kinds)}); "
+            "name one that works for all of them, such as sim.renderer=mesa"
+        )
     if state.is_main_process:
         print(evaluation.drawing)
     policy, known = None, {}

@@ -28,11 +28,10 @@ def portraits(calvin_root: str, scene: str) -> dict[Renderer, Pictures]:
     Raises:
         UserError: no EGL device works here, or one that was found cannot draw the scene.
     """
-    find_renderer("egl")
+    software = ["mesa"] if devices("mesa") else []
+    kinds = dict.fromkeys([find_renderer("egl").kind, *software, "cpu"])
     found = {}
-    for renderer in (
-        find_renderer(kind) for kind in ("gpu", "mesa", "cpu") if kind == "cpu" or devices(kind)
-    ):
+    for renderer in map(find_renderer, kinds):
         with renderer.process() as process:
             try:
                 found[renderer] = process.submit(draw, calvin_root, scene, renderer.backend).result()

@@ -18,7 +18,7 @@ PHYSICS_RATE = 240  # Hz
 CONTROL_RATE = 30  # Hz
 SUBSTEPS = PHYSICS_RATE // CONTROL_RATE
 GRAVITY = -9.8
-RELOADS = 8  # per OpenGL context: making one takes 0.5 s, but each load leaves 12 MB of textures behind in it
+RELOADS = 8  # into one physics server: a new OpenGL context takes 0.5 s, but each load leaves 12 MB in it
 
 
 class World:
@@ -47,7 +47,6 @@ class World:
         asked = {"static": static_size, "gripper": gripper_size}
         self._sizes = sizes | {name: asked[name] for name in cameras if asked[name] is not None}
         self._renderer = renderer
-        self._loads = 0
         self._connect()
 
     def reload(self) -> None:

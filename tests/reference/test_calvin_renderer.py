@@ -15,6 +15,7 @@ from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from defi.sim import official, renderers
 from defi.sim.renderers import NEEDED, egl_devices, find_renderer
+from Step3_DeFI.rollout import __main__ as command
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
 from Step3_DeFI.rollout.evaluate import Evaluation
 from Step3_DeFI.train import roller
@@ -23,9 +24,9 @@ GPU, MESA = {0: "Fast 1"}, {1: "llvmpipe (LLVM 15)"}
 CAVEAT = "does not compare with published ones"
 
 
-def composed(command: str, *settings: str) -> DictConfig:
+def composed(name: str, *settings: str) -> DictConfig:
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        return compose(command, list(settings))
+        return compose(name, list(settings))
 
 
 @pytest.fixture
@@ -72,6 +73,18 @@ def test_the_cpu_is_taken_only_when_asked_for(
     assert ("egl was asked for" in evaluation.drawing) == ("fallback" in given)
 
 
+def test_processes_do_not_draw_differently(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    monkeypatch.setattr(command, "gather_object", lambda kinds: [*kinds, "gpu"])
+    given = [f"sim.calvin_root={clone}", "sim.renderer=cpu", "agent=random", "chains=1"]
+    monkeypatch.setattr(sys, "argv", ["rollout", *given, f"output={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "would draw with different ones (cpu, gpu)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_rollouts_during_training_follow(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renderers, "egl_devices", dict)
     with pytest.raises(UserError, match="sim.renderer=egl: no such EGL device works here"):
@@ -103,7 +116,7 @@ def test_the_result_says_what_drew_it(
 
 
 def test_the_doctor_shows_how_far_the_renderers_differ(clone: Path, egl: None) -> None:
-    chosen, *others = doctor.examine("CALVIN's renderer", doctor.check_pictures, str(clone))
+    _, chosen, *others = doctor.examine("CALVIN's renderer", doctor.check_clone, str(clone))
     assert chosen.verdict == "ok" and str(find_renderer("egl")) in chosen.detail
     cpu = others[-1]
     assert (cpu.what, cpu.verdict) == ("sim.renderer=cpu", "note") and "no published one" in cpu.mend
