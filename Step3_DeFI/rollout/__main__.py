@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -87,8 +88,14 @@ def main(cfg: DictConfig) -> None:
     if state.is_main_process:
         check_output(config.output, resume=config.resume, overwrite=config.overwrite)
     evaluation = Evaluation.prepare(config, state.process_index)
+    kinds = sorted(set(gather_object([evaluation.renderer.kind])))
+    if len(kinds) > 1:
+        raise UserError(
+            f"sim.renderer: the processes of this run would draw with different ones ({', '.join(kinds)}); "
+            "name one that works for all of them, such as sim.renderer=mesa"
+        )
     if state.is_main_process:
-        print(f"renderer: {evaluation.renderer}")
+        print(evaluation.drawing)
     policy, known = None, {}
     if config.agent == "policy":
         precision = {"precision": config.precision}
@@ -117,6 +124,8 @@ def main(cfg: DictConfig) -> None:
         console = Console(highlight=False)
         console.print(result_table(results))
         console.print(task_table(results))
+        if evaluation.caveat:
+            console.print(evaluation.caveat, style="bold red")
         console.print(f"  {output / RESULTS}\n  {report}", markup=False, soft_wrap=True)
 
 

@@ -136,6 +136,8 @@ def evaluate_policy(
     """
     if output is not None:
         ChainLog(output, "chains").clear()
+    if evaluation.caveat:
+        print(evaluation.caveat)
     with policy_threads():
         results = evaluate(
             evaluation, "policy", ModelPolicy(model, precision=precision), output=output, show=False
