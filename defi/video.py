@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate, groupby, pairwise, zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import av
@@ -141,39 +141,47 @@ def _number(path: Path, changed: int) -> Numbering:
 def _number_ordinary(path: Path) -> Numbering | None:
     """Of a video of which decord finds every frame; None: it may not.
 
-    decord numbers packets, by their times but key frames by their places. So one stream is needed, with a whole
-    frame in each packet, and no frame that is shown on another side of a key frame than it is stored.
+    decord takes packets for frames, and the place of a key frame among them for its number. So one stream is
+    needed, with a whole frame in each packet, and no key frame across which others are shown or refer.
     """
     with _opened(path) as (container, stream):
-        if stream.codec_context.name != "h264" or container.format.name not in INDEXED:
+        context = stream.codec_context
+        if context.name != "h264" or container.format.name not in INDEXED or len(container.streams.video) > 1:
             return None
-        packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream)][:-1]  # an empty one
-        times, is_key = [time for time, _ in packets], [key for _, key in packets]
-        if None in times or not any(is_key[:1]) or len(container.streams.video) > 1:
-            return None
-        shown, latest = sorted(times), list(accumulate(times, max))
-        keys = [place for place, key in enumerate(is_key) if key]
-        if any(not shown[key] == times[key] == latest[key] for key in keys):
-            return None
+        prefix = (context.extradata or bytes(5))[4] % 4 + 1
+        packets = [(p.pts, p.is_keyframe and _is_idr(p, prefix), p.is_keyframe) for p in container.demux(stream)]
+    times, starts_anew, is_key = zip(*packets[:-1])  # the last one is empty
+    if None in times or starts_anew != is_key or not is_key[0]:
+        return None
     with _opened(path) as (container, stream):
-        for frame, time in zip_longest(_shown(container, stream), shown):
+        for frame, time in zip_longest(_shown(container, stream), sorted(times)):
             if frame is None or frame.pts != time or frame.is_corrupt or _matrix(frame) is not None:
                 return None
-        rate = _rate(shown, stream)
+        found = Numbering(len(times), _rate(times, stream))
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
-        same = len(reader) == len(shown) and list(reader.get_key_indices()) == keys
-        same = same and np.array_equal(reader[len(reader) - 1].asnumpy(), _picture(frame))
+        same = list(reader.get_key_indices()) == [place for place, key in enumerate(is_key) if key]
+        same = same and len(reader) == len(times)
+        return found if same and np.array_equal(reader[len(times) - 1].asnumpy(), _picture(frame)) else None
     except (decord.DECORDError, RuntimeError, ValueError):  # a width that it cannot copy (96 or 144), say
         return None
-    return Numbering(len(shown), rate) if same else None
+
+
+def _is_idr(packet: av.Packet, prefix: int) -> bool:
+    """Whether decoding may start with an H.264 packet, whose units have their length in `prefix` bytes before."""
+    data, at = bytes(packet), 0
+    while at + prefix < len(data):
+        if data[at + prefix] % 32 == 5:
+            return True
+        at += prefix + int.from_bytes(data[at : at + prefix], "big")
+    return False
 
 
 def _number_any(path: Path) -> Numbering:
     """Of any video, and where reading its frames may start.
 
-    At key frames a second decoder starts, which is watched up to the next: if it ever shows another picture
-    than the one that began with the file, reading does not start there.
+    At key frames a second decoder starts and is watched up to the next: from where it shows another picture than
+    the one that began with the file, frames are read from the beginning.
     """
     times: list[int | None] = []
     starts: list[tuple[int, int | None]] = [(0, None)]
@@ -181,13 +189,18 @@ def _number_any(path: Path) -> Numbering:
     keys: dict[int, int] = {}
     with _opened(path) as (container, stream):
         for number, frame in enumerate(_shown(container, stream, keys)):
-            if frame.pts in keys and number - starts[-1][0] >= max(APART, number // 1000):
-                starts.append((number, keys[frame.pts]))
-                second = _frames_from(path, keys[frame.pts])
             if number == 0:
                 _picture(frame)  # of some kinds of pixels it cannot be made
-            elif second and not _same(frame, second):
-                starts[-1], second = (starts[-1][0], None), None
+            if second and not _same(frame, second):
+                starts.append((number, None))
+                second = None
+            if frame.pts in keys and number - starts[-1][0] >= max(APART, number // 1000):
+                for time in (frame.pts, keys[frame.pts]):  # some containers are searched by one, some by the other
+                    other = _frames_from(path, time)
+                    if _same(frame, other):
+                        starts.append((number, time))
+                        second = other
+                        break
             times.append(frame.pts)
         return Numbering(len(times), _rate(times, stream), tuple(starts))
 
@@ -270,10 +283,11 @@ def _matrix(frame: av.VideoFrame) -> np.ndarray | None:
 
 def _rate(times: Sequence[int | None], stream: VideoStream) -> float | None:
     """Frames per second: by their times, or what the file says where that is the same to a tick of its clock."""
-    steps = [b - a for a, b in pairwise(time for time in times if time is not None) if b >= a]
-    seconds, said = sum(steps) * (stream.time_base or 0), stream.average_rate
-    if seconds and not (said and abs(len(steps) / said - seconds) <= stream.time_base):
-        return float(len(steps) / seconds)
+    said, known = stream.average_rate, set(times) - {None}
+    if len(known) > 1 and None not in times:
+        seconds = (max(known) - min(known)) * stream.time_base
+        if not said or abs((len(known) - 1) / said - seconds) > stream.time_base:
+            return float((len(known) - 1) / seconds)
     return float(said) if said else None
 
 
