@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
 
 import av
@@ -35,7 +35,10 @@ import decord  # after torch: loaded before it, decord's libraries take over tor
 VIDEO_CODEC = {"codec": "libx264", "crf": "18", "preset": "veryfast"}
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers that say when each frame is shown
-APART = 12  # frames, at least, from one place where decoding may start to the next; a thousandth of those before
+APART = (
+    12  # frames, at least, from one place where decoding may start to the next; a thousandth of those before
+)
+OTHER = "{}: is not as it was when its frames were counted; start again"
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 
@@ -96,16 +99,16 @@ def read_frames(
     wanted = [int(i) for i in (range(numbering.frames) if indices is None else indices)]
     if wanted and not (min(wanted) >= 0 and max(wanted) < numbering.frames):
         raise UserError(f"{path}: has {numbering.frames} frames, frame {max(wanted)} was asked for")
+    if numbering.starts:
+        return _read(path, wanted, numbering.starts)
     try:
-        if numbering.starts:
-            return _read(path, wanted, numbering.starts)
         return decord.VideoReader(str(path), num_threads=1).get_batch(wanted).asnumpy()
-    except (decord.DECORDError, RuntimeError, LookupError, ValueError) as error:
-        raise UserError(f"{path}: is not as it was when its frames were counted; start again") from error
+    except (decord.DECORDError, RuntimeError, LookupError, ValueError):
+        raise UserError(OTHER.format(path)) from None
 
 
 def _read(path: Path, wanted: Sequence[int], starts: Sequence[tuple[int, int | None]]) -> Frames:
-    """Frames of a video by decoding from the last start before each. Raises LookupError if one is missing."""
+    """Frames of a video by decoding from the last start before each. Raises UserError if one is missing."""
 
     def start(number: int) -> tuple[int, int | None]:
         first, time = starts[bisect(starts, number, key=lambda start: start[0]) - 1]
@@ -120,6 +123,8 @@ def _read(path: Path, wanted: Sequence[int], starts: Sequence[tuple[int, int | N
                 missing.remove(number)
             if not missing:
                 break
+        else:
+            raise UserError(OTHER.format(path))
     return np.stack([found[number] for number in wanted])
 
 
@@ -149,15 +154,22 @@ def _number_ordinary(path: Path) -> Numbering | None:
         if context.name != "h264" or container.format.name not in INDEXED or len(container.streams.video) > 1:
             return None
         prefix = (context.extradata or bytes(5))[4] % 4 + 1
-        packets = [(p.pts, p.is_keyframe and _is_idr(p, prefix), p.is_keyframe) for p in container.demux(stream)]
-    times, starts_anew, is_key = zip(*packets[:-1])  # the last one is empty
-    if None in times or starts_anew != is_key or not is_key[0]:
+        packets = [
+            (p.pts, p.is_keyframe and _is_idr(p, prefix), p.is_keyframe) for p in container.demux(stream)
+        ]
+    times, starts_anew, is_key = zip(*packets)
+    times = times[:-1]  # the last packet is empty
+    if None in times or len(set(times)) < len(times) or starts_anew != is_key or not is_key[0]:
         return None
     with _opened(path) as (container, stream):
-        for frame, time in zip_longest(_shown(container, stream), sorted(times)):
-            if frame is None or frame.pts != time or frame.is_corrupt or _matrix(frame) is not None:
+        shown = []
+        for frame in _shown(container, stream):
+            if frame.is_corrupt or _matrix(frame) is not None:
                 return None
-        found = Numbering(len(times), _rate(times, stream))
+            shown.append(frame.pts)
+        found = Numbering(len(shown), _rate(shown, stream))
+    if shown != sorted(times):
+        return None
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         same = list(reader.get_key_indices()) == [place for place, key in enumerate(is_key) if key]
@@ -195,7 +207,10 @@ def _number_any(path: Path) -> Numbering:
                 starts.append((number, None))
                 second = None
             if frame.pts in keys and number - starts[-1][0] >= max(APART, number // 1000):
-                for time in (frame.pts, keys[frame.pts]):  # some containers are searched by one, some by the other
+                for time in (
+                    frame.pts,
+                    keys[frame.pts],
+                ):  # some containers are searched by one, some by the other
                     other = _frames_from(path, time)
                     if _same(frame, other):
                         starts.append((number, time))
@@ -225,8 +240,10 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream = next(streams, None)
             if stream is None or stream.codec_context is None:
                 raise ValueError("it has no stream that can be decoded")
-            stream.codec_context.thread_count = 1  # readers share the processors; all shall see the same
+            stream.codec_context.thread_count = 1  # with more, damage shows what the memory held before
             yield container, stream
+    except UserError:
+        raise
     except (av.FFmpegError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a video; replace or remove it") from error
 
@@ -293,7 +310,9 @@ def _rate(times: Sequence[int | None], stream: VideoStream) -> float | None:
 
 def _told(path: Path, rate: float | None) -> float:
     if rate is None:
-        raise UserError(f"{path}: does not say how many frames come per second; write it anew with a frame rate")
+        raise UserError(
+            f"{path}: does not say how many frames come per second; write it anew with a frame rate"
+        )
     return rate
 
 

@@ -88,6 +88,8 @@ def _checked(frames: int | str, rate: float | None = None, starts: Sequence = ()
         raise TypeError
     if not 0 < frames < MOST_FRAMES or numbers != sorted(numbers) or numbers[:1] not in ([], [0]):
         raise ValueError
+    if max(map(abs, times), default=0) >= 2**63:
+        raise ValueError
     return Numbering(frames, rate, tuple((number, time) for number, time in starts))
 
 
