@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from defi.errors import UserError
-from defi.video import frame_count, frame_rate, read_frames
+from defi.video import frame_count, read_video
 from Step1_GFDM.data import as_list, inside
 from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
 
@@ -53,11 +53,10 @@ class CaptionedVideos:
 
     def read(self, recording: Recording, every: int) -> Scene:
         path, texts = recording.place
-        frames = frame_count(path)
-        if self.longest is not None and frames > self.longest:
+        if self.longest is not None and (frames := frame_count(path)) > self.longest:
             raise UserError(f"{path}: has {frames} frames, data.longest={self.longest} leaves it out")
-        views = {"rgb": read_frames(path, range(0, frames, every))}
-        return Scene(views, texts, frame_rate(path) / every)
+        frames, rate = read_video(path, every)
+        return Scene({"rgb": frames}, texts, rate / every)
 
 
 def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:

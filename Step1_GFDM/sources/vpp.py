@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from defi.errors import UserError
-from defi.video import frame_count, frame_rate, read_frames
+from defi.video import read_video
 from Step1_GFDM.data import Episode, annotation_files, read_episode
 from Step1_GFDM.sources.recordings import Recording, Scene, shortened
 
@@ -49,6 +49,8 @@ class AnnotatedVideos:
         videos = self._videos(episode, recording)
         if list(videos) != self.cameras:
             raise UserError(f"{recording.place}: has the videos {list(videos)}, others {self.cameras}")
-        frames = min(map(frame_count, videos.values()))
-        views = {camera: read_frames(video, range(0, frames, every)) for camera, video in videos.items()}
-        return Scene(views, episode.texts, frame_rate(next(iter(videos.values()))) / every)
+        found = {camera: read_video(video, every) for camera, video in videos.items()}
+        shortest = min(len(frames) for frames, _ in found.values())
+        rate = found[self.cameras[0]][1]
+        views = {camera: frames[:shortest] for camera, (frames, _) in found.items()}
+        return Scene(views, episode.texts, rate / every)
