@@ -63,7 +63,7 @@ def convert(root: Path, annotation: Path) -> int:
 @entry("step1_convert")
 def main(cfg: DictConfig) -> None:
     root = Path(cfg.root)
-    annotations = sorted(root.glob("annotation/*/*.json"))
+    annotations = sorted(root.glob("annotation*/*/*.json"))
     if not annotations:
         raise UserError(f"{root}/annotation: no annotations; give a data set in VPP's layout")
     with ProcessPoolExecutor(cfg.workers) as pool:

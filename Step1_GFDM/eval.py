@@ -31,7 +31,7 @@ from defi.errors import UserError
 from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
 from Step1_GFDM.config import check_counts, check_rate
-from Step1_GFDM.data import Clips, Episode, check_size, made_by_another, open_sets, read_latents
+from Step1_GFDM.data import Clips, Episode, check_size, made_by_another, open_sets
 from Step1_GFDM.fvd import action_scores, fvd_figures
 from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
 from Step1_GFDM.i3d import FEWEST_FRAMES, I3D
@@ -95,8 +95,7 @@ class Case:
 
     def latents(self) -> Float[Tensor, "F 4 h w"]:
         """Of its first clip, scaled."""
-        file = self.clips.root / self.episode.latents[self.camera]
-        return read_latents(file, self.clips.indices(self.episode, 0))
+        return self.clips.latents(self.episode, 0, self.camera)
 
     def frames(self, size: int) -> Float[Tensor, "F 3 S S"]:
         """The same clip's pictures, in [-1, 1]."""
@@ -275,7 +274,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.lpips is not None:
         metrics["lpips"] = LPIPS.from_folder(cfg.lpips)
     i3d = load_i3d(cfg.fvd, model)
-    sets = open_sets(cfg.data, frames=model.config.frames, split=cfg.split)
+    frames, step = model.config.frames, model.config.frame_step
+    sets = open_sets(cfg.data, frames=frames, frame_step=step, split=cfg.split)
     cases = choose(sets, cfg.episodes, cfg.camera)
     check_latents(model, weights, list(sets.values()))
     state.wait_for_everyone()

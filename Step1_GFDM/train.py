@@ -19,7 +19,7 @@ from defi.engine.output import check_output
 from defi.errors import UserError
 from defi.video import draw_text, to_uint8, write_mp4
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LatentClips, check_size, made_by_another
+from Step1_GFDM.data import SPLITS, LatentClips, check_size, made_by_another
 from Step1_GFDM.eval import imagine
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.vae import load_vae
@@ -33,7 +33,10 @@ def main(cfg: DictConfig) -> None:
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = GFDMConfig.from_preset(cfg)
     data, held_out = (
-        LatentClips.from_config(cfg.data, frames=config.frames, split=split) for split in ("train", "val")
+        LatentClips.from_config(
+            cfg.data, frames=config.frames, frame_step=config.frame_step, split=split
+        )
+        for split in SPLITS
     )
     vae = None
     if config.pretrained is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from defi.errors import UserError
 from defi.video import frame_count, frame_rate, read_frames
-from Step1_GFDM.data import Episode, read_episode
+from Step1_GFDM.data import Episode, annotation_files, read_episode
 from Step1_GFDM.sources.recordings import Recording, Scene, shortened
 
 
@@ -17,10 +17,7 @@ class AnnotatedVideos:
 
     def __init__(self, root: Path, split: str) -> None:
         self.root = root
-        files = sorted((root / "annotation" / split).glob("*.json"))
-        if not files:
-            raise UserError(f"{root}/annotation/{split}: no annotations; give a data set in VPP's layout")
-        self.recordings = [Recording(shortened(file.stem), file) for file in files]
+        self.recordings = [Recording(shortened(file.stem), file) for file in annotation_files(root, split)]
         self.cameras = self._first_cameras()
 
     @property
