@@ -23,6 +23,12 @@ from defi.errors import UserError
 
 HEADER, FOOTER = 12, 4  # bytes around a record's data
 NOTHING, BYTES, FLOATS, INTS = 0, 1, 2, 3  # field numbers of tf.train.Feature's lists; it may hold none
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x78\x01": "zlib",
+    b"\x78\x9c": "zlib",
+    b"\x78\xda": "zlib",
+}  # first bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ def _read_record(path: Path, header: bytes, number: int, start: int, size: int, 
         raise UserError(f"{where} is cut short; copy the file again")
     length, crc = struct.unpack("<QI", header)
     if masked_crc(header[:8]) != crc:
+        if number == 0 and (how := COMPRESSED.get(header[:2])):
+            raise UserError(
+                f"{path}: compressed with {how}, expected are plain records, for pictures are read where they "
+                "lie; unpack the file under the same name"
+            )
         raise UserError(f"{where}: wrong checksum of its length; copy the file again")
     if start + HEADER + length + FOOTER > size:
         raise UserError(f"{where} is cut short; copy the file again")
