@@ -28,12 +28,11 @@ class NumPyValue:
         pass
 
 
-NUMPY = [
-    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")
-]
+NUMPY = ["numpy.ndarray", "numpy.dtype"]
+NUMPY += [f"numpy.{c}.multiarray.{name}" for c in ("core", "_core") for name in ("scalar", "_reconstruct")]
 # Lightning keeps the training's settings beside the weights, with the optimizer's class: harmless to load.
 SETTINGS = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, functools.partial]
-SETTINGS += [(NumPyValue, name) for name in (*NUMPY, "numpy.ndarray", "numpy.dtype")]
+SETTINGS += [(NumPyValue, name) for name in NUMPY]
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # under which scripts keep the tensors
 INDEX = "*.index*.json"  # of weights in several files
 # What wrappers put before names: of everything (DDP, Lightning, averages), and of each part that they wrap.
@@ -90,8 +89,8 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     parts = [index.with_name(name) for name in names]
     if missing := [part for part in parts if not part.is_file()]:
         raise UserError(
-            f"{missing[0]}: missing, {len(missing)} of the {len(parts)} files that {index.name} counts; copy the "
-            "folder as a whole"
+            f"{missing[0]}: missing, {len(missing)} of the {len(parts)} files that {index.name} counts; copy "
+            "the folder as a whole"
         )
     tensors = {name: tensor for part in parts for name, tensor in _read_file(part).items()}
     if lost := [name for name in places if name not in tensors]:

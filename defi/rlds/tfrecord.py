@@ -71,8 +71,8 @@ def _read_record(path: Path, header: bytes, number: int, start: int, size: int, 
     if masked_crc(header[:8]) != crc:
         if number == 0 and (how := COMPRESSED.get(header[:2])):
             raise UserError(
-                f"{path}: compressed with {how}, expected are plain records, for pictures are read where they "
-                "lie; unpack the file under the same name"
+                f"{path}: compressed with {how}, expected are plain records, whose pictures are read in place; "
+                "unpack the file under the same name"
             )
         raise UserError(f"{where}: wrong checksum of its length; copy the file again")
     if start + HEADER + length + FOOTER > size:
