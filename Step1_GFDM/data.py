@@ -1,9 +1,9 @@
 """Clips of latents for GFDM, from folders in VPP's layout (see `Step1_GFDM.prepare`).
 
-<root>/annotation/{train,val}/<id>.json          texts, videos, latent_videos, video_length or state, episode_id
+<root>/annotation/{train,val}/<id>.json    texts, videos, latent_videos, video_length or state, episode_id
 <root>/videos/{train,val}/<id>/<camera>.mp4
 <root>/latent_videos/{train,val}/<id>/<camera>.safetensors (or .pt): scaled latents [frames, 4, h, w]
-<root>/manifest.json                             of prepared folders: `data.every`, steps between stored frames
+<root>/manifest.json                       of prepared folders: `data.every`, steps between stored frames
 
 VPP's own CALVIN has annotation_abc_13/{train,val_d} instead, and some of its sets keep latents in
 latent_videos_svd, which the annotations do not name.
@@ -35,7 +35,6 @@ from defi.processes import tell
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
 LATENTS = "latents"  # the tensor's name in a .safetensors file
-FOLDER, OTHER_FOLDER = "latent_videos", "latent_videos_svd"  # of latents; the other is tried second
 MOST_FRAMES = 10**8  # of a video: more than a month
 
 
@@ -104,8 +103,7 @@ def read_episode(root: Path, file: Path) -> Episode:
     """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
 
     Raises:
-        NotJSON: names the file.
-        UserError: names the file.
+        UserError: names the file; `NotJSON` where that is all that is wrong.
     """
     try:
         values = json.loads(file.read_bytes())
@@ -238,9 +236,9 @@ class Clips:
         every = self.config.every or stride
         if self.config.clips == "window" and (stride % stored or every % stored):
             raise UserError(
-                f"{self.root}: holds one frame in {stored} of its recordings, which stride={stride}, "
-                f"every={every} count; prepare it again with data.every={math.gcd(stride, every)} or 1, or "
-                f"give multiples of {stored} (stride= and every= of the data set; null: gfdm.frame_step)"
+                f"{self.root}: stores one frame in {stored} of its recordings, too few for stride={stride}, "
+                f"every={every} (frames of the recording; null: gfdm.frame_step); prepare it again with "
+                f"data.every={math.gcd(stride, every)}, or give multiples of {stored}"
             )
         return stride // stored, every // stored
 
@@ -280,7 +278,7 @@ class Clips:
         try:
             return read_latents(self.root / path, indices)
         except UserError:
-            other = self.root / path.replace(FOLDER, OTHER_FOLDER)
+            other = self.root / path.replace("latent_videos", "latent_videos_svd")
             if not other.is_file():
                 raise
             return read_latents(other, indices)

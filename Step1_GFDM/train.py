@@ -33,9 +33,7 @@ def main(cfg: DictConfig) -> None:
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = GFDMConfig.from_preset(cfg)
     data, held_out = (
-        LatentClips.from_config(
-            cfg.data, frames=config.frames, frame_step=config.frame_step, split=split
-        )
+        LatentClips.from_config(cfg.data, frames=config.frames, frame_step=config.frame_step, split=split)
         for split in SPLITS
     )
     vae = None

@@ -7,7 +7,7 @@
                             images    uint8   [rows, V, 3, H, W]
         actions.npy     float32 [N, K, 7]
         index.npy       int64 [N, 2]: row of inputs, number of the instruction
-        video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `video_stride`)
+        video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `store.videos`)
         robot_obs.npy   float32 [N, 15] at the sample's frame, and
         spans.npy       int64 [N, 2]: annotated span (-1: none), frame in the source; training reads neither
 """

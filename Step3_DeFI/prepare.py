@@ -133,7 +133,8 @@ def prepare(cfg: DictConfig) -> Path:
     policy = PolicyConfig.from_preset(cfg)
     data = CalvinFolder(Path(cfg.data.root) / cfg.data.split)
     encoder, image_size = build_encoder(cfg, policy)
-    apart = cfg.store.video_stride
+    frame_step = encoder.gfdm.config.frame_step if encoder.gfdm else cfg.gfdm.frame_step
+    apart = frame_step if cfg.store.videos else None
     plan = plan_samples(
         data,
         chunk=policy.chunk,
@@ -231,10 +232,8 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
         raise UserError(
             f"store.draws={draws}: only features with fresh noise come in several draws; set it to 1"
         )
-    if cfg.store.video_stride is not None and kind == "features":
-        raise UserError(
-            f"store.video_stride={cfg.store.video_stride}: videos are kept with store.kind=latents or images"
-        )
+    if cfg.store.videos and kind == "features":
+        raise UserError("store.videos=true: videos are kept with store.kind=latents or images")
     device = processes().device
     gfdm, image_size = None, cfg.gfdm.image_size
     if kind != "images":

@@ -57,7 +57,7 @@ def following(frames: int, apart: int | None) -> range | None:
         UserError: `apart` is no distance.
     """
     if apart is not None and apart < 1:
-        raise UserError(f"video_stride={apart}: frames between the frames of a clip, must be 1 or more")
+        raise UserError(f"gfdm.frame_step={apart}: frames between the frames of a clip, must be 1 or more")
     return None if apart is None else range(0, frames * apart, apart)
 
 

@@ -24,6 +24,7 @@ from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
 from defi.errors import UserError
+from defi.processes import processes
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore
 from Step3_DeFI.policy import DeFI
@@ -64,12 +65,14 @@ def check_store(store: PolicyStore, policy: PolicyConfig, gfdm: Path, image_size
             )
 
 
-def check_videos(store: PolicyStore, policy: PolicyConfig) -> None:
+def check_videos(store: PolicyStore, policy: DeFI) -> None:
     """Refuse a store to train from that lacks the videos which a video loss needs."""
-    if policy.finetune.video_loss and (store.video is None or store.video.shape[1] != policy.frames):
+    frames, step = policy.config.frames, policy.gfdm.config.frame_step
+    found = None if store.video is None else (store.video.shape[1], store.manifest.video_stride)
+    if policy.config.finetune.video_loss and found != (frames, step):
         raise UserError(
-            f"{store.folder}: holds no videos of {policy.frames} frames for gfdm.video_loss; "
-            "prepare it with store.video_stride=2, or leave video_loss at 0"
+            f"{store.folder}: holds no videos of {frames} frames, {step} apart, for gfdm.video_loss; "
+            f"prepare it with store.videos=true gfdm.frame_step={step}, or leave video_loss at 0"
         )
 
 
@@ -94,9 +97,9 @@ def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, Pol
         stores = {name: PolicyStore(folder) for name, folder in places.items()}
         for store in stores.values():
             check_store(store, config, gfdm, policy.image_size)
-        check_videos(stores["training"], config)
+        check_videos(stores["training"], policy)
         return stores
-    clip = following(config.frames, section.video_stride if config.finetune.video_loss else None)
+    clip = following(config.frames, policy.gfdm.config.frame_step if config.finetune.video_loss else None)
     cut = {"chunk": config.chunk, "tail": section.tail, "stride": section.stride, "spans": section.spans}
     return {
         name: CalvinSamples(
@@ -172,6 +175,10 @@ def train_policy(cfg: DictConfig) -> Path:
     config = PolicyConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
+    step, looks = policy.gfdm.config.frame_step, config.latent_action_frames
+    if processes().is_main_process:
+        ahead = ", ".join(f"+{frame * step}" for frame in looks)
+        print(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
     if not continues(cfg.output, cfg.resume):
         policy.fit_standardisation(spread(samples["training"], FITTED))

@@ -23,6 +23,7 @@ PRESET: dict[str, Any] = {
     "text": {"clip": TEXT | {"seed": 1}, "t5": TEXT | {"seed": 2}},
     "gfdm": {
         "frames": 3,
+        "frame_step": 2,
         "image_size": 16,
         "unet": {
             "block_out_channels": [32, 32, 32, 32],

@@ -51,13 +51,13 @@ def settings(place: Path, output: Path, root: str, kind: str, **values: Any) -> 
     return cfg
 
 
-@pytest.mark.parametrize("apart", [None, 5])
+@pytest.mark.parametrize("apart", [None, 2])
 @pytest.mark.parametrize("root", ["demos", "DEMOS.ZIP"])
 def test_store_and_files_yield_the_same_samples(
     place: Path, tmp_path: Path, root: str, apart: int | None
 ) -> None:
     """With the frames that follow, whose last is repeated at the end of a span, and without."""
-    kept = {"store.video_stride": "null" if apart is None else apart}
+    kept = {"store.videos": apart is not None}
     store = PolicyStore(prepare(settings(place, tmp_path / "store", root, "images", **kept)))
     raw = CalvinSamples(place / root / "training", image_size=16, tail=9, video=following(3, apart))
     assert len(store) == len(raw) == 6 + 13 and store.fingerprint == raw.fingerprint
@@ -75,7 +75,7 @@ NUMBERS = {"loss", "action_loss", "video_loss", "training_action_error", "held_o
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
     """A run on a store of pictures, with held-out ones and the video loss."""
-    prepare(settings(place, place / "store", "demos", "images", **{"store.video_stride": 2}))
+    prepare(settings(place, place / "store", "demos", "images", **{"store.videos": True}))
     prepare(settings(place, place / "held_out", "demos", "images", **{"data.split": "validation"}))
     given = {"data.held_out": place / "held_out", **LEARNS_ALONG, **LOOKS}
     train_policy(train_settings(place, place / "run", place / "store", **given))
@@ -116,7 +116,6 @@ def test_training_from_the_recordings_is_training_from_their_store(
         ("null", {"data.root": "{place}/demos", "data.stride": 0}, "data.stride=0: must be 1 or more"),
         ("null", {"data.root": "{place}/demos", "data.spans": "some"}, "data.spans=some: choose"),
         ("null", {"data.root": "{place}/demos", "data.held_out": "{place}"}, "ep_start_end_ids.npy: missing"),
-        ("null", {"data.root": "{place}/demos", "data.video_stride": 0, **LEARNS_ALONG}, "video_stride=0"),
     ],
 )
 def test_data_that_do_not_fit_are_named(
