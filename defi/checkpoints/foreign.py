@@ -44,8 +44,8 @@ COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 def read_foreign(file: Path | str) -> dict[str, Tensor]:
     """The named tensors in a .safetensors file, a TorchScript archive, or a file of `torch.save`, on the CPU.
 
-    Or in several files, by their index (`….index.json`) or its folder. Tensors stay on the disk until they are
-    used, where the format allows it. In a file of `torch.save` they are the content itself, or lie under one
+    Or in several files, by their index (`….index.json`) or its folder. Tensors stay on the disk until they
+    are used, where the format allows it. In a file of `torch.save` they are the content itself, or lie under one
     of `ENTRIES`. Names come without what wrappers put before them.
 
     Raises:
