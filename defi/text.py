@@ -39,10 +39,10 @@ POSITIONS = 256  # the longest text that a random CLIP tower reads, in tokens (a
 class TextConfig:
     """One tower. With `pretrained` (folder or hub name) only `tokens` is read besides it.
 
-    tokens: T, special tokens included. CLIP: length of the token states. T5, which reads texts of any length:
-        when acting, lengths are rounded up to a multiple of it.
-    keep_end: what becomes of texts longer than T (CLIP only). False: the token states are those of the text cut
-        at T, as published. True: the last of them is that of the whole text's end, which has seen all of it.
+    tokens: T, special tokens included. Of CLIP the length of the token states. T5 reads texts of any length; when
+        acting, they are padded to a multiple of it.
+    keep_end: what CLIP makes of texts longer than T. False: token states of the text cut at T, as published.
+        True: the last of them is that of the whole text's end, which has seen all of it.
     width, layers, heads: of the random tower. projection: width P of the sentence embedding (CLIP only).
     seed: of the random weights. cache: how many distinct strings are remembered.
     """
@@ -142,8 +142,8 @@ class _Tower(nn.Module):
         """The encodings of `texts`; new ones are encoded and remembered, oldest out first.
 
         Each text goes through the tower alone: in a batch its rounding would depend on the texts beside it,
-        and so on what was encoded before, and a resumed run would not equal an uninterrupted one. For the same
-        reason it is encoded in the tower's own precision, whatever autocast or inference mode surrounds it.
+        and so on what was encoded before, and a resumed run would not equal an uninterrupted one. For that
+        reason too it is encoded in the tower's own precision, whatever autocast or inference mode surrounds it.
         """
         with torch.autocast(self._device.type, enabled=False):
             known = {text: self._cache.get(text) or self._encode(text) for text in dict.fromkeys(texts)}
@@ -162,8 +162,8 @@ class _Tower(nn.Module):
 class CLIPText(_Tower):
     """CLIP text tower (ViT-B/32 at full size): token states for video, a sentence for a policy.
 
-    The token states are those of the first T tokens; the sentence is of as many as the tower has positions for
-    (77 in the published one).
+    The token states are those of the first T tokens; the sentence is of all that the tower has positions for
+    (77 tokens in the published one).
     """
 
     @classmethod
@@ -288,8 +288,8 @@ class T5Text(_Tower):
     ) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
         """States padded with zeros to the longest text of the batch, and the mask: true at tokens.
 
-        With `full_length` they are padded to a multiple of the configured T, so that shapes, and with them the
-        rounding of what follows, do not depend on the other texts of the batch.
+        With `full_length` they are padded to a multiple of the configured T, so that shapes, and with them
+        the rounding of what follows, do not depend on the other texts of the batch.
         """
         encoded = self._cached(texts)
         states = nn.utils.rnn.pad_sequence([states for states, _ in encoded], batch_first=True)

@@ -69,20 +69,20 @@ def test_texts_beyond_the_towers_positions_are_cut_and_told(clip: CLIPText) -> N
 
 
 @pytest.mark.parametrize("tower", [CLIPText, T5Text])
-def test_what_is_remembered_does_not_depend_on_what_surrounds_it(tower) -> None:
+@pytest.mark.parametrize("around", [torch.autocast("cpu", torch.bfloat16), torch.inference_mode()])
+def test_what_is_remembered_does_not_depend_on_what_surrounds_it(tower, around) -> None:
     """A text seen under autocast or in inference mode serves training in float32 as if encoded anew."""
-    fresh = (
-        tower.from_config(CONFIG)(TEXTS)[0] if tower is T5Text else tower.from_config(CONFIG).tokens(TEXTS)
-    )
-    for surrounding in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
-        text = tower.from_config(CONFIG)
-        read = text.forward if tower is T5Text else lambda texts: (text.tokens(texts),)
-        with surrounding:
-            inside = read(TEXTS)[0].clone()
-        again = read(TEXTS)[0]
-        assert inside.dtype == again.dtype == torch.float32
-        assert torch.equal(inside, fresh) and torch.equal(again, fresh)
-        (again * torch.ones(32, requires_grad=True)).sum().backward()  # may be kept for a gradient
+
+    def read(text: CLIPText | T5Text) -> torch.Tensor:
+        return text(TEXTS)[0] if tower is T5Text else text.tokens(TEXTS)
+
+    fresh, text = read(tower.from_config(CONFIG)), tower.from_config(CONFIG)
+    with around:
+        inside = read(text).clone()
+    again = read(text)
+    assert inside.dtype == again.dtype == torch.float32
+    assert torch.equal(inside, fresh) and torch.equal(again, fresh)
+    (again * torch.ones(32, requires_grad=True)).sum().backward()  # may be kept for a gradient
 
 
 def test_each_distinct_string_is_encoded_once(clip: CLIPText, monkeypatch: pytest.MonkeyPatch) -> None:
