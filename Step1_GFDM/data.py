@@ -12,7 +12,7 @@ latent_videos_svd, which the annotations do not name.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -348,3 +348,7 @@ class LatentClips(Dataset):
         """A clip, determined by index and rng: {"latents": [F, 4, h, w], "text"}."""
         chosen = self.sets[rng.choice(len(self.sets), p=self.weights)]
         return chosen.clip(index % len(chosen), rng)
+
+    def texts(self) -> Iterator[str]:
+        """The text of every episode."""
+        return (episode.texts[0] for clips in self.sets for episode in clips.episodes)

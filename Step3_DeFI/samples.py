@@ -216,6 +216,7 @@ class CalvinSamples(Dataset):
         self.plan = plan_samples(
             self.data, chunk=chunk, tail=tail, stride=stride, by_text=False, video=video, spans=spans
         )
+        self.texts = self.plan.texts
 
     @property
     def fingerprint(self) -> str:

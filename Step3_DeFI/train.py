@@ -24,7 +24,7 @@ from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
 from defi.errors import UserError
-from defi.processes import processes
+from defi.processes import processes, tell
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore
 from Step3_DeFI.policy import DeFI
@@ -180,6 +180,7 @@ def train_policy(cfg: DictConfig) -> Path:
         ahead = ", ".join(f"+{frame * step}" for frame in looks)
         print(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
+    tell(policy.gfdm.clip.told(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):
         policy.fit_standardisation(spread(samples["training"], FITTED))
     return train(

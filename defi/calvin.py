@@ -177,7 +177,10 @@ class CalvinFolder:
         if isinstance(ids, np.ndarray) and ids.shape == (2,):  # of a single recording
             ids = ids[None]
         if not (isinstance(ids, np.ndarray) and ids.shape[1:] == (2,) and ids.dtype.kind in "iu"):
-            raise UserError(f"{index}: not an integer array of shape [N, 2]; copy the data set again")
+            found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+            raise UserError(
+                f"{index}: not an integer array of shape [N, 2] but {found}; copy the data set again"
+            )
         if len(ids) == 0:
             raise UserError(f"{index}: no frames in this split; collect or copy the data set again")
         if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():

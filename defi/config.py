@@ -132,7 +132,7 @@ def quoted(key: str, text: str) -> str:
 
 
 def check_texts(cfg: DictConfig, arguments: Sequence[str]) -> None:
-    """Raises UserError if a place or an instruction was read as a list, a table or a number.
+    """Raises UserError if a place or an instruction was read as a list, a dict or a number.
 
     arguments: of the command line, as they were written.
     """
@@ -140,8 +140,8 @@ def check_texts(cfg: DictConfig, arguments: Sequence[str]) -> None:
     for key, value in written.items():
         read = OmegaConf.select(cfg, key, default=None) if key.rpartition(".")[2] in TEXTS else None
         if read is not None and not isinstance(read, str):
-            kind = {ListConfig: "list", DictConfig: "table"}.get(type(read), type(read).__name__)
-            raise UserError(f"{key}={value}: is read as a {kind}; quote a text: {quoted(key, value)}")
+            kind = {ListConfig: "list", DictConfig: "dict"}.get(type(read), type(read).__name__)
+            raise UserError(f"{key}={value}: is read as {kind}; quote a text: {quoted(key, value)}")
 
 
 def check_given(cfg: DictConfig) -> None:

@@ -157,7 +157,7 @@ def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
         assert packed["text"] == sample["text"] == ("" if number < 0 else f"do thing {number}")
         assert torch.equal(packed["images"], sample["images"])
         assert torch.equal(packed["actions"], sample["actions"])
-        assert packed["actions"][:, 0].tolist() == list(range(frame, frame + 10))
+        assert (1000 * packed["actions"][:, 0]).round().tolist() == list(range(frame, frame + 10))
     with pytest.raises(UserError, match="data.spans=some"):
         prepare(settings(place, tmp_path / "new", "demos", "images", **{"data.spans": "some"}))
     assert not (tmp_path / "new").exists()

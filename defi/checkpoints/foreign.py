@@ -45,8 +45,8 @@ def read_foreign(file: Path | str) -> dict[str, Tensor]:
     """The named tensors in a .safetensors file, a TorchScript archive, or a file of `torch.save`, on the CPU.
 
     Or in several files, by their index (`….index.json`) or its folder. Tensors stay on the disk until they
-    are used, where the format allows it. In a file of `torch.save` they are the content itself, or lie under one
-    of `ENTRIES`. Names come without what wrappers put before them.
+    are used, where the format allows it. In a file of `torch.save` they are the content itself, or lie under
+    one of `ENTRIES`. Names come without what wrappers put before them.
 
     Raises:
         UserError: a file is missing, damaged, holds no named tensors, or would run code when loaded.

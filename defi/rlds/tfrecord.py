@@ -25,11 +25,6 @@ HEADER, FOOTER = 12, 4  # bytes around a record's data
 NOTHING, BYTES, FLOATS, INTS = 0, 1, 2, 3  # field numbers of tf.train.Feature's lists; it may hold none
 # First bytes of files that are compressed as a whole.
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
-    b"\x1f\x8b": "gzip",
-    b"\x78\x01": "zlib",
-    b"\x78\x9c": "zlib",
-    b"\x78\xda": "zlib",
-}  # first bytes
 
 
 @dataclass(frozen=True)
