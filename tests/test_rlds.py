@@ -265,7 +265,7 @@ def renamed(folder: Path, *names: str) -> None:
     ],
 )
 def test_files_whose_names_count_others_are_read(toy: Path, names: tuple[str, str]) -> None:
-    """As many as counted, with as many episodes in each: empty ones were left out, or the set has a new name."""
+    """As many as counted, with as many episodes in each: empty ones were left out, or the set was renamed."""
     renamed(toy, *names)
     (toy / "1.0.0" / "._toy-train.tfrecord-00000-of-00002").write_bytes(b"\0\5\x16\7")
     data = opened(toy)
@@ -331,7 +331,7 @@ def test_texts_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 def test_pictures_of_16_bits(tmp_path: Path) -> None:
-    """Their upper eight bits, as TensorFlow takes them, of grey ones too, instead of white wherever above 255."""
+    """Their upper eight bits, as TensorFlow takes them, of grey ones too, not white wherever above 255."""
     grey = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
     features = {"observation": features_dict(image=image(8, 8, "png"))}
     pictures = [encode(grey, "PNG"), encode(np.full((8, 8, 3), 7, np.uint8), "PNG")]

@@ -90,7 +90,7 @@ def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the captions of the videos as data.splits") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from None
+        raise UserError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         if isinstance(error, UserError):
             raise
