@@ -23,7 +23,7 @@ from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
-from defi.errors import UserError
+from defi.errors import UserError, readable
 from defi.processes import processes, tell
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore
@@ -110,10 +110,10 @@ def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, Pol
 
 
 def spread(samples: PolicySamples, count: int) -> dict[str, Any]:
-    """A batch of samples from all over a data set."""
+    """A batch of samples from all over a data set; those that cannot be read are left out."""
     picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
-    batch = default_collate([samples[int(i)] for i in picked])
-    return batch | {"seed": torch.arange(len(picked))}
+    read = readable(samples.__getitem__, picked.tolist())
+    return default_collate(list(read.values())) | {"seed": torch.arange(len(read))}
 
 
 def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
