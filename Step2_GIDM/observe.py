@@ -9,9 +9,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from defi.errors import readable
-from Step2_GIDM.data.augment import resize
 from Step2_GIDM.data.mixture import PairMixture
 from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.resize import resize
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import perplexity
 
@@ -65,7 +65,7 @@ def observe(model: GIDM, data: PairDataset | PairMixture, count: int) -> Observe
     for first in range(0, len(pairs), BATCH):
         chosen = pairs[first : first + BATCH].tolist()
         frames = torch.stack([read[pair] for pair in chosen])
-        texts = [data.locate(pair)[0].text for pair in chosen]
+        texts = [clip.text(now) for clip, now in map(data.locate, chosen)]
         small = F.interpolate(frames.flatten(0, 1), PICTURE, mode="bilinear", antialias=True)
         pictures = (small * 255).round().byte().unflatten(0, frames.shape[:2])
         parts.append((pictures, *(t.cpu() for t in _look(model, frames.to(device), texts))))

@@ -15,7 +15,7 @@ from preparations import run, write_inputs
 
 from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
 from defi.calvin import ANNOTATIONS, encode_frame, frame_name
-from defi.errors import UserError
+from defi.errors import UserError, readable
 from defi.rlds import RLDSDataset, index
 from defi.rlds.tfrecord import read_records
 from defi.video import write_mp4
@@ -23,6 +23,7 @@ from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes
 from Step2_GIDM import train
 from Step2_GIDM.data.calvin import CalvinClips
+from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.data.videos import VideoClips
 
 HIDDEN = b"\0\5\x16\7\0\2\0\0Mac OS X"  # how files begin that macOS puts beside others
@@ -329,9 +330,23 @@ def test_stage_2_leaves_spans_without_words_out(
 ) -> None:
     said = calvin_without_words(tmp_path / "calvin")
     clips = CalvinClips(tmp_path / "calvin" / "training", cameras=["static"], language=language).clips
-    assert [clip.text for clip in clips] == (["do thing 0"] if language else ["", ""])
+    assert [clip.text(0) for clip in clips] == (["do thing 0"] if language else ["", ""])
     told = f"1 of 2 annotated spans have no instruction: left out; the first: {said}\n"
     assert capsys.readouterr().out.endswith(told if language else "")
+
+
+def test_samples_to_look_at_may_be_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Held-out pairs across a change of size, say: the others are looked at."""
+    calvin_of_two_sizes(tmp_path)
+    pairs = PairDataset(
+        CalvinClips(tmp_path / "training", cameras=["static"], language=False), image_size=14, distance=(2, 2)
+    )
+    read = readable(pairs.frames, range(len(pairs)))
+    assert 0 < len(pairs) - len(read) < len(read)
+    told = f"left out: {len(pairs) - len(read)} of {len(pairs)} samples to look at; the first: "
+    assert capsys.readouterr().out.startswith(told)
+    with pytest.raises(UserError, match="change their size"):
+        readable(pairs.frames, [pair for pair in range(len(pairs)) if pair not in read])
 
 
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from defi.rlds.index import _scan
 from defi.rlds.spec import Split, choose_split, read_spec
 from defi.rlds.tfrecord import masked_crc, parse_example, read_records
 from Step2_GIDM.data.build import held_out_pairs, training_pairs
+from Step2_GIDM.data.pairs import PairDataset
 
 
 @pytest.fixture
@@ -361,17 +362,83 @@ def test_pictures_that_change_their_size(tmp_path: Path) -> None:
 def section(folder: Path, **changes) -> dict:
     data = {"source": "rlds", "root": str(folder), "split": None, "held_out": None, "image": None}
     data |= {"language": None, "index": str(folder.parent / "index"), "distance": [2, 2], "stride": 1}
+    data |= {"trim": [0, 0], "drop_unlabelled": False}
     return data | {"augmentation": None} | changes
 
 
 def test_pairs(toy: Path) -> None:
     pairs = training_pairs(section(toy), 48)
-    assert len(pairs) == 4 + 2 + 3
-    sample = pairs.sample(5, np.random.default_rng(0))  # second episode, step 1; two later is past its end
+    assert len(pairs) == 5 + 3 + 4
+    sample = pairs.sample(6, np.random.default_rng(0))  # second episode, step 1; two later is past its end
     assert sample["text"] == "do thing 1"
     assert (sample["frames"][:, :2, 0, 0] * 255).round().tolist() == [[10, 8], [10, 16]]
     held_out = held_out_pairs(section(toy), 48)
-    assert len(held_out) == 5 and held_out.locate(0)[0].text == "do thing 3"
+    assert len(held_out) == 6 and held_out.locate(0)[0].text(0) == "do thing 3"
+
+
+def write_texts(root: Path, *episodes: list[str], name: str = "said") -> Path:
+    """A data set of episodes with a text for each step; pictures show episode and step."""
+    features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
+
+    def picture(number: int, step: int) -> bytes:
+        return encode(np.full((8, 8, 3), 16 * number + step, np.uint8), "PNG")
+
+    written = [
+        {
+            "steps/observation/image": [picture(number, step) for step in range(len(texts))],
+            "steps/language_instruction": [said.encode() for said in texts],
+        }
+        for number, texts in enumerate(episodes)
+    ]
+    return write_set(root, features, {"train": [written[:2], written[2:]]}, name=name)
+
+
+def pairs_with_texts(pairs: PairDataset) -> list[tuple[list[int], str]]:
+    """What the pictures of each pair show, and its text."""
+    return [
+        (pairs.frames(i)[:, 0, 0, 0].tolist(), pairs.sample(i, np.random.default_rng(0))["text"])
+        for i in range(len(pairs))
+    ]
+
+
+def test_texts_of_steps_and_steps_left_out(tmp_path: Path) -> None:
+    """Each pair has its own step's text; trimmed steps are in no pair, and do not make an episode labelled."""
+    folder = write_texts(tmp_path, ["a", "b", "b", ""], ["c", "", "", "c"], ["", "d", "", ""], ["e", "e"])
+    whole = pairs_with_texts(training_pairs(section(folder, split="train"), 8))
+    assert [said for _, said in whole] == ["a", "b", "b", "", "c", "", "", "c", "", "d", "", "", "e", "e"]
+    assert [shown for shown, _ in whole[:4]] == [[0, 2], [1, 3], [2, 3], [3, 3]]
+    trimmed = training_pairs(section(folder, split="train", trim=[1, 1], distance=[1, 1]), 8)
+    assert pairs_with_texts(trimmed) == [
+        ([1, 2], "b"), ([2, 2], "b"), ([17, 18], ""), ([18, 18], ""), ([33, 34], "d"), ([34, 34], "")
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match="of 4 episodes of train 2 are left out: they have no instruction"):
+        kept = training_pairs(
+            section(folder, split="train", trim=[1, 1], distance=[1, 1], drop_unlabelled=True), 8
+        )
+    labelled = [([1, 2], "b"), ([2, 2], "b"), ([33, 34], "d"), ([34, 34], "")]
+    assert pairs_with_texts(kept) == labelled
+    with pytest.warns(UserWarning, match="of 2 episodes of train 1 are left out"):
+        part = training_pairs(section(folder, split="train[1:3]", trim=[1, 1], drop_unlabelled=True), 8)
+    assert pairs_with_texts(part) == labelled[2:]
+
+
+def test_where_no_episode_has_an_instruction(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path, ["", ""], ["", "", ""])
+    assert len(training_pairs(section(folder), 8)) == 5
+    with pytest.raises(UserError, match="of 2 episodes of train none has an instruction; data.drop_unl"):
+        training_pairs(section(folder, drop_unlabelled=True), 8)
+
+
+def test_few_episodes_are_all_trained_on(tmp_path: Path) -> None:
+    """Where 95 % of them are all, as the published code rounds; what is held out is said."""
+    few = section(write_videos(tmp_path, {"train": [[3] * 10]}, name="few"))
+    assert len(training_pairs(few, 48)) == 30
+    with pytest.warns(UserWarning, match="few: too few episodes to hold any out"):
+        assert len(held_out_pairs(few, 48)) == 30
+    more = section(write_videos(tmp_path, {"train": [[3] * 11]}, name="more"))
+    assert len(training_pairs(more, 48)) == 30 and len(held_out_pairs(more, 48)) == 3
+    only = section(write_videos(tmp_path, {"val": [[3]]}, name="ego"))
+    assert len(training_pairs(only, 48)) == len(held_out_pairs(only, 48)) == 3
 
 
 @pytest.mark.parametrize(
@@ -381,6 +448,9 @@ def test_pairs(toy: Path) -> None:
         ({"language": "observation/words"}, "language=observation/words: there is language_instruction"),
         ({"split": "test"}, "this data set has train, val"),
         ({"index": "/proc/index"}, "/proc/index.*data.index"),
+        ({"trim": [1]}, r"data.trim=\[1\]: must be \[steps at the start, steps at the end\]"),
+        ({"trim": [-1, 0]}, r"data.trim=\[-1, 0\]: must be"),
+        ({"trim": [9, 9]}, "no clip has two frames"),
     ],
 )
 def test_mistakes_in_the_section_are_named(toy: Path, change: dict, message: str) -> None:
@@ -398,15 +468,15 @@ def test_episodes_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert data.lengths.tolist() == [3, 0, 0, 2, 0] and data.values(1, "language_instruction") == []
     pairs = training_pairs(section(folder), 48)
     found = [(pairs.locate(i)[0].name, pairs.locate(i)[1]) for i in range(len(pairs))]
-    assert found == [("toy:0", 0), ("toy:0", 1), ("toy:3", 0)]
-    assert [int(pairs.frames(i)[0, 0, 0, 0]) for i in range(3)] == [0, 0, 30]
+    assert found == [("toy:0", 0), ("toy:0", 1), ("toy:0", 2), ("toy:3", 0), ("toy:3", 1)]
+    assert [int(pairs.frames(i)[0, 0, 0, 0]) for i in range(5)] == [0, 0, 0, 30, 30]
 
 
 def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
     """Per epoch, pairs come twice at weight 2, once at weight 1; at weight 0.25 every fourth, drawn anew."""
     sets = {}
-    for name, lengths, weight in (("a", [[5]], 2.0), ("b", [[9]], 1.0), ("c", [[9, 9]], 0.25)):
-        folder = write_videos(tmp_path, {"train": lengths, "val": [[3]]}, name=name)
+    for name, lengths, weight in (("a", [[4]], 2.0), ("b", [[8]], 1.0), ("c", [[8, 8]], 0.25)):
+        folder = write_videos(tmp_path, {"train": lengths}, name=name)
         sets[name] = {"root": str(folder), "weight": weight}
     common = section(tmp_path / "index")
     mixture = training_pairs({k: v for k, v in common.items() if k != "root"} | {"sets": sets}, 48)
@@ -425,3 +495,18 @@ def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
     assert every == {("c", f"c:{episode}", i) for episode in range(2) for i in range(8)}
     sample = mixture.sample(9, np.random.default_rng(0))
     assert (sample["frames"][:, 1, 0, 0] * 255).round().tolist() == [8, 24]
+
+
+def test_a_share_counts_the_steps_of_all_splits(tmp_path: Path) -> None:
+    """Trimmed steps aside; a split whose files are not there is named, and not counted."""
+    lengths = {"train": [[6, 1, 5]], "val": [[4]], "test": [[7]]}
+    sets = {}
+    for name, trim in (("a", [0, 0]), ("b", [1, 1])):
+        root = write_videos(tmp_path, lengths, name=name)
+        sets[name] = {"root": str(root), "weight": 1, "trim": trim}
+    common = {k: v for k, v in section(tmp_path / "index").items() if k != "root"} | {"sets": sets}
+    assert training_pairs(common, 48).shares() == {"a": 23 / 37, "b": 14 / 37}
+    next((tmp_path / "b").rglob("*test*")).unlink()
+    with pytest.warns(UserWarning, match="share without the split test: .*b-test.*: missing"):
+        assert training_pairs(common, 48).shares() == {"a": 23 / 32, "b": 9 / 32}
+    assert held_out_pairs(common, 48).shares() == {"a": 4 / 6, "b": 2 / 6}, "each pair once"

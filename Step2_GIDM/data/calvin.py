@@ -28,7 +28,7 @@ class CalvinClips:
         else:
             bounds = [(start, end, "") for start, end in self.data.episodes]
         self.clips = [
-            Clip(camera, start, end - start + 1, text) for camera in cameras for start, end, text in bounds
+            Clip(camera, start, end - start + 1, (text,)) for camera in cameras for start, end, text in bounds
         ]
 
     @property

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from defi.archive import read_places
 from defi.errors import UserError
@@ -19,23 +19,23 @@ from defi.rlds.tfrecord import BYTES, FLOATS, Values, parse_example
 # Where data sets keep their instruction, in order of preference.
 LANGUAGE = ("language_instruction", "observation/natural_language_instruction", "observation/instruction")
 INDEX_FOLDER = Path("data/rlds_index")
+FEW = ("train[:-1]", "train[-1:]")  # splits of so few episodes that 5 % of them are none
 
 
 def default_splits(folder: str | Path) -> tuple[str, str]:
     """Splits for training and for holding out: `val` where there is one, else the end of `train`.
 
-    The end is 5 %, or the last episode.
+    The end is 5 %, or the last episode (`FEW`). Where there is nothing but `val` (Ego4D), it serves for both.
 
     Raises:
-        UserError: there is no `train`.
+        UserError: there is neither `train` nor `val`.
     """
     version = find_version(Path(folder))
     there = read_splits(version)
     if "val" in there:
-        return "train", "val"
+        return "train" if "train" in there else "val", "val"
     _, whole = choose_split(version, there, "train")
-    boundary = "95%" if round(0.95 * len(whole)) < len(whole) else "-1"
-    return f"train[:{boundary}]", f"train[{boundary}:]"
+    return ("train[:95%]", "train[95%:]") if round(0.95 * len(whole)) < len(whole) else FEW
 
 
 class RLDSDataset:
@@ -105,10 +105,32 @@ class RLDSDataset:
 
     def text(self, episode: int, language: str | None) -> str:
         """What a feature of text says at an episode's first step ("" for None)."""
+        return next(iter(self.texts(episode, language, slice(1))), "")
+
+    def texts(self, episode: int, language: str | None, steps: slice) -> tuple[str, ...]:
+        """What a feature of text says at some steps of an episode; only once where all say the same."""
         if language is None:
-            return ""
-        texts, ids = self.index.texts[language]
-        return texts[ids[self.first + episode]]
+            return ("",)
+        distinct, ids = self.index.texts[language]
+        first = int(self._episodes[episode, 3])
+        found = ids[first : first + int(self.lengths[episode])][steps]
+        same = len(found) > 0 and bool((found == found[0]).all())
+        return tuple(distinct[i] for i in (found[:1] if same else found))
+
+    def labelled(self, language: str | None, trim: Sequence[int]) -> Bool[np.ndarray, " E"]:
+        """Episodes with a text at any of their steps, the first `trim[0]` and the last `trim[1]` aside."""
+        if language is None:
+            return np.zeros(len(self), bool)
+        distinct, ids = self.index.texts[language]
+        firsts = self._episodes[:, 3]
+        begin, end = int(firsts[0]), int(firsts[-1] + self.lengths[-1])
+        said = np.array([text != "" for text in distinct], bool)[ids[begin:end]]
+        before = np.concatenate([[0], np.cumsum(said)])  # texts before each step
+
+        def upto(steps: Int64[np.ndarray, " E"]) -> Int64[np.ndarray, " E"]:
+            return before[(steps - begin).clip(0, end - begin)]
+
+        return upto(firsts + self.lengths - trim[1]) > upto(firsts + trim[0])
 
     def shard(self, episode: int) -> Path:
         """The file that holds an episode."""
