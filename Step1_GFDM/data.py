@@ -12,7 +12,7 @@ latent_videos_svd, which the annotations do not name.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,8 @@ from defi.config import typed
 from defi.engine.fingerprint import fingerprint
 from defi.errors import UserError
 from defi.files import read_json
-from defi.processes import processes
+from defi.instructions import read_instructions
+from defi.processes import tell
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
@@ -89,9 +90,9 @@ def inside(root: Path, path: str) -> str:
     return normal
 
 
-def as_list(texts: Any) -> list[Any]:
-    """The `texts` of a video; a single one may stand there as it is."""
-    return texts if isinstance(texts, list) else [texts]
+def as_list(value: Any) -> list[Any]:
+    """A list of a JSON file, where a single item may stand as it is."""
+    return value if isinstance(value, list) else [value]
 
 
 class NotJSON(UserError):
@@ -105,13 +106,13 @@ def read_episode(root: Path, file: Path) -> Episode:
         UserError: names the file; `NotJSON` where that is all that is wrong.
     """
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_bytes())
     except ValueError as error:
         raise NotJSON(f"{file}: not JSON ({error}); copy it again, or remove it") from None
     except (OSError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again, or remove it") from None
     try:
-        texts = [text for text in as_list(values["texts"]) if isinstance(text, str) and text.strip()]
+        texts = read_instructions(as_list(values["texts"]), f"{file}: a text")
         if not texts:
             raise UserError(f"{file}: has no caption; stage 1 needs texts")
         frames = len(values["state"]) if "state" in values else values.get("video_length", 0)
@@ -123,8 +124,11 @@ def read_episode(root: Path, file: Path) -> Episode:
             str(values.get("episode_id", file.stem)),
             texts,
             int(frames) or None,
-            [inside(root, latent["latent_video_path"]) for latent in values.get("latent_videos", ())],
-            [inside(root, video["video_path"]) for video in values["videos"]],
+            [
+                inside(root, latent["latent_video_path"])
+                for latent in as_list(values.get("latent_videos", []))
+            ],
+            [inside(root, video["video_path"]) for video in as_list(values["videos"])],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -169,12 +173,6 @@ def read_episodes(root: str | Path, split: str) -> list[Episode]:
     if damaged:
         tell(f"{files[0].parent}: left out {len(damaged)} of {len(found)} annotations: {damaged[0]}")
     return [each for each in found if isinstance(each, Episode)]
-
-
-def tell(line: str) -> None:
-    """Print it, once for all processes."""
-    if processes().is_main_process:
-        print(line)
 
 
 def stored_step(root: Path) -> int:
@@ -350,3 +348,7 @@ class LatentClips(Dataset):
         """A clip, determined by index and rng: {"latents": [F, 4, h, w], "text"}."""
         chosen = self.sets[rng.choice(len(self.sets), p=self.weights)]
         return chosen.clip(index % len(chosen), rng)
+
+    def texts(self) -> Iterator[str]:
+        """The text of every episode."""
+        return (episode.texts[0] for clips in self.sets for episode in clips.episodes)

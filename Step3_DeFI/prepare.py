@@ -30,7 +30,8 @@ from defi.engine.fingerprint import fingerprint
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
 from defi.files import read_json
-from defi.processes import processes, share
+from defi.processes import processes, share, tell
+from defi.text import CLIPText, TextConfig
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import (
@@ -142,6 +143,7 @@ def prepare(cfg: DictConfig) -> Path:
         video=following(policy.frames, apart),
         spans=cfg.data.spans,
     )
+    tell(told_of_texts(cfg, encoder.gfdm, plan.texts))
     shape = encoder.row_shape(policy, image_size)
     manifest = StoreManifest(
         kind=encoder.kind,
@@ -241,6 +243,15 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
         check_gfdm(policy, gfdm, weights)
         image_size = gfdm.config.image_size
     return Encoder(kind, draws, cfg.seed, gfdm, policy.feature_noise, device), image_size
+
+
+def told_of_texts(cfg: DictConfig, gfdm: GFDM | None, texts: list[str]) -> str:
+    """What to tell of texts that CLIP cuts: the video model's; without one the preset's, if it is there."""
+    try:
+        clip = gfdm.clip if gfdm else CLIPText.from_config(typed(TextConfig, cfg.text.clip, "text.clip"))
+    except UserError:
+        return ""
+    return clip.told(texts)
 
 
 def is_begun(output: Path, manifest: StoreManifest) -> bool:

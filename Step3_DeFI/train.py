@@ -24,8 +24,8 @@ from defi.engine.data import sample_seeds
 from defi.engine.fingerprint import fingerprint
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
-from defi.errors import UserError
-from defi.processes import processes
+from defi.errors import UserError, readable
+from defi.processes import processes, tell
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore
 from Step3_DeFI.policy import DeFI
@@ -111,10 +111,10 @@ def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, Pol
 
 
 def spread(samples: PolicySamples, count: int, seed: int = 0) -> dict[str, Any]:
-    """A batch of samples from all over a data set."""
+    """A batch of samples from all over a data set; those that cannot be read are left out."""
     picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
-    batch = default_collate([samples[int(i)] for i in picked])
-    return batch | {"seed": sample_seeds("shown", seed, len(picked))}
+    read = readable(samples.__getitem__, picked.tolist())
+    return default_collate(list(read.values())) | {"seed": sample_seeds("shown", seed, len(read))}
 
 
 def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
@@ -184,6 +184,7 @@ def train_policy(cfg: DictConfig) -> Path:
         ahead = ", ".join(f"+{frame * step}" for frame in looks)
         print(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
+    tell(policy.gfdm.clip.told(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):
         policy.fit_standardisation(spread(samples["training"], FITTED, cfg.seed))
     return train(

@@ -6,7 +6,7 @@ Hugging Face folder. Each distinct string is encoded once: a data set has few in
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,8 +216,27 @@ class CLIPText(_Tower):
 
         With `keep_end`, those that are longer than the tower has positions.
         """
-        room = self.longest if self.config.keep_end else self.config.tokens
-        return [text for text in texts if self._is_longer(text, room)]
+        return [text for text in texts if self._is_longer(text, self._room)]
+
+    @property
+    def _room(self) -> int:
+        return self.longest if self.config.keep_end else self.config.tokens
+
+    def told(self, texts: Iterable[str]) -> str:
+        """What to tell of instructions that do not fit, and of those that become equal by it; "" of none."""
+        distinct = list(dict.fromkeys(texts))
+        if not (cut := set(self.truncated(distinct))):
+            return ""
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for text in distinct:
+            read = self.tokenizer(text, truncation=True, max_length=self._room)["input_ids"]
+            alike.setdefault(tuple(read), []).append(text)
+        same = [group for group in alike.values() if len(group) > 1 and cut.intersection(group)]
+        told = f"{len(cut)} of {len(distinct)} instructions are cut at {self._room} tokens (text.clip)"
+        if same:
+            told += f"; {sum(map(len, same))} of them are equal to another, the first: "
+            told += " = ".join(repr(text) for text in same[0][:2])
+        return told
 
     def _is_longer(self, text: str, room: int) -> bool:
         return len(self.tokenizer(text, truncation=True, max_length=room + 1)["input_ids"]) > room

@@ -1,6 +1,9 @@
 """RLDS without TensorFlow: formats, splits, random access, damage, pairs and mixtures."""
 
+import gzip
+import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from benchmarks.rlds_writer import (
     write_set,
     write_videos,
 )
+from defi.engine.data import SeededDataset
 from defi.errors import UserError
 from defi.rlds import RLDSDataset, default_splits
 from defi.rlds.index import _scan
@@ -242,6 +246,114 @@ def test_folders_that_hold_no_rlds(tmp_path: Path, toy: Path) -> None:
     (toy / "1.0.0" / "features.json").write_text('{"featuresDict": {"features": {}}}')
     with pytest.raises(UserError, match="no feature `steps`"):
         read_spec(toy / "1.0.0")
+
+
+# ------------------------------------------------------------ fine, but of another look
+
+
+def renamed(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        file_of(folder, number).rename(folder / "1.0.0" / name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("toy-train.tfrecord-00003-of-00032", "toy-train.tfrecord-00017-of-00032"),
+        ("toy-train.tfrecord-00000-of-00004", "toy-train.tfrecord-00001-of-00004"),
+        ("other_name-train.tfrecord-00000-of-00002", "other_name-train.tfrecord-00001-of-00002"),
+        ("toy-train.tfrecord-00000-of-00002", "toy-train.tfrecord-00005-of-00009"),
+    ],
+)
+def test_files_whose_names_count_others_are_read(toy: Path, names: tuple[str, str]) -> None:
+    """As many as counted, with as many episodes in each: empty ones were left out, or the set was renamed."""
+    renamed(toy, *names)
+    (toy / "1.0.0" / "._toy-train.tfrecord-00000-of-00002").write_bytes(b"\0\5\x16\7")
+    data = opened(toy)
+    assert data.lengths.tolist() == [5, 3, 4] and data.text(2, "language_instruction") == "do thing 2"
+    assert data.frames(2, [3], "observation/image")[0, 5, 5].tolist() == [20, 24, 0]
+
+
+def test_files_that_are_not_as_many_as_counted(toy: Path) -> None:
+    for number in range(3):
+        shutil.copy(file_of(toy, 0), toy / "1.0.0" / f"toy-train.tfrecord-0000{number}-of-00003")
+    shutil.copy(file_of(toy, 0), toy / "1.0.0" / "toy-val2.tfrecord-00000-of-00001")
+    file_of(toy, 1).unlink()
+    with pytest.raises(
+        UserError, match=r"00001-of-00002: missing; dataset_info\.json counts 2 files of train, 4 "
+    ):
+        opened(toy)
+    for file in (toy / "1.0.0").glob("toy-train*"):
+        file.unlink()
+    with pytest.raises(
+        UserError, match=r"00000-of-00002: missing; .* counts 2 files of train, 0 are there; copy"
+    ):
+        opened(toy)
+    assert opened(toy, "val").lengths.tolist() == [6]
+
+
+def test_renamed_files_in_another_order(toy: Path) -> None:
+    renamed(toy, "toy-train.tfrecord-00001-of-00009", "toy-train.tfrecord-00000-of-00009")
+    with pytest.raises(UserError, match=r"00000-of-00009: has 1 episodes, dataset_info\.json counts 2"):
+        opened(toy)
+
+
+def test_a_single_count_that_is_no_list(toy: Path) -> None:
+    info = toy / "1.0.0" / "dataset_info.json"
+    said = json.loads(info.read_text())
+    said["splits"][1]["shardLengths"] = "1"
+    info.write_text(json.dumps(said), encoding="utf-8-sig")
+    assert opened(toy, "val").lengths.tolist() == [6]
+
+
+@pytest.mark.parametrize(("compress", "how"), [(gzip.compress, "gzip"), (zlib.compress, "zlib")])
+def test_compressed_files_are_named(toy: Path, compress, how: str) -> None:
+    file_of(toy, 1).write_bytes(compress(file_of(toy, 1).read_bytes()))
+    with pytest.raises(
+        UserError, match=rf"00001-of-00002: compressed with {how}, expected are plain records"
+    ):
+        opened(toy)
+
+
+def test_texts_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The episode counts as one without words; nothing that its bytes do not say reaches a model."""
+    features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
+    picture = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    episodes = [
+        {"steps/observation/image": [picture] * 2, "steps/language_instruction": [words] * 2}
+        for words in ("Tür".encode(), "Tür".encode("latin-1"))
+    ]
+    data = opened(write_set(tmp_path, features, {"train": [episodes]}))
+    key = data.language(None)
+    assert [data.text(i, key) for i in range(2)] == ["Tür", ""]
+    assert "1 texts of language_instruction are not UTF-8 and count as missing, the first 'T\\udcfcr'" in (
+        capsys.readouterr().out
+    )
+
+
+def test_pictures_of_16_bits(tmp_path: Path) -> None:
+    """Their upper eight bits, as TensorFlow takes them, of grey ones too, not white wherever above 255."""
+    grey = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
+    features = {"observation": features_dict(image=image(8, 8, "png"))}
+    pictures = [encode(grey, "PNG"), encode(np.full((8, 8, 3), 7, np.uint8), "PNG")]
+    data = opened(write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]]}))
+    found = data.frames(0, [0, 1], "observation/image")
+    assert np.array_equal(found[0], np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2))
+    assert (found[1] == 7).all()
+
+
+def test_pictures_that_change_their_size(tmp_path: Path) -> None:
+    """Stage 2 reads pairs within one size; others are errors that trainer.bad_samples replaces."""
+    features = {"observation": features_dict(image=image(8, 8, "png"))}
+    pictures = [encode(np.full((n, 8, 3), n, np.uint8), "PNG") for n in (8, 8, 8, 12, 12, 12)]
+    folder = write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]], "val": [[]]})
+    pairs = training_pairs(section(folder, split="train"), 48)
+    with pytest.raises(UserError, match=r"episode 0, step 3: .* from 8 x 8 to 12 x 8 \(height x width\)"):
+        pairs.sample(1, np.random.default_rng(0))
+    whole = SeededDataset(pairs, 0, tolerant=True)
+    for index in range(len(pairs)):
+        first, last = whole[(0, index)]["frames"][:, 0, 0, 0]
+        assert first == last
 
 
 # ------------------------------------------------------------ pairs

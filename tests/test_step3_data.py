@@ -65,14 +65,14 @@ def train_settings(place: Path, output: Path, store: Path, **values: Any) -> Dic
 
 @pytest.mark.parametrize(("tail", "stride", "expected"), [(9, 1, 6 + 13), (9, 4, 2 + 4), (21, 1, 0 + 1)])
 def test_sample_positions(place: Path, tail: int, stride: int, expected: int) -> None:
-    """Spans are (100, 114) and (115, 136); sample i has the actions of frames i … i + 9 (i + k / 10 here)."""
+    """Spans are (100, 114) and (115, 136); sample i has the actions of frames i … i + 9."""
     data = CalvinFolder(place / "demos" / "training")
     plan = plan_samples(data, chunk=CHUNK, tail=tail, stride=stride, by_text=False)
     starts = [plan.looks[look][0] for look, _ in plan.index]
     assert len(starts) == expected == sum(plan.tasks.values())
     assert starts == [frame for s, e in ((100, 114), (115, 136)) for frame in range(s, e - tail + 1, stride)]
     first = plan.actions[:, :, 0]
-    assert np.array_equal(first, np.array(starts)[:, None] + np.arange(CHUNK))
+    assert np.allclose(1000 * first, np.array(starts)[:, None] + np.arange(CHUNK))
 
 
 def test_spans_without_samples_are_told(place: Path, capsys) -> None:
@@ -119,8 +119,8 @@ def test_a_store_holds_what_the_policy_would_compute(place: Path, tmp_path: Path
     sample = store[7]  # second span, second start
     data = CalvinFolder(place / "demos" / "training")
     assert sample["text"] == "do thing 1"
-    assert torch.allclose(sample["actions"][:, 0], torch.arange(116.0, 126.0))
-    assert torch.allclose(sample["actions"][0], 116 + torch.arange(7) / 10)
+    assert torch.allclose(1000 * sample["actions"][:, 0], torch.arange(116.0, 126.0))
+    assert torch.allclose(1000 * sample["actions"][0, :6], 116 + torch.arange(6) / 10)
 
     images = observe(data.frame(116), 16)
     policy = DeFI.from_stages(policy_config(), gfdm=place / "gfdm", gidm=place / "gidm").eval()

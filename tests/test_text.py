@@ -192,3 +192,18 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(source: str, monkeypatch:
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     with pytest.raises(UserError, match=f"{source}: no such folder; python -m defi.download"):
         hub.local_only(source)
+
+
+def test_texts_that_are_cut_are_told() -> None:
+    """How many do not fit, and which reach the video model as another one; what fits is not mentioned."""
+    clip = CLIPText.from_config(TextConfig(tokens=8, keep_end=False))
+    long = "put the red block to the very far {} now"
+    assert clip.told(["lift it", "Lift it", "lift it"]) == ""
+    told = clip.told(["lift it", long.format("left"), long.format("right"), "x" * 30, "lift it"])
+    assert told.startswith("3 of 4 instructions are cut at 8 tokens")
+    assert told.endswith(
+        f"2 of them are equal to another, the first: {long.format('left')!r} = {long.format('right')!r}"
+    )
+    kept = CLIPText.from_config(TextConfig(tokens=8, keep_end=True))
+    assert kept.told([long.format("left"), long.format("right")]) == ""
+    assert kept.told(["x" * 300, "x" * 301, "y"]).startswith("2 of 3 instructions are cut at 256 tokens")

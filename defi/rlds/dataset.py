@@ -9,7 +9,9 @@ from jaxtyping import Bool, Int64, UInt8
 
 from defi.archive import read_places
 from defi.errors import UserError
+from defi.frames import stack_frames
 from defi.picture import decode_picture
+from defi.processes import tell
 from defi.rlds.index import open_index, read_texts
 from defi.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_spec, read_splits
 from defi.rlds.tfrecord import BYTES, FLOATS, Values, parse_example
@@ -84,14 +86,21 @@ class RLDSDataset:
     def language(self, key: str | None) -> str | None:
         """The feature that holds instructions: `key`, or for None the usual places; None if there is none.
 
+        A printed line tells of texts in it that are not UTF-8.
+
         Raises:
             UserError: the data set has no such feature.
         """
         if key is None:
-            return next((name for name in LANGUAGE if name in self.index.texts), None)
-        if key not in self.index.texts:
+            key = next((name for name in LANGUAGE if name in self.index.texts), None)
+        elif key not in self.index.texts:
             found = ", ".join(self.index.texts) or "no text in its steps"
             raise UserError(f"{self.folder / FEATURES}: language={key}: there is {found}")
+        if damaged := self.index.damaged.get(key):
+            what = (
+                f"{len(damaged)} texts of {key} are not UTF-8 and count as missing, the first {damaged[0]!r}"
+            )
+            tell(f"{self.folder}: split {self.split.name}: {what}")
         return key
 
     def text(self, episode: int, language: str | None) -> str:
@@ -137,18 +146,16 @@ class RLDSDataset:
         """Pictures of some steps; nothing else is read or decoded.
 
         Raises:
-            UserError: a picture is damaged.
+            UserError: a picture is damaged, or of another size than the first.
         """
         frames = []
-        for step, coded in zip(steps, self.encoded(episode, steps, picture)):
+        places = [f"{self.shard(episode)}: episode {episode}, step {step}" for step in steps]
+        for place, coded in zip(places, self.encoded(episode, steps, picture)):
             try:
                 frames.append(decode_picture(coded))
             except ValueError as error:
-                raise UserError(
-                    f"{self.shard(episode)}: episode {episode}, step {step}: {picture} is no picture "
-                    f"({error}); copy the file again"
-                ) from None
-        return np.stack(frames)
+                raise UserError(f"{place}: {picture} is no picture ({error}); copy the file again") from None
+        return stack_frames(frames, places)
 
     def values(self, episode: int, name: str) -> np.ndarray | list[str]:
         """A feature of all steps (say, `action`): an array [steps, ...], or a list of texts.

@@ -17,6 +17,8 @@ error only files that changed are read again.
 import hashlib
 import io
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,7 +36,7 @@ from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.files import read_json
 from defi.npy import map_npy
-from defi.rlds.spec import FEATURES, STEPS, Feature, Split, is_instruction
+from defi.rlds.spec import FEATURES, STEPS, Feature, Split, is_instruction, record_files
 from defi.rlds.tfrecord import BYTES, INTS, NOTHING, Record, Values, parse_example, read_records
 
 EPISODES, TEXTS, TEXT_NUMBERS, MANIFEST = "episodes.npy", "texts.json", "texts.npy", "manifest.json"
@@ -45,12 +47,16 @@ READERS = 4  # files that are read at the same time
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """Arrays of one split. Names of features are paths below `steps/`."""
+    """Arrays of one split. Names of features are paths below `steps/`.
+
+    damaged: per feature the texts that are not UTF-8, which count as empty.
+    """
 
     episodes: Int64[np.ndarray, "E 4"]
     frames: int
     pictures: Mapping[str, Int64[np.ndarray, "frames 2"]]
     texts: Mapping[str, tuple[Sequence[str], Int32[np.ndarray, " frames"]]]
+    damaged: Mapping[str, list[str]]
     fingerprint: str
 
 
@@ -62,7 +68,7 @@ def open_index(folder: Path, split: Split, spec: Mapping[str, Feature], cache: P
     """
     fingerprint, parts = _identify(folder, split)
     name = "-".join([*folder.resolve().parts[-2:], split.name])
-    place = cache / f"{name}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
+    place = cache / f"{name}-{hashlib.sha256(os.fsencode(''.join(parts))).hexdigest()[:16]}"
     pictures = [
         path.removeprefix(STEPS) for path, f in spec.items() if path.startswith(STEPS) and f.is_picture
     ]
@@ -104,8 +110,16 @@ def _open(
     )
     if not whole:
         raise UserError(f"{place}: an index that is damaged; {MEND}")
-    named = {name: (said[name], row) for name, row in zip(texts, numbers)}
-    return SplitIndex(episodes, frames, arrays, named, fingerprint)
+    damaged = {name: [text for text in said[name] if not _is_utf8(text)] for name in texts}
+    named = {
+        name: ([text if _is_utf8(text) else "" for text in said[name]], row)
+        for name, row in zip(texts, numbers)
+    }
+    return SplitIndex(episodes, frames, arrays, named, damaged, fingerprint)
+
+
+def _is_utf8(text: str) -> bool:
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def _are_numbers_of(numbers: Int32[np.ndarray, " frames"], texts: Any) -> bool:
@@ -128,8 +142,12 @@ def _identify(folder: Path, split: Split) -> tuple[str, list[str]]:
         try:
             stat = shard.stat()
         except (OSError, ValueError):  # or its name is none
-            raise UserError(f"{shard}: missing, though dataset_info.json counts it; copy it too") from None
-        line = f"{shard.name} {stat.st_size} {length};".encode()
+            there = [path.name for path in record_files(folder, split.name)]
+            found = f"{len(there)} are there" + (f", the first {there[0]}" if there else "")
+            counted = f"dataset_info.json counts {len(split.shards)} files of {split.name}"
+            mend = "copy all of them, or build the data set again"
+            raise UserError(f"{shard}: missing; {counted}, {found}; {mend}") from None
+        line = os.fsencode(f"{shard.name} {stat.st_size} {length};")
         data.update(line)
         stamp = hashlib.sha256(b"%d %d;" % (FORMAT, stat.st_mtime_ns) + line + specification)
         parts.append(f"{shard.name}-{stamp.hexdigest()[:16]}.npz")
@@ -229,7 +247,8 @@ def _values(example: Mapping[str, Values], name: str, kind: int) -> Values:
 def read_texts(values: Values, data: bytes, feature: Feature) -> list[str]:
     """The text of each step. Character codes (Language Table) end with the first zero."""
     if feature.kind == "text":
-        return [data[slice(*place)].decode(errors="replace") for place in values.bytes_places(data)]
+        coded = [data[slice(*place)] for place in values.bytes_places(data)]
+        return [text.decode(errors="surrogateescape") for text in coded]  # what is not UTF-8 stays to be seen
     codes = values.ints(data).reshape(-1, feature.shape[0])
     return ["".join(map(chr, row[: np.argmin(np.append(row, 0) != 0)])) for row in codes]
 
