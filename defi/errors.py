@@ -49,7 +49,6 @@ def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> dict[Item,
     if faults and not found:
         raise faults[0]
     if faults:
-        print(
-            f"left out: {len(faults)} of {len(faults) + len(found)} samples to look at; the first: {faults[0]}"
-        )
+        count = f"{len(faults)} of {len(faults) + len(found)} samples to look at"
+        print(f"left out: {count}; the first: {faults[0]}")
     return found
