@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_training_in_low_precision_and_rollouts_with_its_instructions(precision:
 
 
 def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, monkeypatch):
-    policy, evaluation = DeFI.from_pretrained(run), fake_evaluation(chains=1, processes=1)
+    policy, evaluation = load_policy(run), fake_evaluation(chains=1, processes=1)
     for precision in ("no", "bf16"):
         checkpoint.save(policy, tmp_path / precision, step=3, config={"trainer": {"precision": precision}})
         assert trained_precision(tmp_path / precision) == precision
@@ -174,10 +175,11 @@ def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, 
     checkpoint.save(policy, tmp_path / "fp8", step=3, config={"trainer": {"precision": "fp8"}})
     with pytest.raises(UserError, match="fp8: was trained with trainer.precision=fp8; give precision="):
         trained_precision(tmp_path / "fp8")
-    monkeypatch.setattr(Evaluation, "prepare", lambda *_: evaluation)
+    monkeypatch.setattr(Evaluation, "prepare", lambda config, _: replace(evaluation, config=config))
     for given, recorded in (([], "bf16"), (["precision=no"], "no")):
         output = tmp_path / f"rollout_{recorded}"
-        main.__wrapped__(composed([f"checkpoint={tmp_path / 'bf16'}", f"output={output}", *given]))
+        settings = [f"checkpoint={tmp_path / 'bf16'}", f"output={output}", "processes=1", "max_steps=[20]"]
+        main.__wrapped__(composed([*settings, *given]))
         assert json.loads((output / "rollout.json").read_text())["precision"] == recorded
 
 
