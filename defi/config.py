@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import io
 import os
 import re
 import shlex
@@ -25,16 +26,15 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 # Settings that are texts, whatever they look like.
 TEXTS = {
     "instruction",
+    "data.instruction",
     "output",
-    "root",
-    "store",
-    "checkpoint",
-    "gfdm_checkpoint",
-    "gidm_checkpoint",
-    "vae",
+    "data.root",
+    "data.store",
+    "path",
     "source",
+    "tokenizer",
 }
-TEXTS |= {"path", "tokenizer", "first_stage", "held_out"}
+TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 
@@ -74,7 +74,8 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             command = hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(
                 body
             )
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
+            if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may not be UTF-8
+                sys.stdout.reconfigure(errors="backslashreplace")
             with one_line_errors():
                 check_preset(sys.argv[1:])
                 try:
@@ -147,7 +148,7 @@ def check_texts(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """
     written = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in arguments)}
     for key, value in written.items():
-        read = OmegaConf.select(cfg, key, default=None) if key.rpartition(".")[2] in TEXTS else None
+        read = OmegaConf.select(cfg, key, default=None) if key in TEXTS else None
         if read is not None and not isinstance(read, str):
             kind = {ListConfig: "list", DictConfig: "dict"}.get(type(read), type(read).__name__)
             raise UserError(f"{key}={value}: is read as {kind}; quote a text: {quoted(key, value)}")

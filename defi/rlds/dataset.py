@@ -97,9 +97,7 @@ class RLDSDataset:
             found = ", ".join(self.index.texts) or "no text in its steps"
             raise UserError(f"{self.folder / FEATURES}: language={key}: there is {found}")
         if damaged := self.index.damaged.get(key):
-            what = (
-                f"{len(damaged)} texts of {key} are not UTF-8 and count as missing, the first {damaged[0]!r}"
-            )
+            what = f"texts of {key} that are not UTF-8 count as missing ({len(damaged)}, as {damaged[0]!r})"
             tell(f"{self.folder}: split {self.split.name}: {what}")
         return key
 
