@@ -35,8 +35,9 @@ def pairs_of(episode: dict, distance: int) -> tf.data.Dataset:
 
 
 def augment(pair: dict, side: int) -> dict:
-    """Lanczos3 to the side, in bytes; one draw for both: crop of 0.9 of the area, brightness, contrast, saturation,
-    hue, cut to [0, 1] after each; in bytes again."""
+    """Both resized by Lanczos3, to bytes; one draw for both: crop of 0.9 of the area, brightness, contrast,
+    saturation, hue, cut to [0, 1] after each; to bytes again.
+    """
     frames = tf.stack([tf.io.decode_jpeg(pair[name], channels=3) for name in ("now", "later")])
     frames = tf.image.resize(frames, [side, side], method="lanczos3", antialias=True)
     frames = tf.cast(tf.clip_by_value(tf.round(frames), 0, 255), tf.uint8)

@@ -401,7 +401,7 @@ def pairs_with_texts(pairs: PairDataset) -> list[tuple[list[int], str]]:
 
 
 def test_texts_of_steps_and_steps_left_out(tmp_path: Path) -> None:
-    """Each pair has its own step's text; trimmed steps are in no pair, and do not make an episode labelled."""
+    """Each pair has its own step's text; trimmed steps are in no pair, and make no episode labelled."""
     folder = write_texts(tmp_path, ["a", "b", "b", ""], ["c", "", "", "c"], ["", "d", "", ""], ["e", "e"])
     whole = pairs_with_texts(training_pairs(section(folder, split="train"), 8))
     assert [said for _, said in whole] == ["a", "b", "b", "", "c", "", "", "c", "", "d", "", "", "e", "e"]

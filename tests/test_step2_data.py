@@ -130,7 +130,7 @@ def test_colours_change_as_in_hsv() -> None:
 
 @pytest.mark.parametrize("shape", [(48, 64), (30, 21), (28, 28), (200, 90)])
 def test_pictures_are_resized_by_lanczos(shape: tuple[int, int]) -> None:
-    """Beside Pillow's filter on floats, which does not round between its passes; larger, smaller, not square."""
+    """Beside Pillow's filter on floats, which does not round between its passes."""
     frames = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
     found = resize(frames, 28)
     for line, small in zip(frames.flatten(0, 1).numpy(), found.flatten(0, 1).numpy()):

@@ -1,7 +1,7 @@
 """One augmentation for both frames of a pair: what moved must be motion, not the augmentation.
 
-The operations are those of the published code (tf.image's, through dlimp): on pictures of the model's size,
-values cut to [0, 1] after each.
+The operations and their order are the published code's (tf.image's): on pictures of the model's size, values
+cut to [0, 1] after each.
 """
 
 import math
@@ -74,7 +74,7 @@ def augment(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 
     frames = crop(frames, draw).add_(draw.brightness).clamp_(0, 1)
     mean = frames.mean((2, 3), keepdim=True)
     frames = torch.lerp(mean, frames, draw.contrast).clamp_(0, 1)
-    return recolour(frames, draw.saturation, draw.hue).clamp_(0, 1).mul_(255.5).floor_().div_(255)
+    return recolour(frames, draw.saturation, draw.hue).mul_(255.5).floor_().div_(255)
 
 
 def crop(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 S S"]:
@@ -93,7 +93,7 @@ def crop(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 S S
 
 
 def recolour(frames: Float[Tensor, "N 3 S S"], saturation: float, hue: float) -> Float[Tensor, "N 3 S S"]:
-    """Saturation times a factor and hue rotated, in HSV: the largest channel, V, stays.
+    """Saturation times a factor and hue rotated, in HSV: the largest channel, V, stays, and none gets below 0.
 
     Arithmetic alone: comparisons and `where` take ten times as long on a CPU.
     """

@@ -156,7 +156,7 @@ def test_pipelines_stage2_sizes_and_shares(recorded: dict[str, Any], mixture) ->
         sample = pairs.sample(len(pairs) // 2, np.random.default_rng(0))["frames"]
         assert list(sample.shape) == [*shape, side] and str(sample.dtype) == run["dtype"]
         levels = sample * 255
-        assert 0 <= sample.min() and sample.max() <= 1 and (levels - levels.round()).abs().max() < 1e-3
+        assert sample.min() >= 0 and sample.max() <= 1 and (levels - levels.round()).abs().max() < 1e-3
         assert len(pairs) == run["len"]
     run = recorded["mixture_run"]
     pairs = training_pairs(mixture(dict(run["mixture"])), 28)
