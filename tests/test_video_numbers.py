@@ -5,6 +5,7 @@ promise says; reading by number, in whatever order, must show the same pictures.
 """
 
 import io
+import json
 import os
 import random
 import struct
@@ -22,6 +23,8 @@ from PIL import Image
 from defi.errors import UserError
 from defi.film import number_video
 from defi.video import frame_count, frame_rate, read_frames, read_video
+from Step1_GFDM.sources.videos import CaptionedVideos
+from Step2_GIDM.data.videos import VideoClips
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 COVER = 1024  # the disposition of an attached picture
@@ -426,3 +429,25 @@ def test_a_video_that_is_not_the_one_numbered_is_named(tmp_path: Path) -> None:
         write(tmp_path / "a.mp4", options=options, frames=20)
         with pytest.raises(UserError, match=r"a\.mp4: is not as it was when its frames were numbered"):
             read_frames(tmp_path / "a.mp4", [39], numbering)
+
+
+def test_all_stages_see_the_same_frames(tmp_path: Path) -> None:
+    """Stage 1's recordings, and stage 2's clips by fresh numbers and by those in the index."""
+    names = ("closed.mp4", "open.mp4", "hevc.mkv", "transport.mp4", "gaps.avi", "vp8_recorder.webm")
+    for name in names:
+        codec, options, settings = KINDS[name]
+        write(tmp_path / name, codec, options, **settings)
+    captions = [json.dumps({"video": name, "text": "move"}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(captions))
+    recordings = CaptionedVideos(tmp_path / "captions.jsonl", tmp_path)
+    true = {name: np.stack(straight(tmp_path / name)) for name in names}
+    for recording in recordings.recordings:
+        name = recording.place[0].name
+        np.testing.assert_array_equal(recordings.read(recording, 2).views["rgb"], true[name][::2])
+    for clips in (VideoClips(tmp_path), VideoClips(tmp_path)):
+        assert {Path(clip.name).name: clip.length for clip in clips.clips} == {
+            n: len(f) for n, f in true.items()
+        }
+        for clip in clips.clips:
+            for pair in ([0, 5], [38, 39], [11, 30]):
+                np.testing.assert_array_equal(clips.read(clip, pair), true[Path(clip.name).name][pair])
