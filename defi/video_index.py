@@ -1,11 +1,10 @@
 """The frame numbers of a folder's videos: each is decoded once, so that a later start opens none of them.
 
-    <root>/.defi/frames.jsonl   a line per video: [path below root, bytes, time of change in ns, version,
-                                frames, rate, starts], as `Numbering` has them
+    <root>/.defi/frames.jsonl   a line per video: [path below root, bytes, time of change in ns, VERSION,
+                                and `Numbering`'s frames and starts, or why it has none]
 
-Instead of the last three a line may say why there are none. Where the folder cannot be written to, the file lies
-in the user's cache. A video is opened again when its size or time of change is another one, and when the rule by
-which frames are numbered has become another one (`VERSION`).
+Where the folder cannot be written to, the file lies in the user's cache. A video is decoded again when its
+size or time of change is another one, and when `VERSION` is.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from rich.progress import Progress
 from defi.cache import take_turn, user_cache
 from defi.engine.output import write_file
 from defi.errors import UserError
-from defi.video import Numbering, number_video
+from defi.film import Numbering, number_video
 
 VERSION = 2  # of the rule by which frames are numbered
 INDEX = "frames.jsonl"
@@ -78,23 +77,20 @@ def _lines(file: Path, largest: int) -> Iterator[tuple[str, Stamp, Numbering | s
         return
 
 
-def _checked(frames: int | str, rate: float | None = None, starts: Sequence = ()) -> Numbering | str:
+def _checked(frames: int | str, starts: Sequence = ()) -> Numbering | str:
     """What a line says of a video. Raises ValueError or TypeError if that is nothing."""
     if isinstance(frames, str):
         return frames
-    numbers = [number for number, _ in starts]
-    times = [time for _, time in starts if time is not None]
-    if not all(type(n) is int for n in (frames, *numbers, *times)) or type(rate) not in (float, type(None)):
+    numbers, times = [number for number, _ in starts], [time for _, time in starts if time is not None]
+    if not all(type(n) is int and abs(n) < 2**63 for n in (frames, *numbers, *times)):
         raise TypeError
     if not 0 < frames < MOST_FRAMES or numbers != sorted(numbers) or numbers[:1] not in ([], [0]):
         raise ValueError
-    if max(map(abs, times), default=0) >= 2**63:
-        raise ValueError
-    return Numbering(frames, rate, tuple((number, time) for number, time in starts))
+    return Numbering(frames, tuple((number, time) for number, time in starts))
 
 
 def _number_missing(root: Path, stamps: dict[str, Stamp], places: Sequence[Path]) -> dict[str, Entry]:
-    """Number what no index knows, and write it down; one process does, the others of a training wait for it."""
+    """Number what no index knows, and write it down; one process of a training does, the others wait."""
     for place in places:
         try:
             turn = take_turn(place)

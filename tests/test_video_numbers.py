@@ -5,10 +5,12 @@ promise says; reading by number, in whatever order, must show the same pictures.
 """
 
 import io
+import json
 import os
 import random
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ import pytest
 from PIL import Image
 
 from defi.errors import UserError
-from defi.video import frame_count, frame_rate, number_video, read_frames, read_video
+from defi.film import number_video
+from defi.video import frame_count, frame_rate, read_frames, read_video
+from Step1_GFDM.sources.videos import CaptionedVideos
+from Step2_GIDM.data.videos import VideoClips
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 COVER = 1024  # the disposition of an attached picture
@@ -29,6 +34,7 @@ X265 = {"x265-params": "keyint=12:log-level=0"}
 FINE = {"g": "12", "qmin": "2", "qmax": "2", "b": "4000000"}
 ALT_REF = {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "16", "arnr-maxframes": "5"}
 LIVE = {"live": "1"}
+MILLISECONDS = {"clock": Fraction(1, 1000), "rate": 1000, "times": lambda i: 33 * i + 7 * (i % 3)}
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 
 
@@ -95,10 +101,8 @@ def straight(file: Path) -> list[np.ndarray]:
         stream = next(s for s in container.streams.video if not int(s.disposition) & COVER)
         stream.codec_context.thread_count = 1  # which alone conceals damage the same way each time
         for packet in container.demux(stream):
-            try:
+            with suppress(av.FFmpegError):
                 pictures += [turned(frame) for frame in packet.decode()]
-            except av.FFmpegError:
-                pass
     return pictures
 
 
@@ -144,9 +148,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "uneven.mp4": ("libx264", CLOSED, {"times": lambda i: i + i // 3}),
     "late.mp4": ("libx264", CLOSED, {"times": lambda i: i + 100}),
     "negative.mkv": ("libx264", CLOSED, {"times": lambda i: i - 10}),
-    "milliseconds.mkv": (
-        "libx264", CLOSED, {"clock": Fraction(1, 1000), "rate": 1000, "times": lambda i: 33 * i + 7 * (i % 3)},
-    ),
+    "milliseconds.mkv": ("libx264", CLOSED, MILLISECONDS),
     "audio_first.mp4": ("libx264", CLOSED, {"before": "audio"}),
     "transport.mp4": ("libx264", CLOSED, {"container": "mpegts"}),
     "open_transport.mkv": ("libx264", OPEN, {"container": "mpegts"}),
@@ -162,10 +164,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "hevc_10_bit.mp4": ("libx265", X265, {"pixels": "yuv420p10le"}),
     "vp8.webm": ("libvpx", {"g": "12"}, {}),
     "vp8_hidden.webm": ("libvpx", ALT_REF, {}),
-    "vp8_recorder.webm": (
-        "libvpx", {"g": "12"},
-        {"settings": LIVE, "clock": Fraction(1, 1000), "rate": 1000, "times": lambda i: 33 * i + 7 * (i % 3)},
-    ),
+    "vp8_recorder.webm": ("libvpx", {"g": "12"}, MILLISECONDS | {"settings": LIVE}),
     "vp9.webm": ("libvpx-vp9", {"g": "12"}, {}),
     "vp9_hidden.webm": ("libvpx-vp9", ALT_REF, {}),
     "vp9.mp4": ("libvpx-vp9", ALT_REF, {}),
@@ -230,7 +229,7 @@ def packets(file: Path) -> list[tuple[int, int]]:
 
 
 def copy(source: Path, target: Path, keep: Callable[[int], bool], shift: int = 0, **settings: Any) -> Path:
-    """The packets of a video that `keep` names, `shift` frames earlier, as cutting without new encoding does."""
+    """The packets of a video that `keep` names, `shift` frames earlier: a cut without new encoding."""
     with av.open(str(source)) as whole, av.open(str(target), "w", **settings) as cut:
         stream = cut.add_stream_from_template(whole.streams.video[0])
         for number, packet in enumerate(p for p in whole.demux(video=0) if p.size):
@@ -263,9 +262,19 @@ def test_damaged_packets(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["closed.mp4", "closed.mkv", "closed.avi", "transport.mp4", "hevc.mp4", "hevc.mkv", "vp9.webm", "vp8.webm",
-             "mpeg4.mp4", "mpeg2.mkv", "refresh.mp4"],
-)  # fmt: skip
+    "name",
+    [
+        "closed.mp4",
+        "closed.mkv",
+        "closed.avi",
+        "transport.mp4",
+        "hevc.mp4",
+        "hevc.mkv",
+        "vp9.webm",
+        "vp8.webm",
+    ]
+    + ["mpeg4.mp4", "mpeg2.mkv", "refresh.mp4"],
+)
 def test_a_recording_that_starts_without_a_key_frame(tmp_path: Path, name: str) -> None:
     codec, options, settings = KINDS[name]
     whole = write(tmp_path / f"whole_{name}", codec, options, **settings)
@@ -313,8 +322,11 @@ def test_frames_that_change_their_size_are_named(tmp_path: Path) -> None:
             read(both)
 
 
-@pytest.mark.parametrize("name", ["closed.mp4", "closed.mkv", "closed.avi", "transport.mp4", "fragments.mp4",
-                                  "hevc.mkv", "vp9.webm", "mpeg4.avi", "mpeg2_program.mkv", "gif.mp4"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["closed.mp4", "closed.mkv", "closed.avi", "transport.mp4", "fragments.mp4", "hevc.mkv", "vp9.webm"]
+    + ["mpeg4.avi", "mpeg2_program.mkv", "gif.mp4"],
+)
 def test_truncated_files(tmp_path: Path, name: str) -> None:
     codec, options, settings = KINDS[name]
     content = write(tmp_path / name, codec, options, **settings).read_bytes()
@@ -415,5 +427,27 @@ def test_a_video_that_is_not_the_one_numbered_is_named(tmp_path: Path) -> None:
     for options in (CLOSED, {}):
         numbering = number_video(write(tmp_path / "a.mp4", options=options))
         write(tmp_path / "a.mp4", options=options, frames=20)
-        with pytest.raises(UserError, match=r"a\.mp4: is not as it was when its frames were counted"):
+        with pytest.raises(UserError, match=r"a\.mp4: is not as it was when its frames were numbered"):
             read_frames(tmp_path / "a.mp4", [39], numbering)
+
+
+def test_all_stages_see_the_same_frames(tmp_path: Path) -> None:
+    """Stage 1's recordings, and stage 2's clips by fresh numbers and by those in the index."""
+    names = ("closed.mp4", "open.mp4", "hevc.mkv", "transport.mp4", "gaps.avi", "vp8_recorder.webm")
+    for name in names:
+        codec, options, settings = KINDS[name]
+        write(tmp_path / name, codec, options, **settings)
+    captions = [json.dumps({"video": name, "text": "move"}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(captions))
+    recordings = CaptionedVideos(tmp_path / "captions.jsonl", tmp_path)
+    true = {name: np.stack(straight(tmp_path / name)) for name in names}
+    for recording in recordings.recordings:
+        name = recording.place[0].name
+        np.testing.assert_array_equal(recordings.read(recording, 2).views["rgb"], true[name][::2])
+    for clips in (VideoClips(tmp_path), VideoClips(tmp_path)):
+        assert {Path(clip.name).name: clip.length for clip in clips.clips} == {
+            n: len(f) for n, f in true.items()
+        }
+        for clip in clips.clips:
+            for pair in ([0, 5], [38, 39], [11, 30]):
+                np.testing.assert_array_equal(clips.read(clip, pair), true[Path(clip.name).name][pair])
