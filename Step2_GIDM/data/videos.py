@@ -30,6 +30,7 @@ class VideoClips:
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
         self.clips = [Clip(str(file), 0, n) for file, n in zip(files, counts) if isinstance(n, int)]
+        self.lengths = np.array([clip.length for clip in self.clips], np.int64)
         self.damaged = [count for count in counts if isinstance(count, UserError)]
         if not self.clips:
             raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {self.damaged[0]}")
