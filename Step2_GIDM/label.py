@@ -85,7 +85,7 @@ def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels | UserE
         UserError: there is none, or none can be read.
     """
     model.eval()
-    filled = [number for number, clip in enumerate(source.clips) if clip.length]
+    filled = source.lengths.nonzero()[0].tolist()
     if not filled:
         raise UserError("data: no clip has a frame; give longer videos")
     state, unread = processes(), []

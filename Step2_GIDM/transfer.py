@@ -65,7 +65,7 @@ def transfer(model: GIDM, data: PairDataset) -> Transfer:
     actions = model.tokenizer(model.patches(frames.to(device)), *language)
     tokens, mask = actions.all_tokens(), language[1] if language else None
     reached = []
-    long = [number for number, clip in enumerate(data.source.clips) if clip.length > 1]
+    long = (data.source.lengths > 1).nonzero()[0].tolist()
     for number in np.unique(np.linspace(0, len(long) - 1, STARTS).round().astype(int)):
         clip = data.source.clips[long[number]]
         positions = np.unique(np.linspace(0, clip.length - 1, CANDIDATES).round().astype(int)).tolist()

@@ -34,6 +34,7 @@ class Numbered:
 
     def __init__(self, *lengths: int) -> None:
         self.clips = [Clip(str(i), 0, length, (f"text {i}",)) for i, length in enumerate(lengths)]
+        self.lengths = np.array(lengths)
 
     def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
         frames = np.zeros((len(positions), 8, 8, 3), np.uint8)

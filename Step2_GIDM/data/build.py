@@ -141,7 +141,7 @@ class RLDSPairs(PairsConfig):
         for split in read_splits(find_version(Path(self.root))):
             try:
                 lengths = self._data(split).lengths
-            except UserError as error:  # that it trains on is there
+            except UserError as error:  # the split that it trains on was opened before
                 warnings.warn(f"share without the split {split}: {error}", stacklevel=2)
                 continue
             steps += int((lengths - sum(self.trim)).clip(0).sum())

@@ -30,6 +30,7 @@ class CalvinClips:
         self.clips = [
             Clip(camera, start, end - start + 1, (text,)) for camera in cameras for start, end, text in bounds
         ]
+        self.lengths = np.array([clip.length for clip in self.clips], np.int64)
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,9 +37,10 @@ class Clip:
 
 
 class Source(Protocol):
-    """Clips of one data set, and their frames."""
+    """Clips of one data set, and their frames. lengths: of the clips, which may be made only when asked for."""
 
     clips: Sequence[Clip]
+    lengths: Int64[np.ndarray, " C"]
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
         """Frames of a clip, counted from its start."""
@@ -71,10 +72,9 @@ class PairDataset(Dataset):
             raise UserError(f"data.stride={stride}: must be at least 1")
         self.source, self.image_size, self.distance, self.stride = source, image_size, distance, stride
         self.augmentation = augmentation
-        lengths = np.array([clip.length for clip in source.clips], np.int64)  # a clip may be empty
-        if lengths.max(initial=0) < 2:
+        if source.lengths.max(initial=0) < 2:
             raise UserError("data: no clip has two frames; give longer videos")
-        self._ends = np.cumsum(-(-lengths // stride))
+        self._ends = np.cumsum(-(-source.lengths // stride))
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -20,6 +20,7 @@ class EpisodeClips(Sequence[Clip]):
         self.data, self.language, self.trim = data, language, trim
         kept = data.labelled(language, trim) if drop_unlabelled else np.ones(len(data), bool)
         self.episodes = kept.nonzero()[0]
+        self.lengths = (data.lengths[self.episodes] - sum(trim)).clip(0)
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -28,8 +29,7 @@ class EpisodeClips(Sequence[Clip]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         episode = int(self.episodes[index])
-        first, after = self.trim
-        length = max(0, int(self.data.lengths[episode]) - first - after)
+        first, length = self.trim[0], int(self.lengths[index])
         texts = self.data.texts(episode, self.language, slice(first, first + length))
         return Clip(f"{self.data.name}:{self.data.first + episode}", first, length, texts)
 
@@ -64,7 +64,7 @@ class RLDSClips:
         self.clips = EpisodeClips(
             data, data.language(language), trim=trim, drop_unlabelled=drop_unlabelled
         )
-        self.dropped = len(data) - len(self.clips)
+        self.lengths, self.dropped = self.clips.lengths, len(data) - len(self.clips)
         said = f"{data.folder}: of {len(data):,} episodes of {data.split.name}"
         if not len(self.clips):
             raise UserError(f"{said} none has an instruction; data.drop_unlabelled=false keeps them")

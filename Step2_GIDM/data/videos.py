@@ -33,6 +33,7 @@ class VideoClips:
         self.damaged = [fault for fault in found if isinstance(fault, UserError)]
         self._numberings = {str(file): n for file, n in zip(files, found) if isinstance(n, Numbering)}
         self.clips = [Clip(file, 0, numbering.frames) for file, numbering in self._numberings.items()]
+        self.lengths = np.array([clip.length for clip in self.clips], np.int64)
         if not self.clips:
             raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {self.damaged[0]}")
         if self.damaged:

@@ -204,7 +204,7 @@ def test_pipelines_stage2_augmentation(
     picture = arrays["augmented_source"]
 
     class Still:
-        clips, fingerprint = [Clip("picture", 0, 2)], "still"
+        clips, lengths, fingerprint = [Clip("picture", 0, 2)], np.array([2]), "still"
 
         def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
             return np.stack([picture for _ in positions])
