@@ -49,7 +49,8 @@ class Film:
     and by what time else they may be found.
 
     Raises:
-        UserError: the file is missing, is no video or shows no frame, or its frames change their size.
+        UserError: the file is missing or half of it is, is no video or shows no frame, or its frames change
+            their size.
     """
 
     def __init__(self, path: Path, time: int | None = None) -> None:
@@ -63,8 +64,17 @@ class Film:
             if self.stream is None or self.stream.codec_context is None:
                 raise ValueError("it has no stream that can be decoded")
             self.stream.codec_context.thread_count = 1  # with more, damage shows what the memory held before
+            self._refuse_cut()
             if time is not None:
                 self.container.seek(time, stream=self.stream)
+
+    def _refuse_cut(self) -> None:
+        """Raise UserError for half a file, say a broken download, whose index names the other half too."""
+        index, end = self.stream.index_entries, os.path.getsize(self.path)
+        if self.stream.frames and len(index) and index[-1].pos + index[-1].size > end:
+            there = sum(entry.pos + entry.size <= end for entry in index)
+            said = f"damaged, frame {there + 1} of {len(index)} lies beyond its end"
+            raise UserError(f"{self.path}: {said}; replace or remove it")
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         size = None

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
+from time import monotonic
 
 from rich.progress import Progress
 
@@ -26,7 +27,8 @@ from defi.film import Numbering, number_video
 
 VERSION = 2  # of the rule by which frames are numbered
 INDEX = "frames.jsonl"
-PART = 2000  # videos after which the index is written, should the work be interrupted
+PART = 100  # videos that are given out at once
+PAUSE = 60  # seconds after which the index is written, should the work be interrupted
 MOST_FRAMES = 10**9
 LONGEST = 2**20  # bytes of a line; paths have at most 4096, some thousand starts the rest
 FEWEST = 1000  # videos for whose lines there is always room
@@ -56,9 +58,9 @@ def _known(places: Sequence[Path], stamps: dict[str, Stamp]) -> dict[str, Entry]
     """What the indices say of videos that are still as they were. A damaged index says nothing."""
     known: dict[str, Entry] = {}
     for place in places:
-        for name, *entry in _lines(place / INDEX, LONGEST * max(FEWEST, len(stamps))):
-            if stamps.get(name) == entry[0]:
-                known[name] = (entry[0], entry[1])
+        for name, stamp, found in _lines(place / INDEX, LONGEST * max(FEWEST, len(stamps))):
+            if stamps.get(name) == stamp:
+                known[name] = (stamp, found)
     return known
 
 
@@ -107,14 +109,15 @@ def _number(
     """`known` and all that was missing in it."""
     missing = [name for name in stamps if name not in known]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, Progress(transient=True) as progress:
-        bar = progress.add_task("frames of videos", total=len(missing))
+        bar, due = progress.add_task("frames of videos", total=len(missing)), monotonic() + PAUSE
         for first in range(0, len(missing), PART):
             part = missing[first : first + PART]
             for name, found in zip(part, pool.map(_numbering, [root / name for name in part])):
                 known[name] = (stamps[name], found)
                 progress.advance(bar)
-            if place is not None:
+            if place is not None and (monotonic() >= due or part[-1] == missing[-1]):
                 _write(place / INDEX, known)
+                due = monotonic() + PAUSE
     return known
 
 

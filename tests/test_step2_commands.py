@@ -1,6 +1,7 @@
 """Stage 2's commands, run as a user runs them, at the smallest size."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from defi.engine.tracking import read_metrics
 from defi.video import read_frames, write_mp4
 from Step2_GIDM import health, label, train
 from Step2_GIDM.data.resize import resize
+from Step2_GIDM.data.videos import VideoClips
 from Step2_GIDM.model import GIDM
 
 SMALL = [
@@ -141,7 +143,10 @@ def test_label_leaves_out_what_cannot_be_read(
         write_mp4(tmp_path / "videos" / f"{name}.mp4", frames, 10)
     (tmp_path / "videos" / "d.mp4").write_bytes(b"no video")
     cut = tmp_path / "videos" / "b.mp4"
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    VideoClips(cut.parent)  # numbers the frames; then the file is damaged, and looks as it did
+    seen = cut.stat()
+    cut.write_bytes(bytes(seen.st_size))
+    os.utime(cut, ns=(seen.st_mtime_ns, seen.st_mtime_ns))
     table = tmp_path / "codes.parquet"
     arguments = [f"checkpoint={trained}", "data=pairs_videos", f"data.root={cut.parent}", f"output={table}"]
     assert run(label, *arguments, monkeypatch=monkeypatch) == 0

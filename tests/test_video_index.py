@@ -156,6 +156,7 @@ def test_an_interrupted_count_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(video_index, "PART", 1)
+        patch.setattr(video_index, "PAUSE", 0)
         patch.setattr(video_index, "number_video", dies)
         with pytest.raises(KeyboardInterrupt):
             counts(videos)

@@ -339,6 +339,16 @@ def test_truncated_files(tmp_path: Path, name: str) -> None:
             assert check(tmp_path / name) <= FRAMES * share + 5
 
 
+def test_half_a_file_whose_index_names_the_other_half_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.mp4", options=OPEN, settings={"movflags": "faststart"})
+    file.write_bytes(file.read_bytes()[:-100])
+    for read in (frame_count, read_video):
+        with pytest.raises(
+            UserError, match=r"a\.mp4: damaged, frame \d\d of 40 lies beyond its end; replace"
+        ):
+            read(file)
+
+
 TURNS = {  # display matrix: what a player does to the stored picture
     (1, 0, 0, 1): lambda p: p,
     (0, 1, -1, 0): lambda p: np.rot90(p, -1),
