@@ -132,7 +132,9 @@ def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[GFDM, LatentClips]
     cfg = composed("step1_train", *SMALL, f"data.root={root}")
     config = GFDMConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
-    data = LatentClips.from_config(cfg.data, frames=config.frames, frame_step=config.frame_step, split="train")
+    data = LatentClips.from_config(
+        cfg.data, frames=config.frames, frame_step=config.frame_step, split="train"
+    )
     return GFDM.from_config(config).train(), data
 
 
