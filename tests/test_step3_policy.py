@@ -76,7 +76,7 @@ def test_overfits_one_batch() -> None:
     batch = policy.config.fake_batch(2)
     batch["actions"] = batch["actions"].sign() * 0.5
     optimizer = torch.optim.Adam([p for _, p in policy.trainable()], lr=3e-3)
-    for step in range(200):
+    for step in range(300):
         batch["seed"] = torch.arange(2) + 2 * step
         loss = policy(batch)["loss"]
         optimizer.zero_grad()
