@@ -4,7 +4,8 @@ Its latents say where they come from: channels 0 and 3 hold the frame's number, 
 """
 
 import json
-from functools import cache
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from defi.config import CONFIG_DIR
 from defi.engine.data import SeededDataset
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LatentClips, read_episodes
+from Step1_GFDM.data import Clips, LatentClips, read_episodes
 
 SPLITS = ("train", "val")
 DRAWS = 1000  # of a mixture
@@ -120,32 +121,34 @@ def test_pipelines_mixtures(recording: Recording) -> None:
             check_draws(data, dict(zip(names, data.sets)), expected)
 
 
-def check_draws(data: LatentClips, sets: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Samples as training draws them. Sets are told apart by their texts, which no two may share."""
-    by_text = {e.texts[0]: name for name, clips in sets.items() for e in clips.episodes}
-    assert len(by_text) == sum(len(clips.episodes) for clips in sets.values())
-    draws, counts, clip = SeededDataset(data, 0, tolerant=False), {}, cache(located(sets))
+def check_draws(data: LatentClips, sets: dict[str, Clips], expected: dict[str, Any]) -> None:
+    """Samples as training draws them: each is its set's sample of the same number, counted round."""
+    drawn: list[str] = []
+    for name, clips in sets.items():
+        clips.clip = noted(drawn, name, clips.clip)
+    draws, counts = SeededDataset(data, 0, tolerant=False), Counter()
     for number in range(DRAWS):
         epoch, index = divmod(number, len(data))
-        episode, camera, frames, text = seen(draws[epoch, index])
-        name = by_text[text]
-        assert (episode, frames) == clip(name, index % len(sets[name])), (name, index)
-        key = f"{name}/{camera}"
-        counts[key] = counts.get(key, 0) + 1
-    recorded = expected["draws_by_set_and_camera"]
-    total = sum(recorded.values())
+        number_of_episode, camera, frames, _ = seen(draws[epoch, index])
+        chosen = sets[drawn[-1]]
+        episode, start = chosen.locate(index % len(chosen))
+        assert str(number_of_episode) == episode.id
+        assert frames == chosen.indices(episode, start).tolist()
+        counts[f"{drawn[-1]}/{camera}"] += 1
+    recorded = Counter(expected["draws_by_set_and_camera"])
     for key in counts.keys() | recorded.keys():
-        mine, theirs = counts.get(key, 0), recorded.get(key, 0)
-        share = (mine + theirs) / (DRAWS + total)
-        sigma = np.sqrt(share * (1 - share) * (1 / DRAWS + 1 / total))
-        assert abs(mine / DRAWS - theirs / total) <= 3 * sigma, (key, mine / DRAWS, theirs / total)
+        totals = np.array([DRAWS, recorded.total()])
+        found = np.array([counts[key], recorded[key]])
+        share = found.sum() / totals.sum()
+        sigma = np.sqrt(share * (1 - share) * (1 / totals).sum())
+        assert abs(np.subtract(*(found / totals))) <= 3 * sigma, (key, found, totals)
 
 
-def located(sets: dict[str, Any]) -> Any:
-    """Episode and frames of a set's i-th clip, as its own order has them."""
+def noted(drawn: list[str], name: str, clip: Callable[..., Any]) -> Callable[..., Any]:
+    """`clip`, which from now on leaves the name of its data set."""
 
-    def clip(name: str, index: int) -> tuple[int, list[int]]:
-        episode, start = sets[name].locate(index)
-        return int(episode.id), sets[name].indices(episode, start).tolist()
+    def note(*given: Any) -> Any:
+        drawn.append(name)
+        return clip(*given)
 
-    return clip
+    return note
