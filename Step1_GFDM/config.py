@@ -80,11 +80,14 @@ class FeatureConfig:
 
 @dataclass
 class GFDMConfig:
-    """frames: F. image_size: H = W in pixels. pretrained: a Stable Video Diffusion folder to start from
-    instead of random weights; its sizes then take the place of `unet` and `vae`. gradient_checkpointing: in
-    training, compute the UNet's activations again on the way back instead of keeping them."""
+    """frames: F. frame_step: steps of the recording from one of them to the next, so that frame i is
+    i · frame_step steps ahead. image_size: H = W in pixels. pretrained: a Stable Video Diffusion folder to
+    start from instead of random weights; its sizes then take the place of `unet` and `vae`.
+    gradient_checkpointing: in training, compute the UNet's activations again on the way back instead of
+    keeping them."""
 
     frames: int = 16
+    frame_step: int = 2
     image_size: int = 256
     pretrained: str | None = None
     gradient_checkpointing: bool = False
@@ -94,6 +97,10 @@ class GFDMConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     clip: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        if self.frame_step < 1:
+            raise UserError(f"gfdm.frame_step={self.frame_step}: steps of the recording, must be at least 1")
 
     @classmethod
     def from_preset(cls, cfg: Mapping[str, Any]) -> "GFDMConfig":

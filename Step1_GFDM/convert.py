@@ -20,7 +20,7 @@ from safetensors.torch import save
 from defi.config import entry
 from defi.engine.output import write_file
 from defi.errors import UserError
-from Step1_GFDM.data import LATENTS, inside, read_episode
+from Step1_GFDM.data import LATENTS, NotJSON, inside, read_episode
 
 
 def read_old(path: Path) -> torch.Tensor:
@@ -40,12 +40,16 @@ def read_old(path: Path) -> torch.Tensor:
 
 
 def convert(root: Path, annotation: Path) -> int:
-    """Convert an episode's `.pt` files; returns their number.
+    """Convert an episode's `.pt` files; returns their number, 0 and says so where its annotation is no JSON.
 
     Raises:
         UserError: the annotation or a file is damaged, or the new file's name is that of another camera.
     """
-    named = read_episode(root, annotation).latents
+    try:
+        named = read_episode(root, annotation).latents
+    except NotJSON as error:
+        print(f"left out: {error}")
+        return 0
     new = {path: path.removesuffix(".pt") + ".safetensors" for path in named if path.endswith(".pt")}
     for old, path in new.items():
         if path in named:
@@ -63,7 +67,7 @@ def convert(root: Path, annotation: Path) -> int:
 @entry("step1_convert")
 def main(cfg: DictConfig) -> None:
     root = Path(cfg.root)
-    annotations = sorted(root.glob("annotation/*/*.json"))
+    annotations = sorted(root.glob("annotation*/*/*.json"))
     if not annotations:
         raise UserError(f"{root}/annotation: no annotations; give a data set in VPP's layout")
     with ProcessPoolExecutor(cfg.workers) as pool:

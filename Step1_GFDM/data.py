@@ -1,14 +1,18 @@
 """Clips of latents for GFDM, from folders in VPP's layout (see `Step1_GFDM.prepare`).
 
-<root>/annotation/{train,val}/<id>.json          texts, videos, latent_videos, video_length, episode_id
+<root>/annotation/{train,val}/<id>.json    texts, videos, latent_videos, video_length or state, episode_id
 <root>/videos/{train,val}/<id>/<camera>.mp4
 <root>/latent_videos/{train,val}/<id>/<camera>.safetensors (or .pt): scaled latents [frames, 4, h, w]
+<root>/manifest.json                       of prepared folders: `data.every`, steps between stored frames
+
+VPP's own CALVIN has annotation_abc_13/{train,val_d} instead, and some of its sets keep latents in
+latent_videos_svd, which the annotations do not name.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +29,8 @@ from defi.config import typed
 from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from defi.files import read_json
+from defi.instructions import read_instructions
+from defi.processes import tell
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
@@ -34,19 +40,19 @@ MOST_FRAMES = 10**8  # of a video: more than a month
 
 @dataclass
 class ClipsConfig:
-    """How one data set is cut into clips.
+    """How one data set is cut into clips; numbers of frames count those of the recording, stored or not.
 
-    weight: share of this set in a mixture. clips: `window`, F frames `stride` apart, a window every `every`
-    frames, the end repeated where it runs out; or `spread`, one clip per video, F frames over all of it.
-    cameras: shares of the cameras, in the annotation's order; an episode that has fewer takes the shares of
-    those. longest: frames; longer videos are left out.
+    weight: share of this set in a mixture. clips: `window`, F frames `stride` apart (None: the model's
+    `frame_step`), a window every `every` frames (None: as `stride`), the last frame repeated past the end; or
+    `spread`, one clip per video, F frames over all of it. cameras: shares of the cameras, in the annotation's
+    order; an episode that has fewer takes the shares of those. longest: frames; longer videos are left out.
     """
 
     root: str
     weight: float = 1.0
     clips: str = "window"
-    stride: int = 2
-    every: int = 2
+    stride: int | None = None
+    every: int | None = None
     cameras: list[float] = field(default_factory=lambda: [0.75, 0.25])
     longest: int | None = None
 
@@ -54,7 +60,8 @@ class ClipsConfig:
         if self.clips not in ("window", "spread"):
             raise UserError(f"data.sets.clips={self.clips}: must be window or spread")
         cameras_fit = all(0 <= share < math.inf for share in self.cameras)
-        if min(self.stride, self.every) < 1 or not 0 < self.weight < math.inf or not cameras_fit:
+        steps_fit = all(steps is None or steps >= 1 for steps in (self.stride, self.every))
+        if not steps_fit or not 0 < self.weight < math.inf or not cameras_fit:
             raise UserError(
                 f"{self.root}: stride={self.stride}, every={self.every}, weight={self.weight}, "
                 f"cameras={self.cameras}: must be positive numbers, a camera's share may be 0"
@@ -83,23 +90,32 @@ def inside(root: Path, path: str) -> str:
     return normal
 
 
-def as_list(texts: Any) -> list[Any]:
-    """The `texts` of a video; a single one may stand there as it is."""
-    return texts if isinstance(texts, list) else [texts]
+def as_list(value: Any) -> list[Any]:
+    """A list of a JSON file, where a single item may stand as it is."""
+    return value if isinstance(value, list) else [value]
+
+
+class NotJSON(UserError):
+    """An annotation that is none: left out, as the published code does."""
 
 
 def read_episode(root: Path, file: Path) -> Episode:
-    """One annotation, with or without latents; `video_length`, or one `state` per frame.
+    """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
 
     Raises:
-        UserError: names the file.
+        UserError: names the file; `NotJSON` where that is all that is wrong.
     """
     try:
-        values = json.loads(file.read_text())
-        texts = [text for text in as_list(values["texts"]) if isinstance(text, str) and text.strip()]
+        values = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise NotJSON(f"{file}: not JSON ({error}); copy it again, or remove it") from None
+    except (OSError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy it again, or remove it") from None
+    try:
+        texts = read_instructions(as_list(values["texts"]), f"{file}: a text")
         if not texts:
             raise UserError(f"{file}: has no caption; stage 1 needs texts")
-        frames = values["video_length"] if "video_length" in values else len(values.get("state", ()))
+        frames = len(values["state"]) if "state" in values else values.get("video_length", 0)
         if not 0 <= frames <= MOST_FRAMES:
             raise UserError(
                 f"{file}: video_length={frames}: no video is that long; give its number of frames"
@@ -108,27 +124,71 @@ def read_episode(root: Path, file: Path) -> Episode:
             str(values.get("episode_id", file.stem)),
             texts,
             int(frames) or None,
-            [inside(root, latent["latent_video_path"]) for latent in values.get("latent_videos", ())],
-            [inside(root, video["video_path"]) for video in values["videos"]],
+            [
+                inside(root, latent["latent_video_path"])
+                for latent in as_list(values.get("latent_videos", []))
+            ],
+            [inside(root, video["video_path"]) for video in as_list(values["videos"])],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not an annotation ({error!r}); run Step1_GFDM.prepare again") from error
 
 
-def read_episodes(root: str | Path, split: str) -> list[Episode]:
-    """All annotations of a split, by name.
+def annotation_files(root: Path, split: str) -> list[Path]:
+    """Of a split, by name.
 
     Raises:
-        UserError: no such folder, or nothing in it.
+        UserError: there are none.
+    """
+    of_calvin = root / "annotation_abc_13" / {"val": "val_d"}.get(split, split)
+    folder = of_calvin if of_calvin.is_dir() else root / "annotation" / split
+    files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{folder}: no annotations; make them with Step1_GFDM.prepare")
+    return files
+
+
+def read_episodes(root: str | Path, split: str) -> list[Episode]:
+    """All annotations of a split, by name; a printed line tells of those that are not JSON.
+
+    Raises:
+        UserError: no such folder, nothing in it, or an annotation that lacks something.
     """
     root = Path(root)
-    files = sorted((root / "annotation" / split).glob("*.json"))
-    if not files:
-        raise UserError(f"{root}/annotation/{split}: no annotations; make them with Step1_GFDM.prepare")
+    files = annotation_files(root, split)
+
+    def read(file: Path) -> Episode | NotJSON:
+        try:
+            return read_episode(root, file)
+        except NotJSON as error:
+            return error
+
     with ThreadPoolExecutor(8) as pool:  # a hundred thousand small files, perhaps over a network
-        return list(pool.map(lambda file: read_episode(root, file), files))
+        found = list(pool.map(read, files))
+    damaged = [each for each in found if isinstance(each, NotJSON)]
+    if len(damaged) == len(found):
+        raise damaged[0]
+    if damaged:
+        tell(f"{files[0].parent}: left out {len(damaged)} of {len(found)} annotations: {damaged[0]}")
+    return [each for each in found if isinstance(each, Episode)]
+
+
+def stored_step(root: Path) -> int:
+    """Steps of the recording from one stored frame to the next: 1 without a manifest, as in VPP's own sets.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    file, mend = root / MANIFEST, "run Step1_GFDM.prepare again"
+    if not file.is_file():
+        return 1
+    source = read_json(file, mend).get("data")
+    step = source.get("every") if isinstance(source, dict) else None
+    if not isinstance(step, int) or step < 1:
+        raise UserError(f"{file}: data.every={step}: must be the step between stored frames; {mend}")
+    return step
 
 
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
@@ -154,17 +214,33 @@ def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
 class Clips:
     """The clips of one data set: windows of every episode, or one clip of each."""
 
-    def __init__(self, config: ClipsConfig, *, frames: int, split: str) -> None:
+    def __init__(self, config: ClipsConfig, *, frames: int, frame_step: int, split: str) -> None:
+        """frames, frame_step: of the model. Raises UserError for what cannot be cut as the config says."""
         self.config, self.frames, self.root = config, frames, Path(config.root)
-        longest = config.longest or float("inf")
+        self.stride, self.every = self._in_stored_frames(stored := stored_step(self.root), frame_step)
+        longest = config.longest or math.inf
         episodes = read_episodes(config.root, split)
         for episode in episodes:
             self._check(episode)
-        self.episodes = [episode for episode in episodes if episode.frames <= longest]
+        self.episodes = [e for e in episodes if (e.frames - 1) * stored < longest]
         if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {config.longest} frames; raise longest")
-        step = config.every if config.clips == "window" else None
-        self._ends = np.cumsum([-(-e.frames // step) if step else 1 for e in self.episodes])
+        if longer := len(episodes) - len(self.episodes):
+            tell(f"{self.root}: left out {longer} of {len(episodes)} videos, longer than {longest} frames")
+        windows = config.clips == "window"
+        self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
+
+    def _in_stored_frames(self, stored: int, frame_step: int) -> tuple[int, int]:
+        """stride and every, of which the files hold one frame in `stored`."""
+        stride = self.config.stride or frame_step
+        every = self.config.every or stride
+        if self.config.clips == "window" and (stride % stored or every % stored):
+            raise UserError(
+                f"{self.root}: stores one frame in {stored} of its recordings, too few for stride={stride}, "
+                f"every={every} (frames of the recording; null: gfdm.frame_step); prepare it again with "
+                f"data.every={math.gcd(stride, every)}, or give multiples of {stored}"
+            )
+        return stride // stored, every // stored
 
     def _check(self, episode: Episode) -> None:
         where = f"{self.root}: episode {episode.id}"
@@ -185,34 +261,40 @@ class Clips:
         return int(self._ends[-1])
 
     def locate(self, index: int) -> tuple[Episode, int]:
-        """Episode and first frame of clip `index`."""
+        """Episode and first stored frame of clip `index`."""
         which = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[which - 1]) if which else 0
-        return self.episodes[which], (index - before) * self.config.every
+        return self.episodes[which], (index - before) * self.every
 
     def indices(self, episode: Episode, start: int) -> np.ndarray:
-        """Frames of the clip [F]."""
-        if self.config.clips == "spread":
-            return np.linspace(0, episode.frames - 1, self.frames).round().astype(np.int64)
-        return np.minimum(start + self.config.stride * np.arange(self.frames), episode.frames - 1)
+        """Stored frames of the clip [F]."""
+        if self.config.clips == "spread":  # truncated, as published
+            return np.linspace(0, episode.frames - 1, self.frames).astype(np.int64)
+        return np.minimum(start + self.stride * np.arange(self.frames), episode.frames - 1)
+
+    def latents(self, episode: Episode, start: int, camera: int) -> Float[Tensor, "F 4 h w"]:
+        """Of one camera's clip; from `latent_videos_svd` where the file that is named cannot be read."""
+        path, indices = episode.latents[camera], self.indices(episode, start)
+        try:
+            return read_latents(self.root / path, indices)
+        except UserError:
+            other = self.root / path.replace("latent_videos", "latent_videos_svd")
+            if not other.is_file():
+                raise
+            return read_latents(other, indices)
 
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Latents [F, 4, h, w] of a randomly chosen camera, and one of the texts."""
+        """Latents [F, 4, h, w] of a randomly chosen camera, and the first of the texts."""
         episode, start = self.locate(index)
         shares = np.array(self._camera_shares(episode))
         camera = int(rng.choice(len(shares), p=shares / shares.sum()))
-        return {
-            "latents": read_latents(self.root / episode.latents[camera], self.indices(episode, start)),
-            "text": str(rng.choice(episode.texts)),
-        }
+        return {"latents": self.latents(episode, start, camera), "text": episode.texts[0]}
 
 
-def open_sets(cfg: Mapping[str, Any], *, frames: int, split: str) -> dict[str, Clips]:
+def open_sets(cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str) -> dict[str, Clips]:
     """The data sets of the `data` section of a configuration, by name."""
-    return {
-        name: Clips(typed(ClipsConfig, section, f"data.sets.{name}"), frames=frames, split=split)
-        for name, section in cfg["sets"].items()
-    }
+    sets = {name: typed(ClipsConfig, section, f"data.sets.{name}") for name, section in cfg["sets"].items()}
+    return {n: Clips(c, frames=frames, frame_step=frame_step, split=split) for n, c in sets.items()}
 
 
 def made_by_another(sets: Iterable[Clips], vae: Path) -> str | None:
@@ -242,7 +324,10 @@ def check_size(sets: Iterable[Clips], expected: torch.Size) -> None:
 
 
 class LatentClips(Dataset):
-    """A mixture of data sets by weight: each sample first draws its data set, then a clip of it."""
+    """A mixture of data sets by weight: sample i first draws its data set, then is its clip i, counted round.
+
+    So a pass over the data is as long as the largest set, and small ones repeat.
+    """
 
     def __init__(self, sets: Mapping[str, Clips]) -> None:
         self.sets = list(sets.values())
@@ -250,16 +335,20 @@ class LatentClips(Dataset):
         self.weights = weights / weights.sum()
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any], *, frames: int, split: str) -> "LatentClips":
+    def from_config(
+        cls, cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str
+    ) -> "LatentClips":
         """From the `data` section of a configuration: `sets`, by name."""
-        return cls(open_sets(cfg, frames=frames, split=split))
+        return cls(open_sets(cfg, frames=frames, frame_step=frame_step, split=split))
 
     def __len__(self) -> int:
-        return sum(map(len, self.sets))
+        return max(map(len, self.sets))
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """A clip, determined by index and rng: {"latents": [F, 4, h, w], "text"}."""
-        if len(self.sets) == 1:
-            return self.sets[0].clip(index, rng)
         chosen = self.sets[rng.choice(len(self.sets), p=self.weights)]
-        return chosen.clip(int(rng.integers(len(chosen))), rng)
+        return chosen.clip(index % len(chosen), rng)
+
+    def texts(self) -> Iterator[str]:
+        """The text of every episode."""
+        return (episode.texts[0] for clips in self.sets for episode in clips.episodes)

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
-from defi.engine.data import SampleNoise
+from defi.engine.data import SampleNoise, sample_seeds, seed_of
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
 from Step1_GFDM.config import check_counts, check_rate
-from Step1_GFDM.data import Clips, Episode, check_size, made_by_another, open_sets, read_latents
+from Step1_GFDM.data import Clips, Episode, check_size, made_by_another, open_sets
 from Step1_GFDM.fvd import action_scores, fvd_figures
 from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
 from Step1_GFDM.i3d import FEWEST_FRAMES, I3D
@@ -70,10 +70,10 @@ def ssim(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tens
 def imagine(
     model: GFDM, first: Float[Tensor, "N 4 h w"], texts: list[str], *, steps: int | None, seed: int
 ) -> Float[Tensor, "N F 3 H W"]:
-    """Imagined frames in [-1, 1] from scaled latents of the first ones; clip i draws noise from seed + i."""
+    """Imagined frames in [-1, 1] from scaled latents of the first ones; each clip has noise of its own."""
     device = model.unet.device
     size = model.noise(1).shape[1:]
-    noise = SampleNoise(torch.arange(len(first)) + seed, device).normal(*size)
+    noise = SampleNoise(sample_seeds("imagined", seed, len(first)), device).normal("video", *size)
     latents = model.generate(first.to(device), model.encode_text(texts), noise=noise, steps=steps)
     return model.decode_latents(latents).cpu()
 
@@ -95,8 +95,7 @@ class Case:
 
     def latents(self) -> Float[Tensor, "F 4 h w"]:
         """Of its first clip, scaled."""
-        file = self.clips.root / self.episode.latents[self.camera]
-        return read_latents(file, self.clips.indices(self.episode, 0))
+        return self.clips.latents(self.episode, 0, self.camera)
 
     def frames(self, size: int) -> Float[Tensor, "F 3 S S"]:
         """The same clip's pictures, in [-1, 1]."""
@@ -168,7 +167,7 @@ class Judge:
 
     def __call__(self, case: Case, other: Case) -> Judged:
         """`other`: another episode, for the one-step figures."""
-        seed, latents = self.seed + case.number, case.latents()
+        seed, latents = seed_of("case", self.seed, case.number), case.latents()
         real = case.frames(self.model.config.image_size)
         texts = [case.text, *([] if self.instruction is None else [self.instruction])]
         imagined = {  # from the same noise: only the words differ
@@ -275,7 +274,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.lpips is not None:
         metrics["lpips"] = LPIPS.from_folder(cfg.lpips)
     i3d = load_i3d(cfg.fvd, model)
-    sets = open_sets(cfg.data, frames=model.config.frames, split=cfg.split)
+    frames, step = model.config.frames, model.config.frame_step
+    sets = open_sets(cfg.data, frames=frames, frame_step=step, split=cfg.split)
     cases = choose(sets, cfg.episodes, cfg.camera)
     check_latents(model, weights, list(sets.values()))
     state.wait_for_everyone()

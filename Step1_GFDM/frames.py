@@ -1,5 +1,6 @@
 """Short clips of pictures for the VAE, straight from demonstrations in CALVIN's format."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from defi.calvin import CalvinFolder
 from defi.config import typed
-from defi.errors import UserError
+from defi.errors import UserError, readable
 from defi.video import prepare_frames
 
 
@@ -70,7 +71,7 @@ class FrameClips(Dataset):
         }
 
     def spread(self, count: int) -> Float[Tensor, "N F 3 H W"]:
-        """`count` clips spread evenly over the data, cameras in turn."""
+        """`count` clips spread evenly over the data, cameras in turn; what cannot be read is left out."""
         indices = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        cameras = list(self.config.cameras)
-        return torch.stack([self.clip(int(i), cameras[n % len(cameras)]) for n, i in enumerate(indices)])
+        wanted = zip(indices.tolist(), itertools.cycle(self.config.cameras))
+        return torch.stack(list(readable(lambda each: self.clip(*each), wanted).values()))

@@ -110,8 +110,8 @@ class GFDM(StageModel):
 
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 4 h w"]:
-        """Scaled latents (mode of the posterior) of images in [-1, 1]."""
-        return self.vae.encode(images).latent_dist.mode() * self.scaling
+        """Scaled latents (mode of the posterior) of images in [-1, 1]; float32, as the VAE may not be."""
+        return self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float() * self.scaling
 
     @torch.no_grad()
     def decode_latents(self, latents: Float[Tensor, "N F 4 h w"]) -> Float[Tensor, "N F 3 H W"]:
@@ -159,8 +159,8 @@ class GFDM(StageModel):
         """Loss of a batch with `text`, `seed` and either `latents` [B, F, 4, h, w] (scaled) or `frames`
         [B, F, 3, H, W] in [-1, 1], whose first one then gets noise of strength exp(N(-3, 0.5))."""
         random = SampleNoise(batch["seed"], self.unet.device)
-        keep = random.uniform(1, 1) >= self.config.diffusion.text_dropout
-        normal = random.normal(1, 1, 1, 1)
+        keep = random.uniform("text dropout", 1, 1) >= self.config.diffusion.text_dropout
+        normal = random.normal("video sigma", 1, 1, 1, 1)
         noise_aug = torch.zeros(len(keep), device=keep.device)
         if "latents" in batch:
             latents = batch["latents"]
@@ -168,15 +168,15 @@ class GFDM(StageModel):
         else:
             frames = batch["frames"]
             latents = self.encode_images(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-            noise_aug = torch.exp(0.5 * random.normal() - 3)
-            blur = noise_aug[:, None, None, None] * random.normal(*frames.shape[2:])
+            noise_aug = torch.exp(0.5 * random.normal("strength of the condition's noise") - 3)
+            blur = noise_aug[:, None, None, None] * random.normal("condition", *frames.shape[2:])
             condition = self.encode_images(frames[:, 0] + blur)
         loss = self.denoising_loss(
             latents,
             self.encode_text(batch["text"]) * keep,
             condition=condition,
             noise_aug=noise_aug,
-            noise=random.normal(*latents.shape[1:]),
+            noise=random.normal("video", *latents.shape[1:]),
             normal=normal,
         )
         return {"loss": loss}
@@ -259,7 +259,8 @@ class GFDM(StageModel):
             ).sample
             sample = self.scheduler.step(prediction, timestep, sample).prev_sample
         timestep = self.scheduler.timesteps[step - 1]
-        scaled = self.scheduler.scale_model_input(sample, timestep)
+        noisy = torch.cat([self.scheduler.scale_model_input(sample, timestep), image], dim=2)
+        dtype = self.unet.dtype
         return up_block_features(
-            self.unet, torch.cat([scaled, image], dim=2), timestep.expand(len(latents)), text, time_ids
+            self.unet, noisy.to(dtype), timestep.expand(len(latents)), text.to(dtype), time_ids
         )

@@ -53,7 +53,7 @@ def one_step_error(
     device = model.unet.device
     latents = latents.to(device)
     first, still = latents[:1], latents[:1].expand_as(latents)
-    noise = SampleNoise(torch.tensor([seed]), device).normal(2, *latents.shape)[0]
+    noise = SampleNoise(torch.tensor([seed]), device).normal("one step", 2, *latents.shape)[0]
     predicted = predict_once(model, first, [text], noise=noise[:1])[0]
     here, again, there = (
         model.features(look, [words], noise=noise[draw : draw + 1])

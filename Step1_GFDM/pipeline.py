@@ -22,10 +22,10 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from defi.checkpoints.foreign import read_foreign
+from defi.checkpoints.foreign import find_index, read_foreign
 from defi.config import typed
 from defi.engine.resume import preserved_rng
-from defi.engine.weights import COPY_AGAIN, check_fit, load_strict, read_tensors
+from defi.engine.weights import COPY_AGAIN, check_fit, load_strict
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json
 from defi.text import CLIPText
@@ -125,13 +125,16 @@ def load_network(model: nn.Module, folder: Path) -> None:
 
 def weights_file(folder: Path) -> Path:
     """Where a network's tensors lie: as this project writes them, or as a published folder may have them."""
-    return next((folder / name for name in PUBLISHED_WEIGHTS if (folder / name).is_file()), folder / WEIGHTS)
+    whole = next((folder / name for name in PUBLISHED_WEIGHTS if (folder / name).is_file()), None)
+    return whole or find_index(folder) or folder / WEIGHTS
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """A network's tensors."""
     file = weights_file(folder)
-    return read_foreign(file) if file.suffix == ".bin" else read_tensors(file)
+    if not file.is_file():
+        raise UserError(f"{file}: missing; copy the checkpoint folder as a whole")
+    return read_foreign(file)
 
 
 def load_foreign(folder: Path, clip: CLIPText) -> tuple[dict[str, Any], dict[str, Any]]:

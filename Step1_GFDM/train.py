@@ -14,12 +14,14 @@ from omegaconf import DictConfig
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.config import TrainerConfig, run_settings
+from defi.engine.data import sample_seeds
 from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.errors import UserError
+from defi.processes import tell
 from defi.video import draw_text, to_uint8, write_mp4
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LatentClips, check_size, made_by_another
+from Step1_GFDM.data import SPLITS, LatentClips, check_size, made_by_another
 from Step1_GFDM.eval import imagine
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.vae import load_vae
@@ -33,7 +35,8 @@ def main(cfg: DictConfig) -> None:
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = GFDMConfig.from_preset(cfg)
     data, held_out = (
-        LatentClips.from_config(cfg.data, frames=config.frames, split=split) for split in ("train", "val")
+        LatentClips.from_config(cfg.data, frames=config.frames, frame_step=config.frame_step, split=split)
+        for split in SPLITS
     )
     vae = None
     if config.pretrained is None:
@@ -45,6 +48,7 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
     check_size([*data.sets, *held_out.sets], model.noise(1).shape[2:])
+    tell(model.clip.told(text for part in (data, held_out) for text in part.texts()))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     picks = np.linspace(0, len(held_out) - 1, SHOWN).astype(int)
@@ -60,7 +64,7 @@ def main(cfg: DictConfig) -> None:
             frames = np.concatenate([to_uint8(beside), to_uint8(clip)], axis=2)
             captioned = np.stack([draw_text(frame, f"real | imagined: {text}") for frame in frames])
             write_mp4(folder / f"clip_{number}.mp4", captioned, fps=5)
-        seeds = torch.arange(len(shown)) + cfg.seed
+        seeds = sample_seeds("held out", cfg.seed, len(shown))
         return {"held_out_loss": model({"latents": latents, "text": texts, "seed": seeds})["loss"].item()}
 
     train(

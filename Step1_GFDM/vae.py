@@ -110,7 +110,7 @@ class VideoVAE(StageModel):
         images = frames.flatten(0, 1)
         posterior = self.vae.encode(images).latent_dist
         mean, deviation = posterior.mean, posterior.std
-        noise = SampleNoise(batch["seed"], mean.device).normal(frames.shape[1], *mean.shape[1:])
+        noise = SampleNoise(batch["seed"], mean.device).normal("latents", frames.shape[1], *mean.shape[1:])
         decoded = self.vae.decode(mean + deviation * noise.flatten(0, 1), num_frames=frames.shape[1]).sample
         l1, mse = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
         kl = 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean()

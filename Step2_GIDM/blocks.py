@@ -75,12 +75,11 @@ class SpatioTemporalBlock(nn.Module):
         self.ffn = feed_forward(width)
 
     def forward(
-        self, x: Float[Tensor, "B F S D"], key_mask: Bool[Tensor, "B S"] | None = None
+        self, x: Float[Tensor, "B F S D"], key_mask: Bool[Tensor, "BF S"] | None = None
     ) -> Float[Tensor, "B F S D"]:
         batch, frames = x.shape[:2]
-        # One mask per sample, the same for all frames of that sample: repeated within, not across, samples.
-        mask = None if key_mask is None else key_mask.repeat_interleave(frames, dim=0)
-        x = x + self.spatial(self.spatial_norm(x).flatten(0, 1), key_mask=mask).unflatten(0, (batch, frames))
+        y = self.spatial(self.spatial_norm(x).flatten(0, 1), key_mask=key_mask)
+        x = x + y.unflatten(0, (batch, frames))
         y = self.temporal(self.temporal_norm(x).transpose(1, 2).flatten(0, 1), causal=True)
         x = x + y.unflatten(0, (batch, -1)).transpose(1, 2)
         return x + self.ffn(self.ffn_norm(x))

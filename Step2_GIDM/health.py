@@ -51,10 +51,11 @@ class Probed:
         clips, rows = [], []
         for pair in seen.pairs:
             clip, now = data.locate(int(pair))
-            last = min(now + data.distance[1], clip.length - 1)
-            actions = source.data.stack("rel_actions", range(clip.start + now, clip.start + last))
+            moves = clip.pair(now, data.distance[1])[1] - now  # 0 where both are the clip's last frame
+            first = clip.start + now
+            actions = source.data.stack("rel_actions", range(first, first + max(1, moves)))
             clips.append(numbers[clip])
-            rows.append([*actions[:, :6].sum(0), actions[:, 6].mean()])
+            rows.append([*actions[:moves, :6].sum(0), actions[:, 6].mean()])
         return cls(seen, np.array(clips), np.array(rows))
 
 

@@ -1,4 +1,4 @@
-"""Initial weights from which the codes are used early.
+"""Initial weights from which the codes are used early (`gidm.initial: early_codes`).
 
 With the usual random weights the queries hardly depend on the frames and the decoder must first learn to
 copy, so for a long time every pair gets the same codes and the decoder learns to do without them. These
@@ -10,9 +10,20 @@ import torch
 from torch import nn
 
 from Step2_GIDM.blocks import SelfAttention
+from Step2_GIDM.latent_action import LatentActionModel
 
 CODE_SCALE = 0.3  # of the projection to the codes: with small vectors commitment does not outweigh the MSE
 COPY_GAIN = 3.0  # of the decoder's input over its positions, which a copy would have to take out again
+
+
+def use_codes_early(model: LatentActionModel) -> None:
+    """Give a new model these weights; every other one keeps PyTorch's."""
+    tokenizer, decoder = model.tokenizer, model.decoder
+    start_as_difference(tokenizer.encoder.blocks[0].temporal)
+    start_centred(tokenizer.encoder.to_code[0], tokenizer.from_code)
+    if tokenizer.sizes.frozen_codes is not None:
+        start_centred(tokenizer.encoder.to_code[1], tokenizer.from_frozen_code)
+    start_as_copy(decoder.embed_patches, decoder.embed, decoder.out)
 
 
 @torch.no_grad()

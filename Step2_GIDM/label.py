@@ -1,11 +1,12 @@
 """Latent actions of every pair of frames: `python -m Step2_GIDM.label …` (configs/step2_label.yaml).
 
-One row per pair: `frame` and `later` (positions in the clip), `indices` [Q] (codes). The codes' vectors are
-the rows of the `codebook` [codes, Z].
+One row per frame of a clip, as in training: `frame` and `later` (positions in the clip; at its end both are
+the last), `indices` [Q] (codes). The codes' vectors are the rows of the `codebook` [codes, Z].
 
-    codes.parquet   written clip by clip, so of any length; clip's name, start and text in every row, the
-                    codebook as JSON in the file's metadata. Needs the package pyarrow
-    codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name`, `start`, `text`
+    codes.parquet   written clip by clip, so of any length; clip's name and start and the frame's text in
+                    every row, the codebook as JSON in the file's metadata. Needs the package pyarrow
+    codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name` and `start`, `said` [N]
+                    that of `text`
 
 All of a data set is labelled where its section does not ask for less: RLDS' whole `train`, all of CALVIN's
 recordings (`data.language=true`: the annotated spans, with their instructions). A clip that cannot be read is
@@ -35,9 +36,9 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.processes import processes
-from Step2_GIDM.data.augment import resize
 from Step2_GIDM.data.build import Whole, read_section
 from Step2_GIDM.data.pairs import Clip, Source
+from Step2_GIDM.data.resize import resize
 from Step2_GIDM.model import GIDM
 
 CHUNK = 64  # earlier frames labelled at once
@@ -45,36 +46,38 @@ CHUNK = 64  # earlier frames labelled at once
 
 @dataclass(frozen=True)
 class Labels:
-    """Pairs of one clip, in order, and their codes."""
+    """Pairs of one clip, in order, the texts of their earlier frames, and their codes."""
 
     clip: Clip
     pairs: Int[np.ndarray, "N 2"]
+    texts: list[str]
     indices: Int[np.ndarray, "N Q"]
 
 
 def pairs_of(clip: Clip, distance: int) -> Int[np.ndarray, "N 2"]:
-    """Positions (now, later) of all pairs of a clip, the later frame clamped to the clip's end."""
-    now = np.arange(clip.length - 1)
-    return np.stack([now, np.minimum(now + distance, clip.length - 1)], axis=1)
+    """Positions (now, later) of all pairs of a clip."""
+    return np.array([clip.pair(now, distance) for now in range(clip.length)])
 
 
 @torch.no_grad()
 def label_clip(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels:
-    """A clip of at least two frames; every frame of a chunk of pairs is read and goes through DINO once."""
+    """A clip of at least one frame; every frame of a chunk of pairs is read and goes through DINO once."""
     device = next(model.core.parameters()).device
     pairs, indices = pairs_of(clip, distance), []
+    texts = [clip.text(now) for now in range(clip.length)]
     for first in range(0, len(pairs), CHUNK):
         chunk = pairs[first : first + CHUNK]
         positions = np.unique(chunk)
         pixels = torch.from_numpy(source.read(clip, positions.tolist())).permute(0, 3, 1, 2)
         patches = model.dino(resize(pixels, model.config.dino.image_size).to(device))
         rows = torch.from_numpy(np.searchsorted(positions, chunk)).to(device)
-        indices.append(model.encode(patches[rows], [clip.text] * len(chunk)).indices.cpu().numpy())
-    return Labels(clip, pairs, np.concatenate(indices).astype(np.int16))
+        found = model.encode(patches[rows], texts[first : first + CHUNK])
+        indices.append(found.indices.cpu().numpy())
+    return Labels(clip, pairs, texts, np.concatenate(indices).astype(np.int16))
 
 
 def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels | UserError]:
-    """All clips of at least two frames, in order, in every process; each labels its share of them.
+    """All clips that are not empty, in order, in every process; each labels its share of them.
 
     Of a clip that cannot be read comes the reason.
 
@@ -82,19 +85,19 @@ def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels | UserE
         UserError: there is none, or none can be read.
     """
     model.eval()
-    long = [number for number, clip in enumerate(source.clips) if clip.length > 1]
-    if not long:
-        raise UserError("data: no clip has two frames; give longer videos")
+    filled = source.lengths.nonzero()[0].tolist()
+    if not filled:
+        raise UserError("data: no clip has a frame; give longer videos")
     state, unread = processes(), []
-    rounds = range(0, len(long), state.num_processes)
+    rounds = range(0, len(filled), state.num_processes)
     for first in track(rounds, description="clips", disable=not state.is_main_process):
-        own = long[first : first + state.num_processes][state.process_index :][:1]
+        own = filled[first : first + state.num_processes][state.process_index :][:1]
         for found in gather_object([_label_or_reason(model, source, source.clips[i], distance) for i in own]):
             if isinstance(found, UserError):
                 unread.append(found)
             yield found
-    if len(unread) == len(long):
-        raise UserError(f"data: none of {len(long)} clips can be read; the first: {unread[0]}")
+    if len(unread) == len(filled):
+        raise UserError(f"data: none of {len(filled)} clips can be read; the first: {unread[0]}")
 
 
 def _label_or_reason(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels | UserError:
@@ -124,9 +127,9 @@ class Tally:
 
     def told(self, whole: Whole) -> str:
         """What was labelled of a data set, and what was not."""
-        short = len(whole.source.clips) - self.clips - self.unread
+        empty = len(whole.source.clips) - self.clips - self.unread
         left_out = [f"clips that cannot be read ({self.unread:,})"] if self.unread else []
-        left_out += [f"clips of less than two frames ({short:,})"] if short else []
+        left_out += [f"clips without frames ({empty:,})"] if empty else []
         left_out += whole.left_out
         told = f"{self.pairs:,} pairs of {self.clips:,} clips of {whole.scope}"
         return f"{told}; left out: {', '.join(left_out)}" if left_out else told
@@ -136,6 +139,7 @@ def write_npz(path: Path, labels: Iterable[Labels], codebook: np.ndarray) -> Non
     """Write plain arrays."""
     found = list(labels)
     now, later = np.concatenate([part.pairs for part in found]).T
+    texts, said = np.unique([text for part in found for text in part.texts], return_inverse=True)
     arrays = {
         "clip": np.repeat(np.arange(len(found)), [len(part.pairs) for part in found]),
         "frame": now,
@@ -144,7 +148,8 @@ def write_npz(path: Path, labels: Iterable[Labels], codebook: np.ndarray) -> Non
         "codebook": codebook,
         "name": np.array([part.clip.name for part in found], dtype=str),
         "start": np.array([part.clip.start for part in found]),
-        "text": np.array([part.clip.text for part in found], dtype=str),
+        "said": said,
+        "text": texts,
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -164,8 +169,8 @@ def write_parquet(path: Path, labels: Iterable[Labels], codebook: np.ndarray) ->
         with pq.ParquetWriter(partial, schema, compression="zstd") as file:
             for part in labels:
                 count = len(part.pairs)
-                columns = {key: [getattr(part.clip, key)] * count for key in ("name", "start", "text")}
-                columns |= {"frame": part.pairs[:, 0], "later": part.pairs[:, 1]}
+                columns = {key: [getattr(part.clip, key)] * count for key in ("name", "start")}
+                columns |= {"text": part.texts, "frame": part.pairs[:, 0], "later": part.pairs[:, 1]}
                 file.write_table(pa.table(columns | {"indices": list(part.indices)}, schema=schema))
         os.replace(partial, path)
     finally:

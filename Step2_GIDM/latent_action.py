@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from Step2_GIDM.blocks import SpatialBlock, SpatioTemporalBlock, input_projection, sinusoid
-from Step2_GIDM.initial import start_as_copy, start_as_difference, start_centred
 from Step2_GIDM.quantizer import Quantized, VectorQuantizer
 
 
@@ -56,7 +55,12 @@ class LatentActionEncoder(nn.Module):
 
     One set of queries, or two in the controllable variant (the new set stands first). The later frame's
     queries are the answer: attention over time is causal, so only they have seen both frames.
+
+    mixed_text_masks: repeat the published fault that in training, of the B·F rows, row n gets the text mask
+    of sample n mod B, so that one sample's padding hides or shows another's text.
     """
+
+    mixed_text_masks = False
 
     def __init__(self, sizes: LatentActionSizes) -> None:
         super().__init__()
@@ -71,7 +75,6 @@ class LatentActionEncoder(nn.Module):
             SpatioTemporalBlock(sizes.width, sizes.heads) for _ in range(sizes.blocks)
         )
         self.to_code = nn.ModuleList(nn.Linear(sizes.width, sizes.code_width) for _ in range(query_sets))
-        start_as_difference(self.blocks[0].temporal)
 
     def forward(
         self,
@@ -86,12 +89,19 @@ class LatentActionEncoder(nn.Module):
         x = x + sinusoid(x.shape[2], x.shape[3], device=x.device).to(x.dtype)
         mask = None
         if text is not None:
-            mask = text_key_mask(x.shape[2], text_mask)
+            mask = self._of_frames(text_key_mask(x.shape[2], text_mask), frames)
             x = torch.cat([x, text[:, None].expand(-1, frames, -1, -1).to(x.dtype)], dim=2)
         for block in self.blocks:
             x = block(x, mask)
         later = x[:, -1, : queries.shape[2]].split(self.sizes.queries, dim=1)
         return tuple(project(z) for project, z in zip(self.to_code, later))
+
+    def _of_frames(self, mask: Bool[Tensor, "B S"] | None, frames: int) -> Bool[Tensor, "BF S"] | None:
+        if mask is None:
+            return None
+        if self.training and self.mixed_text_masks:
+            return mask.repeat(frames, 1)
+        return mask.repeat_interleave(frames, dim=0)
 
 
 def text_key_mask(tokens: int, text_mask: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B S"] | None:
@@ -113,11 +123,9 @@ class LatentActionTokenizer(nn.Module):
         self.encoder = LatentActionEncoder(sizes)
         self.quantizer = VectorQuantizer(sizes.codes, sizes.code_width)
         self.from_code = nn.Linear(sizes.code_width, sizes.width)
-        start_centred(self.encoder.to_code[0], self.from_code)
         if sizes.frozen_codes is not None:
             self.frozen_quantizer = VectorQuantizer(sizes.frozen_codes, sizes.code_width, trainable=False)
             self.from_frozen_code = nn.Linear(sizes.code_width, sizes.width)
-            start_centred(self.encoder.to_code[1], self.from_frozen_code)
 
     def forward(
         self,
@@ -149,7 +157,6 @@ class FutureDecoder(nn.Module):
         self.embed = input_projection(sizes.width, sizes.width)
         self.blocks = nn.ModuleList(SpatialBlock(sizes.width, sizes.heads) for _ in range(blocks))
         self.out = nn.Linear(sizes.width, sizes.patch_width)
-        start_as_copy(self.embed_patches, self.embed, self.out)
 
     def forward(
         self,

@@ -4,6 +4,8 @@ Paper section "General Inverse Dynamics Model": frozen DINOv2 patches of two fra
 action tokenizer and a decoder that predicts the later frame's patches. Actions of a robot are never used.
 """
 
+import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from defi.files import check_sizes, read_json
 from defi.text import T5Text, TextConfig
 from Step2_GIDM.blocks import SpatialBlock, SpatioTemporalBlock
 from Step2_GIDM.dino import DinoConfig, DinoPatches
+from Step2_GIDM.initial import use_codes_early
 from Step2_GIDM.latent_action import (
     LatentActionModel,
     LatentActionOutput,
@@ -31,7 +34,19 @@ from Step2_GIDM.quantizer import perplexity
 
 __all__ = ["GIDM", "GIDMConfig", "LatentActionSizes", "LatentActionTokenizer", "LatentActions"]
 
-VARIANTS = ("language", "controllable")
+CHOICES = {
+    "variant": ("language", "controllable"),
+    "initial": ("default", "early_codes"),
+    "restart_from": ("vectors", "codes"),
+}
+
+PUNCTUATION = re.compile(f"[{re.escape(string.punctuation.replace(chr(92), ''))}]")
+"""What is left out of instructions. The published pattern forgets the backslash, which therefore stays."""
+
+
+def plain(text: str) -> str:
+    """Lower case, without punctuation: how instructions reach T5 in this stage. Blanks stay as they are."""
+    return PUNCTUATION.sub("", text.lower())
 
 
 @dataclass
@@ -43,6 +58,9 @@ class GIDMConfig:
         reads that number from the first stage).
     commitment: weight β of the commitment loss.
     restart_pairs: codes that so many pairs did not use are restarted; null: those that an epoch did not use.
+    restart_from: as recent `vectors` of the encoder, or as copies of other `codes` (published).
+    initial: `default`, PyTorch's weights (published), or `early_codes` (`Step2_GIDM.initial`).
+    mixed_text_masks: in training a row sees the text mask of another sample (published, a fault).
     """
 
     variant: str = "language"
@@ -56,12 +74,16 @@ class GIDMConfig:
     frozen_codes: int = 16
     commitment: float = 0.25
     restart_pairs: int | None = None
+    restart_from: str = "vectors"
+    initial: str = "default"
+    mixed_text_masks: bool = False
     dino: DinoConfig = field(default_factory=DinoConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise UserError(f"gidm.variant={self.variant}: choose one of {', '.join(VARIANTS)}")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"gidm.{name}={value}: choose one of {', '.join(choices)}")
         if self.width % self.heads:
             raise UserError(f"gidm.width={self.width}: not a multiple of gidm.heads={self.heads}")
 
@@ -116,6 +138,9 @@ class GIDM(StageModel):
             decoder_blocks=config.decoder_blocks,
             commitment=config.commitment,
         )
+        self.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
+        if config.initial == "early_codes":
+            use_codes_early(self.core)
         self.freeze()
 
     @property
@@ -154,13 +179,17 @@ class GIDM(StageModel):
         return self.tokenizer(patches, *self.language(texts))
 
     def language(self, texts: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
-        return self.text(texts) if self.config.variant == "language" else ()
+        """States and mask of the instructions; nothing in the variant without language."""
+        if self.config.variant != "language":
+            return ()
+        together = self.training and self.config.mixed_text_masks
+        return self.text([plain(text) for text in texts], together=together)
 
     def step_end(self) -> None:
         """Restart the codes that the latest `restart_pairs` pairs, of all processes, did not use."""
         period, quantizer = self.config.restart_pairs, self.tokenizer.quantizer
         if period is not None and int(quantizer.usage.sum()) >= period * self.config.queries:
-            quantizer.restart_unused()
+            quantizer.restart_unused(self.config.restart_from)
 
     def epoch_end(self) -> dict[str, float]:
         """Restart the codes that no pair of the epoch used, unless `restart_pairs` sets another period."""
@@ -168,7 +197,7 @@ class GIDM(StageModel):
             return {}
         quantizer = self.tokenizer.quantizer
         health = {"epoch_perplexity": float(perplexity(quantizer.usage))}
-        return health | {"restarted_codes": float(quantizer.restart_unused())}
+        return health | {"restarted_codes": float(quantizer.restart_unused(self.config.restart_from))}
 
     @torch.no_grad()
     def adopt_first_stage(self, first: "GIDM") -> None:

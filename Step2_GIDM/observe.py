@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from Step2_GIDM.data.augment import resize
+from defi.errors import readable
 from Step2_GIDM.data.mixture import PairMixture
 from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.resize import resize
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import perplexity
 
@@ -58,11 +59,13 @@ def observe(model: GIDM, data: PairDataset | PairMixture, count: int) -> Observe
     # In random order, so that the other pair whose latent action is tried is not its neighbour in time.
     pairs = np.random.default_rng(0).permutation(pairs)
     device = next(model.core.parameters()).device
+    read = readable(lambda pair: resize(data.frames(pair), data.image_size), pairs.tolist())
+    pairs = np.array(list(read))
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, len(pairs), BATCH):
-        chosen = [int(pair) for pair in pairs[first : first + BATCH]]
-        frames = torch.stack([resize(data.frames(pair), data.image_size) for pair in chosen])
-        texts = [data.locate(pair)[0].text for pair in chosen]
+        chosen = pairs[first : first + BATCH].tolist()
+        frames = torch.stack([read[pair] for pair in chosen])
+        texts = [clip.text(now) for clip, now in map(data.locate, chosen)]
         small = F.interpolate(frames.flatten(0, 1), PICTURE, mode="bilinear", antialias=True)
         pictures = (small * 255).round().byte().unflatten(0, frames.shape[:2])
         parts.append((pictures, *(t.cpu() for t in _look(model, frames.to(device), texts))))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from defi.engine.data import stream
 from defi.engine.distributed import full_tensor, shard_like
 
 RECENT = 256  # encoder vectors kept for restarts
@@ -76,20 +77,21 @@ class VectorQuantizer(nn.Module):
         self.recent.copy_(torch.cat([self.recent, z.flatten(0, 1)])[-RECENT:])
 
     @torch.no_grad()
-    def restart_unused(self) -> int:
-        """Move every code unused since the last call onto a recent encoder vector; returns how many were.
+    def restart_unused(self, onto: str = "vectors") -> int:
+        """Move every code unused since the last call; returns how many were. Counting starts anew.
 
-        The draw is from the vectors since then and depends on the number of earlier restarts only; all
-        processes hold the same vectors, so they end with the same codebook. Counting starts anew.
+        onto: recent `vectors` of the encoder, drawn from those since the last call, or `codes`, drawn from
+            the codebook. The draw depends on the number of earlier restarts only and all processes hold the
+            same vectors, so they end with the same codebook.
         """
         dead = (self.usage == 0).nonzero().flatten()
         counted = int(self.usage.sum())
         if counted and len(dead) and self.codebook.requires_grad:
-            generator = torch.Generator().manual_seed(int(self.restarts))
-            draw = torch.randperm(min(counted, RECENT), generator=generator)
-            draw = draw[torch.arange(len(dead)) % len(draw)]  # with more dead codes than vectors, again
             codebook = full_tensor(self.codebook).detach().clone()
-            codebook[dead] = self.recent.flip(0)[draw.to(self.recent.device)].to(codebook.dtype)
+            source = codebook if onto == "codes" else self.recent.flip(0)[: min(counted, RECENT)]
+            draw = torch.from_numpy(stream("restarted codes", int(self.restarts)).permutation(len(source)))
+            draw = draw[torch.arange(len(dead)) % len(draw)]  # with more dead codes than vectors, again
+            codebook[dead] = source[draw.to(source.device)].to(codebook.dtype)
             self.codebook.copy_(shard_like(codebook, self.codebook))
             self.restarts += 1
         self.usage.zero_()

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from defi.engine.output import write_file
-from Step2_GIDM.data.augment import resize
 from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.resize import resize
 from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import overlay
 from Step2_GIDM.model import GIDM
@@ -57,14 +57,15 @@ def transfer(model: GIDM, data: PairDataset) -> Transfer:
     """Actions of pairs spread over the data, at the largest distance, applied to frames of other clips."""
     model.eval()
     device = next(model.core.parameters()).device
-    pairs = np.unique(np.linspace(0, len(data) - 1, ACTIONS).round().astype(int))
+    # Not the last pair of all, whose two frames are the same one.
+    pairs = np.unique(((np.arange(ACTIONS) + 0.5) / ACTIONS * len(data)).astype(int))
     frames = torch.stack([resize(data.frames(int(pair)), data.image_size) for pair in pairs])
-    texts = [data.locate(int(pair))[0].text for pair in pairs]
+    texts = [clip.text(now) for clip, now in map(data.locate, pairs.tolist())]
     language = model.language(texts)
     actions = model.tokenizer(model.patches(frames.to(device)), *language)
     tokens, mask = actions.all_tokens(), language[1] if language else None
     reached = []
-    long = [number for number, clip in enumerate(data.source.clips) if clip.length > 1]
+    long = (data.source.lengths > 1).nonzero()[0].tolist()
     for number in np.unique(np.linspace(0, len(long) - 1, STARTS).round().astype(int)):
         clip = data.source.clips[long[number]]
         positions = np.unique(np.linspace(0, clip.length - 1, CANDIDATES).round().astype(int)).tolist()

@@ -169,7 +169,7 @@ class ActionDenoiser(nn.Module):
         self.embed_sigma = SigmaEmbedding(dim)
         self.embed_action = nn.Linear(action_dim, dim)
         positions = nn.Parameter(0.3 * torch.randn(chunk, dim))
-        self.action_positions = positions if config.action_positions else None
+        self.action_positions = positions if config.cross_attention == "full" else None
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(dim, bias=False)
         self.predict = nn.Linear(dim, action_dim)

@@ -62,8 +62,13 @@ def publish(policy: DeFI) -> dict[str, Tensor]:
     """The trained part under the published names.
 
     Raises:
-        UserError: the video model was finetuned along; published files have no place for it.
+        UserError: published files have no place for its positions, or for a video model finetuned along.
     """
+    if policy.config.action_head.cross_attention == "full":
+        raise UserError(
+            "policy.action_head.cross_attention=full: a published policy's is causal, without positions; "
+            "use preset=released, or policy.action_head.cross_attention=causal"
+        )
     if policy.config.finetune.mode != "none":
         raise UserError(
             f"gfdm.finetune={policy.config.finetune.mode}: a published file cannot hold a finetuned video "

@@ -64,11 +64,16 @@ def comparison_table(a: Results, b: Results) -> Table:
 def remarks(a: Results, b: Results) -> list[str]:
     """What weakens the comparison without forbidding it: few chains, conditions that differ."""
     pairs = [(key, a.run["settings"].get(key), b.run["settings"].get(key)) for key in REMARKED]
-    pairs.append(("renderer", a.run["renderer"], b.run["renderer"]))
     pairs += [(key, version, b.run["versions"].get(key)) for key, version in a.run["versions"].items()]
     found = []
     if len(a.chains) < FEW:
         found.append(f"{len(a.chains)} chains only: intervals of so few say little; run {FEW} or more")
+    drawn = a.run["renderer"], b.run["renderer"]
+    if drawn[0] != drawn[1]:
+        found.append(f"renderer differs: {drawn[0]} | {drawn[1]}: they saw other pictures of the same scenes")
+    found += [
+        f"{name}: {caveat}" for name, side in (("a", a), ("b", b)) if (caveat := side.run.get("caveat"))
+    ]
     found += [f"{key} differs: {first} | {second}" for key, first, second in pairs if first != second]
     if a.policy.get("fingerprint") == b.policy.get("fingerprint") is not None:
         found.append("both results are of the same weights")

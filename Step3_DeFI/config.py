@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from defi.config import typed
 from defi.errors import UserError
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
+
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -29,8 +32,8 @@ class VideoFormerConfig:
 class ActionHeadConfig:
     """Sizes of the action head.
 
-    cross_attention: `full`, or `causal` as in the published weights: action i sees the first i + 1 tokens.
-    action_positions: a learned position per action (published: none).
+    cross_attention: `full`, with a learned position per action, or `causal` as in the published weights:
+        action i sees the first i + 1 tokens, which is then the only sign of which action it is.
     identity_modulation: begin with plain layers, AdaLN's scale and gate 1 (published: 0, nearly closed).
     """
 
@@ -42,7 +45,6 @@ class ActionHeadConfig:
     residual_dropout: float = 0.1
     mlp_dropout: float = 0.05
     cross_attention: str = "full"
-    action_positions: bool = False
     identity_modulation: bool = False
 
     def __post_init__(self) -> None:
@@ -138,6 +140,11 @@ class PolicyConfig:
     feature_noise: `fresh` noise per look, or the same (`fixed`) noise for all, which makes features a
     function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
     merge: side of the squares of neighbouring feature tokens that are joined into one (published: 1).
+    restart_codes: codes that no sample of an epoch used are restarted (published: no).
+    t5_dropout: T5 runs with its dropout while the policy trains (published, by an oversight).
+    mixed_text_masks: as in stage 2 (`LatentActionEncoder`; published, a fault).
+    gfdm_precision: what UNet and VAE of a frozen video model are kept and computed in, whatever the rest is
+        computed in: no (as the rest), fp16 (published) or bf16.
     codebook_weight, commitment_weight: of the loss. finetune: whether the video model learns as well.
     """
 
@@ -154,6 +161,10 @@ class PolicyConfig:
     video_former: VideoFormerConfig = field(default_factory=VideoFormerConfig)
     action_head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     diffusion: ActionDiffusionConfig = field(default_factory=ActionDiffusionConfig)
+    restart_codes: bool = False
+    t5_dropout: bool = False
+    mixed_text_masks: bool = False
+    gfdm_precision: str = "no"
     chunk: int = 10
     action_dim: int = 7
     codebook_weight: float = 1.0
@@ -163,18 +174,44 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.feature_noise not in ("fresh", "fixed"):
             raise UserError(f"policy.feature_noise={self.feature_noise}: must be fresh or fixed")
+        if self.gfdm_precision not in PRECISIONS:
+            raise UserError(
+                f"policy.gfdm_precision={self.gfdm_precision}: choose one of {', '.join(PRECISIONS)}"
+            )
         if max(self.latent_action_frames) >= self.frames:
             raise UserError(
                 f"policy.latent_action_frames={self.latent_action_frames}: beyond policy.frames={self.frames}"
             )
+
+    @property
+    def video_precision(self) -> str:
+        """`gfdm_precision`, but for a video model that learns, which needs float32."""
+        return self.gfdm_precision if self.finetune.mode == "none" else "no"
 
     @classmethod
     def from_preset(cls, cfg: Mapping[str, Any]) -> "PolicyConfig":
         """From a composed configuration: its section `policy`."""
         return typed(cls, cfg["policy"], "policy")
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
+        """From the content of a checkpoint's `file`; in older ones positions were a setting of their own.
+
+        Raises:
+            UserError: a setting that there is not, or positions that do not go with the cross-attention.
+        """
+        head = values.get("action_head")
+        if isinstance(head, dict) and "action_positions" in head:
+            has, kind = head.pop("action_positions"), head.get("cross_attention", "full")
+            if has != (kind == "full"):
+                raise UserError(
+                    f"{file}: cross_attention={kind} with action_positions={has} is no longer possible (full "
+                    "cannot tell actions apart without positions, causal has none); train it again"
+                )
+        return typed(cls, values, str(file))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON; `typed(PolicyConfig, …)` reads them back."""
+        """Plain containers, for JSON; `from_json` reads them back."""
         return asdict(self)
 
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:

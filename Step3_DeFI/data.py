@@ -7,7 +7,7 @@
                             images    uint8   [rows, V, 3, H, W]
         actions.npy     float32 [N, K, 7]
         index.npy       int64 [N, 2]: row of inputs, number of the instruction
-        video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `video_stride`)
+        video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `store.videos`)
         robot_obs.npy   float32 [N, 15] at the sample's frame, and
         spans.npy       int64 [N, 2]: annotated span (-1: none), frame in the source; training reads neither
 """
@@ -36,7 +36,10 @@ class PolicySamples(Protocol):
     """A data set of the policy's, packed (`PolicyStore`) or straight from recordings (`CalvinSamples`).
 
     Samples are {features | latents | images, text, actions [K, A]} and, where wanted, `video` [V, F, ...].
+    texts: the distinct instructions.
     """
+
+    texts: list[str]
 
     @property
     def fingerprint(self) -> str:
@@ -108,6 +111,7 @@ class PolicyStore(Dataset):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         m = self.manifest
+        self.texts = m.texts
         draws = (m.draws,) if m.kind == "features" else ()
         self.inputs = self._array(INPUTS, (m.rows, *draws, *m.look))
         self.actions = self._array(ACTIONS, (m.samples, m.chunk, None))

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from defi.engine.data import SampleNoise
 from Step1_GFDM.model import GFDM
+from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import to_unit
+
+
+def keep_in(precision: str, gfdm: GFDM) -> None:
+    """Keep the weights of UNet and VAE in fp16 or bf16; CLIP's and, with `no`, all stay as they are."""
+    if precision != "no":
+        for network in (gfdm.unet, gfdm.vae):
+            nn.Module.to(network, PRECISIONS[precision])  # diffusers' own has a warning to tell
 
 
 @torch.no_grad()
@@ -33,12 +41,13 @@ def imagine(
 def video_noise(
     gfdm: GFDM, seeds: Int[Tensor, " B"], *, views: int, kind: str, device: torch.device
 ) -> Float[Tensor, "B V F 4 h w"]:
-    """Noise that GFDM starts from: `fresh`: a function of each sample's seed; `fixed`: one for all."""
+    """Noise that GFDM starts from, other for each view. `fresh`: a function of each sample's seed; `fixed`:
+    the same for all."""
     config = gfdm.config
-    shape = (views, config.frames, config.vae.latent_channels, config.latent_size, config.latent_size)
-    if kind == "fixed":
-        return SampleNoise(torch.zeros(1, dtype=torch.long), device).normal(*shape).expand(len(seeds), *shape)
-    return SampleNoise(seeds, device).normal(*shape)
+    shape = (config.frames, config.vae.latent_channels, config.latent_size, config.latent_size)
+    draw = SampleNoise(torch.zeros_like(seeds[:1]) if kind == "fixed" else seeds, device)
+    noise = torch.stack([draw.normal(f"features of view {view}", *shape) for view in range(views)], dim=1)
+    return noise.expand(len(seeds), *noise.shape[1:])
 
 
 def merge_tokens(features: Float[Tensor, "B V F L C"], side: int) -> Float[Tensor, "B V F M D"]:

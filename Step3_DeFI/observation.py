@@ -11,12 +11,16 @@ CAMERAS = ("rgb_static", "rgb_gripper")
 
 
 def observe(images: dict[str, UInt8[np.ndarray, "H W 3"]], size: int) -> UInt8[Tensor, "V 3 size size"]:
-    """Pictures of all cameras (any size each) → size × size, bilinear with antialiasing, rounded to uint8."""
+    """Pictures of all cameras (any size each) → size × size, bilinear with antialiasing, rounded to uint8.
+
+    In float32, as published: PyTorch's kernel for uint8 is off by one level at every tenth value.
+    """
     views = []
     for camera in CAMERAS:
         image = torch.from_numpy(np.ascontiguousarray(images[camera])).permute(2, 0, 1)[None]
         if image.shape[-2:] != (size, size):
-            image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+            image = F.interpolate(image.float(), (size, size), mode="bilinear", antialias=True)
+            image = image.round_().to(torch.uint8)
         views.append(image[0])
     return torch.stack(views)
 

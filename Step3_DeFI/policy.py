@@ -4,6 +4,7 @@ DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictu
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel, settings_of
@@ -26,7 +26,7 @@ from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
-from Step3_DeFI.features import Standardise, encode_views, imagine, merge_tokens, video_noise
+from Step3_DeFI.features import Standardise, encode_views, imagine, keep_in, merge_tokens, video_noise
 from Step3_DeFI.finetune import idle, open_for_finetuning
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.sources import Sources, check_gfdm, check_gidm
@@ -89,6 +89,7 @@ class DeFI(StageModel):
         check_gfdm(config, gfdm)
         self.config, self.sources = config, sources
         self.gfdm, self.t5 = gfdm, t5
+        keep_in(config.video_precision, gfdm)
         open_for_finetuning(gfdm, config.finetune)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
         former = config.video_former
@@ -108,6 +109,7 @@ class DeFI(StageModel):
             feature_channels=config.feature_channels * config.merge**2,
             frames=config.latent_action_frames,
         )
+        self.gidm_branch.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
         self.action_head = ActionDenoiser(
             config.action_head,
             sentence_dim=config.sentence_width,
@@ -127,8 +129,16 @@ class DeFI(StageModel):
 
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
         """From features and instructions to what the action head encodes; computed once per chunk."""
+        if self.config.video_precision != "no":
+            features = features.to(self.dtype)
         features = merge_tokens(self.standardise(features), self.config.merge)
-        latent_actions = self.gidm_branch(features[:, 0], *self.t5(texts, full_length=not self.training))
+        language = self.t5(
+            texts,
+            full_length=not self.training,
+            together=self.training and self.config.mixed_text_masks,
+            dropout=self.training and self.config.t5_dropout,
+        )
+        latent_actions = self.gidm_branch(features[:, 0], *language)
         return Context(
             sentence=self.gfdm.clip.sentence(texts),
             video_tokens=self.video_former(features.transpose(1, 2).flatten(2, 3)),
@@ -178,11 +188,17 @@ class DeFI(StageModel):
         """Features, stored or imagined now; with a gradient where the video model learns."""
         if "features" in batch:
             return batch["features"].to(self.device, self.dtype)
-        if "latents" in batch:
-            latents = batch["latents"].to(self.device, self.dtype)
-        else:
-            latents = encode_views(self.gfdm, batch["images"].to(self.device))
-        return imagine(self.gfdm, latents, batch["text"], noise=self.video_noise(batch["seed"]))
+        with self._video_precision():
+            if "latents" in batch:
+                latents = batch["latents"].to(self.device, self.dtype)
+            else:
+                latents = encode_views(self.gfdm, batch["images"].to(self.device))
+            return imagine(self.gfdm, latents, batch["text"], noise=self.video_noise(batch["seed"]))
+
+    def _video_precision(self) -> AbstractContextManager:
+        """A video model with a precision of its own computes in that, not in autocast's."""
+        own = self.config.video_precision != "no"
+        return torch.autocast(self.device.type, enabled=False) if own else nullcontext()
 
     def _action_loss(
         self, context: Context, actions: Float[Tensor, "B K A"], seeds: Int[Tensor, " B"]
@@ -190,9 +206,10 @@ class DeFI(StageModel):
         """Denoising loss over `draws` pairs of σ and noise per sample, which share one encoded context."""
         diffusion = self.config.diffusion
         draw = SampleNoise(seeds, self.device)
-        sigma = diffusion.sigma(draw.uniform(diffusion.draws))
-        noise = draw.normal(diffusion.draws, *actions.shape[1:])
-        memory = self.encode(context.without_sentence(draw.uniform(1) < diffusion.text_dropout))
+        sigma = diffusion.sigma(draw.uniform("action sigma", diffusion.draws))
+        noise = draw.normal("actions", diffusion.draws, *actions.shape[1:])
+        dropped = draw.uniform("sentence dropout", 1) < diffusion.text_dropout
+        memory = self.encode(context.without_sentence(dropped))
         return denoising_loss(
             lambda noisy, level: self.action_head.decode(memory, noisy, self.action_head.noise_levels(level)),
             actions[:, None],
@@ -205,7 +222,8 @@ class DeFI(StageModel):
         """Stage 1's loss on the real next frames of the same samples; each view is a clip of its own."""
         video, views = batch["video"].to(self.device), self.config.views
         clips = video.flatten(0, 1)
-        seeds = batch["seed"][:, None] ^ (torch.arange(views) << 40)  # other noise for each view
+        draw = SampleNoise(batch["seed"], self.device)
+        seeds = torch.stack([draw.others(f"video of view {view}") for view in range(views)], dim=1)
         clip_batch = {
             "latents": encode_views(self.gfdm, clips) if "images" in batch else clips.to(self.dtype),
             "text": [text for text in batch["text"] for _ in range(views)],
@@ -220,15 +238,20 @@ class DeFI(StageModel):
             self.standardise.fit(self._features_of(batch))
 
     def epoch_end(self) -> dict[str, float]:
-        """Restart codes that no sample of the epoch used."""
+        """Restart codes that no sample of the epoch used, where that is wanted."""
+        if not self.config.restart_codes:
+            return {}
         return {"restarted_codes": float(self.gidm_branch.tokenizer.quantizer.restart_unused())}
 
     # ------------------------------------------------------------ acting
 
     def noise(self, seeds: Int[Tensor, " B"]) -> PolicyNoise:
         """The noise of B looks, one seed each: the same whatever else is in the batch."""
-        actions = SampleNoise(seeds, self.device).normal(self.config.chunk, self.config.action_dim)
-        return PolicyNoise(video=self.video_noise(seeds), actions=actions)
+        return PolicyNoise(video=self.video_noise(seeds), actions=self.action_noise(seeds))
+
+    def action_noise(self, seeds: Int[Tensor, " B"]) -> Float[Tensor, "B K A"]:
+        """Noise that the sampling of a chunk starts from, a function of each look's seed."""
+        return SampleNoise(seeds, self.device).normal("actions", self.config.chunk, self.config.action_dim)
 
     @torch.no_grad()
     def act(
@@ -239,8 +262,9 @@ class DeFI(StageModel):
         noise: PolicyNoise,
     ) -> Float[Tensor, "B K A"]:
         """The next K actions, gripper not binarised. `images` as `observe` gives them: static, gripper."""
-        latents = encode_views(self.gfdm, images.to(self.device))
-        features = imagine(self.gfdm, latents, texts, noise=noise.video)
+        with self._video_precision():
+            latents = encode_views(self.gfdm, images.to(self.device))
+            features = imagine(self.gfdm, latents, texts, noise=noise.video)
         return self.act_on_features(features, texts, noise=noise.actions)
 
     @torch.no_grad()
@@ -269,9 +293,8 @@ class DeFI(StageModel):
     @torch.no_grad()
     def predict(self, batch: dict[str, Any]) -> Float[Tensor, "B K A"]:
         """The chunks it would act out on a training batch (whose `actions` are not looked at)."""
-        seeds = batch["seed"]
-        actions = SampleNoise(seeds, self.device).normal(self.config.chunk, self.config.action_dim)
-        return self.act_on_features(self._features_of(batch), batch["text"], noise=actions)
+        noise = self.action_noise(batch["seed"])
+        return self.act_on_features(self._features_of(batch), batch["text"], noise=noise)
 
     @property
     def image_size(self) -> int:
@@ -322,7 +345,7 @@ class DeFI(StageModel):
         file = folder / CONFIG
         values = read_json(file, COPY_AGAIN)
         check_sizes(values, file)
-        config = typed(PolicyConfig, values, str(file))
+        config = PolicyConfig.from_json(values, file)
         sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
         with settings_of(file):
             policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)

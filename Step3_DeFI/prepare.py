@@ -25,11 +25,13 @@ from torch import Tensor
 from defi.calvin import CalvinFolder
 from defi.config import entry, typed
 from defi.engine.checkpoint import find_weights
+from defi.engine.data import seed_of
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
 from defi.errors import UserError, going_on
 from defi.files import read_json
-from defi.processes import processes, share
+from defi.processes import processes, share, tell
+from defi.text import CLIPText, TextConfig
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import (
@@ -44,7 +46,7 @@ from Step3_DeFI.data import (
     VIDEO,
     StoreManifest,
 )
-from Step3_DeFI.features import encode_views, imagine, video_noise
+from Step3_DeFI.features import encode_views, imagine, keep_in, video_noise
 from Step3_DeFI.observation import CAMERAS
 from Step3_DeFI.samples import Plan, following, plan_samples, read_looks
 from Step3_DeFI.sources import check_gfdm
@@ -90,10 +92,7 @@ class Encoder:
         return torch.stack(draws, dim=1).half().cpu().numpy()
 
     def _noise(self, first_row: int, rows: int, draw: int) -> Float[Tensor, "N V F 4 h w"]:
-        seeds = [
-            int(np.random.SeedSequence([self.seed, row, draw]).generate_state(1, np.uint64)[0] >> 1)
-            for row in range(first_row, first_row + rows)
-        ]
+        seeds = [seed_of("store", self.seed, row, draw) for row in range(first_row, first_row + rows)]
         noise = partial(video_noise, self.gfdm, kind=self.feature_noise, device=self.device)
         return noise(torch.tensor(seeds), views=len(CAMERAS))
 
@@ -133,7 +132,8 @@ def prepare(cfg: DictConfig) -> Path:
     policy = PolicyConfig.from_preset(cfg)
     data = CalvinFolder(Path(cfg.data.root) / cfg.data.split)
     encoder, image_size = build_encoder(cfg, policy)
-    apart = cfg.store.video_stride
+    frame_step = encoder.gfdm.config.frame_step if encoder.gfdm else cfg.gfdm.frame_step
+    apart = frame_step if cfg.store.videos else None
     plan = plan_samples(
         data,
         chunk=policy.chunk,
@@ -143,6 +143,7 @@ def prepare(cfg: DictConfig) -> Path:
         video=following(policy.frames, apart),
         spans=cfg.data.spans,
     )
+    tell(told_of_texts(cfg, encoder.gfdm, plan.texts))
     shape = encoder.row_shape(policy, image_size)
     manifest = StoreManifest(
         kind=encoder.kind,
@@ -231,18 +232,26 @@ def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
         raise UserError(
             f"store.draws={draws}: only features with fresh noise come in several draws; set it to 1"
         )
-    if cfg.store.video_stride is not None and kind == "features":
-        raise UserError(
-            f"store.video_stride={cfg.store.video_stride}: videos are kept with store.kind=latents or images"
-        )
+    if cfg.store.videos and kind == "features":
+        raise UserError("store.videos=true: videos are kept with store.kind=latents or images")
     device = processes().device
     gfdm, image_size = None, cfg.gfdm.image_size
     if kind != "images":
         weights = find_weights(cfg.gfdm_checkpoint, "gfdm")
         gfdm = GFDM.from_pretrained(weights).to(device).eval()
+        keep_in(policy.video_precision, gfdm)
         check_gfdm(policy, gfdm, weights)
         image_size = gfdm.config.image_size
     return Encoder(kind, draws, cfg.seed, gfdm, policy.feature_noise, device), image_size
+
+
+def told_of_texts(cfg: DictConfig, gfdm: GFDM | None, texts: list[str]) -> str:
+    """What to tell of texts that CLIP cuts: the video model's; without one the preset's, if it is there."""
+    try:
+        clip = gfdm.clip if gfdm else CLIPText.from_config(typed(TextConfig, cfg.text.clip, "text.clip"))
+    except UserError:
+        return ""
+    return clip.told(texts)
 
 
 def is_begun(output: Path, manifest: StoreManifest) -> bool:

@@ -13,9 +13,9 @@ from jaxtyping import Float32, Int64, UInt8
 from rich.progress import track
 from torch.utils.data import Dataset
 
-from defi.calvin import CalvinFolder, Span
+from defi.calvin import CalvinFolder, Span, check_gripper
 from defi.errors import UserError
-from defi.processes import processes, share
+from defi.processes import processes, share, tell
 from Step3_DeFI.observation import CAMERAS, observe
 
 READERS = 4  # frames that a process reads at the same time
@@ -57,7 +57,7 @@ def following(frames: int, apart: int | None) -> range | None:
         UserError: `apart` is no distance.
     """
     if apart is not None and apart < 1:
-        raise UserError(f"video_stride={apart}: frames between the frames of a clip, must be 1 or more")
+        raise UserError(f"gfdm.frame_step={apart}: frames between the frames of a clip, must be 1 or more")
     return None if apart is None else range(0, frames * apart, apart)
 
 
@@ -75,17 +75,21 @@ def choose_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int, spa
     if tail < chunk - 1:
         raise UserError(f"data.tail={tail}: a chunk has {chunk} actions; set data.tail={chunk - 1} or more")
     all_frames = spans == "all"
-    known = [] if all_frames and not data.is_annotated else data.spans
-    starts = [Starts(n, s, range(s.start, s.end - tail + 1, stride)) for n, s in enumerate(known)]
+    fate = "taken without text" if all_frames else "left out"
+    annotated = [] if all_frames and not data.is_annotated else list(enumerate(data.spans))
+    known = {number: span for number, span in annotated if not span.fault}
+    if annotated:
+        tell(data.without_words(fate=fate))
+        if not known and not all_frames:
+            raise UserError(annotated[0][1].fault)
+    starts = [Starts(n, s, range(s.start, s.end - tail + 1, stride)) for n, s in known.items()]
     starts = [each for each in starts if each.frames]
     if not starts and not all_frames:
         raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
-    fate = "taken without text" if all_frames else "left out"
-    told = too_short(known, starts, chunk=chunk, tail=tail, fate=fate)
-    if told and processes().is_main_process:
-        print(f"{data.folder}: {told}")
+    if told := too_short(list(known.values()), starts, chunk=chunk, tail=tail, fate=fate):
+        tell(f"{data.folder}: {told}")
     if all_frames:
-        starts += other_starts(data, known, chunk=chunk, tail=tail, stride=stride)
+        starts += other_starts(data, list(known.values()), chunk=chunk, tail=tail, stride=stride)
     if not starts:
         raise UserError(f"{data.folder}: no recording has the {chunk} frames of a chunk; give longer ones")
     return starts
@@ -171,11 +175,17 @@ Motion = tuple[Float32[np.ndarray, "n 7"], Float32[np.ndarray, "n 15"]]
 
 
 def read_motions(data: CalvinFolder, spans: dict[int, range]) -> dict[int, Motion]:
-    """Relative actions and robot states of each span's frames; every process reads a part and gets all."""
+    """Relative actions and robot states of each span's frames; every process reads a part and gets all.
+
+    Raises:
+        UserError: an action or state is no number or absurd; the frame's file is named.
+    """
     keys = ("rel_actions", "robot_obs")
 
     def read(item: tuple[int, range]) -> tuple[int, Motion]:
         frames = [data.frame(frame, keys) for frame in item[1]]
+        for number, frame in zip(item[1], frames):
+            check_gripper(data.path(number), frame["rel_actions"])
         return item[0], tuple(np.stack([frame[key] for frame in frames]).astype(np.float32) for key in keys)
 
     own, quiet = share(list(spans.items())), not processes().is_local_main_process
@@ -206,6 +216,7 @@ class CalvinSamples(Dataset):
         self.plan = plan_samples(
             self.data, chunk=chunk, tail=tail, stride=stride, by_text=False, video=video, spans=spans
         )
+        self.texts = self.plan.texts
 
     @property
     def fingerprint(self) -> str:

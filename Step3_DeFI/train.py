@@ -20,10 +20,12 @@ from defi.calvin import TRAINING, VALIDATION
 from defi.config import entry, typed
 from defi.engine.checkpoint import continues, find_weights
 from defi.engine.config import TrainerConfig, run_settings
+from defi.engine.data import sample_seeds
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
 from defi.engine.weights import fingerprint
-from defi.errors import UserError
+from defi.errors import UserError, readable
+from defi.processes import processes, tell
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore
 from Step3_DeFI.policy import DeFI
@@ -64,12 +66,14 @@ def check_store(store: PolicyStore, policy: PolicyConfig, gfdm: Path, image_size
             )
 
 
-def check_videos(store: PolicyStore, policy: PolicyConfig) -> None:
+def check_videos(store: PolicyStore, policy: DeFI) -> None:
     """Refuse a store to train from that lacks the videos which a video loss needs."""
-    if policy.finetune.video_loss and (store.video is None or store.video.shape[1] != policy.frames):
+    frames, step = policy.config.frames, policy.gfdm.config.frame_step
+    found = None if store.video is None else (store.video.shape[1], store.manifest.video_stride)
+    if policy.config.finetune.video_loss and found != (frames, step):
         raise UserError(
-            f"{store.folder}: holds no videos of {policy.frames} frames for gfdm.video_loss; "
-            "prepare it with store.video_stride=2, or leave video_loss at 0"
+            f"{store.folder}: holds no videos of {frames} frames, {step} apart, for gfdm.video_loss; "
+            f"prepare it with store.videos=true gfdm.frame_step={step}, or leave video_loss at 0"
         )
 
 
@@ -94,9 +98,9 @@ def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, Pol
         stores = {name: PolicyStore(folder) for name, folder in places.items()}
         for store in stores.values():
             check_store(store, config, gfdm, policy.image_size)
-        check_videos(stores["training"], config)
+        check_videos(stores["training"], policy)
         return stores
-    clip = following(config.frames, section.video_stride if config.finetune.video_loss else None)
+    clip = following(config.frames, policy.gfdm.config.frame_step if config.finetune.video_loss else None)
     cut = {"chunk": config.chunk, "tail": section.tail, "stride": section.stride, "spans": section.spans}
     return {
         name: CalvinSamples(
@@ -106,11 +110,11 @@ def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, Pol
     }
 
 
-def spread(samples: PolicySamples, count: int) -> dict[str, Any]:
-    """A batch of samples from all over a data set."""
+def spread(samples: PolicySamples, count: int, seed: int = 0) -> dict[str, Any]:
+    """A batch of samples from all over a data set; those that cannot be read are left out."""
     picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
-    batch = default_collate([samples[int(i)] for i in picked])
-    return batch | {"seed": torch.arange(len(picked))}
+    read = readable(samples.__getitem__, picked.tolist())
+    return default_collate(list(read.values())) | {"seed": sample_seeds("shown", seed, len(read))}
 
 
 def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
@@ -118,12 +122,12 @@ def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
 
     `sets`: by name ("training", "held_out"); `count` samples, evenly spread, are taken of each.
     """
-    batches = {name: spread(samples, count) for name, samples in sets.items()}
+    batches = {name: spread(samples, count, seed) for name, samples in sets.items()}
 
     def sample(policy: DeFI, step: int, folder: Path) -> dict[str, float]:
         numbers = {}
         for name, batch in batches.items():
-            predicted = policy.predict(batch | {"seed": batch["seed"] + seed}).cpu()
+            predicted = policy.predict(batch).cpu()
             expert = batch["actions"]
             numbers[f"{name}_action_error"] = (predicted - expert).square().mean().item()
             right = (predicted[..., -1] > 0) == (expert[..., -1] > 0)
@@ -162,7 +166,10 @@ def roller(cfg: DictConfig) -> Inspect:
 
     config = typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout")
     evaluation = Evaluation.prepare(config)
-    return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder)
+    precision = cfg.trainer.precision
+    return lambda policy, step, folder: evaluate_policy(
+        policy, evaluation, precision=precision, output=folder
+    )
 
 
 def train_policy(cfg: DictConfig) -> Path:
@@ -172,9 +179,14 @@ def train_policy(cfg: DictConfig) -> Path:
     config = PolicyConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
+    step, looks = policy.gfdm.config.frame_step, config.latent_action_frames
+    if processes().is_main_process:
+        ahead = ", ".join(f"+{frame * step}" for frame in looks)
+        print(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
+    tell(policy.gfdm.clip.told(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):
-        policy.fit_standardisation(spread(samples["training"], FITTED))
+        policy.fit_standardisation(spread(samples["training"], FITTED, cfg.seed))
     return train(
         policy,
         samples["training"],

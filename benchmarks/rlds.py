@@ -1,7 +1,7 @@
 """Pairs of frames per second and core from RLDS: `python -m benchmarks.rlds [--tensorflow PYTHON]`.
 
-Makes up a data set (once, in --folder), then draws pairs of frames 10 steps apart from all of it, in random
-order, with one augmentation per pair, in one process on one core:
+Makes up a data set (once, in --folder), then draws pairs of frames 9 steps apart from all of it, in random
+order, resized and with one augmentation per pair, in one process on one core:
   ours         Step2_GIDM's data set, as a loader worker runs it
   tensorflow   tensorflow_datasets and tf.data doing the same work (benchmarks/rlds_tensorflow.py), with the
                interpreter --tensorflow of an environment that has both
@@ -28,7 +28,7 @@ from defi.config import CONFIG_DIR
 SIDE, STEPS, PER_SHARD = 256, 30, 50
 TENSORFLOW_PAIRS = 4000  # enough for its rate
 WARM_UP = 500  # pairs before the clock starts: imports, caches, the first pages of the index
-SETTINGS = {"side": 224, "distance": 10}
+SETTINGS = {"side": 224, "distance": 9}
 
 
 def picture_noise(rng: np.random.Generator) -> np.ndarray:

@@ -27,7 +27,7 @@ def resident() -> int:
 
 def pairs_of(episode: dict, distance: int) -> tf.data.Dataset:
     coded, texts = episode["steps"]["observation"]["image"], episode["steps"]["language_instruction"]
-    now = tf.range(tf.shape(coded)[0] - 1)
+    now = tf.range(tf.shape(coded)[0])
     later = tf.minimum(now + distance, tf.shape(coded)[0] - 1)
     return tf.data.Dataset.from_tensor_slices(
         {"now": tf.gather(coded, now), "later": tf.gather(coded, later), "text": tf.gather(texts, now)}
@@ -35,17 +35,26 @@ def pairs_of(episode: dict, distance: int) -> tf.data.Dataset:
 
 
 def augment(pair: dict, side: int) -> dict:
-    """One draw for both: resized crop of 0.9 of the area, brightness, contrast, saturation, hue."""
+    """Both resized by Lanczos3, to bytes; one draw for both: crop of 0.9 of the area, brightness, contrast,
+    saturation, hue, cut to [0, 1] after each; to bytes again.
+    """
     frames = tf.stack([tf.io.decode_jpeg(pair[name], channels=3) for name in ("now", "later")])
+    frames = tf.image.resize(frames, [side, side], method="lanczos3", antialias=True)
+    frames = tf.cast(tf.clip_by_value(tf.round(frames), 0, 255), tf.uint8)
+    frames = tf.image.convert_image_dtype(frames, tf.float32)
     size = 0.9**0.5
     top, left = tf.random.uniform([]) * (1 - size), tf.random.uniform([]) * (1 - size)
     box = tf.tile([[top, left, top + size, left + size]], [2, 1])
-    frames = tf.image.crop_and_resize(tf.cast(frames, tf.float32) / 255, box, [0, 1], [side, side])
-    frames = tf.image.random_brightness(frames, 0.2)
-    frames = tf.image.random_contrast(frames, 0.8, 1.2)
-    frames = tf.image.random_saturation(frames, 0.8, 1.2)
-    frames = tf.image.random_hue(frames, 0.05)
-    return {"frames": tf.clip_by_value(frames, 0, 1), "text": pair["text"]}
+    frames = tf.image.crop_and_resize(frames, box, [0, 1], [side, side])
+    for change in (
+        lambda x: tf.image.random_brightness(x, 0.2),
+        lambda x: tf.image.random_contrast(x, 0.8, 1.2),
+        lambda x: tf.image.random_saturation(x, 0.8, 1.2),
+        lambda x: tf.image.random_hue(x, 0.05),
+    ):
+        frames = tf.clip_by_value(change(frames), 0, 1)
+    frames = tf.image.convert_image_dtype(frames, tf.uint8, saturate=True)
+    return {"frames": tf.cast(frames, tf.float32) / 255, "text": pair["text"]}
 
 
 def main() -> None:

@@ -1,23 +1,26 @@
 """Environment steps per second of a rollout: `python -m benchmarks.rollout [--calvin-root DIR]`.
 
-Compares, in one run on one machine, with a stub policy that answers at once and looks every 10 steps:
+Compares, in one run on one machine, with a stub policy that answers at once and looks every 10 steps, for the
+CPU's renderer and (with CALVIN's assets) for EGL:
   plain     one process that draws both cameras at every step and judges, as published evaluations do
   official  the same loop with the package calvin_env, where it is installed
   rollout   Step3_DeFI.rollout: one simulator process per processor, pictures only when the policy looks
-and prints how much of the processors' time the rollout spends where, and the memory of its simulators.
+and prints how much of the processors' time the rollout spends where, and the memory of its simulators. Rates
+are per second of the clock and, so that other work on the machine does not count, of processor time.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
+import resource
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,37 @@ import numpy as np
 
 from benchmarks.timed_world import TimedWorld
 from defi.sim.judge import solved
+from defi.sim.renderers import KINDS, Renderer, egl_devices, find_renderer
 from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, run_chains
 from Step3_DeFI.rollout.messages import Look
-from Step3_DeFI.rollout.protocol import build_scene, world_maker
+from Step3_DeFI.rollout.protocol import build_scene, build_trials, world_maker
 
+PROCESSORS = len(os.sched_getaffinity(0))
 CHUNK = 10
 SMALL = 0.3  # of an action's range: the arm moves all the time and stays near the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Control steps per second of the clock, and per second of processor time."""
+
+    clock: float
+    processor: float
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[Callable[[int], Rate]]:
+    """The rate of so many steps since it was entered; child processes count once they have ended."""
+
+    def used() -> float:
+        return sum(
+            spent.ru_utime + spent.ru_stime
+            for spent in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
+
+    clock, processor = time.perf_counter(), used()
+    yield lambda steps: Rate(steps / (time.perf_counter() - clock), steps / (used() - processor))
 
 
 class StubPolicy:
@@ -43,27 +70,21 @@ class StubPolicy:
         return np.stack(chunks)
 
 
-def plain_loop(sim: SimConfig, scene: str, steps: int) -> float:
-    """Steps per second of one process that draws and judges at every step."""
-    evaluation = Evaluation.prepare(RolloutConfig(chains=1, scene=scene, sim=sim))
-    trial = evaluation.trials[0]
-    world = world_maker(sim, build_scene(sim, scene), "cpu")()
+def plain_loop(sim: SimConfig, scene: str, steps: int, drawn_by: str) -> Rate:
+    """One process that draws and judges at every step."""
+    os.environ["LP_NUM_THREADS"] = str(PROCESSORS)  # Mesa's default: this process is the only one
+    config = RolloutConfig(chains=1, scene=scene, sim=sim)
+    _, (trial,) = build_trials(config, build_scene(sim, scene))
+    world = world_maker(sim, build_scene(sim, scene), drawn_by)()
     world.reset(trial.robot_obs, trial.scene_obs)
     start = world.state()
     rng = np.random.default_rng(0)
-    began = time.perf_counter()
-    for _ in range(steps):
-        world.step(np.append(rng.uniform(-SMALL, SMALL, 6), 1.0))
-        world.render()
-        solved("open_drawer", start, world.state())
-    return steps / (time.perf_counter() - began)
-
-
-def official_loop(sim: SimConfig, scene: str, steps: int) -> float:
-    """The same with calvin_env, in a process of its own: it shares PyBullet's first connection."""
-    sim = dataclasses.replace(sim, backend="calvin_env")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(plain_loop, (sim, scene, steps))
+    with stopwatch() as rate:
+        for _ in range(steps):
+            world.step(np.append(rng.uniform(-SMALL, SMALL, 6), 1.0))
+            world.render()
+            solved("open_drawer", start, world.state())
+        return rate(steps)
 
 
 class MemoryWatch(threading.Thread):
@@ -108,53 +129,71 @@ def rollout(sim: SimConfig, scene: str, chains: int, limit: int) -> dict[str, An
     )
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Evaluation.prepare(config)
-        timed = partial(TimedWorld, Path(folder), build_scene(sim, scene))
+        timed = partial(
+            TimedWorld, Path(folder), build_scene(sim, scene), renderer=evaluation.renderer.backend
+        )
         evaluation = dataclasses.replace(evaluation, make_world=timed)
         memory = MemoryWatch()
         memory.start()
-        began = time.perf_counter()
-        results = run_chains(evaluation, "policy", StubPolicy(), show=False)
-        wall = time.perf_counter() - began
+        with stopwatch() as rate:
+            results = run_chains(evaluation, "policy", StubPolicy(), show=False)
+            steps = sum(result.control_steps for result in results)
+            found = rate(steps)
         memory.close()
         spent = Counter()
         for file in Path(folder).glob("*.json"):
             spent.update(json.loads(file.read_text()))
-    processors = len(os.sched_getaffinity(0))
     return {
-        "steps_per_s": sum(result.control_steps for result in results) / wall,
-        "shares": {what: seconds / wall / processors for what, seconds in spent.items()},
+        "rate": found,
+        "shares": {what: seconds * found.processor / steps for what, seconds in spent.items()},
         "peak_memory_mb": memory.peak / 1e6,
         "own_memory_mb": memory.own / 1e6,
-        "simulators": processors,
     }
+
+
+def compare(given: argparse.Namespace, renderer: Renderer) -> None:
+    """Measure and print all loops with one renderer."""
+    sim = SimConfig(calvin_root=given.calvin_root, renderer=renderer.kind)
+    print(f"{renderer}, scene {given.scene}")
+    loops = {"plain": sim}
+    if given.calvin_root and importlib.util.find_spec("calvin_env"):
+        loops["official"] = dataclasses.replace(sim, backend="calvin_env")
+    rates: dict[str, Rate] = {}
+    for name, loop in loops.items():
+        with renderer.process() as process:  # calvin_env needs PyBullet's first connection
+            drawn = process.submit(plain_loop, loop, given.scene, given.plain_steps, renderer.backend)
+            rates[name] = drawn.result()
+        print(row(name, rates[name], "steps/s, one process, both cameras at every step"))
+    found = rollout(sim, given.scene, given.chains, given.limit)
+    rate = found["rate"]
+    print(row("rollout", rate, f"steps/s, {PROCESSORS} simulator processes"))
+    for name, other in rates.items():
+        ratio = Rate(rate.clock / other.clock, rate.processor / other.processor)
+        print(row("ratio", ratio, f"× {name}"))
+    shares = found["shares"]
+    busy = shares["physics"] + shares["rendering"]
+    listed = ", ".join(f"{what} {share:.0%}" for what, share in sorted(shares.items(), key=lambda x: -x[1]))
+    print(f"  share     {busy:8.0%} of the processor time in physics and rendering ({listed})")
+    own = f"{found['own_memory_mb']:.0f} MB its own share"
+    print(f"  memory    {found['peak_memory_mb']:8.0f} MB at most per simulator, {own}")
+
+
+def row(name: str, rate: Rate, unit: str) -> str:
+    return f"  {name:9} {rate.clock:8.1f} {unit}; {rate.processor:.1f} by processor time"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--calvin-root", help="a clone of CALVIN; default: the built-in table")
+    parser.add_argument("--renderers", nargs="+", choices=KINDS, help="default: all that are compared")
     parser.add_argument("--scene", default="D")
     parser.add_argument("--chains", type=int, default=40)
     parser.add_argument("--limit", type=int, default=120, help="control steps per task")
     parser.add_argument("--plain-steps", type=int, default=200)
     given = parser.parse_args()
-    sim = SimConfig(calvin_root=given.calvin_root)
-
-    plain = plain_loop(sim, given.scene, given.plain_steps)
-    print(f"plain      {plain:8.1f} steps/s, one process, both cameras at every step")
-    if given.calvin_root and importlib.util.find_spec("calvin_env"):
-        official = official_loop(sim, given.scene, given.plain_steps)
-        print(f"official   {official:8.1f} steps/s, the same with calvin_env")
-    found = rollout(sim, given.scene, given.chains, given.limit)
-    print(f"rollout    {found['steps_per_s']:8.1f} steps/s, {found['simulators']} simulator processes")
-    print(f"ratio      {found['steps_per_s'] / plain:8.1f} × plain")
-    if given.calvin_root and importlib.util.find_spec("calvin_env"):
-        print(f"ratio      {found['steps_per_s'] / official:8.1f} × official")
-    shares = found["shares"]
-    busy = shares["physics"] + shares["rendering"]
-    listed = ", ".join(f"{what} {share:.0%}" for what, share in sorted(shares.items(), key=lambda x: -x[1]))
-    print(f"share      {busy:8.0%} of the processors' time in physics and rendering ({listed})")
-    own = f"{found['own_memory_mb']:.0f} MB its own share"
-    print(f"memory     {found['peak_memory_mb']:8.0f} MB at most per simulator, {own}")
+    kinds = ["cpu", "egl"] if given.calvin_root and egl_devices() else ["cpu"]
+    for kind in given.renderers or kinds:
+        compare(given, find_renderer(kind))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def measure(policy: DeFI, batch: dict[str, Any], *, steps: list[int], last_sigma
     features = batch["features"].to(policy.device, policy.dtype)
     context = policy.context(features, batch["text"])
     expert = batch["actions"].to(policy.device)
-    noise = SampleNoise(batch["seed"], policy.device).normal(*expert.shape[1:])
+    noise = SampleNoise(batch["seed"], policy.device).normal("actions", *expert.shape[1:])
 
     def chunks(sampler: str, count: int) -> tuple[Tensor, int]:
         settings = {"sampler": sampler, "steps": count, "last_sigma": last_sigma}

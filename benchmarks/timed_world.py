@@ -9,12 +9,14 @@ from typing import Any
 
 from defi.sim.world import World
 
+EVERY = 0.2  # seconds of the clock: a simulator process is killed when its last chain has ended
+
 
 class TimedWorld(World):
-    """Writes seconds of physics, rendering and judging to `<folder>/<process>.json` at each reset."""
+    """Writes seconds of physics, rendering, judging, loading to `<folder>/<process>.json`, now and then."""
 
     def __init__(self, folder: Path, *args: Any, **options: Any) -> None:
-        self._folder, self.seconds = folder, Counter()
+        self._folder, self._written, self.seconds = folder, 0.0, Counter()
         super().__init__(*args, **options)
 
     def _timed(self, what: str, function: Any, *args: Any) -> Any:
@@ -23,14 +25,14 @@ class TimedWorld(World):
             return function(*args)
         finally:
             self.seconds[what] += time.process_time() - start
+            if time.monotonic() > self._written + EVERY:
+                part = self._folder / f"{os.getpid()}.part"
+                part.write_text(json.dumps(self.seconds))
+                part.replace(part.with_suffix(".json"))  # whole, whenever the process is killed
+                self._written = time.monotonic()
 
     def reload(self) -> None:
         self._timed("loading", super().reload)
-
-    def reset(self, *args: Any) -> None:
-        super().reset(*args)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / f"{os.getpid()}.json").write_text(json.dumps(self.seconds))
 
     def step(self, action: Any) -> None:
         self._timed("physics", super().step, action)

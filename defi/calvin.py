@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from numpy.lib import format as npy_format
 
 from defi.archive import FolderFiles, open_files
 from defi.errors import UserError
+from defi.frames import stack_frames
+from defi.instructions import read_instruction
 from defi.npy import parse_npy, plain_array
 
 TRAINING, VALIDATION = "training", "validation"
@@ -50,6 +52,12 @@ FRAME: dict[str, tuple[type, tuple[int | None, ...]]] = {
     "robot_obs": (np.float64, (15,)),
     "scene_obs": (np.float64, (24,)),
 }
+# Largest values. CALVIN clips relative actions to [-1, 1], 1 % is room for rounding; a table top is in reach.
+STATES = ("actions", "robot_obs", "scene_obs")
+LARGEST = dict.fromkeys(STATES, 100.0) | {"rel_actions": 1.01}
+UNITS = dict.fromkeys(STATES, "metres and radians") | {
+    "rel_actions": "shares of 0.02 m and 0.05 rad, clipped to [-1, 1], and the gripper's 1 or -1"
+}
 
 _ARRAY_FAULTS = (ValueError, TypeError, LookupError, EOFError, OSError, SyntaxError, NotImplementedError)
 _FRAME_FAULTS = (*_ARRAY_FAULTS, zipfile.BadZipFile, zlib.error)
@@ -57,12 +65,16 @@ _FRAME_FAULTS = (*_ARRAY_FAULTS, zipfile.BadZipFile, zlib.error)
 
 @dataclass(frozen=True)
 class Span:
-    """A demonstration: frames `start` to `end` (both included), what it shows in words, the task's name."""
+    """A demonstration: frames `start` to `end` (both included), what it shows in words, the task's name.
+
+    fault: why there are no words ("" if there are).
+    """
 
     start: int
     end: int
     instruction: str
     task: str
+    fault: str = ""
 
 
 def frame_name(frame: int) -> str:
@@ -89,12 +101,27 @@ def read_frame(
         raise UserError(f"{path}: truncated or damaged frame ({reason}); copy or collect it again") from None
     for key, array in arrays.items():
         dtype, shape = FRAME.get(key, (array.dtype, array.shape))
-        if not (_fits(array.shape, shape) and array.dtype.kind == np.dtype(dtype).kind):
+        alike = array.dtype == np.uint8 if dtype is np.uint8 else array.dtype.kind == np.dtype(dtype).kind
+        if not (_fits(array.shape, shape) and alike):
             raise UserError(
                 f"{path}: {key} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
                 f"this is no frame in CALVIN's format"
             )
+        if key in LARGEST and (wrong := ~(np.abs(array) <= LARGEST[key])).any():
+            raise UserError(
+                f"{path}: {key} holds {array[wrong][0]:g} at place {wrong.argmax()}, expected are numbers of "
+                f"at most {LARGEST[key]:g} ({UNITS[key]}); mend the frame, or leave its recording out"
+            )
     return arrays
+
+
+def check_gripper(path: Path, action: Float64[np.ndarray, "7"]) -> None:
+    """Raises UserError if an action neither opens nor closes the gripper: CALVIN's robot takes no other."""
+    if abs(abs(action[6]) - 1) > LARGEST["rel_actions"] - 1:
+        raise UserError(
+            f"{path}: rel_actions holds the gripper's action {action[6]:g}, expected is 1 (open) or -1 "
+            "(closed); write one of them"
+        )
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -107,6 +134,25 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     return len(shape) == len(expected) and all(e is None or n == e for n, e in zip(shape, expected))
+
+
+def _items(value: Any) -> list[Any]:
+    """A list or array as a list; a single text may stand there as it is."""
+    several = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    return list(value) if several else [value]
+
+
+def _span(path: Path, number: int, bounds: Sequence[int], text: Any, task: Any) -> Span:
+    where = f"{path}: the text of span {number} (frames {bounds[0]} to {bounds[1]})"
+    try:
+        words, fault = read_instruction(text, where), f"{where} is blank"
+    except UserError as error:
+        words, fault = "", str(error)
+    try:
+        task = read_instruction(task, where)
+    except UserError:  # it only names the span in counts
+        task = ""
+    return Span(*bounds, words, task, fault="" if words else fault)
 
 
 class CalvinFolder:
@@ -128,14 +174,20 @@ class CalvinFolder:
         if INDEX not in self._files:
             raise UserError(f"{index}: missing, so this is no split of a CALVIN data set; check the path")
         ids = self._load(INDEX)
+        if isinstance(ids, np.ndarray) and ids.shape == (2,):  # of a single recording
+            ids = ids[None]
         if not (isinstance(ids, np.ndarray) and ids.shape[1:] == (2,) and ids.dtype.kind in "iu"):
-            raise UserError(f"{index}: not an integer array of shape [N, 2]; copy the data set again")
+            found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+            raise UserError(
+                f"{index}: not an integer array of shape [N, 2] but {found}; copy the data set again"
+            )
         if len(ids) == 0:
             raise UserError(f"{index}: no frames in this split; collect or copy the data set again")
         if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
             raise UserError(f"{index}: a recording ends before it starts; copy the data set again")
         self.episodes: list[tuple[int, int]] = [(int(start), int(end)) for start, end in ids]
-        if LENGTHS in self._files and not np.array_equal(self._load(LENGTHS), ids[:, 1] - ids[:, 0] + 1):
+        lengths = ids[:, 1] - ids[:, 0] + 1
+        if LENGTHS in self._files and not np.array_equal(np.ravel(self._load(LENGTHS)), lengths):
             raise UserError(f"{self._files.path(LENGTHS)}: contradicts {INDEX}; copy the data set again")
 
     def _load(self, name: str) -> Any:
@@ -156,7 +208,7 @@ class CalvinFolder:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The annotated demonstrations, in the file's order."""
+        """The annotated demonstrations, in the file's order, with and without words."""
         path = self._files.path(ANNOTATIONS)
         if ANNOTATIONS not in self._files:
             raise UserError(
@@ -165,14 +217,13 @@ class CalvinFolder:
             )
         annotation = self._load(ANNOTATIONS)
         try:
-            texts, tasks = annotation["language"]["ann"], annotation["language"]["task"]
-            bounds = [(int(start), int(end)) for start, end in annotation["info"]["indx"]]
-            spans = [Span(*bound, str(text), str(task)) for bound, text, task in zip(bounds, texts, tasks)]
-            complete = len(spans) == len(bounds) == len(texts) == len(tasks)
-        except (TypeError, KeyError, ValueError, IndexError):
-            complete, spans = False, []
-        if not complete:
+            texts, tasks = (_items(annotation["language"][key]) for key in ("ann", "task"))
+            bounds = np.array(annotation["info"]["indx"], np.int64).reshape(-1, 2).tolist()
+        except (TypeError, KeyError, ValueError, IndexError, OverflowError):
+            texts, tasks, bounds = [], [], None
+        if not (bounds is not None and len(bounds) == len(texts) == len(tasks)):
             raise UserError(f"{path}: not CALVIN's annotation (language.ann, language.task, info.indx)")
+        spans = [_span(path, n, *each) for n, each in enumerate(zip(bounds, texts, tasks))]
         for span in spans:
             if not any(start <= span.start <= span.end <= end for start, end in self.episodes):
                 raise UserError(
@@ -180,6 +231,14 @@ class CalvinFolder:
                     f"ep_start_end_ids.npy; the two files belong to different data sets"
                 )
         return spans
+
+    def without_words(self, *, fate: str) -> str:
+        """What to tell of annotated spans without instruction, and of their `fate`; "" if there are none."""
+        faults = [span.fault for span in self.spans if span.fault]
+        if not faults:
+            return ""
+        count = f"{len(faults)} of {len(self.spans)} annotated spans have no instruction"
+        return f"{self.folder}: {count}: {fate}; the first: {faults[0]}"
 
     @cached_property
     def scenes(self) -> dict[str, tuple[int, int]]:
@@ -204,8 +263,13 @@ class CalvinFolder:
         return read_frame(path, keys, content=self._files.read(frame_name(frame)))
 
     def stack(self, key: str, frames: Iterable[int]) -> np.ndarray:
-        """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7]."""
-        return np.stack([self.frame(frame, (key,))[key] for frame in frames])
+        """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7].
+
+        Raises:
+            UserError: a frame is damaged, or a picture has another size than the first.
+        """
+        frames = list(frames)
+        return stack_frames([self.frame(i, (key,))[key] for i in frames], [self.path(i) for i in frames])
 
     def check_frames(self, frames: Int64[np.ndarray, " N"]) -> None:
         """Check that the files of some frames are there, without opening them.

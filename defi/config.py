@@ -2,7 +2,9 @@
 
 import difflib
 import functools
+import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from defi.errors import UserError
@@ -21,7 +23,29 @@ from defi.files import one_line
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
+# Settings that are texts, whatever they look like.
+TEXTS = {
+    "instruction",
+    "data.instruction",
+    "output",
+    "data.root",
+    "data.store",
+    "path",
+    "source",
+    "tokenizer",
+}
+TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae"}
+# What Hydra says of a text that it takes for several values of a sweep.
+SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
+
 Settings = TypeVar("Settings")
+
+RETIRED = {
+    "policy.action_head.action_positions": (
+        "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
+    ),
+}
+"""Settings that there were once, and what to do instead."""
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -39,7 +63,8 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 try:
                     OmegaConf.resolve(cfg)
                 except OmegaConfBaseException as error:
-                    raise UserError(one_line(error)) from None
+                    raise UserError(f"{one_line(error)}; a text with ${{ is written with \\${{") from None
+                check_texts(cfg, sys.argv[1:])
                 check_overwrite(cfg)
                 main(cfg)
 
@@ -49,6 +74,8 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             command = hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(
                 body
             )
+            if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may not be UTF-8
+                sys.stdout.reconfigure(errors="backslashreplace")
             with one_line_errors():
                 check_preset(sys.argv[1:])
                 try:
@@ -81,9 +108,13 @@ def explain(error: CompactHydraException) -> str:
         return f"{group}={name}: no such choice; choose from {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return how_to_write(error.override)
+    if several := SEVERAL.match(str(error)):
+        return how_to_write(several[1])
     cause = error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or cause.parent_node is None:
         return one_line(error)
+    if cause.full_key in RETIRED:
+        return f"{cause.full_key}=: no longer a setting; {RETIRED[cause.full_key]}"
     section = cause.full_key.rpartition(".")[0]
     known = sorted(str(key) for key in cause.parent_node if key != "hydra")
     close = difflib.get_close_matches(str(cause.key), known)
@@ -99,12 +130,28 @@ def how_to_write(setting: str) -> str:
         return f"{setting}: not a setting; write key=value"
     if value.startswith("~/"):
         return f"{setting}: the shell leaves this ~ as it is; write {key}=$HOME{value[1:]}"
-    text = value.replace('"', r"\"")
-    quoted = shlex.quote(f'{key}="{text}"')
-    return (
-        f"{setting}: cannot be read; close its brackets, or quote a text with accents, brackets or signs: "
-        f"{quoted}"
-    )
+    what = "close its brackets, or quote a text with accents, brackets, commas or signs"
+    return f"{setting}: cannot be read; {what}: {quoted(key, value)}"
+
+
+def quoted(key: str, text: str) -> str:
+    """The setting as the shell takes it, with the quotes that Hydra wants around a text."""
+    # Backslashes are doubled where a quote follows, and only there.
+    inner = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text)
+    return shlex.quote(f'{key}="{inner}"')
+
+
+def check_texts(cfg: DictConfig, arguments: Sequence[str]) -> None:
+    """Raises UserError if a place or an instruction was read as a list, a dict or a number.
+
+    arguments: of the command line, as they were written.
+    """
+    written = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in arguments)}
+    for key, value in written.items():
+        read = OmegaConf.select(cfg, key, default=None) if key in TEXTS else None
+        if read is not None and not isinstance(read, str):
+            kind = {ListConfig: "list", DictConfig: "dict"}.get(type(read), type(read).__name__)
+            raise UserError(f"{key}={value}: is read as {kind}; quote a text: {quoted(key, value)}")
 
 
 def check_given(cfg: DictConfig) -> None:
@@ -184,6 +231,8 @@ def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Setting
             reason = "must be a list"
         given = flatten(values).get(error.full_key)
         key = f"{where}.{error.full_key}" + ("" if given is None else f"={given}")
+        if hint := RETIRED.get(f"{where}.{error.full_key}"):
+            raise UserError(f"{key}: no longer a setting; {hint}") from error
         raise UserError(f"{key}: {reason}; see {cls.__name__} in {cls.__module__}") from error
 
 

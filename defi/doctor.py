@@ -21,7 +21,7 @@ from rich.text import Text
 from defi.config import entry, flatten
 from defi.engine.checkpoint import CHANGED, COPY_AGAIN, MANIFEST, environment, find_checkpoint, read_manifest
 from defi.errors import UserError
-from defi.sim.renderers import SOFTWARE, egl_devices
+from defi.sim.renderers import MESA, SOFTWARE, egl_devices
 from defi.sim.scene import SceneConfig
 
 PROJECT = "defi-robot"
@@ -93,8 +93,7 @@ def check_simulation() -> Iterator[Finding]:
         kind = "mesa" if SOFTWARE.search(name) else "gpu"
         yield Finding(f"EGL device {number}", "ok", f"{name} (sim.renderer={kind})")
     if not egl_devices():
-        mend = "sim.renderer=cpu needs none; for a GPU install its driver's EGL library, else libegl-mesa0"
-        yield Finding("EGL", "note", "no device can draw", mend)
+        yield Finding("EGL", "note", "no device can draw", f"CALVIN's assets need one: {MESA}")
 
 
 def check_machine(output: Path) -> Iterator[Finding]:
@@ -114,7 +113,7 @@ def check_machine(output: Path) -> Iterator[Finding]:
 
 
 def check_clone(calvin_root: str) -> Iterator[Finding]:
-    """A clone of CALVIN: all scenes, every file that they name, and the instructions."""
+    """A clone of CALVIN: all scenes, every file that they name, the instructions; and what draws it here."""
     for scene in "ABCD":
         config = SceneConfig.from_calvin(calvin_root, scene)
         files = [config.arm.urdf, config.table.urdf, config.plane, *(block.urdf for block in config.blocks)]
@@ -127,6 +126,22 @@ def check_clone(calvin_root: str) -> Iterator[Finding]:
     if not words.is_file():
         raise UserError(f"{words}: missing; the clone is incomplete")
     yield Finding("CALVIN", "ok", f"{calvin_root}: scenes A, B, C, D and the instructions are there")
+    yield from check_pictures(calvin_root)
+
+
+def check_pictures(calvin_root: str, scene: str = "D") -> Iterator[Finding]:
+    """What draws a rollout on CALVIN's assets, and how far the other renderers' pictures are from that."""
+    from defi.sim.portraits import difference, portraits
+
+    (chosen, pictures), *others = portraits(calvin_root, scene).items()
+    yield Finding("CALVIN's renderer", "ok", f"a rollout takes {chosen}")
+    for renderer, drawn in others:
+        mend = "leave sim.renderer as it is: such a number compares with no published one"
+        wrong = renderer.backend == "cpu"
+        detail = f"{renderer}: other pictures of scene {scene}: {difference(pictures, drawn)}"
+        yield Finding(
+            f"sim.renderer={renderer.kind}", "note" if wrong else "ok", detail, mend if wrong else ""
+        )
 
 
 def check_checkpoint(path: str) -> Iterator[Finding]:

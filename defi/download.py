@@ -26,11 +26,15 @@ PAGE = "https://huggingface.co"
 
 @dataclass
 class Source:
-    """A repository of the hub, and where its files belong. files: see configs/download.yaml."""
+    """A repository of the hub, and where its files belong. files: see configs/download.yaml.
+
+    note: what whoever fetches it should know.
+    """
 
     repo: str
     folder: str
     files: list[str]
+    note: str = ""
 
     @property
     def page(self) -> str:
@@ -181,6 +185,9 @@ def table(files: list[File]) -> Table:
 @entry("download")
 def main(cfg: DictConfig) -> None:
     sources, console = needed(cfg).values(), Console(highlight=False)
+    for source in sources:
+        if source.note:
+            print(f"note: {source.page}: {source.note}")
     try:
         files = [file for source in sources for file in on_the_hub(source)]
     except Unreachable as error:

@@ -68,11 +68,11 @@ def read_text(file: Path, mend: str) -> str:
     try:
         if file.stat().st_size > LARGEST:
             raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than any file of its kind; {mend}")
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # some programs begin their files with a mark
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {mend}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not text ({error.reason}); {mend}") from None
+        raise UserError(f"{file}: not text in UTF-8 ({error.reason}); {mend}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); {mend}") from None
 

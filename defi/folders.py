@@ -1,15 +1,21 @@
 """Files below a folder, wherever they lie."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+from defi.errors import UserError
 
 
 def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """Files with one of the suffixes (in lower case; theirs may be in any), sorted by path.
 
     Folders that are links are entered too, for large data sets lie on several disks; but last, and none a
-    second time, so that a folder keeps its own name and a link to where it stands has an end.
+    second time, so that a folder keeps its own name and a link to where it stands has an end. What is hidden,
+    files (macOS puts `._a.mp4` beside `a.mp4`) and folders, is none of the data.
+
+    Raises:
+        UserError: a file's path is not UTF-8.
     """
     found: list[Path] = []
     entered: set[str] = set()
@@ -20,6 +26,16 @@ def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
                 folders.clear()
                 continue
             entered.add(real)
+            folders[:] = visible(folders)
             waiting += sorted(link for name in folders if os.path.islink(link := os.path.join(place, name)))
-            found += [Path(place, name) for name in files if Path(name).suffix.lower() in suffixes]
+            found += [Path(place, name) for name in visible(files) if Path(name).suffix.lower() in suffixes]
+    if foreign := next(
+        (path for path in found if "\ufffd" in os.fsencode(path).decode(errors="replace")), None
+    ):
+        raise UserError(f"{foreign}: its name is not UTF-8, so that not every library opens it; rename it")
     return sorted(found)
+
+
+def visible(names: Iterable[str]) -> list[str]:
+    """The names without those that begin with a dot."""
+    return [name for name in names if not name.startswith(".")]

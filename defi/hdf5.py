@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from defi.errors import UserError
+from defi.instructions import read_instruction
 
 if TYPE_CHECKING:
     import h5py
@@ -47,7 +48,7 @@ class Episode:
 def read_hdf5(path: Path, *, group: str = "", cameras: Mapping[str, str], text: str, every: int) -> Episode:
     """Every `every`-th picture of some cameras (name -> path within the group), and a text.
 
-    text: path of a text, or name of an attribute, of the group or of its file.
+    text: path of a text or an attribute: of the group, one around it (the file itself at last), or one in it.
 
     Raises:
         UserError: the file is damaged, has no such members, or they are not what they should be.
@@ -123,24 +124,52 @@ def _members(group: Any) -> str:
 
 
 def _text(group: Any, name: str) -> str | None:
-    value = group.attrs.get(name)
-    if value is None and name in group:
-        value = find(group, name)[()]
-    if isinstance(value, np.ndarray):
-        value = value.flat[0] if value.size else None
-    text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return text.strip() if isinstance(text, str) else None
+    """A text by its name: of the episode, of a group around it, or of one within it.
+
+    Raises:
+        UserError: what has this name is no text, or there are different ones within.
+    """
+    places = [group]
+    while places[-1].name != "/":
+        places.append(places[-1].parent)
+    if text := next(filter(None, (_own_text(place, name) for place in places)), None):
+        return text
+    within: set[str | None] = set()
+    if hasattr(group, "visititems"):
+        group.visititems(lambda _, member: within.add(_own_text(member, name)))  # links are left alone
+    if len(within := within - {None}) > 1:
+        raise UserError(
+            f"{group.file.filename}: {group.name} holds different {name}; give the path of one as data.text"
+        )
+    return next(iter(within), None)
+
+
+def _own_text(place: Any, name: str) -> str | None:
+    """What a path says, counted from a place: that of an attribute or a member; None if nothing."""
+    folder, _, last = name.rpartition("/")
+    try:
+        owner = find(place, folder)
+    except UserError:
+        return None
+    value = owner.attrs.get(last)
+    if value is None and hasattr(owner, "keys") and last in owner:
+        member = find(owner, last)
+        value = member[()] if hasattr(member, "shape") else None
+    if value is None:
+        return None
+    return read_instruction(value, f"{place.file.filename}: {name} of {place.name}") or None
 
 
 def _pictures(data: Any, every: int) -> list[np.ndarray]:
     """All raw pictures as one array, or each encoded one."""
     if getattr(data, "ndim", 0) == 4 and data.dtype == np.uint8 and data.shape[-1] == 3:
         return [_rows(data, every)]
-    if getattr(data, "ndim", 0) in (1, 2):
+    if getattr(data, "ndim", 0) in (1, 2) and (data.dtype.kind in "OSV" or data.dtype.itemsize == 1):
         return [np.frombuffer(bytes(np.asarray(row)), np.uint8) for row in _rows(data, every)]
     what = f"{data.dtype} {data.shape}" if hasattr(data, "shape") else "a group"
     raise UserError(
-        f"{data.file.filename}: {data.name} is {what}, not pictures: uint8 [F, H, W, 3], or encoded ones"
+        f"{data.file.filename}: {data.name} is {what}, not pictures: uint8 [F, H, W, 3], or encoded ones; "
+        "write them so (16 bits: >> 8; shares of 1: * 255)"
     )
 
 
@@ -181,7 +210,7 @@ def main() -> None:
             places = {camera: find(group, place) for camera, place in asked["cameras"].items()}
             _limit(asked["size"], sum(map(_unpacked, places.values())))
             found = {camera: _pictures(place, asked["every"]) for camera, place in places.items()}
-            text = (_text(group, asked["text"]) or _text(file, asked["text"])) if asked["text"] else None
+            text = _text(group, asked["text"]) if asked["text"] else None
             members = list(group) if hasattr(group, "keys") else []
     except UserError as error:
         print(error, file=sys.stderr)

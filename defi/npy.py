@@ -151,6 +151,8 @@ class _Builder:
 def load_npy(path: str | Path) -> Any:
     """The array in a `.npy` file; the object itself (say, a dict) where the file holds a single pickled one.
 
+    As for CALVIN's own reader it may be the only item of an array.
+
     Only dicts, lists, tuples, sets, numbers, strings, bytes, and NumPy arrays and scalars of these are read.
 
     Raises:
@@ -248,4 +250,4 @@ def _load(data: bytes) -> Any:
     array = _Builder().build(_Unpickler(io.BytesIO(content)).load())
     if type(array) is not np.ndarray or array.shape != shape or not array.dtype.hasobject:
         raise ValueError("the header does not describe the contents")
-    return array.item() if shape == () else array
+    return array.item() if array.size == 1 else array

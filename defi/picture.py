@@ -14,7 +14,7 @@ FORMATS = ("JPEG", "PNG")  # others may call programs or are read by code that i
 
 
 def decode_picture(coded: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of a picture, colours without transparency.
+    """The pixels of a picture, colours without transparency; of 16 bits the upper eight.
 
     Raises:
         ValueError: it is damaged, of another format, or so large that it would fill the memory.
@@ -22,6 +22,8 @@ def decode_picture(coded: bytes) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(io.BytesIO(coded), formats=FORMATS) as picture:  # reads the header; not huge
             if picture.format == "PNG":  # torchvision would crash on a damaged one, and is no faster
+                if picture.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip at 255
+                    return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
                 return np.asarray(picture.convert("RGB"))
         pixels = torch.frombuffer(bytearray(coded), dtype=torch.uint8)
         decoded = torchvision.io.decode_jpeg(pixels, torchvision.io.ImageReadMode.RGB)

@@ -19,6 +19,12 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=LONGEST)
 
 
+def tell(line: str) -> None:
+    """Print it once for all processes, unless it is empty."""
+    if line and processes().is_main_process:
+        print(line)
+
+
 def share(tasks: Sequence[Task]) -> list[Task]:
     """This process's part of tasks that are the same list in all processes.
 

@@ -5,9 +5,8 @@ size of the preset, with a tokenizer built here, so that nothing is downloaded. 
 Hugging Face folder. Each distinct string is encoded once: a data set has few instructions and many samples.
 """
 
-import re
-import string
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,19 +32,24 @@ from defi.hub import local_only
 transformers_logging.disable_progress_bar()  # a bar per small file hides what a command has to say
 
 WORDS = Path(__file__).parent / "assets" / "words.txt"
+POSITIONS = 256  # the longest text that a random CLIP tower reads, in tokens (a byte each outside of `WORDS`)
 
 
 @dataclass
 class TextConfig:
     """One tower. With `pretrained` (folder or hub name) only `tokens` is read besides it.
 
-    tokens: T, the longest text in tokens, special tokens included; longer texts are cut.
+    tokens: T, special tokens included. Of CLIP the length of the token states. T5 reads texts of any length;
+        when acting, they are padded to a multiple of it.
+    keep_end: what CLIP makes of texts longer than T. False: token states of the text cut at T, as published.
+        True: the last of them is that of the whole text's end, which has seen all of it.
     width, layers, heads: of the random tower. projection: width P of the sentence embedding (CLIP only).
     seed: of the random weights. cache: how many distinct strings are remembered.
     """
 
     pretrained: str | None = None
     tokens: int = 20
+    keep_end: bool = False
     width: int = 64
     layers: int = 2
     heads: int = 4
@@ -132,14 +136,17 @@ class _Tower(nn.Module):
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _cached(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
         """The encodings of `texts`; new ones are encoded and remembered, oldest out first.
 
         Each text goes through the tower alone: in a batch its rounding would depend on the texts beside it,
-        and so on what was encoded before, and a resumed run would not equal an uninterrupted one.
+        and so on what was encoded before, and a resumed run would not equal an uninterrupted one. So would it
+        if autocast or inference mode around the first use had a say; the tower's own precision holds.
         """
-        known = {text: self._cache.get(text) or self._encode(text) for text in dict.fromkeys(texts)}
+        with torch.autocast(self._device.type, enabled=False):
+            known = {text: self._cache.get(text) or self._encode(text) for text in dict.fromkeys(texts)}
         for text in known:
             self._cache[text] = known[text]
             self._cache.move_to_end(text)
@@ -153,7 +160,11 @@ class _Tower(nn.Module):
 
 
 class CLIPText(_Tower):
-    """CLIP text tower (ViT-B/32 at full size): token states for video, a sentence for a policy."""
+    """CLIP text tower (ViT-B/32 at full size): token states for video, a sentence for a policy.
+
+    The token states are those of the first T tokens; the sentence is of all that the tower has positions for
+    (77 tokens in the published one).
+    """
 
     @classmethod
     def from_config(cls, config: TextConfig) -> "CLIPText":
@@ -170,7 +181,7 @@ class CLIPText(_Tower):
             projection_dim=config.projection,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
-            max_position_embeddings=config.tokens,
+            max_position_embeddings=max(POSITIONS, config.tokens),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -195,25 +206,64 @@ class CLIPText(_Tower):
         """P, the width of the sentence embedding."""
         return self.model.config.projection_dim
 
+    @property
+    def longest(self) -> int:
+        """The longest text that the tower reads to its end, in tokens."""
+        return self.model.config.max_position_embeddings
+
+    def truncated(self, texts: Sequence[str]) -> list[str]:
+        """The texts that do not fit in T tokens: their token states know nothing of their end.
+
+        With `keep_end`, those that are longer than the tower has positions.
+        """
+        return [text for text in texts if self._is_longer(text, self._room)]
+
+    @property
+    def _room(self) -> int:
+        return self.longest if self.config.keep_end else self.config.tokens
+
+    def told(self, texts: Iterable[str]) -> str:
+        """What to tell of instructions that do not fit, and of those that become equal by it; "" of none."""
+        distinct = list(dict.fromkeys(texts))
+        if not (cut := set(self.truncated(distinct))):
+            return ""
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for text in distinct:
+            read = self.tokenizer(text, truncation=True, max_length=self._room)["input_ids"]
+            alike.setdefault(tuple(read), []).append(text)
+        same = [group for group in alike.values() if len(group) > 1 and cut.intersection(group)]
+        told = f"{len(cut)} of {len(distinct)} instructions are cut at {self._room} tokens (text.clip)"
+        if same:
+            told += f"; {sum(map(len, same))} of them are equal to another, the first: "
+            told += " = ".join(repr(text) for text in same[0][:2])
+        return told
+
+    def _is_longer(self, text: str, room: int) -> bool:
+        return len(self.tokenizer(text, truncation=True, max_length=room + 1)["input_ids"]) > room
+
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+        states, sentence, _ = self._read(text, self.config.tokens)
+        if self._is_longer(text, self.config.tokens):
+            whole, sentence, end = self._read(text, self.longest)
+            if self.config.keep_end:
+                states = torch.cat([states[:-1], whole[end : end + 1]])
+        return states, sentence
+
+    def _read(self, text: str, length: int) -> tuple[Tensor, Tensor, int]:
+        """States of the text, cut and padded to `length` tokens; its sentence embedding; where it ends."""
         batch = self.tokenizer(
-            [text], padding="max_length", truncation=True, max_length=self.config.tokens, return_tensors="pt"
+            [text], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self._device)
         output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return output.last_hidden_state[0], output.text_embeds[0]
+        return output.last_hidden_state[0], output.text_embeds[0], int(batch["attention_mask"].sum()) - 1
 
     def tokens(self, texts: list[str]) -> Float[Tensor, "B T D"]:
-        """Last hidden states after the final LayerNorm, padded to T tokens."""
+        """Last hidden states after the final LayerNorm, padded or cut to T tokens (see `keep_end`)."""
         return torch.stack([states for states, _ in self._cached(texts)])
 
     def sentence(self, texts: list[str]) -> Float[Tensor, "B P"]:
         """The end-of-text state through the text projection, not normalised."""
         return torch.stack([sentence for _, sentence in self._cached(texts)])
-
-
-def plain(text: str) -> str:
-    """Lower case, punctuation removed: how instructions reach T5."""
-    return re.sub(f"[{re.escape(string.punctuation)}]", "", text).lower().strip()
 
 
 class T5Text(_Tower):
@@ -248,24 +298,36 @@ class T5Text(_Tower):
         return self.model.config.d_model
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer(
-            [text], truncation=True, max_length=self.config.tokens, return_tensors="pt"
-        ).to(self._device)
+        batch = self.tokenizer([text], verbose=False, return_tensors="pt").to(self._device)
         states = self.model(**batch).last_hidden_state
         return states[0], batch["attention_mask"][0].bool()
 
     def forward(
-        self, texts: list[str], *, full_length: bool = False
+        self, texts: list[str], *, full_length: bool = False, together: bool = False, dropout: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
         """States padded with zeros to the longest text of the batch, and the mask: true at tokens.
 
-        With `full_length` they are padded to the configured T, so that shapes, and with them the rounding of
-        what follows, do not depend on the other texts of the batch.
+        With `full_length` they are padded to a multiple of the configured T, so that shapes, and with them
+        the rounding of what follows, do not depend on the other texts of the batch.
+        `together` encodes the texts anew as one padded batch, whose padding has states of its own; `dropout`
+        does the same with T5's dropout on.
         """
-        encoded = self._cached([plain(text) for text in texts])
+        if together or dropout:
+            return self._encode_together(texts, dropout=dropout)
+        encoded = self._cached(texts)
         states = nn.utils.rnn.pad_sequence([states for states, _ in encoded], batch_first=True)
         mask = nn.utils.rnn.pad_sequence([mask for _, mask in encoded], batch_first=True)
         if full_length:
-            missing = self.config.tokens - mask.shape[1]
+            missing = -mask.shape[1] % self.config.tokens
             states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
         return states, mask
+
+    @torch.no_grad()
+    def _encode_together(self, texts: list[str], *, dropout: bool) -> tuple[Tensor, Tensor]:
+        batch = self.tokenizer(texts, padding=True, verbose=False, return_tensors="pt")
+        batch = batch.to(self._device)
+        self.model.train(dropout)
+        try:
+            return self.model(**batch).last_hidden_state, batch["attention_mask"].bool()
+        finally:
+            self.model.eval()

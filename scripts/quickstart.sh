@@ -50,7 +50,7 @@ step 01_collect "Demonstrations in scenes A, B, C" \
 step 02_vae "Stage 1: train the video autoencoder" \
     python -m Step1_GFDM.train_vae data.root=$data output=$ckpts/vae trainer.max_steps=$vae $(train_again $ckpts/vae)
 step 03_latents "Stage 1: demonstrations to latents" \
-    python -m Step1_GFDM.prepare data.root=$data vae=$ckpts/vae output=$output/latents $(again $output/latents)
+    python -m Step1_GFDM.prepare data.root=$data data.every=5 vae=$ckpts/vae output=$output/latents $(again $output/latents)
 step 04_gfdm "Stage 1: train the forward dynamics model (GFDM)" \
     python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm trainer.sample_every=0 \
     $(train_again $ckpts/gfdm)

@@ -20,7 +20,7 @@ from Step3_DeFI.policy import DeFI
 
 DINO = {"image_size": 28, "width": 16, "layers": 1, "heads": 2}
 # As the published policy: nothing in it that the released file does not have.
-PLAIN_HEAD = {"action_positions": False, "identity_modulation": False}
+PLAIN_HEAD = {"cross_attention": "causal", "identity_modulation": False}
 
 
 def preset(towers: Path | None = None, **settings: object) -> DictConfig:

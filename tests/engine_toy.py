@@ -38,7 +38,7 @@ class Toy(StageModel):
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         x = batch["x"]
-        noise = SampleNoise(batch["seed"], x.device).normal(3)
+        noise = SampleNoise(batch["seed"], x.device).normal("x", 3)
         error = (self.net(x + noise) - x).square().mean()
         return {"loss": error, "level": x.mean()}
 

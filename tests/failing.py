@@ -48,7 +48,7 @@ def main(folder: Path, how: str) -> None:
         run.prepare_output = refuse
     settings = trainer(max_steps=500, save_every=1, sample_every=3 if how == "sample" else 0)
     if how == "replaced":
-        settings = trainer(max_steps=11, bad_samples=0.4, log_every=4)
+        settings = trainer(max_steps=11, bad_samples=0.6, log_every=4)
     with one_line_errors():
         train(toy(dropout=0.0), data, settings, output=folder, config={"preset_name": "test"}, sample=look)
 

@@ -1,6 +1,7 @@
 """Folders of valid files, and what reads them once they are damaged (`test_hostile_files.py`)."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -85,7 +86,7 @@ def read_state(folder: Path) -> None:
     _, generators = resume.read_progress(folder / "state")
     with resume.preserved_rng():
         resume.set_rng_state(generators[0])
-        torch.rand(3)
+        torch.rand(3), np.random.rand(3), random.random()
 
 
 def make_state(folder: Path) -> None:

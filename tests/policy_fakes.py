@@ -23,6 +23,7 @@ PRESET: dict[str, Any] = {
     "text": {"clip": TEXT | {"seed": 1}, "t5": TEXT | {"seed": 2}},
     "gfdm": {
         "frames": 3,
+        "frame_step": 2,
         "image_size": 16,
         "unet": {
             "block_out_channels": [32, 32, 32, 32],
@@ -64,7 +65,6 @@ PRESET: dict[str, Any] = {
             "attention_dropout": 0.0,
             "residual_dropout": 0.0,
             "mlp_dropout": 0.0,
-            "action_positions": True,
             "identity_modulation": True,
         },
         "diffusion": {"draws": 2},
@@ -104,7 +104,7 @@ def write_stages(folder: Path) -> tuple[Path, Path]:
 
 
 def write_demonstrations(folder: Path, *, lengths: tuple[int, ...] = (15, 22), seed: int = 0) -> Path:
-    """A CALVIN-format data set of random pictures; action k of frame i is i + k / 10."""
+    """A CALVIN-format data set of random pictures; action k of frame i is (i + k / 10) / 1000, gripper 1."""
     rng = np.random.default_rng(seed)
     split = folder / "training"
     spans, episodes, first = [], [], 100
@@ -117,7 +117,7 @@ def write_demonstrations(folder: Path, *, lengths: tuple[int, ...] = (15, 22), s
                     {
                         "rgb_static": rng.integers(0, 256, (20, 20, 3)),
                         "rgb_gripper": rng.integers(0, 256, (12, 12, 3)),
-                        "rel_actions": frame + np.arange(7) / 10,
+                        "rel_actions": np.append((frame + np.arange(6) / 10) / 1000, 1),
                         "actions": np.zeros(7),
                         "robot_obs": np.zeros(15),
                         "scene_obs": np.zeros(24),

@@ -1,6 +1,8 @@
 """Data that are missing, damaged or unsafe: one line that says what and where, and a later start goes on."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from policy_fakes import write_demonstrations
 from preparations import run, write_inputs
 
 from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
-from defi.errors import UserError
+from defi.calvin import ANNOTATIONS, encode_frame, frame_name
+from defi.errors import UserError, readable
 from defi.rlds import RLDSDataset, index
 from defi.rlds.tfrecord import read_records
 from defi.video import write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes
 from Step2_GIDM import train
+from Step2_GIDM.data.calvin import CalvinClips
+from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.videos import VideoClips
+
+HIDDEN = b"\0\5\x16\7\0\2\0\0Mac OS X"  # how files begin that macOS puts beside others
 
 
 @pytest.fixture(scope="module")
@@ -167,19 +176,40 @@ def hdf5_without_words(root: Path) -> str:
     return f"{root}/1.h5: no text language_instruction in it; set data.text or data.instruction"
 
 
+def calvin_without_words(root: Path) -> str:
+    write_demonstrations(root, lengths=(12, 12))
+    file = root / "training" / ANNOTATIONS
+    annotation = np.load(file, allow_pickle=True).item()
+    annotation["language"]["ann"][1] = None
+    np.save(file, annotation)
+    shutil.copytree(root / "training", root / "validation")
+    return f"{file}: the text of span 1 (frames 112 to 123) is None; expected is one text in UTF-8"
+
+
+def captions_without_words(root: Path) -> str:
+    write_captioned(root)
+    lines = [
+        json.dumps({"video": f"{name}.mp4", "text": text})
+        for name, text in zip("abc", ["go", "\u200b", "go"])
+    ]
+    (root / "captions.jsonl").write_text("\n".join(lines))
+    return f"{root}/captions.jsonl: the caption of b.mp4 is blank"
+
+
 @pytest.mark.parametrize(
     ("source", "write"),
     [
+        ("captioned_calvin", calvin_without_words),
+        ("captioned_videos", captions_without_words),
         ("captioned_vpp", vpp_without_words),
         ("captioned_rlds", rlds_without_words),
         ("captioned_hdf5 data.cameras={top:top}", hdf5_without_words),
     ],
-    ids=["vpp", "rlds", "hdf5"],
+    ids=["calvin", "captions", "vpp", "rlds", "hdf5"],
 )
 def test_an_episode_without_caption_is_left_out(
     source: str, write: Callable[[Path], str], inputs: Path, tmp_path: Path
 ) -> None:
-    """Captions in a file of their own: see test_step1_sources."""
     said = write(tmp_path / "data")
     given = [f"data.root={tmp_path / 'data'}", f"vae={inputs / 'vae'}", f"output={tmp_path / 'out'}"]
     given += [f"data.index={tmp_path / 'index'}"] if "rlds" in source else []
@@ -190,6 +220,141 @@ def test_an_episode_without_caption_is_left_out(
     (note,) = (tmp_path / "out" / "skipped" / "train").iterdir()
     assert note.read_text() == f"{said}\n"
     assert len(read_episodes(tmp_path / "out", "train")) == 1
+
+
+def rlds_of_two_sizes(root: Path) -> str:
+    small, large = (encode(np.zeros((n, 32, 3), np.uint8), "PNG") for n in (32, 48))
+    features = {"observation": features_dict(image=image(32, 32, "png")), "language_instruction": text()}
+    good, bad = (
+        {"steps/observation/image": pictures, "steps/language_instruction": [b"lift"] * 3}
+        for pictures in ([small] * 3, [small, small, large])
+    )
+    write_set(root.parent, features, {"train": [[good, bad]], "val": [[good]]}, name=root.name)
+    file = root / "1.0.0" / f"{root.name}-train.tfrecord-00000-of-00001"
+    return f"{file}: episode 1, step 2: the pictures change their size here, from 32 x 32 to 48 x 32"
+
+
+def hdf5_of_two_sizes(root: Path) -> str:
+    h5py = pytest.importorskip("h5py")
+    root.mkdir()
+    for name in ("0", "1", "2"):
+        pictures = [
+            encode(np.zeros((48 if name == "1" and i else 32, 32, 3), np.uint8), "PNG") for i in range(3)
+        ]
+        with h5py.File(root / f"{name}.h5", "w") as file:
+            file.attrs["language_instruction"] = "lift"
+            rows = file.create_dataset("top", (3,), h5py.vlen_dtype(np.uint8))
+            for i, coded in enumerate(pictures):
+                rows[i] = np.frombuffer(coded, np.uint8)
+        (root / f"._{name}.h5").write_bytes(HIDDEN)
+    return f"{root}/1.h5: picture 1 of top: the pictures change their size here, from 32 x 32 to 48 x 32"
+
+
+def calvin_of_two_sizes(root: Path) -> str:
+    write_demonstrations(root, lengths=(12, 12))
+    file = root / "training" / frame_name(115)
+    frame = dict(np.load(file)) | {"rgb_static": np.zeros((20, 30, 3), np.uint8)}
+    file.write_bytes(encode_frame(frame))
+    shutil.copytree(root / "training", root / "validation")
+    return f"{root}/training/{file.name}: the pictures change their size here, from 20 x 20 to 20 x 30"
+
+
+@pytest.mark.parametrize(
+    ("source", "write"),
+    [
+        ("captioned_calvin data.every=1", calvin_of_two_sizes),
+        ("captioned_rlds", rlds_of_two_sizes),
+        ("captioned_hdf5 data.cameras={top:top}", hdf5_of_two_sizes),
+    ],
+    ids=["calvin", "rlds", "hdf5"],
+)
+def test_an_episode_whose_pictures_change_their_size_is_left_out(
+    source: str, write: Callable[[Path], str], inputs: Path, tmp_path: Path
+) -> None:
+    said = write(tmp_path / "data")
+    given = [f"data.root={tmp_path / 'data'}", f"vae={inputs / 'vae'}", f"output={tmp_path / 'out'}"]
+    given += [f"data.index={tmp_path / 'index'}"] if "rlds" in source else []
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare", *f"data={source}".split(), *given])
+        prepare.main()
+    (note,) = (tmp_path / "out" / "skipped" / "train").iterdir()
+    assert note.read_text().startswith(f"{said} (height x width); ")
+    assert len(read_episodes(tmp_path / "out", "train")) == 1
+
+
+def test_hidden_files_and_marks_of_encoding(inputs: Path, tmp_path: Path) -> None:
+    """What macOS leaves beside files, and some editors at their beginning, is none of the data."""
+    root = write_annotated(tmp_path / "vpp")
+    for file in [*root.rglob("*.json"), *root.rglob("*.mp4")]:
+        file.with_name(f"._{file.name}").write_bytes(HIDDEN)
+    file = root / "annotation" / "train" / "1.json"
+    values = json.loads(file.read_text())
+    values |= {"texts": [["lift"], ""], "videos": values["videos"][0]}
+    file.write_text(json.dumps(values), encoding="utf-8-sig")
+    assert [(e.texts, len(e.videos)) for e in read_episodes(root, "train")] == [(["lift"], 1)] * 2
+    files = [tmp_path / "videos" / name for name in ("a.mp4", "._a.mp4", ".trash/b.mp4")]
+    for file in files:
+        write_mp4(file, np.zeros((3, 32, 32, 3), np.uint8), 10)
+    assert [Path(clip.name) for clip in VideoClips(tmp_path / "videos").clips] == files[:1]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '{"video": "a.mp4", "text": "Tür"}'.encode("latin-1"),
+            "not UTF-8 (invalid start byte); save it as UTF-8",
+        ),
+        ('{"video": "a.mp4", "text": "Tür"}'.encode("utf-16"), "not UTF-8 (invalid start byte)"),
+        (b'{"video": "a.mp4", "text": 3}', "line 1: the caption is 3; expected is one text in UTF-8"),
+        (b'{"video": "a.mp4", "text": "T\\udcfcr"}', "line 1: the caption is not UTF-8"),
+    ],
+)
+def test_captions_that_are_no_text(
+    content: bytes, said: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "captions.jsonl").write_bytes(content)
+    given = [
+        "data=captioned_videos",
+        f"data.root={tmp_path}",
+        f"vae={inputs / 'vae'}",
+        f"output={tmp_path / 'out'}",
+    ]
+    assert f"{tmp_path}/captions.jsonl: {said}" in fails(prepare, capsys, *given)
+
+
+@pytest.mark.parametrize("language", [True, False])
+def test_stage_2_leaves_spans_without_words_out(
+    language: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    said = calvin_without_words(tmp_path / "calvin")
+    clips = CalvinClips(tmp_path / "calvin" / "training", cameras=["static"], language=language).clips
+    assert [clip.text(0) for clip in clips] == (["do thing 0"] if language else ["", ""])
+    told = f"1 of 2 annotated spans have no instruction: left out; the first: {said}\n"
+    assert capsys.readouterr().out.endswith(told if language else "")
+
+
+def test_samples_to_look_at_may_be_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Held-out pairs across a change of size, say: the others are looked at."""
+    calvin_of_two_sizes(tmp_path)
+    pairs = PairDataset(
+        CalvinClips(tmp_path / "training", cameras=["static"], language=False), image_size=14, distance=(2, 2)
+    )
+    read = readable(pairs.frames, range(len(pairs)))
+    assert 0 < len(pairs) - len(read) < len(read)
+    told = f"left out: {len(pairs) - len(read)} of {len(pairs)} samples to look at; the first: "
+    assert capsys.readouterr().out.startswith(told)
+    with pytest.raises(UserError, match="change their size"):
+        readable(pairs.frames, [pair for pair in range(len(pairs)) if pair not in read])
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """Not every library opens it."""
+    name = os.fsdecode(b"gr\xfcn.mp4")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"n\.mp4: its name is not UTF-8, .*rename it"):
+        VideoClips(tmp_path)
 
 
 def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(

@@ -1,6 +1,7 @@
 """CALVIN's format: what is written is read back, by this project and by NumPy alone; faults name the file."""
 
 import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -131,6 +132,143 @@ def test_damage_is_named(split: Path, damage, message: str) -> None:
     with pytest.raises(UserError, match=message):
         data = CalvinFolder(split)
         _ = data.spans, data.scenes, data.fingerprint
+
+
+def rewrite_annotation(split: Path, **changes) -> None:
+    annotation = np.load(split / ANNOTATIONS, allow_pickle=True).item()
+    for key, value in changes.items():
+        annotation["info" if key == "indx" else "language"][key] = value
+    np.save(split / ANNOTATIONS, annotation)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [["lift"], b"T\xc3\xbcr"],
+        np.array(["lift", "Tür"]),
+        np.array(["lift", b"T\xc3\xbcr"], object),
+        np.array([["lift"], ["Tür"]]),
+        [np.array("lift"), np.str_("Tür")],
+        ([np.array(["lift", "lift"])], "\ufeffTür"),
+    ],
+)
+def test_texts_are_taken_out_of_what_they_are_wrapped_in(split: Path, texts) -> None:
+    rewrite_annotation(split, ann=texts)
+    data = CalvinFolder(split)
+    assert [span.instruction for span in data.spans] == ["lift", "Tür"]
+    assert data.without_words(fate="") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "is None"),
+        (float("nan"), "is nan"),
+        (np.float32(3), "is 3.0"),
+        ({"a": 1}, "is a dict"),
+        ([], "is a list of 0 texts"),
+        (["a", "b"], "is a list of 2 texts"),
+        (b"T\xfcr", r"is not UTF-8 \(b'T\\xfcr'\)"),
+        ("T\udcfcr", "is not UTF-8"),
+        (" \t", "is blank"),
+        ("\u200b\ufeff\u3164", "is blank"),
+    ],
+)
+def test_spans_without_words_are_named(split: Path, text, said: str) -> None:
+    rewrite_annotation(split, ann=["lift", text])
+    data = CalvinFolder(split)
+    assert [(span.instruction, bool(span.fault)) for span in data.spans] == [("lift", False), ("", True)]
+    told = data.without_words(fate="left out")
+    assert told.startswith(f"{split}: 1 of 2 annotated spans have no instruction: left out; the first: ")
+    assert re.search(rf"auto_lang_ann\.npy: the text of span 1 \(frames 45 to 99\) {said}", told)
+
+
+def test_single_values_where_arrays_of_one_are_meant(split: Path) -> None:
+    """As scripts leave them that squeeze what they save."""
+    whole = CalvinFolder(split).spans[0]
+    np.save(split / "ep_start_end_ids.npy", np.array([0, 99]))
+    np.save(split / "ep_lens.npy", 100)
+    for indx, text, task in (
+        ((0, 30), whole.instruction, whole.task),
+        (np.array([0, 30]), [whole.instruction.encode()], np.array(whole.task)),
+        (np.array([[0, 30]], object), np.array([whole.instruction]), [whole.task]),
+    ):
+        rewrite_annotation(split, indx=indx, ann=text, task=task)
+        data = CalvinFolder(split)
+        assert data.episodes == [(0, 99)] and data.spans == [whole]
+    np.save(split / ANNOTATIONS, np.array([np.load(split / ANNOTATIONS, allow_pickle=True).item()]))
+    assert CalvinFolder(split).spans == [whole], "CALVIN's own reader calls .item(), too"
+
+
+def test_hidden_files_are_no_data(split: Path) -> None:
+    """macOS leaves them on disks of others."""
+    for name in (
+        "._episode_0000001.npz",
+        ".DS_Store",
+        "._ep_lens.npy",
+        "lang_annotations/._auto_lang_ann.npy",
+    ):
+        (split / name).write_bytes(b"\0\5\x16\7")
+    data = CalvinFolder(split)
+    data.check_frames(data.frame_ids)
+    assert data.spans == SPANS
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        (
+            "rel_actions",
+            {2: np.nan},
+            "rel_actions holds nan at place 2, expected are numbers of at most 1.01",
+        ),
+        ("rel_actions", {6: np.inf}, "rel_actions holds inf at place 6"),
+        ("rel_actions", {0: 50}, "rel_actions holds 50 at place 0"),
+        ("rel_actions", {0: -1.02}, "rel_actions holds -1.02 at place 0"),
+        ("robot_obs", {14: -np.inf}, "robot_obs holds -inf at place 14"),
+        ("robot_obs", {0: 712.5}, r"robot_obs holds 712.5 at place 0, .* 100 \(metres and radians\)"),
+        ("actions", {0: np.nan}, "actions holds nan"),
+    ],
+)
+def test_numbers_that_are_none_or_absurd(split: Path, key: str, change: dict[int, float], said: str) -> None:
+    frame = made_up_frame(3)
+    frame["rel_actions"][0] = 1.001  # room for rounding
+    (split / frame_name(3)).write_bytes(encode_frame(frame))
+    CalvinFolder(split).frame(3)
+    for place, value in change.items():
+        frame[key][place] = value
+    (split / frame_name(3)).write_bytes(encode_frame(frame))
+    with pytest.raises(UserError, match=rf"episode_0000003\.npz: {said}"):
+        CalvinFolder(split).frame(3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda picture: picture.astype(np.uint16) * 257,
+        lambda picture: picture / 255,
+        lambda picture: picture[..., 0],
+        lambda picture: np.concatenate([picture, picture[..., :1]], 2),
+        lambda picture: picture.transpose(2, 0, 1),
+    ],
+    ids=["16 bits", "floats", "grey", "alpha", "channels first"],
+)
+def test_pictures_of_another_kind_are_refused(split: Path, change) -> None:
+    frame = made_up_frame(3)
+    np.savez(split / frame_name(3), **frame | {"rgb_static": change(frame["rgb_static"])})
+    with pytest.raises(
+        UserError, match=r"episode_0000003\.npz: rgb_static is .* expected uint8 \(None, None, 3\)"
+    ):
+        CalvinFolder(split).frame(3, ("rgb_static",))
+
+
+def test_pictures_that_change_their_size_are_named(split: Path) -> None:
+    wider = made_up_frame(4) | {"rgb_static": np.zeros((16, 30, 3), np.uint8)}
+    (split / frame_name(4)).write_bytes(encode_frame(wider))
+    data = CalvinFolder(split)
+    assert data.stack("rgb_static", [4, 4]).shape == (2, 16, 30, 3)
+    with pytest.raises(UserError, match=r"episode_0000004\.npz: .* from 16 x 20 to 16 x 30"):
+        data.stack("rgb_static", range(2, 6))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

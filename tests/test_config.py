@@ -1,6 +1,8 @@
 """Command lines: a wrong one is one line that names the setting and the way out."""
 
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,12 +29,23 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
         ("trainer.lrr=3", "error: trainer.lrr=: no such setting; did you mean trainer.lr=? --cfg job prints"),
         ("trainr.lr=3", "error: trainr=: no such setting; did you mean trainer="),
         ("tracker.xyz=3", "error: tracker.xyz=: no such setting; there are tracker."),
+        (
+            "policy.action_head.action_positions=true",
+            "error: policy.action_head.action_positions=: no longer a setting; positions come with policy.",
+        ),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
         ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
         ("trainer.lr", "error: trainer.lr: not a setting; write key=value"),
         ("output=~/run", "error: output=~/run: the shell leaves this ~ as it is; write output=$HOME/run"),
-        ("trainer.lr=${nope}", "error: Interpolation key 'nope' not found"),
+        (
+            "trainer.lr=${nope}",
+            "error: Interpolation key 'nope' not found; a text with ${ is written with \\${",
+        ),
+        ("output=[a]", "error: output=[a]: is read as list; quote a text: 'output=\"[a]\"'"),
+        ("output={a: 1}", "error: output={a: 1}: is read as dict; quote a text: 'output=\"{a: 1}\"'"),
+        ("output=2026", "error: output=2026: is read as int; quote a text: 'output=\"2026\"'"),
+        ("data.root=1e3", "error: data.root=1e3: is read as float; quote a text: 'data.root=\"1e3\"'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(
@@ -47,7 +60,11 @@ def test_a_wrong_command_line_is_one_line(
     assert printed.startswith(told) and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("folder", ["my vidéos", "runs [1]", "a=b", "it's (new)", 'a "b"'])
+TEXTS = ["my vidéos", "runs [1]", "a=b", "it's (new)", 'a "b"', "a, then b", ",", 'it\'s, "x"', "a, b\\"]
+TEXTS += ["choice(a,b)", "range(3)", "glob(*)", "f(x)", "a; b", "#1", "<a>", "a & b", "把, 推"]
+
+
+@pytest.mark.parametrize("folder", TEXTS)
 def test_a_folder_that_needs_quotes_is_shown_with_them(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -59,6 +76,22 @@ def test_a_folder_that_needs_quotes_is_shown_with_them(
     assert told.startswith(f"error: output={folder}: cannot be read; ")
     (setting,) = shlex.split(quoted)  # as the shell hands it on
     assert OverridesParser.create().parse_override(setting).value() == folder
+
+
+@pytest.mark.parametrize("text", ["open the drawer", "50% off", "-x", "a: b", "$5", "a\\b", "a/b@c", "5 cm"])
+def test_texts_that_need_no_quotes(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["c", "data.root=a", "checkpoint=b", "output=c", f"instruction={text}"])
+    entry("step1_eval")(lambda cfg: read.append(cfg.instruction))()
+    assert read == [text]
+
+
+def test_a_name_that_is_not_utf8_can_be_printed(tmp_path: Path) -> None:
+    code = "from defi.config import entry\nentry('doctor')(lambda cfg: print('T\\udcfcr'))()"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (0, "T\\udcfcr\n"), done.stderr
 
 
 def test_a_right_command_line_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -181,3 +181,15 @@ def test_a_file_that_wants_to_lie_elsewhere(hub: Hub, monkeypatch) -> None:
     )
     with pytest.raises(UserError, match="zbzzbz/DeFI: a file there is called .*authorized_keys"):
         download.on_the_hub(source)
+
+
+def test_the_pairing_that_nobody_has_confirmed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    notes = {
+        name for name, source in download.needed(config("only=[svd,clip,video,defi]")).items() if source.note
+    }
+    assert notes == {"video"}
+    monkeypatch.setattr(download, "on_the_hub", lambda source: [])
+    run(monkeypatch, "only=[video]")
+    assert "Prefer DeFI's own" in capsys.readouterr().out

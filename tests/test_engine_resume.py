@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from engine_toy import Points, toy, trainer
+from engine_toy import Points, Toy, ToyConfig, toy, trainer
 from safetensors.torch import load_file
 
 from defi.engine import checkpoint, loop, resume
@@ -112,19 +114,29 @@ def test_resume_goes_back_to_the_newest_whole_checkpoint(tmp_path: Path) -> None
     assert not half.exists()
 
 
-def test_more_generators_than_training_draws_from(tmp_path: Path) -> None:
-    """Older checkpoints hold those of Python and NumPy, too."""
-    train(toy(), Points(), trainer(), output=tmp_path / "whole", config=CONFIG)
-    parts = {"output": tmp_path / "parts", "config": CONFIG}
-    train(toy(), Points(), trainer(max_steps=5), **parts)
-    folder = checkpoint.find_checkpoint(tmp_path / "parts")
-    states = [
-        state | {"python": [3, [0], None]} for state in json.loads((folder / "state/rng.json").read_text())
-    ]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state/rng.json"] = (folder / "state/rng.json").write_text(json.dumps(states))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    train(toy(), Points(), trainer(), **parts, resume=True)
+class DrawsEverywhere(Toy):
+    """Augments with the global generators of Python, NumPy and torch."""
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        scale = random.uniform(0.5, 1.5) * np.random.uniform(0.5, 1.5) + np.random.normal() * torch.rand(())
+        return super().forward(batch | {"x": batch["x"] * scale})
+
+
+def test_a_model_may_draw_from_any_global_generator(tmp_path: Path) -> None:
+    def build() -> DrawsEverywhere:
+        torch.manual_seed(0)
+        return DrawsEverywhere(ToyConfig())
+
+    def look(*args: object) -> dict[str, float]:
+        random.random(), np.random.rand(), torch.rand(())  # which disturbs nothing
+        return {}
+
+    settings = {"sample_every": 2, "micro_batch": 2}
+    whole = {"output": tmp_path / "whole", "config": CONFIG, "sample": lambda *_: {}}
+    train(build(), Points(), trainer(**settings), **whole)
+    parts = {"output": tmp_path / "parts", "config": CONFIG, "sample": look}
+    train(build(), Points(), trainer(**settings, max_steps=5), **parts)
+    train(build(), Points(), trainer(**settings), **parts, resume=True)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from defi import hdf5
+from defi.errors import UserError
 
 h5py = pytest.importorskip("h5py")
 
@@ -39,6 +40,73 @@ def test_every_so_many_rows_whatever_the_layout(
         file.create_dataset("top", data=frames, chunks=pieces)
     episode = hdf5.read_hdf5(tmp_path / "a.hdf5", cameras={"top": "top"}, text="", every=every)
     assert np.array_equal(episode.pictures["top"], frames[::every])
+
+
+PICTURES = np.zeros((2, 4, 4, 3), np.uint8)
+
+
+def write_texts(file: Path, **texts: object) -> None:
+    """Two episodes below `data`; each text lies where its name says: `group__attribute`."""
+    with h5py.File(file, "w") as content:
+        for number in range(2):
+            content[f"data/demo_{number}/obs/top"] = PICTURES
+            content.create_group(f"data/demo_{number}/info")
+        for name, text in texts.items():
+            place, _, attribute = name.partition("__")
+            content[place.replace(".", "/")].attrs[attribute] = text
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/__say", "data__say", "data.demo_1__say", "data.demo_1.info__say", "data.demo_1.obs.top__say"],
+    ids=lambda place: place.removesuffix("__say"),
+)
+@pytest.mark.parametrize("text", ["lift", b"lift", ["lift"], np.array([b"lift"] * 2)], ids=repr)
+def test_a_text_at_an_episode_around_it_or_in_it(tmp_path: Path, place: str, text: object) -> None:
+    write_texts(tmp_path / "a.hdf5", **{place: text})
+    asked = {"group": "data/demo_1", "cameras": {"top": "obs/top"}, "text": "say", "every": 1}
+    assert hdf5.read_hdf5(tmp_path / "a.hdf5", **asked).text == "lift"
+
+
+def test_the_nearest_text_counts_and_none_of_another_episode(tmp_path: Path) -> None:
+    texts = {"/__say": "far", "data.demo_0.info__say": "other", "data.demo_1__say": " ", "data__say": "near"}
+    write_texts(tmp_path / "a.hdf5", **texts)
+    asked = {"group": "data/demo_1", "cameras": {}, "every": 1}
+    assert hdf5.read_hdf5(tmp_path / "a.hdf5", text="say", **asked).text == "near"
+    write_texts(tmp_path / "b.hdf5", **{"data.demo_0.info__say": "other"})
+    assert hdf5.read_hdf5(tmp_path / "b.hdf5", text="say", **asked).text is None
+    write_texts(tmp_path / "c.hdf5", **{"data.demo_1.info__say": "a", "data.demo_1.obs__say": "b"})
+    with pytest.raises(UserError, match=r"c\.hdf5: /data/demo_1 holds different say; give the path of one"):
+        hdf5.read_hdf5(tmp_path / "c.hdf5", text="say", **asked)
+    assert hdf5.read_hdf5(tmp_path / "c.hdf5", text="obs/say", **asked).text == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(3, "3"), (["a", "b"], "a list of 2 texts"), (np.bytes_(b"T\xfcr"), "not UTF-8")]
+)
+def test_what_is_no_text_is_named(tmp_path: Path, text: object, said: str) -> None:
+    write_texts(tmp_path / "a.hdf5", data__say=text)
+    with pytest.raises(UserError, match=rf"a\.hdf5: say of /data is {said}"):
+        hdf5.read_hdf5(tmp_path / "a.hdf5", group="data/demo_0", cameras={}, text="say", every=1)
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        PICTURES.astype(np.uint16),
+        PICTURES / 255,
+        PICTURES[..., 0],
+        PICTURES[..., :1],
+        PICTURES.transpose(0, 3, 1, 2),
+        PICTURES.reshape(2, -1).astype(np.uint16),
+    ],
+    ids=["16 bits", "floats", "grey", "one channel", "channels first", "coded in 16 bits"],
+)
+def test_pictures_of_another_kind_are_refused(tmp_path: Path, pictures: np.ndarray) -> None:
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["top"] = pictures
+    with pytest.raises(UserError, match=r"a\.hdf5: /top is .*, not pictures: uint8 \[F, H, W, 3\]"):
+        hdf5.read_hdf5(tmp_path / "a.hdf5", cameras={"top": "top"}, text="", every=1)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from policy_fakes import build_gfdm, build_policy
+from policy_fakes import PRESET, build_gfdm, build_policy
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -104,8 +104,8 @@ def compiled(function: Callable) -> Callable:
 
 @pytest.mark.parametrize("cross_attention", ["full", "causal"])
 def test_the_action_denoiser_compiles(cross_attention: str) -> None:
-    head = build_policy().action_head.eval()
-    head.config.cross_attention = cross_attention
+    settings = PRESET["policy"]["action_head"] | {"cross_attention": cross_attention}
+    head = build_policy(action_head=settings).action_head.eval()
     context = {
         "sentence": torch.randn(2, 16),
         "video_tokens": torch.randn(2, 6, 24),

@@ -85,7 +85,7 @@ def test_one_process_that_fails_ends_the_run(how: str, tmp_path: Path) -> None:
 
 def test_replaced_samples_of_all_processes_are_told(tmp_path: Path) -> None:
     launch("failing.py", str(tmp_path / "two"), "replaced")
-    settings = trainer(max_steps=11, bad_samples=0.4, log_every=4)
+    settings = trainer(max_steps=11, bad_samples=0.6, log_every=4)
     train(toy(dropout=0.0), SomeDamaged(), settings, output=tmp_path / "one", config=CONFIG)
     one, two = (
         sorted(r["reason"] for r in read_metrics(tmp_path / run / METRICS) if r["kind"] == "bad_sample")

@@ -1,6 +1,9 @@
 """RLDS without TensorFlow: formats, splits, random access, damage, pairs and mixtures."""
 
+import gzip
+import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +21,14 @@ from benchmarks.rlds_writer import (
     write_set,
     write_videos,
 )
+from defi.engine.data import SeededDataset
 from defi.errors import UserError
 from defi.rlds import RLDSDataset, default_splits
 from defi.rlds.index import _scan
 from defi.rlds.spec import Split, choose_split, read_spec
 from defi.rlds.tfrecord import masked_crc, parse_example, read_records
 from Step2_GIDM.data.build import held_out_pairs, training_pairs
+from Step2_GIDM.data.pairs import PairDataset
 
 
 @pytest.fixture
@@ -243,23 +248,196 @@ def test_folders_that_hold_no_rlds(tmp_path: Path, toy: Path) -> None:
         read_spec(toy / "1.0.0")
 
 
+# ------------------------------------------------------------ fine, but of another look
+
+
+def renamed(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        file_of(folder, number).rename(folder / "1.0.0" / name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("toy-train.tfrecord-00003-of-00032", "toy-train.tfrecord-00017-of-00032"),
+        ("toy-train.tfrecord-00000-of-00004", "toy-train.tfrecord-00001-of-00004"),
+        ("other_name-train.tfrecord-00000-of-00002", "other_name-train.tfrecord-00001-of-00002"),
+        ("toy-train.tfrecord-00000-of-00002", "toy-train.tfrecord-00005-of-00009"),
+    ],
+)
+def test_files_whose_names_count_others_are_read(toy: Path, names: tuple[str, str]) -> None:
+    """As many as counted, with as many episodes in each: empty ones were left out, or the set was renamed."""
+    renamed(toy, *names)
+    (toy / "1.0.0" / "._toy-train.tfrecord-00000-of-00002").write_bytes(b"\0\5\x16\7")
+    data = opened(toy)
+    assert data.lengths.tolist() == [5, 3, 4] and data.text(2, "language_instruction") == "do thing 2"
+    assert data.frames(2, [3], "observation/image")[0, 5, 5].tolist() == [20, 24, 0]
+
+
+def test_files_that_are_not_as_many_as_counted(toy: Path) -> None:
+    for number in range(3):
+        shutil.copy(file_of(toy, 0), toy / "1.0.0" / f"toy-train.tfrecord-0000{number}-of-00003")
+    shutil.copy(file_of(toy, 0), toy / "1.0.0" / "toy-val2.tfrecord-00000-of-00001")
+    file_of(toy, 1).unlink()
+    with pytest.raises(
+        UserError, match=r"00001-of-00002: missing; dataset_info\.json counts 2 files of train, 4 "
+    ):
+        opened(toy)
+    for file in (toy / "1.0.0").glob("toy-train*"):
+        file.unlink()
+    with pytest.raises(
+        UserError, match=r"00000-of-00002: missing; .* counts 2 files of train, 0 are there; copy"
+    ):
+        opened(toy)
+    assert opened(toy, "val").lengths.tolist() == [6]
+
+
+def test_renamed_files_in_another_order(toy: Path) -> None:
+    renamed(toy, "toy-train.tfrecord-00001-of-00009", "toy-train.tfrecord-00000-of-00009")
+    with pytest.raises(UserError, match=r"00000-of-00009: has 1 episodes, dataset_info\.json counts 2"):
+        opened(toy)
+
+
+def test_a_single_count_that_is_no_list(toy: Path) -> None:
+    info = toy / "1.0.0" / "dataset_info.json"
+    said = json.loads(info.read_text())
+    said["splits"][1]["shardLengths"] = "1"
+    info.write_text(json.dumps(said), encoding="utf-8-sig")
+    assert opened(toy, "val").lengths.tolist() == [6]
+
+
+@pytest.mark.parametrize(("compress", "how"), [(gzip.compress, "gzip"), (zlib.compress, "zlib")])
+def test_compressed_files_are_named(toy: Path, compress, how: str) -> None:
+    file_of(toy, 1).write_bytes(compress(file_of(toy, 1).read_bytes()))
+    with pytest.raises(
+        UserError, match=rf"00001-of-00002: compressed with {how}, expected are plain records"
+    ):
+        opened(toy)
+
+
+def test_texts_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The episode counts as one without words; nothing that its bytes do not say reaches a model."""
+    features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
+    picture = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    episodes = [
+        {"steps/observation/image": [picture] * 2, "steps/language_instruction": [words] * 2}
+        for words in ("Tür".encode(), "Tür".encode("latin-1"))
+    ]
+    data = opened(write_set(tmp_path, features, {"train": [episodes]}))
+    key = data.language(None)
+    assert [data.text(i, key) for i in range(2)] == ["Tür", ""]
+    told = capsys.readouterr().out
+    assert "texts of language_instruction that are not UTF-8 count as missing (1, as 'T\\udcfcr')" in told
+
+
+def test_pictures_of_16_bits(tmp_path: Path) -> None:
+    """Their upper eight bits, as TensorFlow takes them, of grey ones too, not white wherever above 255."""
+    grey = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
+    features = {"observation": features_dict(image=image(8, 8, "png"))}
+    pictures = [encode(grey, "PNG"), encode(np.full((8, 8, 3), 7, np.uint8), "PNG")]
+    data = opened(write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]]}))
+    found = data.frames(0, [0, 1], "observation/image")
+    assert np.array_equal(found[0], np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2))
+    assert (found[1] == 7).all()
+
+
+def test_pictures_that_change_their_size(tmp_path: Path) -> None:
+    """Stage 2 reads pairs within one size; others are errors that trainer.bad_samples replaces."""
+    features = {"observation": features_dict(image=image(8, 8, "png"))}
+    pictures = [encode(np.full((n, 8, 3), n, np.uint8), "PNG") for n in (8, 8, 8, 12, 12, 12)]
+    folder = write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]], "val": [[]]})
+    pairs = training_pairs(section(folder, split="train"), 48)
+    with pytest.raises(UserError, match=r"episode 0, step 3: .* from 8 x 8 to 12 x 8 \(height x width\)"):
+        pairs.sample(1, np.random.default_rng(0))
+    whole = SeededDataset(pairs, 0, tolerant=True)
+    for index in range(len(pairs)):
+        first, last = whole[(0, index)]["frames"][:, 0, 0, 0]
+        assert first == last
+
+
 # ------------------------------------------------------------ pairs
 
 
 def section(folder: Path, **changes) -> dict:
     data = {"source": "rlds", "root": str(folder), "split": None, "held_out": None, "image": None}
     data |= {"language": None, "index": str(folder.parent / "index"), "distance": [2, 2], "stride": 1}
+    data |= {"trim": [0, 0], "drop_unlabelled": False}
     return data | {"augmentation": None} | changes
 
 
 def test_pairs(toy: Path) -> None:
     pairs = training_pairs(section(toy), 48)
-    assert len(pairs) == 4 + 2 + 3
-    sample = pairs.sample(5, np.random.default_rng(0))  # second episode, step 1; two later is past its end
+    assert len(pairs) == 5 + 3 + 4
+    sample = pairs.sample(6, np.random.default_rng(0))  # second episode, step 1; two later is past its end
     assert sample["text"] == "do thing 1"
     assert (sample["frames"][:, :2, 0, 0] * 255).round().tolist() == [[10, 8], [10, 16]]
     held_out = held_out_pairs(section(toy), 48)
-    assert len(held_out) == 5 and held_out.locate(0)[0].text == "do thing 3"
+    assert len(held_out) == 6 and held_out.locate(0)[0].text(0) == "do thing 3"
+
+
+def write_texts(root: Path, *episodes: list[str], name: str = "said") -> Path:
+    """A data set of episodes with a text for each step; pictures show episode and step."""
+    features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
+
+    def picture(number: int, step: int) -> bytes:
+        return encode(np.full((8, 8, 3), 16 * number + step, np.uint8), "PNG")
+
+    written = [
+        {
+            "steps/observation/image": [picture(number, step) for step in range(len(texts))],
+            "steps/language_instruction": [said.encode() for said in texts],
+        }
+        for number, texts in enumerate(episodes)
+    ]
+    return write_set(root, features, {"train": [written[:2], written[2:]]}, name=name)
+
+
+def pairs_with_texts(pairs: PairDataset) -> list[tuple[list[int], str]]:
+    """What the pictures of each pair show, and its text."""
+    return [
+        (pairs.frames(i)[:, 0, 0, 0].tolist(), pairs.sample(i, np.random.default_rng(0))["text"])
+        for i in range(len(pairs))
+    ]
+
+
+def test_texts_of_steps_and_steps_left_out(tmp_path: Path) -> None:
+    """Each pair has its own step's text; trimmed steps are in no pair, and make no episode labelled."""
+    folder = write_texts(tmp_path, ["a", "b", "b", ""], ["c", "", "", "c"], ["", "d", "", ""], ["e", "e"])
+    whole = pairs_with_texts(training_pairs(section(folder, split="train"), 8))
+    assert [said for _, said in whole] == ["a", "b", "b", "", "c", "", "", "c", "", "d", "", "", "e", "e"]
+    assert [shown for shown, _ in whole[:4]] == [[0, 2], [1, 3], [2, 3], [3, 3]]
+    trimmed = training_pairs(section(folder, split="train", trim=[1, 1], distance=[1, 1]), 8)
+    assert pairs_with_texts(trimmed) == [
+        ([1, 2], "b"), ([2, 2], "b"), ([17, 18], ""), ([18, 18], ""), ([33, 34], "d"), ([34, 34], "")
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match="of 4 episodes of train 2 are left out: they have no instruction"):
+        kept = training_pairs(
+            section(folder, split="train", trim=[1, 1], distance=[1, 1], drop_unlabelled=True), 8
+        )
+    labelled = [([1, 2], "b"), ([2, 2], "b"), ([33, 34], "d"), ([34, 34], "")]
+    assert pairs_with_texts(kept) == labelled
+    with pytest.warns(UserWarning, match="of 2 episodes of train 1 are left out"):
+        part = training_pairs(section(folder, split="train[1:3]", trim=[1, 1], drop_unlabelled=True), 8)
+    assert pairs_with_texts(part) == labelled[2:]
+
+
+def test_where_no_episode_has_an_instruction(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path, ["", ""], ["", "", ""])
+    assert len(training_pairs(section(folder), 8)) == 5
+    with pytest.raises(UserError, match="of 2 episodes of train none has an instruction; data.drop_unl"):
+        training_pairs(section(folder, drop_unlabelled=True), 8)
+
+
+def test_few_episodes_are_all_trained_on(tmp_path: Path) -> None:
+    """Where 95 % of them are all, as the published code rounds; what is held out is said."""
+    few = section(write_videos(tmp_path, {"train": [[3] * 10]}, name="few"))
+    assert len(training_pairs(few, 48)) == 30
+    with pytest.warns(UserWarning, match="few: too few episodes to hold any out"):
+        assert len(held_out_pairs(few, 48)) == 30
+    more = section(write_videos(tmp_path, {"train": [[3] * 11]}, name="more"))
+    assert len(training_pairs(more, 48)) == 30 and len(held_out_pairs(more, 48)) == 3
+    only = section(write_videos(tmp_path, {"val": [[3]]}, name="ego"))
+    assert len(training_pairs(only, 48)) == len(held_out_pairs(only, 48)) == 3
 
 
 @pytest.mark.parametrize(
@@ -269,6 +447,9 @@ def test_pairs(toy: Path) -> None:
         ({"language": "observation/words"}, "language=observation/words: there is language_instruction"),
         ({"split": "test"}, "this data set has train, val"),
         ({"index": "/proc/index"}, "/proc/index.*data.index"),
+        ({"trim": [1]}, r"data.trim=\[1\]: must be \[steps at the start, steps at the end\]"),
+        ({"trim": [-1, 0]}, r"data.trim=\[-1, 0\]: must be"),
+        ({"trim": [9, 9]}, "no clip has two frames"),
     ],
 )
 def test_mistakes_in_the_section_are_named(toy: Path, change: dict, message: str) -> None:
@@ -286,15 +467,15 @@ def test_episodes_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert data.lengths.tolist() == [3, 0, 0, 2, 0] and data.values(1, "language_instruction") == []
     pairs = training_pairs(section(folder), 48)
     found = [(pairs.locate(i)[0].name, pairs.locate(i)[1]) for i in range(len(pairs))]
-    assert found == [("toy:0", 0), ("toy:0", 1), ("toy:3", 0)]
-    assert [int(pairs.frames(i)[0, 0, 0, 0]) for i in range(3)] == [0, 0, 30]
+    assert found == [("toy:0", 0), ("toy:0", 1), ("toy:0", 2), ("toy:3", 0), ("toy:3", 1)]
+    assert [int(pairs.frames(i)[0, 0, 0, 0]) for i in range(5)] == [0, 0, 0, 30, 30]
 
 
 def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
     """Per epoch, pairs come twice at weight 2, once at weight 1; at weight 0.25 every fourth, drawn anew."""
     sets = {}
-    for name, lengths, weight in (("a", [[5]], 2.0), ("b", [[9]], 1.0), ("c", [[9, 9]], 0.25)):
-        folder = write_videos(tmp_path, {"train": lengths, "val": [[3]]}, name=name)
+    for name, lengths, weight in (("a", [[4]], 2.0), ("b", [[8]], 1.0), ("c", [[8, 8]], 0.25)):
+        folder = write_videos(tmp_path, {"train": lengths}, name=name)
         sets[name] = {"root": str(folder), "weight": weight}
     common = section(tmp_path / "index")
     mixture = training_pairs({k: v for k, v in common.items() if k != "root"} | {"sets": sets}, 48)
@@ -313,3 +494,18 @@ def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
     assert every == {("c", f"c:{episode}", i) for episode in range(2) for i in range(8)}
     sample = mixture.sample(9, np.random.default_rng(0))
     assert (sample["frames"][:, 1, 0, 0] * 255).round().tolist() == [8, 24]
+
+
+def test_a_share_counts_the_steps_of_all_splits(tmp_path: Path) -> None:
+    """Trimmed steps aside; a split whose files are not there is named, and not counted."""
+    lengths = {"train": [[6, 1, 5]], "val": [[4]], "test": [[7]]}
+    sets = {}
+    for name, trim in (("a", [0, 0]), ("b", [1, 1])):
+        root = write_videos(tmp_path, lengths, name=name)
+        sets[name] = {"root": str(root), "weight": 1, "trim": trim}
+    common = {k: v for k, v in section(tmp_path / "index").items() if k != "root"} | {"sets": sets}
+    assert training_pairs(common, 48).shares() == {"a": 23 / 37, "b": 14 / 37}
+    next((tmp_path / "b").rglob("*test*")).unlink()
+    with pytest.warns(UserWarning, match="share without the split test: .*b-test.*: missing"):
+        assert training_pairs(common, 48).shares() == {"a": 23 / 32, "b": 9 / 32}
+    assert held_out_pairs(common, 48).shares() == {"a": 4 / 6, "b": 2 / 6}, "each pair once"

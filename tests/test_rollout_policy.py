@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from rollout_fakes import fake_evaluation
 
 from defi.config import CONFIG_DIR, typed
 from defi.engine import checkpoint
+from defi.engine.data import seed_of
 from defi.errors import UserError
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
@@ -27,10 +29,11 @@ from Step3_DeFI.rollout.policy import (
     evaluate_policy,
     identify,
     load_policy,
-    noise_seed,
     policy_threads,
+    trained_precision,
 )
 from Step3_DeFI.rollout.results import ChainLog, read_results
+from Step3_DeFI.train import roller
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["open it", "please slide the door over to the left side", "press"]
@@ -74,7 +77,7 @@ def test_actions_are_bitwise_equal_whatever_shares_the_batch(model: DeFI):
 
 
 def test_noise_is_a_function_of_seed_chain_and_look(model: DeFI):
-    seeds = {noise_seed((s, c, k)) for s in range(3) for c in range(20) for k in range(20)}
+    seeds = {seed_of("rollout", s, c, k) for s in range(3) for c in range(20) for k in range(20)}
     assert len(seeds) == 3 * 20 * 20 and all(0 <= seed < 2**63 for seed in seeds)
     policy = ModelPolicy(model)
     first, again = look(1), look(1)
@@ -131,6 +134,63 @@ def test_rollouts_in_training_give_numbers_and_start_anew(model: DeFI, tmp_path:
         model.action_head.predict.weight.zero_()
     evaluate_policy(model, evaluation, output=tmp_path)
     assert (tmp_path / "chains.jsonl").read_text().count("\n") == 2  # not those of the first call
+
+
+def train_step(policy: DeFI, dtype: torch.dtype) -> torch.Tensor:
+    """The loss of one step on pictures of `WORDS`, as training under autocast computes it."""
+    batch = {
+        "images": torch.arange(3 * 2 * 3 * 16 * 16, dtype=torch.uint8).view(3, 2, 3, 16, 16),
+        "text": WORDS,
+        "actions": torch.zeros(3, 10, 7),
+        "seed": torch.arange(3),
+    }
+    with torch.autocast("cpu", dtype):
+        loss = policy.train()(batch)["loss"]
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_in_low_precision_and_rollouts_with_its_instructions(precision: str, dtype: torch.dtype):
+    """Neither disturbs the other: what the text towers remember does not depend on who asked first."""
+
+    def finetuned() -> DeFI:
+        return build_policy(finetune={"mode": "full"})
+
+    looks = [look(chain) for chain in range(3)]
+    loss, acted = train_step(finetuned(), dtype), ModelPolicy(finetuned(), precision=precision).act(looks)
+    trained = finetuned()
+    assert torch.equal(train_step(trained, dtype), loss)
+    np.testing.assert_array_equal(ModelPolicy(trained, precision=precision).act(looks), acted)
+    assert torch.equal(train_step(trained, dtype), loss)
+
+
+def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, monkeypatch):
+    policy, evaluation = load_policy(run), fake_evaluation(chains=1, processes=1)
+    for precision in ("no", "bf16"):
+        checkpoint.save(policy, tmp_path / precision, step=3, config={"trainer": {"precision": precision}})
+        assert trained_precision(tmp_path / precision) == precision
+    assert trained_precision(run) == "no"  # nothing known
+    checkpoint.save(policy, tmp_path / "fp8", step=3, config={"trainer": {"precision": "fp8"}})
+    with pytest.raises(UserError, match="fp8: was trained with trainer.precision=fp8; give precision="):
+        trained_precision(tmp_path / "fp8")
+    monkeypatch.setattr(Evaluation, "prepare", lambda config, _: replace(evaluation, config=config))
+    for given, recorded in (([], "bf16"), (["precision=no"], "no")):
+        output = tmp_path / f"rollout_{recorded}"
+        settings = [f"checkpoint={tmp_path / 'bf16'}", f"output={output}", "processes=1", "max_steps=[20]"]
+        main.__wrapped__(composed([*settings, *given]))
+        assert json.loads((output / "rollout.json").read_text())["precision"] == recorded
+
+
+def test_rollouts_in_training_take_its_precision(monkeypatch):
+    used = {}
+    monkeypatch.setattr(Evaluation, "prepare", lambda *_: None)
+    monkeypatch.setattr("Step3_DeFI.rollout.policy.evaluate_policy", lambda *_, **how: used.update(how))
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        cfg = compose("step3_train", ["output=x", "trainer.precision=bf16"])
+    roller(cfg)(None, 1, Path())
+    assert used["precision"] == "bf16"
 
 
 # ---------------------------------------------------------------- the command

@@ -224,7 +224,17 @@ def test_comparison_tells_what_else_differs():
     )
     assert remarks(one, one) == ["both results are of the same weights"]
     other = replace(other, policy=one.policy | {"fingerprint": "def"})
-    assert remarks(one, other) == ["chunk differs: None | 5", "renderer differs: none | another"]
+    saw_others, chunk = remarks(one, other)
+    assert saw_others.startswith("renderer differs: none | another") and "other pictures" in saw_others
+    assert chunk == "chunk differs: None | 5"
+
+
+def test_a_number_that_compares_with_no_published_one_says_so(tmp_path):
+    one = results(tuple(chain(i, None) for i in range(20)), assets="calvin", sequences="official", scene="D")
+    other = replace(one, run=one.run | {"caveat": "drawn <otherwise>"})
+    assert "b: drawn <otherwise>" in remarks(one, other) and "a: drawn <otherwise>" in remarks(other, one)
+    text = write_report(tmp_path / "report.html", other, tmp_path).read_text()
+    assert "drawn &lt;otherwise&gt;" in text and "FLOWER" not in text
 
 
 def test_comparison_of_few_chains_says_so():

@@ -1,12 +1,16 @@
 """The rollout in the real simulation: chains are reproducible, filming changes nothing, experts succeed."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 pytest.importorskip("pybullet", reason="the simulation needs pybullet")
 
+from benchmarks import rollout
 from defi.errors import UserError
+from defi.sim.renderers import find_renderer
 from defi.sim.scene import SceneConfig
 from defi.sim.scenes import builtin
 from defi.sim.tasks import TASKS as TASK_NAMES
@@ -176,3 +180,13 @@ def test_words_of_a_clone_are_used(reference):
     protocol, trials = build_trials(config, SceneConfig.from_calvin(root, "D"))
     assert protocol.instruction_source == source and source.endswith(".yaml")
     assert trials[0].instructions == tuple(phrasings[task][0] for task in trials[0].tasks)
+
+
+def test_the_benchmark_measures_both_loops_with_one_renderer(capsys):
+    given = Namespace(calvin_root=None, scene="D", chains=2, limit=20, plain_steps=2)
+    rollout.compare(given, find_renderer("cpu"))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"{find_renderer('cpu')}, scene D"
+    assert [line.split()[0] for line in told[1:]] == ["plain", "rollout", "ratio", "share", "memory"]
+    plain, fast, ratio = (float(line.split(";")[1].split()[0]) for line in told[1:4])
+    assert ratio == pytest.approx(fast / plain, abs=0.1)

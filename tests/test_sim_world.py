@@ -9,9 +9,8 @@ import pytest
 
 pytest.importorskip("pybullet")
 from defi.errors import UserError
-from defi.sim import renderers, scenes
+from defi.sim import scenes
 from defi.sim.mechanisms import BUTTON, SWITCH
-from defi.sim.renderers import egl_devices, find_renderer
 from defi.sim.scene import SceneConfig
 from defi.sim.sequences import initial_states, start_state
 from defi.sim.world import World
@@ -192,37 +191,3 @@ def test_calvin_clone_that_is_not_one(tmp_path: Path) -> None:
         SceneConfig.from_calvin(tmp_path, "Q")
     with pytest.raises(UserError, match="panda.yaml: missing"):
         SceneConfig.from_calvin(tmp_path, "A")
-
-
-def test_renderers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "on the CPU" in str(find_renderer("cpu"))
-    with pytest.raises(UserError, match="renderer=crayon: must be one of cpu, gpu, mesa"):
-        find_renderer("crayon")
-    with pytest.raises(UserError, match="cpu, egl"):
-        World(scenes.builtin("D"), renderer="crayon")
-
-    monkeypatch.setattr(renderers, "egl_devices", lambda: {0: "Fast 1", 1: "Fast 2", 2: "llvmpipe (LLVM 15)"})
-    shares = [find_renderer("gpu", share=share) for share in range(3)]
-    assert [(r.device, r.environment) for r in shares] == [
-        (number, {"EGL_VISIBLE_DEVICES": str(number)}) for number in (0, 1, 0)
-    ]
-    assert find_renderer("mesa").device == 2 and "llvmpipe" in str(find_renderer("mesa"))
-
-    monkeypatch.setattr(renderers, "egl_devices", lambda: {0: "llvmpipe (LLVM 15)"})
-    with pytest.raises(UserError, match="renderer=gpu: no such EGL device works here .found: llvmpipe"):
-        find_renderer("gpu")
-    instead = find_renderer("gpu", fallback=True)
-    assert instead.backend == "cpu" and "gpu was asked for" in str(instead)
-
-
-def test_egl_draws_the_same_scene(world: World) -> None:
-    if not egl_devices():
-        pytest.skip("no EGL device here")
-    by_cpu = world.render()["rgb_static"].astype(int)
-    with World(scenes.builtin("D"), cameras=["static"], renderer="egl", static_size=32) as other:
-        other.reset(*START)
-        by_egl = other.render()["rgb_static"].astype(int)
-        other.reload()
-        other.reset(*START)
-        assert np.array_equal(other.render()["rgb_static"], by_egl)
-    assert np.corrcoef(by_cpu.ravel(), by_egl.ravel())[0, 1] > 0.5, "but for light and background"

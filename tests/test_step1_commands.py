@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
 from defi.calvin import Span, encode_frame, frame_name, index_files
+from defi.config import CONFIG_DIR
 from defi.engine.checkpoint import find_checkpoint, find_weights
 from defi.engine.log import read_metrics
 from defi.errors import UserError
 from defi.text import TextConfig
 from defi.video import frame_count, read_frames
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
-from Step1_GFDM.data import LATENTS, MANIFEST, read_episodes, read_latents
+from Step1_GFDM.data import LATENTS, MANIFEST, open_sets, read_episodes, read_latents
 from Step1_GFDM.eval import columns
 from Step1_GFDM.lpips import BACKBONE, LINEAR, LPIPS, WIDTHS
 from Step1_GFDM.model import GFDM
@@ -33,6 +36,7 @@ from Step1_GFDM.vae import VAEConfig, VideoVAE, load_vae
 
 SMALL = [
     "gfdm.frames=3",
+    "gfdm.frame_step=2",
     "gfdm.image_size=32",
     "gfdm.unet.block_out_channels=[32,32,32]",
     "gfdm.unet.num_attention_heads=[1,1,1]",
@@ -194,9 +198,30 @@ def test_latents_are_scaled_codes_of_the_frames(outputs: Path) -> None:
     assert 0.3 < latents.std() < 3
 
 
+def test_calvin_as_it_is_prepared_gives_the_published_windows(
+    demonstrations: Path, outputs: Path, tmp_path: Path
+) -> None:
+    """Of every annotated span (12 frames here): 16 frames, 2 apart, a window every 2, the last repeated."""
+    given = [f"data.root={demonstrations}", f"vae={outputs}/vae", f"output={tmp_path}/calvin"]
+    succeed("prepare", *given)
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        given = ["preset=paper", "data=latents_paper", f"data.root={tmp_path}", "output=none"]
+        cfg = compose("step1_train", given)
+    OmegaConf.resolve(cfg)
+    sets, model = {"sets": {"calvin": cfg.data.sets.calvin}}, GFDMConfig.from_preset(cfg)
+    (clips,) = open_sets(sets, frames=model.frames, frame_step=model.frame_step, split="train").values()
+    assert len(clips) == 3 * 6
+    for index in range(6):
+        found = clips.indices(*clips.locate(index)).tolist()
+        assert found == [min(2 * index + 2 * k, 11) for k in range(16)]
+    look, episode = clips.clip(0, np.random.default_rng(0))["latents"], clips.episodes[0]
+    views = [read_latents(clips.root / path, np.array([0, 10])) for path in episode.latents]
+    assert any(torch.equal(look[[0, 5]], view) for view in views)  # frame 5 is ten steps ahead
+
+
 def test_gfdm_carries_its_vae_and_settings(outputs: Path) -> None:
     model = GFDM.from_pretrained(find_weights(outputs / "gfdm", "gfdm"))
-    assert (model.config.frames, model.config.image_size) == (3, 32)
+    assert (model.config.frames, model.config.frame_step, model.config.image_size) == (3, 2, 32)
     expected = load_vae(outputs / "vae").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.vae.state_dict().items())
     assert list((outputs / "gfdm" / "samples").rglob("*.mp4"))
@@ -314,11 +339,25 @@ def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: P
         ("train_vae", ["data.root=nowhere", "output={out}/new"], "nowhere/training: no such folder"),
         ("prepare", ["data.root={demos}", "vae=nowhere", "output={out}/new"], "nowhere: no checkpoint"),
         ("train", ["data.root=nowhere", "vae={out}/vae", "output={out}/new"], "nowhere/annotation/train"),
-        ("train", ["data.root={out}/latents", "vae={out}/gfdm", "output={out}/new"], "gfdm checkpoint"),
+        (
+            "train",
+            [*SMALL, "data.root={out}/latents", "vae={out}/gfdm", "output={out}/new"],
+            "gfdm checkpoint",
+        ),
         (
             "train",
             [*SMALL, "gfdm.image_size=64", "data.root={out}/latents", "vae={out}/vae", "output={out}/new"],
             "its latents are [4, 8, 8], the model's [4, 16, 16]",
+        ),
+        (
+            "train",
+            [*SMALL, "gfdm.frame_step=3", "data.root={out}/latents", "vae={out}/vae", "output={out}/new"],
+            "stores one frame in 2 of its recordings, too few for stride=3, every=3",
+        ),
+        (
+            "train",
+            ["gfdm.frame_step=0", "data.root={out}/latents", "output={out}/new"],
+            "gfdm.frame_step=0: ",
         ),
         (
             "train",

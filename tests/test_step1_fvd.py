@@ -210,7 +210,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(mixture: Path, *names: str) -> list[str]:
     """Of an evaluation of these data sets."""
-    sets = ", ".join(f"{n}: {{root: {mixture / n}, cameras: [1.0], stride: 1, every: 1}}" for n in names)
+    sets = ", ".join(f"{n}: {{root: {mixture / n}, cameras: [1.0], stride: 1}}" for n in names)
     return [f"data.root={mixture}", "~data.sets.demonstrations", f"+data.sets={{{sets}}}", "steps=1"]
 
 

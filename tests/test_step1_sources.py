@@ -17,7 +17,7 @@ from defi.errors import UserError
 from defi.video import frame_count, frame_rate, read_frames, write_mp4
 from Step1_GFDM import convert, prepare
 from Step1_GFDM.config import VAESizes
-from Step1_GFDM.data import LATENTS, Clips, ClipsConfig, read_episodes, read_latents
+from Step1_GFDM.data import LATENTS, Clips, ClipsConfig, read_episodes, read_latents, stored_step
 from Step1_GFDM.parts import build_vae
 from Step1_GFDM.sources.recordings import Recording, distinct, file_name, part
 from Step1_GFDM.sources.settings import read_settings
@@ -98,7 +98,8 @@ def test_a_folder_of_videos_and_captions(
     assert manifest["data"]["root"] == str(videos) and manifest["data"]["every"] == 2
     assert manifest["videos"]["codec"] == "libx264" and manifest["image_size"] == 16
     assert len(manifest["vae"]) == 16
-    clips = Clips(ClipsConfig(str(output), clips="spread", cameras=[1.0]), frames=3, split="train")
+    spread = ClipsConfig(str(output), clips="spread", cameras=[1.0])
+    clips = Clips(spread, frames=3, frame_step=2, split="train")
     assert clips.clip(0, np.random.default_rng(0))["text"] == "open the drawer"
 
 
@@ -211,6 +212,14 @@ def test_vpp_videos_of_one_name_are_all_kept(tmp_path: Path, vae: Path) -> None:
     assert [Path(path).name for path in episode.latents] == ["0.safetensors", "1.safetensors"]
     shades = [read_frames(output / path)[0, 0, 0, 0] for path in episode.videos]
     np.testing.assert_allclose(shades, [20, 120], atol=4)
+
+
+def test_steps_between_stored_frames_multiply(videos: Path, vae: Path) -> None:
+    """Of videos that lack frames of the recording already; clips are cut in steps of the recording."""
+    output = prepared("vpp", prepared("videos", videos, vae, "data.every=2"), vae, "data.every=2")
+    assert stored_step(output) == 4
+    (episode,) = read_episodes(output, "val")
+    assert episode.frames == 3  # of nine
 
 
 def test_an_annotation_of_a_long_name(tmp_path: Path, vae: Path) -> None:
@@ -528,8 +537,9 @@ def test_old_latents_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture
         assert torch.equal(
             read_latents(tmp_path / episode.latents[0], np.array([5, 2, 6])), latents[[5, 2, 6]]
         )
+    (tmp_path / "annotation/train/1.json").write_text("{")
     assert run(convert, f"root={tmp_path}") == 0
-    assert "0 files converted, 2 episodes" in " ".join(capsys.readouterr().out.split())
+    assert "0 files converted, 3 episodes" in " ".join(capsys.readouterr().out.split())
 
 
 def test_old_latents_beside_converted_ones(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Stage 2's commands, run as a user runs them, at the smallest size."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
 from defi.engine.log import read_metrics
 from defi.video import read_frames, write_mp4
 from Step2_GIDM import health, label, train
-from Step2_GIDM.data.augment import resize
+from Step2_GIDM.data.resize import resize
+from Step2_GIDM.data.videos import VideoClips
 from Step2_GIDM.model import GIDM
 
 SMALL = [
@@ -120,8 +122,8 @@ def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(label, *arguments, monkeypatch=monkeypatch) == 0
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as file:
         labels = dict(file)
-    assert labels["frame"].tolist() == list(range(79))
-    assert labels["later"].tolist() == [min(i + 5, 79) for i in range(79)]
+    assert labels["frame"].tolist() == list(range(80))
+    assert labels["later"].tolist() == [min(i + 5, 79) for i in range(80)]
     model = GIDM.from_pretrained(find_weights(trained, "gidm")).eval()
     np.testing.assert_array_equal(labels["codebook"], model.tokenizer.quantizer.codebook.detach().numpy())
     pixels = torch.from_numpy(read_frames(tmp_path / "video.mp4", [7, 12])).permute(0, 3, 1, 2)
@@ -134,26 +136,29 @@ def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_label_leaves_out_what_cannot_be_read(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """And no half-written table where nothing can be read."""
+    """And no half-written table where nothing can be read. One frame is a clip, too."""
     pytest.importorskip("pyarrow")
     for name, length in (("a", 60), ("b", 60), ("c", 1)):
         frames = np.random.default_rng(0).integers(0, 256, (length, 64, 64, 3), dtype=np.uint8)
         write_mp4(tmp_path / "videos" / f"{name}.mp4", frames, 10)
     (tmp_path / "videos" / "d.mp4").write_bytes(b"no video")
     cut = tmp_path / "videos" / "b.mp4"
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    VideoClips(cut.parent)  # numbers the frames; then the file is damaged, and looks as it did
+    seen = cut.stat()
+    cut.write_bytes(bytes(seen.st_size))
+    os.utime(cut, ns=(seen.st_mtime_ns, seen.st_mtime_ns))
     table = tmp_path / "codes.parquet"
     arguments = [f"checkpoint={trained}", "data=pairs_videos", f"data.root={cut.parent}", f"output={table}"]
     assert run(label, *arguments, monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
     assert f"left out: {cut}: " in printed
-    told = "left out: clips that cannot be read (1), clips of less than two frames (1), "
-    told += "videos that cannot be opened (1)"
-    assert f"{table}: 59 pairs of 1 clips of {cut.parent}; {told}" in printed
+    told = "left out: clips that cannot be read (1), videos that cannot be opened (1)"
+    assert f"{table}: 61 pairs of 2 clips of {cut.parent}; {told}" in printed
     shared = tmp_path / "shared.parquet"
     launch("../Step2_GIDM/label.py", *arguments[:-1], f"output={shared}")
     assert shared.read_bytes() == table.read_bytes(), "whichever process came upon it"
-    (cut.parent / "a.mp4").unlink()
+    for name in ("a", "c"):
+        (cut.parent / f"{name}.mp4").unlink()
     assert run(label, *arguments, "overwrite=true", monkeypatch=monkeypatch) == 2
     assert f"data: none of 1 clips can be read; the first: {cut}: " in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
@@ -166,11 +171,14 @@ def test_label_takes_all_episodes(
     toy = write_videos(tmp_path, {"train": [[3, 2, 4]], "test": [[2]]})
     arguments = [f"checkpoint={trained}", "data=pairs_rlds", f"data.root={toy}", f"data.index={tmp_path}"]
     for split, told in (
-        ("null", "6 pairs of 3 clips of {} (train); left out: the split test (data.split)"),
-        ("train[:1]", "2 pairs of 1 clips of {} (train[:1]); left out: the split test (data.split), "
+        ("null", "9 pairs of 3 clips of {} (train); left out: the split test (data.split)"),
+        ("train[:1]", "3 pairs of 1 clips of {} (train[:1]); left out: the split test (data.split), "
          "2 episodes of train (data.split)"),
+        ("null data.trim=[1,1]", "3 pairs of 2 clips of {} (train); left out: clips without frames (1), "
+         "the split test (data.split), 1 and 1 steps at their ends (data.trim)"),
     ):  # fmt: skip
-        given = [*arguments, f"data.split='{split}'" if "[" in split else f"data.split={split}"]
+        split, *more = split.split()
+        given = [*arguments, f"data.split='{split}'" if "[" in split else f"data.split={split}", *more]
         given += [f"output={tmp_path / 'codes.npz'}", "overwrite=true"]
         assert run(label, *given, monkeypatch=monkeypatch) == 0
         assert f"codes.npz: {told.format(toy / '1.0.0')}\n" in capsys.readouterr().out
@@ -185,8 +193,10 @@ def test_label_rlds_as_a_table(trained: Path, tmp_path: Path, monkeypatch: pytes
         assert run(label, *arguments, f"output={tmp_path / 'codes'}.{suffix}", monkeypatch=monkeypatch) == 0
     table = parquet.read_table(tmp_path / "codes.parquet")
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as arrays:
-        assert table["name"].to_pylist() == ["toy:0"] * 3 + ["toy:2"] * 2
-        assert table["text"].to_pylist() == arrays["text"][arrays["clip"]].tolist()
+        assert table["name"].to_pylist() == ["toy:0"] * 4 + ["toy:1"] + ["toy:2"] * 3
+        assert table["text"].to_pylist() == ["do thing 0"] * 4 + ["do thing 1"] + ["do thing 2"] * 3
+        assert table["text"].to_pylist() == arrays["text"][arrays["said"]].tolist()
+        assert table["name"].to_pylist() == arrays["name"][arrays["clip"]].tolist()
         for key in ("frame", "later", "indices"):
             assert table[key].to_pylist() == arrays[key].tolist()
         codebook = json.loads(table.schema.metadata[b"codebook"])

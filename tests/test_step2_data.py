@@ -1,20 +1,23 @@
 """Stage 2's data: pairs from videos and demonstrations, one augmentation per pair, displacement, probe."""
 
+import colorsys
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.rlds_writer import encode
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.errors import UserError
 from defi.video import write_mp4
-from Step2_GIDM.data.augment import Augmentation, hue_rotation, resize, saturation_matrix
+from Step2_GIDM.data.augment import Augmentation, Draw, augment, crop, recolour
 from Step2_GIDM.data.build import held_out_pairs, read_section, training_pairs
 from Step2_GIDM.data.calvin import CalvinClips
 from Step2_GIDM.data.pairs import Clip, PairDataset
+from Step2_GIDM.data.resize import resize
 from Step2_GIDM.data.videos import VideoClips
 from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import direction, telling_place
@@ -30,7 +33,8 @@ class Numbered:
     fingerprint = "numbered"
 
     def __init__(self, *lengths: int) -> None:
-        self.clips = [Clip(str(i), 0, length, f"text {i}") for i, length in enumerate(lengths)]
+        self.clips = [Clip(str(i), 0, length, (f"text {i}",)) for i, length in enumerate(lengths)]
+        self.lengths = np.array(lengths)
 
     def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
         frames = np.zeros((len(positions), 8, 8, 3), np.uint8)
@@ -38,19 +42,30 @@ class Numbered:
         return frames
 
 
-def seen(data: PairDataset, index: int, distance: int) -> tuple[int, int, int]:
+def seen(data: PairDataset, index: int) -> tuple[int, int, int]:
     """Clip, earlier and later position as the frames of a pair show them."""
-    frames = data.frames(index, distance)
+    frames = data.frames(index)
     assert (frames[0, 0] == frames[1, 0]).all(), "both frames are of one clip"
     return int(frames[0, 0, 0, 0]), int(frames[0, 1, 0, 0]), int(frames[1, 1, 0, 0])
 
 
-def test_pairs_cover_every_clip_and_end_with_it() -> None:
+def test_pairs_cover_every_frame_of_every_clip_and_end_with_it() -> None:
     data = PairDataset(Numbered(0, 4, 1, 0, 3), image_size=8, distance=(2, 2))
-    pairs = [seen(data, i, 2) for i in range(len(data))]
-    assert pairs == [(1, 0, 2), (1, 1, 3), (1, 2, 3), (4, 0, 2), (4, 1, 2)]
+    pairs = [seen(data, i) for i in range(len(data))]
+    assert pairs == [
+        (1, 0, 2), (1, 1, 3), (1, 2, 3), (1, 3, 3), (2, 0, 0), (4, 0, 2), (4, 1, 2), (4, 2, 2)
+    ]  # fmt: skip
     strided = PairDataset(Numbered(6, 3), image_size=8, distance=(1, 1), stride=2)
-    assert [seen(strided, i, 1)[:2] for i in range(len(strided))] == [(0, 0), (0, 2), (0, 4), (1, 0)]
+    assert [seen(strided, i)[:2] for i in range(len(strided))] == [(0, 0), (0, 2), (0, 4), (1, 0), (1, 2)]
+    with pytest.raises(UserError, match="no clip has two frames"):
+        PairDataset(Numbered(1, 1), image_size=8, distance=(2, 2))
+
+
+def test_a_pair_has_the_text_of_its_earlier_frame() -> None:
+    source = Numbered(3)
+    source.clips = [Clip("0", 0, 3, ("", "push", "pull"))]
+    data = PairDataset(source, image_size=8, distance=(1, 1))
+    assert [data.sample(i, np.random.default_rng(0))["text"] for i in range(3)] == ["", "push", "pull"]
 
 
 def test_samples_depend_on_their_generator_alone() -> None:
@@ -67,22 +82,62 @@ def test_samples_depend_on_their_generator_alone() -> None:
 
 def test_one_augmentation_for_both_frames() -> None:
     rng = np.random.default_rng(0)
-    picture = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8)
-    same = Augmentation().apply(picture.expand(2, -1, -1, -1), 28, rng)
+    picture = torch.randint(0, 256, (1, 3, 28, 28)) / 255
+    same = augment(picture.expand(2, -1, -1, -1), Augmentation().draw(rng))
     assert same.shape == (2, 3, 28, 28) and torch.equal(same[0], same[1])
-    assert same.min() >= 0 and same.max() <= 1
-    other = Augmentation().apply(picture.expand(2, -1, -1, -1), 28, rng)
-    assert not torch.allclose(same, other)
-    nothing = Augmentation(crop=1, brightness=0, contrast=0, saturation=0, hue=0).apply(picture, 28, rng)
-    torch.testing.assert_close(nothing, resize(picture, 28), atol=1e-5, rtol=0)
+    assert not torch.equal(same, augment(picture.expand(2, -1, -1, -1), Augmentation().draw(rng)))
+    nothing = Augmentation(crop=1, brightness=0, contrast=0, saturation=0, hue=0).draw(rng)
+    assert torch.equal(augment(picture, nothing), picture)
 
 
-def test_colour_maps() -> None:
-    grey = np.full(3, 0.4)
-    np.testing.assert_allclose(hue_rotation(1.0) @ grey, grey, atol=1e-12)
-    np.testing.assert_allclose(hue_rotation(2 * np.pi / 3) @ [1, 0, 0], [0, 1, 0], atol=1e-12)
-    np.testing.assert_allclose(saturation_matrix(0) @ [1, 0, 0], [0.299] * 3)
-    np.testing.assert_allclose(saturation_matrix(1), np.eye(3))
+def test_draws_fill_their_ranges() -> None:
+    ranges = Augmentation(crop=0.81, brightness=0.2, contrast=0.3, saturation=0.4, hue=0.05)
+    draws = [ranges.draw(np.random.default_rng(i)) for i in range(400)]
+    limits = {"side": (0.9, 0.9), "top": (0, 0.1), "left": (0, 0.1), "brightness": (-0.2, 0.2)}
+    limits |= {"contrast": (0.7, 1.3), "saturation": (0.6, 1.4), "hue": (-0.05, 0.05)}
+    for name, (low, high) in limits.items():
+        values = [getattr(draw, name) for draw in draws]
+        assert (min(values), max(values)) == pytest.approx((low, high), abs=0.03 * (high - low) + 1e-9), name
+
+
+def test_each_picture_keeps_its_own_mean_when_contrast_changes() -> None:
+    """And what leaves [0, 1] is cut after each operation: a white that was brightened does not come back."""
+    shades = torch.tensor([[60, 100], [160, 240]])
+    pictures = shades[:, None, None].expand(2, 3, 2, 2) / 255
+    for shift, expected in ((0, [[70, 90], [180, 220]]), (0.2, [[121, 141], [222, 244]])):
+        draw = Draw(side=1, top=0, left=0, brightness=shift, contrast=0.5, saturation=1, hue=0)
+        assert (augment(pictures, draw)[:, 0, 0] * 255).round().tolist() == expected
+
+
+def test_the_crop_keeps_corners_and_ramps() -> None:
+    ramp = torch.arange(9.0).expand(1, 3, 9, 9)
+    draw = Draw(side=0.5, top=0.1, left=0.25, brightness=0, contrast=1, saturation=1, hue=0)
+    expected = torch.linspace(2, 6, 9).expand(1, 3, 9, 9)
+    torch.testing.assert_close(crop(ramp, draw), expected)
+    expected = torch.linspace(0.8, 4.8, 9)[:, None].expand(1, 3, 9, 9)
+    torch.testing.assert_close(crop(ramp.mT.contiguous(), draw), expected)
+
+
+def test_colours_change_as_in_hsv() -> None:
+    """Beside Python's own colorsys."""
+    colours = np.random.default_rng(0).random((64, 3)).round(1)  # with greys and equal channels among them
+    frames = torch.tensor(colours, dtype=torch.float32).T.reshape(1, 3, 8, 8)
+    for saturation, hue in ((1.3, 0.05), (0.7, -0.3), (1, 0.5)):
+        found = recolour(frames, saturation, hue).reshape(3, -1).T
+        hsv = [colorsys.rgb_to_hsv(*colour) for colour in colours]
+        expected = [colorsys.hsv_to_rgb((h + hue) % 1, min(1, s * saturation), v) for h, s, v in hsv]
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (30, 21), (28, 28), (200, 90)])
+def test_pictures_are_resized_by_lanczos(shape: tuple[int, int]) -> None:
+    """Beside Pillow's filter on floats, which does not round between its passes."""
+    frames = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    found = resize(frames, 28)
+    for line, small in zip(frames.flatten(0, 1).numpy(), found.flatten(0, 1).numpy()):
+        picture = Image.fromarray(line.astype(np.float32)).resize((28, 28), Image.Resampling.LANCZOS)
+        exact = np.asarray(picture).clip(0, 255)
+        np.testing.assert_allclose(small * 255, exact, atol=0.5 + 1e-3)
 
 
 def test_any_folder_of_videos(tmp_path: Path) -> None:
@@ -98,7 +153,7 @@ def test_any_folder_of_videos(tmp_path: Path) -> None:
         source = VideoClips(tmp_path)
     assert [clip.length for clip in source.clips] == [12, 5]
     data = PairDataset(source, image_size=14, distance=(4, 4))
-    assert len(data) == 11 + 4
+    assert len(data) == 12 + 5
     sample = data.sample(2, np.random.default_rng(0))
     shades = sample["frames"].mean((1, 2, 3)) * 255
     torch.testing.assert_close(shades, torch.tensor([40.0, 120.0]), atol=6, rtol=0)
@@ -125,13 +180,13 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demonstrations(demonstrations: Path) -> None:
     source = CalvinClips(demonstrations / "training", cameras=["static", "gripper"], language=True)
-    assert [(c.name, c.start, c.length, c.text) for c in source.clips] == [
+    assert [(c.name, c.start, c.length, c.text(4)) for c in source.clips] == [
         ("static", 2, 5, "open the drawer"), ("static", 10, 10, "push it"),
         ("gripper", 2, 5, "open the drawer"), ("gripper", 10, 10, "push it"),
     ]  # fmt: skip
     assert source.read(source.clips[3], [0, 4])[:, 0, 0, 0].tolist() == [110, 114]
     silent = CalvinClips(demonstrations / "training", cameras=["static"], language=False)
-    assert [(c.start, c.length, c.text) for c in silent.clips] == [(0, 10, ""), (10, 10, "")]
+    assert [(c.start, c.length, c.text(4)) for c in silent.clips] == [(0, 10, ""), (10, 10, "")]
     assert source.fingerprint == silent.fingerprint
 
 
@@ -144,7 +199,7 @@ def section(folder: Path, **changes) -> dict:
 
 def test_sections_of_the_configuration(demonstrations: Path) -> None:
     train, held = training_pairs(section(demonstrations), 14), held_out_pairs(section(demonstrations), 14)
-    assert len(train) == len(held) == 4 + 9
+    assert len(train) == len(held) == 5 + 10
     assert train.augmentation.crop == 0.9 and held.augmentation is None
     assert held.source.data.folder.name == "validation"
 
@@ -156,7 +211,7 @@ def test_all_of_the_demonstrations(demonstrations: Path, language: bool | None, 
     given = section(demonstrations, language=language, cameras=cameras)
     whole = read_section(given).whole()
     assert len(whole.source.clips) == clips
-    assert len(training_pairs(given, 14)) == len(cameras) * (9 + 9 if language is False else 4 + 9)
+    assert len(training_pairs(given, 14)) == len(cameras) * (10 + 10 if language is False else 5 + 10)
     if language:
         assert whole.scope == f"{demonstrations / 'training'} (static, gripper; annotated spans)"
         assert whole.left_out[0] == "frames without annotation (data.language)"
@@ -203,7 +258,7 @@ def test_folders_without_videos(tmp_path: Path) -> None:
 def test_settings_of_a_mixture(demonstrations: Path) -> None:
     """A common setting need not be one of every source; one of a set must be its source's."""
     own = {"source": "calvin", "root": str(demonstrations), "weight": 1}
-    assert len(training_pairs({"image": None, "distance": [3, 3], "sets": {"own": own}}, 14)) == 4 + 9
+    assert len(training_pairs({"image": None, "distance": [3, 3], "sets": {"own": own}}, 14)) == 5 + 10
     known = "no such setting; there are augmentation, cameras, "
     for common, change, message in (
         ({}, {"distence": [3, 5]}, rf"data.sets.own.distence=\[3, 5\]: {known}"),

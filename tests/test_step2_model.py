@@ -13,9 +13,9 @@ from defi.errors import UserError
 from defi.text import TextConfig
 from Step2_GIDM.blocks import SelfAttention, SpatioTemporalBlock, sinusoid
 from Step2_GIDM.dino import DinoConfig, DinoPatches
-from Step2_GIDM.initial import start_as_difference
+from Step2_GIDM.initial import start_as_difference, use_codes_early
 from Step2_GIDM.latent_action import LatentActionModel, LatentActionSizes, LatentActionTokenizer
-from Step2_GIDM.model import GIDM, GIDMConfig
+from Step2_GIDM.model import GIDM, GIDMConfig, plain
 from Step2_GIDM.quantizer import VectorQuantizer, perplexity
 
 SIZES = LatentActionSizes(
@@ -28,6 +28,13 @@ def small(**changes) -> GIDMConfig:
     dino = DinoConfig(image_size=42, width=32, layers=1, heads=2)
     text = TextConfig(width=16, layers=1, heads=2)
     return GIDMConfig(**(sizes | {"dino": dino, "text": text} | changes))
+
+
+def test_instructions_are_cleaned_for_t5() -> None:
+    assert plain("Öffne the  Drawer, now! ") == "öffne the  drawer now "
+    assert plain("back\\slash ^caret_ [brackets] don't") == "back\\slash caret brackets dont"
+    model = GIDM(small())
+    assert torch.equal(model.language(["Open it!"])[0], model.language(["open it"])[0])
 
 
 def test_positions_are_sine_on_even_and_cosine_on_odd_channels() -> None:
@@ -63,6 +70,39 @@ def test_padded_text_of_one_sample_masks_only_that_sample() -> None:
         alone = model(patches[i : i + 1], states[i : i + 1, :length], mask[i : i + 1, :length])
         torch.testing.assert_close(alone.predicted, together.predicted[i : i + 1])
         torch.testing.assert_close(alone.actions.vectors, together.actions.vectors[i : i + 1])
+
+
+def test_mixed_text_masks_are_the_published_fault() -> None:
+    """In training row n of the B·F rows gets the mask of sample n mod B; the decoder's masks are right."""
+    model = LatentActionModel(SIZES, decoder_blocks=1)
+    seen: dict[str, torch.Tensor] = {}
+    for name, block in (("encoder", model.tokenizer.encoder.blocks[0]), ("decoder", model.decoder.blocks[0])):
+        block.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[1]}))
+    mask = torch.arange(6) < torch.tensor([2, 6, 4])[:, None]
+    batch = torch.randn(3, 2, 9, 16), torch.randn(3, 6, 12), mask
+    model.tokenizer.encoder.mixed_text_masks = True
+    for mode, order in ((True, [0, 1, 2, 0, 1, 2]), (False, [0, 0, 1, 1, 2, 2])):
+        model.train(mode)(*batch)
+        assert torch.equal(seen["encoder"][:, -6:], mask[order])
+        assert torch.equal(seen["decoder"][:, -6:], mask)
+
+
+def test_default_initial_weights_are_pytorchs() -> None:
+    """Queries U(-1, 1), codes U(-1/codes, 1/codes), weights and biases of Linear U(±1/√inputs)."""
+    torch.manual_seed(0)
+    model = GIDM(small(width=64))
+    queries, codes = model.tokenizer.encoder.queries[0].detach(), model.tokenizer.quantizer.codebook.detach()
+    assert 0.8 < queries.abs().max() <= 1 and 0.8 / len(codes) < codes.abs().max() <= 1 / len(codes)
+    for name, layer in model.core.named_modules():
+        if isinstance(layer, nn.Linear):
+            bound = layer.in_features**-0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound, name
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+            assert layer.bias is None or 0 < layer.bias.abs().max() <= bound, name
+        elif isinstance(layer, nn.LayerNorm):
+            assert (layer.weight == 1).all() and (layer.bias == 0).all(), name
+    early = GIDM(small(width=64, initial="early_codes"))
+    assert (early.tokenizer.from_code.bias == 0).all()
 
 
 def test_quantizer_takes_the_nearest_code_and_passes_gradients_straight_through() -> None:
@@ -102,6 +142,16 @@ def test_unused_codes_are_restarted_at_encoder_vectors() -> None:
     assert quantizer.restart_unused() == 0, "nothing was counted since: nothing is known to be unused"
     quantizer.eval()(z)
     assert quantizer.usage.sum() == 0, "only training counts"
+
+
+def test_unused_codes_are_restarted_at_other_codes_as_published() -> None:
+    quantizer = VectorQuantizer(16, 2)
+    before = quantizer.codebook.detach().clone()
+    quantizer(before[None, :3])
+    assert quantizer.restart_unused("codes") == 13
+    after = quantizer.codebook.detach()
+    assert torch.equal(after[:3], before[:3]) and not torch.equal(after, before)
+    assert all((code == before).all(1).any() for code in after)
 
 
 def test_perplexity() -> None:
@@ -145,6 +195,7 @@ def test_attention_over_time_starts_as_a_difference() -> None:
 def test_decoder_starts_near_a_copy() -> None:
     torch.manual_seed(0)
     model = LatentActionModel(SIZES, decoder_blocks=1)
+    use_codes_early(model)
     norm = nn.LayerNorm(16, elementwise_affine=False)
     now = norm(torch.randn(8, 9, 16))
     guess = model.decoder(now, torch.zeros(8, 3, 16))
@@ -166,7 +217,7 @@ def test_gradients_reach_everything_trained_and_nothing_frozen() -> None:
 
 def test_overfits_one_batch_with_codes_that_matter() -> None:
     torch.manual_seed(0)
-    config = small(restart_pairs=64)
+    config = small(restart_pairs=64, initial="early_codes")
     model, batch = GIDM(config), config.fake_batch(8)
     optimizer = torch.optim.AdamW([p for _, p in model.trainable()], 3e-3)
     first = model(batch)["mse"]

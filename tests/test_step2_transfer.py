@@ -18,7 +18,8 @@ class Squares:
     """Clips of a square that moves through the middle of the picture in one of four directions."""
 
     fingerprint = "squares"
-    clips = [Clip(str(i), 0, 13, "") for i in range(8)]
+    clips = [Clip(str(i), 0, 13) for i in range(8)]
+    lengths = np.full(8, 13)
 
     def read(self, clip: Clip, positions: Sequence[int]) -> np.ndarray:
         frames = np.full((len(positions), SIDE, SIDE, 3), 60, np.uint8)

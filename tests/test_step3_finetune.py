@@ -146,7 +146,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_demonstrations(folder / "demos")
     write_stages(folder)
     for kind in ("latents", "images"):
-        settings = {"store.kind": kind, "store.video_stride": 2, "data.stride": 2}
+        settings = {"store.kind": kind, "store.videos": True, "data.stride": 2}
         prepare(prepare_settings(folder, folder / kind, **settings))
     return folder
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_finetuned_is_refused(place: Path, tmp_path: Path) -> Non
         (
             "latents",
             {},
-            "holds no videos of 3 frames for gfdm.video_loss; prepare it with store.video_stride",
+            "holds no videos of 3 frames, 2 apart, for gfdm.video_loss; prepare it with store.videos=true",
         ),
         ("latents", {"gfdm.finetune": "some"}, "gfdm.finetune=some: must be none, lora or full"),
         ("latents", {"gfdm.finetune": "none"}, "gfdm.video_loss=0.1: must be 0, or positive with"),
@@ -244,5 +244,5 @@ def test_what_cannot_be_finetuned_is_refused(place: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match=message):
             train_policy(settings)
         assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="store.video_stride=2: videos are kept with store.kind=latents or"):
-        prepare(prepare_settings(place, tmp_path / "none", **{"store.video_stride": 2}))
+    with pytest.raises(UserError, match="store.videos=true: videos are kept with store.kind=latents or"):
+        prepare(prepare_settings(place, tmp_path / "none", **{"store.videos": True}))

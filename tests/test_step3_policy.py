@@ -1,5 +1,6 @@
 """The policy: gradients, learning, independence of the batch, work done once, checkpoints of all stages."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_overfits_one_batch() -> None:
     batch = policy.config.fake_batch(2)
     batch["actions"] = batch["actions"].sign() * 0.5
     optimizer = torch.optim.Adam([p for _, p in policy.trainable()], lr=3e-3)
-    for step in range(150):
+    for step in range(300):
         batch["seed"] = torch.arange(2) + 2 * step
         loss = policy(batch)["loss"]
         optimizer.zero_grad()
@@ -253,6 +254,7 @@ def test_a_saved_policy_acts_the_same_also_after_moving(
     checkpoint.save(build_gfdm(seed=1), tmp_path / "other", step=1, config={"preset_name": "test"})
     with pytest.raises(UserError, match="not the gfdm checkpoint that .* was trained on"):
         DeFI.from_pretrained(run, gfdm=tmp_path / "other")
+    check_older_config(run, tmp_path / "elsewhere")
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not JSON"):
         DeFI.from_pretrained(run, gfdm=tmp_path / "elsewhere")
@@ -284,6 +286,20 @@ def test_refuses_other_checkpoints(stages: tuple[Path, Path], tmp_path: Path) ->
         DeFI.from_stages(policy_config(), gfdm=gidm, gidm=gidm)
 
 
+def check_older_config(run: Path, gfdm: Path) -> None:
+    """Positions were a setting of their own: read where it says what follows from the cross-attention now."""
+    file = run / "config.json"
+    config = json.loads(file.read_text())
+    older = config | {"action_head": config["action_head"] | {"action_positions": True}}
+    file.write_text(json.dumps(older))
+    DeFI.from_pretrained(run, gfdm=gfdm)
+    for kind, positions in (("full", False), ("causal", True)):
+        older["action_head"] |= {"action_positions": positions, "cross_attention": kind}
+        file.write_text(json.dumps(older))
+        with pytest.raises(UserError, match=f"cross_attention={kind} with action_positions={positions}"):
+            DeFI.from_pretrained(run, gfdm=gfdm)
+
+
 @pytest.mark.parametrize("preset", presets())
 def test_every_choice_can_be_set_with_any_preset(preset: str) -> None:
     choices = {
@@ -307,6 +323,15 @@ def test_every_choice_can_be_set_with_any_preset(preset: str) -> None:
     assert PolicyConfig.from_preset(plain).finetune.mode == "none"
 
 
+def test_codes_are_restarted_where_that_is_wanted() -> None:
+    for wanted, found in ((True, {"restarted_codes"}), (False, set())):
+        policy = build_policy(restart_codes=wanted).train()
+        policy(policy.config.fake_batch(2))
+        before = policy.gidm_branch.tokenizer.quantizer.codebook.detach().clone()
+        assert set(policy.epoch_end()) == found
+        assert torch.equal(policy.gidm_branch.tokenizer.quantizer.codebook, before) != wanted
+
+
 def test_the_published_choices_are_the_defaults() -> None:
     """configs/policy/paper.yaml says what the dataclasses say."""
     chosen = OmegaConf.load(CONFIG_DIR / "policy" / "paper.yaml")
@@ -318,6 +343,10 @@ def test_settings_are_checked() -> None:
         ({"feature_noise": "some"}, "policy.feature_noise=some: must be fresh or fixed"),
         ({"latent_action_frames": [0, 5]}, r"beyond policy.frames=3"),
         ({"action_head": {"cross_attention": "half"}}, "must be full or causal"),
+        (
+            {"action_head": {"action_positions": True}},
+            "action_positions=True: no longer a setting; positions",
+        ),
         ({"diffusion": {"sampler": "euler"}}, "choose one of ddim, dpmpp_2m, heun"),
         ({"diffusion": {"steps": 0}}, "policy.diffusion.steps=0: must be 1 or more"),
         ({"diffusion": {"text_dropout": 1.0}}, r"policy.diffusion.text_dropout=1.0: must lie in \[0, 1\)"),

@@ -13,7 +13,7 @@ from policy_fakes import PRESET, build_gfdm, write_demonstrations, write_stages
 from safetensors.torch import load_file
 from test_step3_data import train_settings
 
-from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
+from defi.calvin import ANNOTATIONS, CalvinFolder, encode_frame, frame_name
 from defi.config import CONFIG_DIR, compose_preset
 from defi.engine.checkpoint import find_checkpoint, read_manifest
 from defi.engine.log import read_metrics
@@ -51,13 +51,13 @@ def settings(place: Path, output: Path, root: str, kind: str, **values: Any) -> 
     return cfg
 
 
-@pytest.mark.parametrize("apart", [None, 5])
+@pytest.mark.parametrize("apart", [None, 2])
 @pytest.mark.parametrize("root", ["demos", "DEMOS.ZIP"])
 def test_store_and_files_yield_the_same_samples(
     place: Path, tmp_path: Path, root: str, apart: int | None
 ) -> None:
     """With the frames that follow, whose last is repeated at the end of a span, and without."""
-    kept = {"store.video_stride": "null" if apart is None else apart}
+    kept = {"store.videos": apart is not None}
     store = PolicyStore(prepare(settings(place, tmp_path / "store", root, "images", **kept)))
     raw = CalvinSamples(place / root / "training", image_size=16, tail=9, video=following(3, apart))
     assert len(store) == len(raw) == 6 + 13 and store.fingerprint == raw.fingerprint
@@ -75,7 +75,7 @@ NUMBERS = {"loss", "action_loss", "video_loss", "training_action_error", "held_o
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
     """A run on a store of pictures, with held-out ones and the video loss."""
-    prepare(settings(place, place / "store", "demos", "images", **{"store.video_stride": 2}))
+    prepare(settings(place, place / "store", "demos", "images", **{"store.videos": True}))
     prepare(settings(place, place / "held_out", "demos", "images", **{"data.split": "validation"}))
     given = {"data.held_out": place / "held_out", **LEARNS_ALONG, **LOOKS}
     train_policy(train_settings(place, place / "run", place / "store", **given))
@@ -116,7 +116,6 @@ def test_training_from_the_recordings_is_training_from_their_store(
         ("null", {"data.root": "{place}/demos", "data.stride": 0}, "data.stride=0: must be 1 or more"),
         ("null", {"data.root": "{place}/demos", "data.spans": "some"}, "data.spans=some: choose"),
         ("null", {"data.root": "{place}/demos", "data.held_out": "{place}"}, "ep_start_end_ids.npy: missing"),
-        ("null", {"data.root": "{place}/demos", "data.video_stride": 0, **LEARNS_ALONG}, "video_stride=0"),
     ],
 )
 def test_data_that_do_not_fit_are_named(
@@ -158,7 +157,7 @@ def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
         assert packed["text"] == sample["text"] == ("" if number < 0 else f"do thing {number}")
         assert torch.equal(packed["images"], sample["images"])
         assert torch.equal(packed["actions"], sample["actions"])
-        assert packed["actions"][:, 0].tolist() == list(range(frame, frame + 10))
+        assert (1000 * packed["actions"][:, 0]).round().tolist() == list(range(frame, frame + 10))
     with pytest.raises(UserError, match="data.spans=some"):
         prepare(settings(place, tmp_path / "new", "demos", "images", **{"data.spans": "some"}))
     assert not (tmp_path / "new").exists()
@@ -184,6 +183,86 @@ def test_recordings_without_samples_that_have_text(
     frames = CalvinFolder(root / "training")
     with pytest.raises(UserError, match="no recording has the 30 frames of a chunk"):
         plan_samples(frames, chunk=30, tail=29, stride=1, by_text=False, spans="all")
+
+
+def change_frame(root: Path, number: int, key: str, place: int, value: float) -> Path:
+    file = root / "training" / frame_name(number)
+    frame = dict(np.load(file))
+    frame[key][place] = value
+    file.write_bytes(encode_frame(frame))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("key", "at", "value", "said"),
+    [
+        ("rel_actions", 2, np.nan, "rel_actions holds nan at place 2"),
+        ("rel_actions", 0, 50, "rel_actions holds 50 at place 0"),
+        (
+            "rel_actions",
+            6,
+            0,
+            r"rel_actions holds the gripper's action 0, expected is 1 \(open\) or -1 \(closed\)",
+        ),
+        ("robot_obs", 3, np.inf, "robot_obs holds inf at place 3"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_any_work(
+    key: str, at: int, value: float, said: str, place: Path, tmp_path: Path
+) -> None:
+    """A store is not begun, and training straight from the files neither."""
+    root = write_demonstrations(tmp_path / "demos")
+    file = change_frame(root, 120, key, at, value)
+    with pytest.raises(UserError, match=f"^{file}: {said}"):
+        prepare(settings(place, tmp_path / "store", "demos", "images", **{"data.root": root}))
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(UserError, match=f"^{file}: {said}"):
+        CalvinSamples(root / "training", image_size=16, tail=9)
+
+
+@pytest.mark.parametrize("text", [None, " ", ["a", "b"]])
+def test_spans_without_words(
+    text: object, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Left out and counted, or taken as recordings without text; a data set of nothing else is refused."""
+    root = write_demonstrations(tmp_path / "demos")
+    file = root / "training" / ANNOTATIONS
+    annotation = np.load(file, allow_pickle=True).item()
+    annotation["language"]["ann"] = [["lift"], text]
+    np.save(file, annotation)
+    given = {"data.root": root}
+    store = PolicyStore(prepare(settings(place, tmp_path / "s", "demos", "images", **given)))
+    assert {sample["text"] for sample in map(store.__getitem__, range(len(store)))} == {"lift"}
+    assert (
+        f"1 of 2 annotated spans have no instruction: left out; the first: {file}" in capsys.readouterr().out
+    )
+    more = prepare(settings(place, tmp_path / "t", "demos", "images", **given, **{"data.spans": "all"}))
+    assert PolicyStore(more).texts == ["lift", ""] and len(PolicyStore(more)) == 6 + 13
+    annotation["language"]["ann"] = [text, text]
+    np.save(file, annotation)
+    with pytest.raises(UserError, match=f"{file}: the text of span 0"):
+        prepare(settings(place, tmp_path / "u", "demos", "images", **given))
+
+
+def test_instructions_that_are_cut_are_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By the video model's own text tower, and before there is one by the preset's."""
+    root = write_demonstrations(tmp_path / "demos")
+    file = root / "training" / ANNOTATIONS
+    annotation = np.load(file, allow_pickle=True).item()
+    texts = [f"put it {'very ' * 40}far to the {side}" for side in ("left", "right")]
+    annotation["language"]["ann"] = texts
+    np.save(file, annotation)
+    tokens = build_gfdm().clip.config.tokens
+    for kind in ("images", "latents"):
+        given = {"data.root": root, "text.clip.keep_end": False}
+        prepare(settings(place, tmp_path / kind, "demos", kind, **given))
+        told = capsys.readouterr().out
+        assert f"2 of 2 instructions are cut at {tokens} tokens" in told
+        assert f"2 of them are equal to another, the first: {texts[0]!r} = {texts[1]!r}" in told
+    train_policy(train_settings(place, tmp_path / "run", tmp_path / "images", **{"trainer.max_steps": 1}))
+    assert f"2 of 2 instructions are cut at {tokens} tokens" in capsys.readouterr().out
 
 
 def test_a_frame_of_latents_takes_at_most_17_kb() -> None:

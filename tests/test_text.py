@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderMo
 
 from defi import hub
 from defi.errors import UserError
-from defi.text import CLIPText, T5Text, TextConfig, plain
+from defi.text import CLIPText, T5Text, TextConfig
 
 CONFIG = TextConfig(tokens=12, width=32, layers=2, heads=2, projection=24, seed=3)
 TEXTS = ["push the red block to the left", "", "étalez 日本語 🤖", "open the drawer", "word " * 50]
@@ -37,8 +37,52 @@ def test_any_text_has_its_own_tokens(clip: CLIPText) -> None:
 def test_shapes_and_truncation(clip: CLIPText) -> None:
     assert clip.tokens(TEXTS).shape == (5, 12, 32)
     assert clip.sentence(TEXTS).shape == (5, 24)
-    same = clip.sentence(["word " * 50, "word " * 60])
-    torch.testing.assert_close(same[0], same[1])
+
+
+LONG = ["put " + "the red block " * 5 + "to the " + side for side in ("left", "right")]
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_long_texts_that_differ_late(keep_end: bool) -> None:
+    """The token states are cut, or end with the state of the whole text; the sentence is always whole."""
+    clip = CLIPText.from_config(replace(CONFIG, keep_end=keep_end))
+    a, b = clip.tokens(LONG)
+    assert torch.equal(a[:-1], b[:-1]) and torch.equal(a[-1], b[-1]) is not keep_end
+    assert clip.truncated([*LONG, "open the drawer", ""]) == ([] if keep_end else LONG)
+    sentences = clip.sentence(LONG)
+    assert (sentences[0] - sentences[1]).norm() > 0.05 * sentences[0].norm()
+    batch = clip.tokenizer(LONG[0], return_tensors="pt")
+    whole = clip.model(**batch)
+    torch.testing.assert_close(sentences[0], whole.text_embeds[0])
+    if keep_end:
+        torch.testing.assert_close(a[-1], whole.last_hidden_state[0, -1])
+
+
+def test_texts_beyond_the_towers_positions_are_cut_and_told(clip: CLIPText) -> None:
+    endless = ["block " * clip.longest + side for side in ("left", "right")]
+    assert torch.equal(*clip.sentence(endless))
+    for keep_end in (False, True):
+        clip.config = replace(CONFIG, keep_end=keep_end)
+        assert clip.truncated(["open the drawer", *endless]) == endless
+    exactly = "block " * (clip.longest - 2)  # and the two marks
+    assert clip.truncated([exactly]) == []
+
+
+@pytest.mark.parametrize("tower", [CLIPText, T5Text])
+@pytest.mark.parametrize("around", [torch.autocast("cpu", torch.bfloat16), torch.inference_mode()])
+def test_what_is_remembered_does_not_depend_on_what_surrounds_it(tower, around) -> None:
+    """A text seen under autocast or in inference mode serves training in float32 as if encoded anew."""
+
+    def read(text: CLIPText | T5Text) -> torch.Tensor:
+        return text(TEXTS)[0] if tower is T5Text else text.tokens(TEXTS)
+
+    fresh, text = read(tower.from_config(CONFIG)), tower.from_config(CONFIG)
+    with around:
+        inside = read(text).clone()
+    again = read(text)
+    assert inside.dtype == again.dtype == torch.float32
+    assert torch.equal(inside, fresh) and torch.equal(again, fresh)
+    (again * torch.ones(32, requires_grad=True)).sum().backward()  # may be kept for a gradient
 
 
 def test_each_distinct_string_is_encoded_once(clip: CLIPText, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,10 +115,16 @@ def test_padding_does_not_change_t5(t5: T5Text) -> None:
     assert states[0, alone.shape[1] :].abs().max() == 0
 
 
-def test_t5_reads_plain_text(t5: T5Text) -> None:
-    assert plain("Open the drawer, now!") == "open the drawer now"
-    assert torch.equal(t5(["Open the drawer!"])[0], t5(["open the drawer"])[0])
-    assert t5([""])[1].sum() == 1
+def test_t5_reads_texts_of_any_length_as_they_are(t5: T5Text) -> None:
+    states, mask = t5(["Open the drawer!", "", "block " * 600])
+    assert mask.sum(1).tolist() == [5, 1, 601] and states.shape[1] == 601
+    assert not torch.equal(t5(["open the drawer!"])[0], t5(["open the drawer"])[0])
+
+
+def test_lengths_are_rounded_up_for_acting(t5: T5Text) -> None:
+    short, long = ["open the drawer"], ["block " * 30]
+    assert [t5(texts, full_length=True)[0].shape[1] for texts in (short, long)] == [12, 36]
+    assert torch.equal(t5(short, full_length=True)[0][:, :4], t5(short)[0])
 
 
 @pytest.mark.parametrize(
@@ -142,3 +192,18 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(source: str, monkeypatch:
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     with pytest.raises(UserError, match=f"{source}: no such folder; python -m defi.download"):
         hub.local_only(source)
+
+
+def test_texts_that_are_cut_are_told() -> None:
+    """How many do not fit, and which reach the video model as another one; what fits is not mentioned."""
+    clip = CLIPText.from_config(TextConfig(tokens=8, keep_end=False))
+    long = "put the red block to the very far {} now"
+    assert clip.told(["lift it", "Lift it", "lift it"]) == ""
+    told = clip.told(["lift it", long.format("left"), long.format("right"), "x" * 30, "lift it"])
+    assert told.startswith("3 of 4 instructions are cut at 8 tokens")
+    assert told.endswith(
+        f"2 of them are equal to another, the first: {long.format('left')!r} = {long.format('right')!r}"
+    )
+    kept = CLIPText.from_config(TextConfig(tokens=8, keep_end=True))
+    assert kept.told([long.format("left"), long.format("right")]) == ""
+    assert kept.told(["x" * 300, "x" * 301, "y"]).startswith("2 of 3 instructions are cut at 256 tokens")

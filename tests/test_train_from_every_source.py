@@ -211,7 +211,7 @@ def test_stage_1_from_a_mixture(sources: Sources, tmp_path: Path) -> None:
     sets = {
         "human": f"root: {sources.latents('videos, CSV')}, weight: 0.4, clips: spread, cameras: [1.0]",
         "rlds": f"root: {sources.latents('RLDS')}, weight: 0.2, cameras: [1.0]",
-        "calvin": f"root: {sources.latents('CALVIN')}, weight: 0.4, stride: 1, every: 1",
+        "calvin": f"root: {sources.latents('CALVIN')}, weight: 0.4",
     }
     given = [f"+data.sets.{name}={{{section}}}" for name, section in sets.items()]
     given += ["~data.sets.demonstrations", "data.root=none", f"vae={sources.weights('vae')}"]

@@ -12,8 +12,9 @@ import pytest
 
 from defi import video_index
 from defi.errors import UserError
-from defi.video import VIDEO_SUFFIXES, frame_count, write_mp4
-from defi.video_index import INDEX, count_frames
+from defi.film import Numbering, number_video
+from defi.video import VIDEO_SUFFIXES, write_mp4
+from defi.video_index import INDEX, VERSION, number_videos
 from Step2_GIDM.data.videos import VideoClips
 
 
@@ -32,11 +33,11 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the videos that were opened, in a user's cache of its own."""
     names: list[str] = []
 
-    def counted(file: Path) -> int:
+    def counted(file: Path) -> Numbering:
         names.append(file.name)
-        return frame_count(file)
+        return number_video(file)
 
-    monkeypatch.setattr(video_index, "frame_count", counted)
+    monkeypatch.setattr(video_index, "number_video", counted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return names
 
@@ -44,7 +45,8 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def counts(root: Path) -> dict[str, int | str]:
     """Frames by name, or the fault."""
     files = sorted(p for p in root.rglob("*") if p.suffix in VIDEO_SUFFIXES)
-    return {f.name: n if isinstance(n, int) else str(n) for f, n in zip(files, count_frames(root, files))}
+    found = zip(files, number_videos(root, files))
+    return {f.name: n.frames if isinstance(n, Numbering) else str(n) for f, n in found}
 
 
 def expected(root: Path, **changes: int) -> dict[str, int | str]:
@@ -99,20 +101,29 @@ def test_where_the_folder_cannot_be_written_to(videos: Path, opened: list[str], 
     [
         b"\xff\xfe",
         b'["a.mp4", SIZE, TIME, ',
-        b'["a.mp4", SIZE, TIME, 4, 4]',
-        b'{"a.mp4": [SIZE, TIME, 4]}',
-        b'[1, 2]\n4\n[["a.mp4"], SIZE, TIME, 4]',
+        b'["a.mp4", SIZE, TIME, 3]',  # as the first version wrote it
+        b'["a.mp4", SIZE, TIME, OLD, 3, []]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, [], 4]',
+        b'{"a.mp4": [SIZE, TIME, VERSION, 3]}',
+        b'[1, 2]\n4\n[["a.mp4"], SIZE, TIME, VERSION, 3, []]',
         b"[" * 10**5,
-        b'["a.mp4", SIZE, TIME, 1e9]',
-        b'["a.mp4", SIZE, TIME, -3]',
-        b'["a.mp4", SIZE, TIME, true]',
-        b'["a.mp4", SIZE, TIME, 99999999999999999999]',
-        b'["a.mp4", SIZE, TIME, null]',
+        b'["a.mp4", SIZE, TIME, VERSION, 1e9, []]',
+        b'["a.mp4", SIZE, TIME, VERSION, -3, []]',
+        b'["a.mp4", SIZE, TIME, VERSION, true, []]',
+        b'["a.mp4", SIZE, TIME, VERSION, 99999999999999999999, []]',
+        b'["a.mp4", SIZE, TIME, VERSION, null, []]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, null]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, [0, null]]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, [[1, null]]]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, [[0, null], [1, "2"]]]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, [[0, null], [1, 1e400]]]',
     ],
 )
 def test_an_index_that_is_none_says_nothing(videos: Path, opened: list[str], content: bytes) -> None:
     stat = (videos / "a.mp4").stat()
-    content = content.replace(b"SIZE", b"%d" % stat.st_size).replace(b"TIME", b"%d" % stat.st_mtime_ns)
+    values = {"SIZE": stat.st_size, "TIME": stat.st_mtime_ns, "VERSION": VERSION, "OLD": VERSION - 1}
+    for name, value in values.items():
+        content = content.replace(name.encode(), b"%d" % value)
     (videos / ".defi").mkdir()
     (videos / ".defi" / INDEX).write_bytes(content)
     assert counts(videos) == expected(videos) and len(opened) == 4
@@ -136,16 +147,17 @@ def test_an_index_of_any_length(videos: Path, opened: list[str], monkeypatch: py
 def test_an_interrupted_count_goes_on(
     videos: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = video_index.frame_count
+    counted = video_index.number_video
 
-    def dies(file: Path) -> int:
+    def dies(file: Path) -> Numbering:
         if len(opened) == 2:
             raise KeyboardInterrupt
         return counted(file)
 
     with monkeypatch.context() as patch:
         patch.setattr(video_index, "PART", 1)
-        patch.setattr(video_index, "frame_count", dies)
+        patch.setattr(video_index, "PAUSE", 0)
+        patch.setattr(video_index, "number_video", dies)
         with pytest.raises(KeyboardInterrupt):
             counts(videos)
     assert counts(videos) == expected(videos)

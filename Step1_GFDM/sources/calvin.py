@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from defi.calvin import CalvinFolder, Span
+from defi.errors import UserError
 from Step1_GFDM.sources.recordings import Recording, Scene
 
 FPS = 30
@@ -24,6 +25,8 @@ class CalvinSpans:
 
     def read(self, recording: Recording, every: int) -> Scene:
         span: Span = recording.place
+        if span.fault:
+            raise UserError(span.fault)
         frames = range(span.start, span.end + 1, every)
         views = {camera: self.data.stack(f"rgb_{camera}", frames) for camera in CAMERAS}
         return Scene(views, [span.instruction], FPS / every)

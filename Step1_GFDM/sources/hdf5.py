@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 
 from defi.errors import UserError
 from defi.folders import find_files
+from defi.frames import stack_frames
 from defi.hdf5 import read_hdf5
 from defi.picture import decode_picture
 from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
@@ -26,7 +27,7 @@ class HDF5Episodes:
 
     Args:
         cameras: our name of each camera -> path of its pictures within an episode.
-        text: path of a text, or name of an attribute, of an episode or of its file.
+        text: path of a text or an attribute, of an episode or of what is around or within it.
         instruction: the text of all episodes, instead.
         groups: path of the group whose members are the episodes of a file; None: a file is an episode.
         crop: camera -> [top, left, height, width] in pixels, cut out first.
@@ -83,10 +84,7 @@ class HDF5Episodes:
         lengths = {camera: len(pictures) for camera, pictures in found.pictures.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise UserError(f"{path}: cameras of different or no length: {lengths}")
-        try:
-            views = {camera: _decoded(pictures) for camera, pictures in found.pictures.items()}
-        except ValueError as error:
-            raise UserError(f"{path}: damaged picture ({error}); copy it again") from None
+        views = {camera: _decoded(path, camera, pictures) for camera, pictures in found.pictures.items()}
         views = {camera: self._cropped(path, camera, frames) for camera, frames in views.items()}
         return Scene(views, [text], self.fps / every)
 
@@ -105,8 +103,14 @@ class HDF5Episodes:
         return _square(frames) if self.pad else frames
 
 
-def _decoded(pictures: np.ndarray | list[bytes]) -> UInt8[np.ndarray, "F H W 3"]:
-    return np.stack([decode_picture(p) for p in pictures]) if isinstance(pictures, list) else pictures
+def _decoded(path: Path, camera: str, pictures: np.ndarray | list[bytes]) -> UInt8[np.ndarray, "F H W 3"]:
+    if not isinstance(pictures, list):
+        return pictures
+    try:
+        frames = [decode_picture(coded) for coded in pictures]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged picture ({error}); copy it again") from None
+    return stack_frames(frames, [f"{path}: picture {number} of {camera}" for number in range(len(frames))])
 
 
 def _groups(path: Path, groups: str | None) -> list[list[str]]:

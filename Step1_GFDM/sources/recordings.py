@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,11 +60,10 @@ def file_name(text: str) -> str:
 
 
 def shortened(name: str) -> str:
-    """Of a name that is too long for a file the start is kept, and a hash of all of it."""
-    if len(name.encode()) <= LONGEST_NAME:
-        return name
-    start = name.encode()[:LONGEST_NAME].decode(errors="ignore")
-    return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    """Of a name that is too long for a file, or not UTF-8, the start is kept, and a hash of all of it."""
+    coded = os.fsencode(name)
+    start = coded[:LONGEST_NAME].decode(errors="ignore")
+    return name if start == name else f"{start}-{hashlib.sha256(coded).hexdigest()[:16]}"
 
 
 def distinct(recordings: list[Recording]) -> list[Recording]:

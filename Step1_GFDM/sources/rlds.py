@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from defi.errors import UserError
+from defi.instructions import read_instruction
 from defi.rlds import RLDSDataset
 from Step1_GFDM.sources.recordings import Recording, Scene
 
@@ -32,8 +33,9 @@ class RLDSEpisodes:
     def read(self, recording: Recording, every: int) -> Scene:
         episode: int = recording.place
         steps = range(0, int(self.data.lengths[episode]), every)
-        text = self.data.text(episode, self.language)
-        if not text.strip():
-            raise UserError(f"{self.data.shard(episode)}: episode {recording.id} has no instruction")
+        where = f"{self.data.shard(episode)}: episode {recording.id}"
+        text = read_instruction(self.data.text(episode, self.language), where)
+        if not text:
+            raise UserError(f"{where} has no instruction")
         views = {c: self.data.frames(episode, steps, picture) for c, picture in self.pictures.items()}
         return Scene(views, [text], self.fps / every)

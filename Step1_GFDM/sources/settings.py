@@ -8,11 +8,13 @@ from typing import Any
 from defi.config import typed
 from defi.errors import UserError
 from Step1_GFDM.config import check_rate
+from Step1_GFDM.data import stored_step
 
 
 @dataclass
 class SourceSettings:
-    """splits: ours -> the source's. every: take every n-th frame."""
+    """splits: ours -> the source's. every: take every n-th frame. Clips are cut from what is taken:
+    `Step1_GFDM.data` finds it in the manifest."""
 
     source: str
     root: str
@@ -35,6 +37,14 @@ class FilesSettings(SourceSettings):
     def deciding(self) -> dict[str, Any]:
         """With the root, however it is spelled: other files may have the same names."""
         return super().deciding() | {"root": str(Path(self.root).resolve())}
+
+
+@dataclass
+class VPPSettings(FilesSettings):
+    """The videos may themselves lack frames of the recording: those of a folder that was prepared before."""
+
+    def deciding(self) -> dict[str, Any]:
+        return super().deciding() | {"every": self.every * stored_step(Path(self.root))}
 
 
 @dataclass
@@ -85,7 +95,7 @@ class RLDSSettings(RecordedSettings):
 SOURCES = {
     "calvin": SourceSettings,
     "videos": VideosSettings,
-    "vpp": FilesSettings,
+    "vpp": VPPSettings,
     "hdf5": HDF5Settings,
     "rlds": RLDSSettings,
 }

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from defi.errors import UserError
-from defi.video import frame_count, frame_rate, read_frames
+from defi.instructions import read_instructions
+from defi.video import frame_count, read_video
 from Step1_GFDM.data import as_list, inside
 from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
 
@@ -50,22 +51,26 @@ class CaptionedVideos:
         if not self.recordings:
             raise UserError(f"{captions}: no captions in it; one line per video is expected")
         self.fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        self.captions = captions
 
     def read(self, recording: Recording, every: int) -> Scene:
         path, texts = recording.place
-        frames = frame_count(path)
-        if self.longest is not None and frames > self.longest:
+        if not texts:
+            raise UserError(f"{self.captions}: the caption of {path.name} is blank")
+        if self.longest is not None and (frames := frame_count(path)) > self.longest:
             raise UserError(f"{path}: has {frames} frames, data.longest={self.longest} leaves it out")
-        views = {"rgb": read_frames(path, range(0, frames, every))}
-        return Scene(views, texts, frame_rate(path) / every)
+        frames, rate = read_video(path, every)
+        return Scene({"rgb": frames}, texts, rate / every)
 
 
 def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """Name of each video, and its texts.
+    """Name of each video, and its texts: none where they are blank.
 
     Raises:
-        UserError: the file is missing or of another kind, or a caption is; file and line are named.
+        UserError: the file or a caption is missing or of another kind, or all are blank; the line is named.
     """
+    blank: UserError | None = None
+    worded = False
     readers = {".jsonl": _lines, ".csv": _table, ".json": _something}
     if file.suffix.lower() not in readers:
         raise UserError(
@@ -73,11 +78,18 @@ def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
         )
     try:
         for place, video, texts in readers[file.suffix.lower()](file):
-            if not video or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-                raise UserError(f"{file}: {place}: a video or its caption is missing")
-            yield video, [text.strip() for text in texts]
+            missing = UserError(f"{file}: {place}: a video or its caption is missing")
+            if not video or not texts or None in texts:
+                raise missing
+            found = [text.strip() for text in read_instructions(texts, f"{file}: {place}: the caption")]
+            worded, blank = worded or bool(found), blank or (None if found else missing)
+            yield video, found
+        if blank and not worded:
+            raise blank
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the captions of the videos as data.splits") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         if isinstance(error, UserError):
             raise
@@ -105,5 +117,5 @@ def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _something(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    for number, entry in enumerate(json.loads(file.read_text(encoding=ENCODING))):
+    for number, entry in enumerate(as_list(json.loads(file.read_text(encoding=ENCODING)))):
         yield f"entry {number}", f"{entry['id']}{SOMETHING_SUFFIX}", [entry["label"]]

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 
 from defi.errors import UserError
-from defi.video import frame_count, frame_rate, read_frames
-from Step1_GFDM.data import Episode, read_episode
+from defi.video import read_video
+from Step1_GFDM.data import Episode, annotation_files, read_episode
 from Step1_GFDM.sources.recordings import Recording, Scene, shortened
 
 
@@ -17,10 +17,7 @@ class AnnotatedVideos:
 
     def __init__(self, root: Path, split: str) -> None:
         self.root = root
-        files = sorted((root / "annotation" / split).glob("*.json"))
-        if not files:
-            raise UserError(f"{root}/annotation/{split}: no annotations; give a data set in VPP's layout")
-        self.recordings = [Recording(shortened(file.stem), file) for file in files]
+        self.recordings = [Recording(shortened(file.stem), file) for file in annotation_files(root, split)]
         self.cameras = self._first_cameras()
 
     @property
@@ -52,6 +49,8 @@ class AnnotatedVideos:
         videos = self._videos(episode, recording)
         if list(videos) != self.cameras:
             raise UserError(f"{recording.place}: has the videos {list(videos)}, others {self.cameras}")
-        frames = min(map(frame_count, videos.values()))
-        views = {camera: read_frames(video, range(0, frames, every)) for camera, video in videos.items()}
-        return Scene(views, episode.texts, frame_rate(next(iter(videos.values()))) / every)
+        found = {camera: read_video(video, every) for camera, video in videos.items()}
+        shortest = min(len(frames) for frames, _ in found.values())
+        rate = found[self.cameras[0]][1]
+        views = {camera: frames[:shortest] for camera, (frames, _) in found.items()}
+        return Scene(views, episode.texts, rate / every)

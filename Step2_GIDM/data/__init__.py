@@ -2,6 +2,6 @@
 
 pairs.py     clips → pairs (now, later, text), the data set     calvin.py    CALVIN-format demonstrations
 mixture.py   several of them, by weight × size                   videos.py    any folder of videos
-augment.py   one draw for both frames                            rlds.py      RLDS, Open X-Embodiment
-build.py     the `data` section of a configuration → data set
+resize.py    pictures at the model's size                        rlds.py      RLDS, Open X-Embodiment
+augment.py   one draw for both frames                            build.py     the `data` section → data set
 """

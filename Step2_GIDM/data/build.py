@@ -1,5 +1,6 @@
 """The `data` section of a configuration → data set of pairs."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,8 +11,8 @@ from omegaconf import OmegaConf
 from defi.calvin import TRAINING, VALIDATION
 from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
-from defi.rlds import RLDSDataset, default_splits
-from defi.rlds.spec import read_splits
+from defi.rlds import FEW, RLDSDataset, default_splits
+from defi.rlds.spec import find_version, read_splits
 from Step2_GIDM.data.augment import Augmentation
 from Step2_GIDM.data.calvin import CAMERAS, CalvinClips
 from Step2_GIDM.data.mixture import PairMixture
@@ -41,6 +42,10 @@ class PairsConfig:
         if len(self.distance) != 2 or not 1 <= self.distance[0] <= self.distance[1] <= FARTHEST:
             limits = f"with 1 <= low <= high <= {FARTHEST:,}"
             raise UserError(f"data.distance={self.distance}: must be [low, high] {limits}")
+
+    def size(self, pairs: PairDataset) -> int:
+        """What a share in a mixture counts."""
+        return len(pairs)
 
 
 @dataclass(frozen=True)
@@ -100,29 +105,72 @@ class VideoPairs(PairsConfig):
 
 @dataclass(kw_only=True)
 class RLDSPairs(PairsConfig):
-    """`held_out` and `split` as TFDS names them. image, language: keys, searched for where None."""
+    """`held_out` and `split` as TFDS names them. image, language: keys, searched for where None.
+
+    trim, drop_unlabelled: as `RLDSClips` has them.
+    """
 
     split: str | None
     image: str | None
     language: str | None
+    trim: list[int]
+    drop_unlabelled: bool
     index: str
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.trim) != 2 or not all(0 <= steps <= FARTHEST for steps in self.trim):
+            raise UserError(f"data.trim={self.trim}: must be [steps at the start, steps at the end]")
+
     def open(self, held_out: bool) -> RLDSClips:
-        split = self.held_out if held_out else self.split
-        return self._clips(split or default_splits(self.root)[held_out])
+        return self._clips((self.held_out if held_out else self.split) or self._default(held_out))
+
+    def _default(self, held_out: bool) -> str:
+        """As the published code splits: where 95 % of the episodes are all of them, it trains on all."""
+        splits = default_splits(self.root)
+        if splits != FEW:
+            return splits[held_out]
+        if held_out:
+            said = "too few episodes to hold any out; pictures and health are of those that are trained on"
+            warnings.warn(f"{self.root}: {said} (data.held_out)", stacklevel=2)
+        return "train"
+
+    def size(self, pairs: PairDataset) -> int:
+        """All steps of all splits but the trimmed ones, as the published code counts them."""
+        steps = 0
+        for split in read_splits(find_version(Path(self.root))):
+            try:
+                lengths = self._data(split).lengths
+            except UserError as error:  # the split that it trains on was opened before
+                warnings.warn(f"share without the split {split}: {error}", stacklevel=2)
+                continue
+            steps += int((lengths - sum(self.trim)).clip(0).sum())
+        return steps // self.stride
 
     def whole(self) -> Whole:
-        split = self.split or "train"
+        split = self.split or default_splits(self.root)[0].partition("[")[0]
         source = self._clips(split)
         there = read_splits(source.data.folder)
         left_out = [f"the split {name} (data.split)" for name in there if name != source.data.split.name]
         if more := source.data.split.episodes - len(source.data):
             left_out.append(f"{more:,} episodes of {source.data.split.name} (data.split)")
+        if source.dropped:
+            left_out.append(f"{source.dropped:,} episodes without an instruction (data.drop_unlabelled)")
+        if any(self.trim):
+            left_out.append(f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)")
         return Whole(source, f"{source.data.folder} ({split})", left_out)
 
+    def _data(self, split: str) -> RLDSDataset:
+        return RLDSDataset(self.root, split, index=self.index)
+
     def _clips(self, split: str) -> RLDSClips:
-        chosen = RLDSDataset(self.root, split, index=self.index)
-        return RLDSClips(chosen, image=self.image, language=self.language)
+        return RLDSClips(
+            self._data(split),
+            image=self.image,
+            language=self.language,
+            trim=self.trim,
+            drop_unlabelled=self.drop_unlabelled,
+        )
 
 
 SOURCES = {"calvin": CalvinPairs, "videos": VideoPairs, "rlds": RLDSPairs}
@@ -224,5 +272,6 @@ def _pairs(
     if "sets" not in data:
         return cut(read_section(data))
     parts = {name: read_section(part, f"data.sets.{name}") for name, part in sections(data).items()}
-    weights = {name: part.weight for name, part in parts.items()}
-    return PairMixture({name: cut(part) for name, part in parts.items()}, weights)
+    sets = {name: cut(part) for name, part in parts.items()}
+    sizes = {name: len(sets[name]) if held_out else part.size(sets[name]) for name, part in parts.items()}
+    return PairMixture(sets, {name: part.weight for name, part in parts.items()}, sizes)

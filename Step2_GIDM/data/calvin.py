@@ -8,6 +8,7 @@ from jaxtyping import UInt8
 
 from defi.calvin import CalvinFolder
 from defi.errors import UserError
+from defi.processes import tell
 from Step2_GIDM.data.pairs import Clip
 
 CAMERAS = ("static", "gripper")
@@ -22,12 +23,14 @@ class CalvinClips:
                 raise UserError(f"data.cameras: {camera!r} is no camera; choose from {', '.join(CAMERAS)}")
         self.data = CalvinFolder(folder)
         if language:
-            bounds = [(span.start, span.end, span.instruction) for span in self.data.spans]
+            bounds = [(span.start, span.end, span.instruction) for span in self.data.spans if not span.fault]
+            tell(self.data.without_words(fate="left out"))
         else:
             bounds = [(start, end, "") for start, end in self.data.episodes]
         self.clips = [
-            Clip(camera, start, end - start + 1, text) for camera in cameras for start, end, text in bounds
+            Clip(camera, start, end - start + 1, (text,)) for camera in cameras for start, end, text in bounds
         ]
+        self.lengths = np.array([clip.length for clip in self.clips], np.int64)
 
     @property
     def fingerprint(self) -> str:

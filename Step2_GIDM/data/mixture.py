@@ -16,21 +16,24 @@ HEAVIEST = 10**6  # weight: places of an epoch are counted in 64 bits
 
 
 class PairMixture(Dataset):
-    """An epoch has round(weight · size) places for each set.
+    """An epoch has round(weight · size) places for each set; its size may count more than the pairs here.
 
-    With weight 2 each pair of the set comes twice in an epoch; with weight 0.1 a place stands for ten
-    neighbouring pairs, of which the sample's generator draws one. The order over all places is the engine's.
+    With twice as many places as pairs each pair of the set comes twice in an epoch; with a tenth a place
+    stands for ten neighbouring pairs, of which the sample's generator draws one. The order over all places is
+    the engine's.
 
     Raises:
         UserError: a weight is not positive, or beyond all reason.
     """
 
-    def __init__(self, sets: Mapping[str, PairDataset], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self, sets: Mapping[str, PairDataset], weights: Mapping[str, float], sizes: Mapping[str, int]
+    ) -> None:
         for name, weight in weights.items():
             if not 0 < weight <= HEAVIEST:
                 raise UserError(f"data.sets.{name}.weight={weight}: must be above 0 and at most {HEAVIEST:,}")
         self.sets = dict(sets)
-        self._sizes = [max(1, round(weights[name] * len(pairs))) for name, pairs in sets.items()]
+        self._sizes = [max(1, round(weights[name] * sizes[name])) for name in sets]
         self._ends = np.cumsum(self._sizes)
 
     @property

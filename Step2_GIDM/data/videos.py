@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
+from defi.film import Numbering, number_video
 from defi.folders import find_files
-from defi.video import VIDEO_SUFFIXES, frame_count, read_frames
-from defi.video_index import count_frames
+from defi.video import VIDEO_SUFFIXES, read_frames
+from defi.video_index import number_videos
 from Step2_GIDM.data.pairs import Clip
 
 
@@ -23,14 +24,16 @@ class VideoClips:
         if not root.exists():
             raise UserError(f"{root}: no such file or folder; give a folder of videos")
         if root.is_file():
-            files, counts = [root], [frame_count(root)]
+            files, found = [root], [number_video(root)]
         else:
             files = find_files(root, VIDEO_SUFFIXES)
-            counts = count_frames(root, files)
+            found = number_videos(root, files)
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
-        self.clips = [Clip(str(file), 0, n) for file, n in zip(files, counts) if isinstance(n, int)]
-        self.damaged = [count for count in counts if isinstance(count, UserError)]
+        self.damaged = [fault for fault in found if isinstance(fault, UserError)]
+        self._numberings = {str(file): n for file, n in zip(files, found) if isinstance(n, Numbering)}
+        self.clips = [Clip(file, 0, numbering.frames) for file, numbering in self._numberings.items()]
+        self.lengths = np.array([clip.length for clip in self.clips], np.int64)
         if not self.clips:
             raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {self.damaged[0]}")
         if self.damaged:
@@ -46,4 +49,4 @@ class VideoClips:
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
-        return read_frames(Path(clip.name), positions)
+        return read_frames(Path(clip.name), positions, self._numberings[clip.name])

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -18,7 +19,14 @@ from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
 from Step3_DeFI.rollout.messages import AGENTS
-from Step3_DeFI.rollout.policy import PRECISIONS, ModelPolicy, identify, load_policy, policy_threads
+from Step3_DeFI.rollout.policy import (
+    PRECISIONS,
+    ModelPolicy,
+    identify,
+    load_policy,
+    policy_threads,
+    trained_precision,
+)
 from Step3_DeFI.rollout.report import result_table, task_table, write_report
 from Step3_DeFI.rollout.results import RESULTS
 
@@ -48,7 +56,7 @@ class CommandConfig(RolloutConfig):
     sampler: str | None = None
     sampler_steps: int | None = None
     guidance: float | None = None
-    precision: str = "no"
+    precision: str | None = None
     threads: int | None = None
     output: str = "outputs/rollout"
     resume: bool = False
@@ -73,13 +81,21 @@ class CommandConfig(RolloutConfig):
 @entry("step3_rollout")
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_rollout")
+    if config.agent == "policy":
+        config.precision = config.precision or trained_precision(config.checkpoint)
     state = processes()
     shard = Shard(state.process_index, state.num_processes, state.wait_for_everyone)
     if state.is_main_process:
         check_output(config.output, resume=config.resume, overwrite=config.overwrite)
     evaluation = Evaluation.prepare(config, state.process_index)
+    kinds = sorted(set(gather_object([evaluation.renderer.kind])))
+    if len(kinds) > 1:
+        raise UserError(
+            f"sim.renderer: the processes of this run would draw with different ones ({', '.join(kinds)}); "
+            "name one that works for all of them, such as sim.renderer=mesa"
+        )
     if state.is_main_process:
-        print(f"renderer: {evaluation.renderer}")
+        print(evaluation.drawing)
     policy, known = None, {}
     if config.agent == "policy":
         precision = {"precision": config.precision}
@@ -108,6 +124,8 @@ def main(cfg: DictConfig) -> None:
         console = Console(highlight=False)
         console.print(result_table(results))
         console.print(task_table(results))
+        if evaluation.caveat:
+            console.print(evaluation.caveat, style="bold red")
         console.print(f"  {output / RESULTS}\n  {report}", markup=False, soft_wrap=True)
 
 

@@ -8,12 +8,15 @@ from Step3_DeFI.rollout.messages import AGENTS
 
 @dataclass
 class SimConfig:
-    """Which world. calvin_root: a clone of the CALVIN repository; None for the built-in table."""
+    """Which world. calvin_root: a clone of the CALVIN repository; None for the built-in table.
+
+    renderer: of `defi.sim.renderers.KINDS`; None for `default_kind`.
+    """
 
     calvin_root: str | None = None
     backend: str = "native"
     world: str = "fresh"
-    renderer: str = "cpu"
+    renderer: str | None = None
     renderer_fallback: bool = False
     instructions: str | None = None
     static_size: int | None = None

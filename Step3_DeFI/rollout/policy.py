@@ -13,8 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from defi.engine.checkpoint import find_weights, read_manifest
+from defi.config import flatten
+from defi.engine.checkpoint import find_weights, read_manifest, read_run_config
+from defi.engine.data import seed_of
 from defi.errors import UserError
+from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
@@ -22,7 +25,6 @@ from Step3_DeFI.rollout.messages import Look
 from Step3_DeFI.rollout.results import ChainLog
 
 ACTION_DIM = 7
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ModelPolicy:
@@ -51,7 +53,7 @@ class ModelPolicy:
 
     def act(self, looks: Sequence[Look]) -> Float[np.ndarray, "B K 7"]:
         images = torch.stack([observe(look.images, self.model.image_size) for look in looks])
-        noise = self.model.noise(torch.tensor([noise_seed(look.seed) for look in looks]))
+        noise = self.model.noise(torch.tensor([seed_of("rollout", *look.seed) for look in looks]))
         texts = [look.instruction for look in looks]
         with torch.autocast(self.model.device.type, **self._autocast):
             return self.model.act(images, texts, noise=noise).float().cpu().numpy()
@@ -85,6 +87,16 @@ def load_policy(
     return model.to(device)
 
 
+def trained_precision(checkpoint: Path | str) -> str:
+    """The precision that a checkpoint was trained with; `no` where nothing is known of its training."""
+    precision = flatten(read_run_config(checkpoint)).get("trainer.precision", "no")
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"{checkpoint}: was trained with trainer.precision={precision}; give precision= no, fp16 or bf16"
+        )
+    return precision
+
+
 def identify(checkpoint: Path | str) -> dict[str, Any]:
     """What the record says about a checkpoint: where, which step, and a hash of its weights."""
     manifest = read_manifest(checkpoint, DeFI.stage)
@@ -112,22 +124,24 @@ def policy_threads(threads: int | None = None, *, ranks: int = 1) -> Iterator[in
         torch.set_num_threads(before)
 
 
-def evaluate_policy(model: DeFI, evaluation: Evaluation, *, output: Path | None = None) -> dict[str, float]:
+def evaluate_policy(
+    model: DeFI, evaluation: Evaluation, *, precision: str = "no", output: Path | None = None
+) -> dict[str, float]:
     """A rollout during training: averages and success rates under names for a log.
 
     Args:
         evaluation: a small one (`Evaluation.prepare`); its simulator processes are started for this call.
+        precision: the training's.
         output: folder for chains and clips, replacing what an earlier call left there; None keeps nothing.
     """
     if output is not None:
         ChainLog(output, "chains").clear()
+    if evaluation.caveat:
+        print(evaluation.caveat)
     with policy_threads():
-        results = evaluate(evaluation, "policy", ModelPolicy(model), output=output, show=False)
+        results = evaluate(
+            evaluation, "policy", ModelPolicy(model, precision=precision), output=output, show=False
+        )
     summary = results.limits[str(max(evaluation.config.max_steps))]
     rates = {f"success_{i + 1}": success["rate"] for i, success in enumerate(summary["success"])}
     return {"average_length": summary["average"], **rates}
-
-
-def noise_seed(seed: tuple[int, ...]) -> int:
-    """One 63-bit seed out of (run seed, chain, look)."""
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))

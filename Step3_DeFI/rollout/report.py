@@ -134,13 +134,15 @@ def _percent(success: Mapping[str, Any]) -> Markup:
 
 
 def published_section(results: Results) -> Markup:
-    """Published methods beside this run, where the protocol is theirs; a remark where it is not."""
+    """Published methods beside this run, where protocol and renderer are theirs; else a remark."""
     protocol = results.protocol
     official = protocol["assets"] == "calvin" and protocol["sequences"] == "official"
+    reason = results.run.get("caveat")
     if not (official and protocol["scene"] == "D"):
         reason = (
             "This is not CALVIN's protocol (its scene D, its sequences): published numbers do not compare."
         )
+    if reason:
         return html.section("Beside published methods", html.note(reason))
     entries = [(p.average, p.method, f"{p.limit or 'not stated'}", p.source) for p in CALVIN_ABC_D]
     for limit, summary in results.limits.items():

@@ -5,6 +5,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,99 @@ from torch import Tensor
 from defi.checkpoints.torchscript import is_torchscript, read_torchscript
 from defi.engine.weights import read_tensors
 from defi.errors import UserError
-from defi.files import one_line
+from defi.files import one_line, read_json
 
+
+class NumPyValue:
+    """Stands for a number or array of NumPy's beside the weights: nothing is made of it."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+NUMPY = ["numpy.ndarray", "numpy.dtype"]
+NUMPY += [f"numpy.{c}.multiarray.{name}" for c in ("core", "_core") for name in ("scalar", "_reconstruct")]
 # Lightning keeps the training's settings beside the weights, with the optimizer's class: harmless to load.
 SETTINGS = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, functools.partial]
-ENTRIES = ("state_dict", "model")  # under which Lightning's files and training scripts keep the tensors
+SETTINGS += [(NumPyValue, name) for name in NUMPY]
+ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # under which scripts keep the tensors
+INDEX = "*.index*.json"  # of weights in several files
+# What wrappers put before names: of everything (DDP, Lightning, averages), and of each part that they wrap.
+AROUND = ("module.", "model.", "_forward_module.")
+WITHIN = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
 def read_foreign(file: Path | str) -> dict[str, Tensor]:
     """The named tensors in a .safetensors file, a TorchScript archive, or a file of `torch.save`, on the CPU.
 
-    Tensors stay on the disk until they are used, where the format allows it. In a file of `torch.save` they
-    are the content itself, or lie under one of `ENTRIES`.
+    Or in several files, by their index (`….index.json`) or its folder. Tensors stay on the disk until they
+    are used, where the format allows it. In a file of `torch.save` they are the content itself, or lie under
+    one of `ENTRIES`. Names come without what wrappers put before them.
 
     Raises:
-        UserError: the file is missing, damaged, holds no named tensors, or would run code when loaded.
+        UserError: a file is missing, damaged, holds no named tensors, or would run code when loaded.
     """
     file = Path(file)
+    file = find_index(file) or file
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no such file"
         raise UserError(f"{file}: {what}; give a checkpoint file (.ckpt, .pt, .safetensors)")
+    return _unwrapped(_read_parts(file) if fnmatch(file.name, INDEX) else _read_file(file))
+
+
+def find_index(folder: Path) -> Path | None:
+    """The index of weights that lie in several files of a folder, if there is one."""
+    return min(folder.glob(f"[!.]{INDEX}"), key=lambda file: (len(file.name), file.name), default=None)
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return read_tensors(file)
     if is_torchscript(file):
         return read_torchscript(file)
     content = _read_pickled(file)
-    if isinstance(content, Mapping):
-        content = next((content[name] for name in ENTRIES if isinstance(content.get(name), Mapping)), content)
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in ENTRIES if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
     return _named_tensors(content, file)
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names; each must be there."""
+    places = read_json(index, "copy the folder again").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: no index of weights (weight_map: {{tensor: file}}); copy the folder again")
+    names = sorted(set(places.values()))
+    if foreign := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{index}: names {foreign[0]}, outside the folder; this checkpoint is not safe")
+    parts = [index.with_name(name) for name in names]
+    if missing := [part for part in parts if not part.is_file()]:
+        raise UserError(
+            f"{missing[0]}: missing, {len(missing)} of the {len(parts)} files that {index.name} counts; copy "
+            "the folder as a whole"
+        )
+    tensors = {name: tensor for part in parts for name, tensor in _read_file(part).items()}
+    if lost := [name for name in places if name not in tensors]:
+        raise UserError(
+            f"{index}: {lost[0]} is in none of its files ({len(lost)} such); copy the folder again"
+        )
+    return tensors
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the names that the model has in itself."""
+    named = {WITHIN.sub("", name): tensor for name, tensor in tensors.items() if name != COUNTER}
+    if len(named) + (COUNTER in tensors) < len(tensors):  # two would have one name
+        return tensors
+    while around := next((a for a in AROUND if named and all(name.startswith(a) for name in named)), None):
+        named = {name.removeprefix(around): tensor for name, tensor in named.items()}
+    return named
 
 
 def _read_pickled(file: Path) -> Any:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from defi.checkpoints.account import shapes, top
 from defi.checkpoints.convert import ADAPTERS, adapter
-from defi.checkpoints.foreign import read_foreign
+from defi.checkpoints.foreign import find_index, read_foreign
 from defi.config import compose_preset, entry, presets
 from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest
 from defi.errors import UserError
 from defi.files import read_json
+from defi.folders import find_files
 
 STATE = ("ema", "state")  # of our checkpoints: beside the weights themselves
 VARIANTS = {"gidm": ((), ("gidm.variant=controllable",))}
@@ -55,6 +56,8 @@ def look(path: Path) -> Found:
     if (path / "config.json").is_file():
         kind = read_json(path / "config.json", "copy the folder again").get("model_type", "unknown kind")
         return Found(f"Hugging Face folder ({kind})", _weights(path))
+    if find_index(path):
+        return _file(path)
     raise UserError(f"{path}: no checkpoint here; give a run, a diffusers or Hugging Face folder, or a file")
 
 
@@ -75,7 +78,9 @@ def _own(folder: Path) -> Found:
 def _weights(folder: Path) -> dict[str, Tensor]:
     """Tensors of all files of weights; those of a subfolder begin with its name."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin")):
+    files = find_files(folder, [".safetensors"]) or find_files(folder, [".bin"])
+    # Of those that belong together their index is read, once.
+    for file in dict.fromkeys(find_index(file.parent) or file for file in files):
         place = file.relative_to(folder).parts[:-1]
         if place[:1] and place[0] in STATE:
             continue

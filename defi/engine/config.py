@@ -1,7 +1,8 @@
 """The numbers of a training run, as `configs/trainer/*.yaml` states them."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +12,7 @@ from defi.errors import UserError
 
 SCHEDULES = ("constant", "tri_stage")
 PRECISIONS = ("no", "fp16", "bf16")
+MATMULS = ("highest", "high", "medium")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class TrainerConfig:
 
     global_batch: int = 8
     micro_batch: int | None = None  # samples per process and forward pass; None: global_batch / processes
-    max_steps: int = 1000
+    max_steps: int | None = 1000
+    epochs: int | None = None  # beside max_steps: what is reached first ends the run
+    passes: int = 1  # over the data that count as one epoch
 
     lr: float = 1e-4  # peak
     betas: tuple[float, float] = (0.9, 0.999)
@@ -37,6 +41,7 @@ class TrainerConfig:
 
     ema: float | None = None  # decay of the averaged weights; None: off
     precision: str = "no"
+    matmul: str = "highest"  # of float32 matrix products, as in torch.set_float32_matmul_precision
     workers: int = 0  # loader processes per training process
 
     skip_nonfinite: int = 0  # steps that may be left out because their loss or gradient is not finite
@@ -52,8 +57,12 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "phases", tuple(self.phases))
-        for name in ("global_batch", "max_steps", "log_every", "keep"):
+        for name in ("global_batch", "passes", "log_every", "keep"):
             self._demand(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("max_steps", "epochs", "micro_batch"):
+            least = getattr(self, name)
+            self._demand(name, least is None or least >= 1, "must be at least 1, or null")
+        self._demand("max_steps", (self.max_steps or self.epochs) is not None, "give it or trainer.epochs")
         for name in (
             "workers",
             "save_every",
@@ -68,9 +77,9 @@ class TrainerConfig:
             "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"
         )
         self._demand("clip", self.clip is None or self.clip > 0, "must be positive, or null for no clipping")
-        self._demand("micro_batch", self.micro_batch is None or self.micro_batch >= 1, "at least 1, or null")
         self._demand("schedule", self.schedule in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}")
         self._demand("precision", self.precision in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}")
+        self._demand("matmul", self.matmul in MATMULS, f"choose one of {', '.join(MATMULS)}")
         self._demand("warmup", 0 <= self.warmup <= 1, "is a share of the steps, in [0, 1]")
         self._demand("phases", self._are_phases(), "three shares that sum to 1")
         self._demand("bad_samples", 0 <= self.bad_samples < 1, "is a share of the samples, in [0, 1)")
@@ -91,6 +100,17 @@ class TrainerConfig:
             UserError: an unknown key or an impossible value.
         """
         return typed(cls, section, "trainer")
+
+    def for_samples(self, count: int) -> "TrainerConfig":
+        """The same with `max_steps` as a number, on a data set of `count` samples.
+
+        The last batch of an epoch is filled up, as loaders with `drop_last=False` under accelerate do:
+        ⌈passes · count / global_batch⌉ steps per epoch.
+        """
+        if self.epochs is None:
+            return self
+        steps = self.epochs * math.ceil(self.passes * count / self.global_batch)
+        return replace(self, max_steps=min(steps, self.max_steps or steps))
 
     def split_batch(self, processes: int) -> tuple[int, int]:
         """(micro-batch, accumulation) such that processes × micro-batch × accumulation = global batch.

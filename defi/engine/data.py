@@ -4,6 +4,9 @@ A data set is map-style and its samples are dicts. If it draws random numbers (c
 defines `sample(index, rng)` instead of `__getitem__(index)` and draws from `rng` alone, a NumPy generator
 made from (seed, epoch, index): the same sample comes out in any worker, process or batch, and another one in
 the next epoch. Global generators (torch.rand, np.random) must not be used inside data sets.
+
+Random numbers come in named streams, one per purpose: a seed and a name are hashed to the 128 bits that a
+generator starts from (`stream`). So no stream is another one's, or a part of it, whatever the seeds.
 """
 
 import atexit
@@ -11,7 +14,7 @@ import hashlib
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,7 +94,7 @@ class SeededDataset(Dataset):
         if not self.tolerant:
             return self.read(draw)
         epoch, index = draw
-        others = np.random.default_rng([self.seed, epoch, index]).integers(len(self.dataset), size=self.TRIES)
+        others = stream("other samples", self.seed, *draw).integers(len(self.dataset), size=self.TRIES)
         faults: list[str] = []
         for candidate in (index, *others.tolist()):
             try:
@@ -102,18 +105,41 @@ class SeededDataset(Dataset):
 
     def read(self, draw: Draw) -> dict[str, Any]:
         """The sample of one draw."""
-        epoch, index = draw
-        digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=8).digest()
-        seed = int.from_bytes(digest, "little") >> 1  # fits a signed 64-bit integer
+        _, index = draw
+        seed = seed_of("training", self.seed, *draw)
         if hasattr(self.dataset, "sample"):
-            sample = self.dataset.sample(index, np.random.default_rng(seed))
+            sample = self.dataset.sample(index, stream("sample", seed))
         else:
             sample = self.dataset[index]
         return {**sample, "seed": seed}
 
 
+def _hash(purpose: str, numbers: Sequence[int], size: int) -> int:
+    name = " ".join([purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=size).digest(), "little")
+
+
+def seed_of(purpose: str, *numbers: int) -> int:
+    """One seed for a purpose out of several numbers, a run's seed and a sample's number say: 63 bits, so that
+    it fits a signed 64-bit integer."""
+    return _hash(purpose, numbers, 8) >> 1
+
+
+def sample_seeds(purpose: str, seed: int, count: int) -> Int[Tensor, " N"]:
+    """Seeds of `count` samples that are drawn outside of training, for pictures say."""
+    return torch.tensor([seed_of(purpose, seed, i) for i in range(count)])
+
+
+def stream(purpose: str, *numbers: int) -> np.random.Generator:
+    """The random numbers of a purpose; `numbers` are a seed, or what makes one."""
+    return np.random.default_rng(_hash(purpose, numbers, 16))
+
+
 class SampleNoise:
     """Random numbers that belong to samples, not to batches: equal for any batch size or number of processes.
+
+    They are a function of a sample's seed and of what they are drawn for: the same purpose gives the same
+    numbers again, another one numbers that have nothing to do with them.
 
     Args:
         seeds: the batch's `seed`, on the CPU.
@@ -121,16 +147,22 @@ class SampleNoise:
     """
 
     def __init__(self, seeds: Int[Tensor, " B"], device: torch.device) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        self.device = device
+        self.seeds, self.device = seeds.tolist(), device
 
-    def normal(self, *shape: int) -> Float[Tensor, "B ..."]:
+    def normal(self, purpose: str, *shape: int) -> Float[Tensor, "B ..."]:
         """Standard normal numbers of `shape` for each sample."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        return self._stack([stream(purpose, s).standard_normal(shape, np.float32) for s in self.seeds])
 
-    def uniform(self, *shape: int) -> Float[Tensor, "B ..."]:
+    def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "B ..."]:
         """Numbers uniform in [0, 1) of `shape` for each sample."""
-        return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
+        return self._stack([stream(purpose, s).random(shape, np.float32) for s in self.seeds])
+
+    def others(self, purpose: str) -> Int[Tensor, " B"]:
+        """A seed for each sample's part in something else, which has a `SampleNoise` of its own."""
+        return torch.tensor([seed_of(purpose, seed) for seed in self.seeds])
+
+    def _stack(self, drawn: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(drawn)).to(self.device)
 
 
 class Feed:
@@ -159,6 +191,7 @@ class Feed:
             len(dataset), seed=seed, start=start, global_batch=trainer.global_batch, micro_batch=micro_batch,
             process=process,
         )  # fmt: skip
+        self.epoch_size = trainer.passes * len(dataset)
         self.bad_samples, self.device = trainer.bad_samples, device
         self.samples = start
         self.waited = 0.0
@@ -230,14 +263,14 @@ class Feed:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far."""
-        return self.samples / self.order.size
+        """Epochs (of one or several passes over the data) so far."""
+        return self.samples / self.epoch_size
 
     @property
     def ended_epoch(self) -> bool:
-        """Whether the latest step took the last sample of a pass."""
+        """Whether the latest step took the last sample of an epoch."""
         before = self.samples - self.order.global_batch
-        return self.samples // self.order.size > before // self.order.size
+        return self.samples // self.epoch_size > before // self.epoch_size
 
     def close(self) -> None:
         """Let the loader workers go, now: the traceback of an error may hold the loader till the very end."""

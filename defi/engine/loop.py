@@ -38,7 +38,7 @@ def train(
     sample: Inspect | None = None,
     evaluate: Inspect | None = None,
 ) -> Path:
-    """Train `model` on `dataset` up to `trainer.max_steps` and return the last checkpoint's folder.
+    """Train `model` on `dataset` for `trainer.max_steps` or `trainer.epochs`; return the last checkpoint.
 
     Args:
         dataset: map-style, of dict samples; see `defi.engine.data` for random numbers in it.

@@ -58,7 +58,7 @@ class StageModel(nn.Module):
         step, a model may change what the gradients do not move."""
 
     def epoch_end(self) -> dict[str, float]:
-        """Called in every process after each pass over the data; returns numbers to log."""
+        """Called in every process after each epoch; returns numbers to log."""
         return {}
 
     def freeze(self) -> None:

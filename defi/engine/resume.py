@@ -1,12 +1,14 @@
 """What an exact resume needs besides weights and averages: progress, optimizer, random generators."""
 
 import json
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,7 +54,7 @@ class ResumeState:
         folder.mkdir()
         save_file({name: t.contiguous() for name, t in self.optimizer.items()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(self.progress), indent=1))
-        (folder / RNG).write_text(json.dumps(self.rng))
+        (folder / RNG).write_text(json.dumps(self.rng, default=_plain))
 
 
 def read_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
@@ -66,29 +68,36 @@ def read_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
     progress = typed(Progress, read_json(folder / PROGRESS, COPY_AGAIN), str(folder / PROGRESS))
     if min(progress.step, progress.samples, progress.ema_updates, progress.spikes.steps) < 0:
         raise UserError(f"{folder / PROGRESS}: counts below zero; {COPY_AGAIN}")
-    rng = read_json(folder / RNG, COPY_AGAIN, kind=list)
-    if not (rng and all(map(_is_rng_state, rng))):
+    states = read_json(folder / RNG, COPY_AGAIN, kind=list)
+    try:
+        rng = [_parsed(state) for state in states]
+    except (ValueError, TypeError, LookupError, OverflowError, RuntimeError):
+        rng = []
+    if not rng:
         raise UserError(f"{folder / RNG}: not the states of random generators; {COPY_AGAIN}")
     return progress, rng
 
 
-# ---------------------------------------------------------------- torch's random generators
+# ---------------------------------------------------------------- random generators
 
 
-def rng_state() -> dict[str, str | None]:
-    """States of the CPU's and the current GPU's generator, as hexadecimal text."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+def rng_state() -> dict[str, Any]:
+    """States of the generators that a model may draw from: Python's, NumPy's, torch's, the current GPU's."""
     return {
-        name: None if state is None else state.numpy().tobytes().hex()
-        for name, state in (("torch", torch.get_rng_state()), ("cuda", cuda))
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
-def set_rng_state(state: Mapping[str, str | None]) -> None:
+def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put the generators where `rng_state` found them."""
-    torch.set_rng_state(_tensor(state["torch"]))
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_tensor(state["cuda"]))
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextmanager
@@ -101,13 +110,27 @@ def preserved_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
-def _is_rng_state(state: Any) -> bool:
-    """Whether `set_rng_state` takes it; tried on a generator that nobody uses."""
-    try:
-        torch.Generator().set_state(_tensor(state["torch"]))
-        return state["cuda"] is None or len(_tensor(state["cuda"])) > 0
-    except (ValueError, TypeError, LookupError, RuntimeError):
-        return False
+def _plain(state: Tensor | np.ndarray) -> str | list[int]:
+    """As JSON: torch's states are bytes, NumPy's 624 numbers."""
+    return state.numpy().tobytes().hex() if torch.is_tensor(state) else state.tolist()
+
+
+def _parsed(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of `rng_state` from its JSON; tried on generators that nobody uses, which may refuse it."""
+    version, words, gauss = plain["python"]
+    kind, keys, position, *rest = plain["numpy"]
+    if not 0 <= position <= len(keys):  # NumPy would read beyond the array
+        raise ValueError("a position outside of the keys")
+    state = {
+        "python": (version, tuple(words), gauss),
+        "numpy": (kind, np.array(keys, dtype=np.uint32), position, *rest),
+        "torch": _tensor(plain["torch"]),
+        "cuda": None if plain["cuda"] is None else _tensor(plain["cuda"]),
+    }
+    random.Random().setstate(state["python"])
+    np.random.RandomState().set_state(state["numpy"])
+    torch.Generator().set_state(state["torch"])
+    return state
 
 
 def _tensor(text: str) -> Tensor:

@@ -59,6 +59,7 @@ class Run:
         source = checkpoint.find_checkpoint(output, model.stage) if goes_on else None
         if len(dataset) == 0:
             raise UserError("data: no training samples; check the data folder and the filters set for it")
+        trainer = trainer.for_samples(len(dataset))
         self.model, self.trainer, self.output, self.config = model, trainer, output, config
         self.data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
         self.progress, rng = read_progress(source / "state") if source else (Progress(), [])
@@ -66,6 +67,7 @@ class Run:
 
         self.accelerator = start_processes(trainer, check_tracker(tracker), output)
         self.main, device = self.accelerator.is_main_process, self.accelerator.device
+        torch.set_float32_matmul_precision(trainer.matmul)
         set_seed(seed, device_specific=True)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         self.feed = Feed(
@@ -152,7 +154,7 @@ class Run:
         return batches
 
     def step_done(self, scalars: Mapping[str, Tensor], loss: float) -> None:
-        """Take note of a step: averages, log, spikes, and the end of a pass over the data."""
+        """Take note of a step: averages, log, spikes, and the end of an epoch."""
         if self.ema is not None:
             self.ema.update()
         self.journal.add(scalars)

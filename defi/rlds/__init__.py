@@ -6,6 +6,6 @@ index.py      where every picture of a split lies, found once and kept in a cach
 dataset.py    any frame of any episode, by number
 """
 
-from defi.rlds.dataset import RLDSDataset, default_splits
+from defi.rlds.dataset import FEW, RLDSDataset, default_splits
 
-__all__ = ["RLDSDataset", "default_splits"]
+__all__ = ["FEW", "RLDSDataset", "default_splits"]

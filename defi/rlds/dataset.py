@@ -5,11 +5,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from defi.archive import read_places
 from defi.errors import UserError
+from defi.frames import stack_frames
 from defi.picture import decode_picture
+from defi.processes import tell
 from defi.rlds.index import open_index, read_texts
 from defi.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_spec, read_splits
 from defi.rlds.tfrecord import BYTES, FLOATS, Values, parse_example
@@ -17,23 +19,23 @@ from defi.rlds.tfrecord import BYTES, FLOATS, Values, parse_example
 # Where data sets keep their instruction, in order of preference.
 LANGUAGE = ("language_instruction", "observation/natural_language_instruction", "observation/instruction")
 INDEX_FOLDER = Path("data/rlds_index")
+FEW = ("train[:-1]", "train[-1:]")  # splits of so few episodes that 5 % of them are none
 
 
 def default_splits(folder: str | Path) -> tuple[str, str]:
     """Splits for training and for holding out: `val` where there is one, else the end of `train`.
 
-    The end is 5 %, or the last episode.
+    The end is 5 %, or the last episode (`FEW`). Where there is nothing but `val` (Ego4D), it serves for both.
 
     Raises:
-        UserError: there is no `train`.
+        UserError: there is neither `train` nor `val`.
     """
     version = find_version(Path(folder))
     there = read_splits(version)
     if "val" in there:
-        return "train", "val"
+        return "train" if "train" in there else "val", "val"
     _, whole = choose_split(version, there, "train")
-    boundary = "95%" if round(0.95 * len(whole)) < len(whole) else "-1"
-    return f"train[:{boundary}]", f"train[{boundary}:]"
+    return ("train[:95%]", "train[95%:]") if round(0.95 * len(whole)) < len(whole) else FEW
 
 
 class RLDSDataset:
@@ -84,22 +86,49 @@ class RLDSDataset:
     def language(self, key: str | None) -> str | None:
         """The feature that holds instructions: `key`, or for None the usual places; None if there is none.
 
+        A printed line tells of texts in it that are not UTF-8.
+
         Raises:
             UserError: the data set has no such feature.
         """
         if key is None:
-            return next((name for name in LANGUAGE if name in self.index.texts), None)
-        if key not in self.index.texts:
+            key = next((name for name in LANGUAGE if name in self.index.texts), None)
+        elif key not in self.index.texts:
             found = ", ".join(self.index.texts) or "no text in its steps"
             raise UserError(f"{self.folder / FEATURES}: language={key}: there is {found}")
+        if damaged := self.index.damaged.get(key):
+            what = f"texts of {key} that are not UTF-8 count as missing ({len(damaged)}, as {damaged[0]!r})"
+            tell(f"{self.folder}: split {self.split.name}: {what}")
         return key
 
     def text(self, episode: int, language: str | None) -> str:
         """What a feature of text says at an episode's first step ("" for None)."""
+        return next(iter(self.texts(episode, language, slice(1))), "")
+
+    def texts(self, episode: int, language: str | None, steps: slice) -> tuple[str, ...]:
+        """What a feature of text says at some steps of an episode; only once where all say the same."""
         if language is None:
-            return ""
-        texts, ids = self.index.texts[language]
-        return texts[ids[self.first + episode]]
+            return ("",)
+        distinct, ids = self.index.texts[language]
+        first = int(self._episodes[episode, 3])
+        found = ids[first : first + int(self.lengths[episode])][steps]
+        same = len(found) > 0 and bool((found == found[0]).all())
+        return tuple(distinct[i] for i in (found[:1] if same else found))
+
+    def labelled(self, language: str | None, trim: Sequence[int]) -> Bool[np.ndarray, " E"]:
+        """Episodes with a text at any of their steps, the first `trim[0]` and the last `trim[1]` aside."""
+        if language is None:
+            return np.zeros(len(self), bool)
+        distinct, ids = self.index.texts[language]
+        firsts = self._episodes[:, 3]
+        begin, end = int(firsts[0]), int(firsts[-1] + self.lengths[-1])
+        said = np.array([text != "" for text in distinct], bool)[ids[begin:end]]
+        before = np.concatenate([[0], np.cumsum(said)])  # texts before each step
+
+        def upto(steps: Int64[np.ndarray, " E"]) -> Int64[np.ndarray, " E"]:
+            return before[(steps - begin).clip(0, end - begin)]
+
+        return upto(firsts + self.lengths - trim[1]) > upto(firsts + trim[0])
 
     def shard(self, episode: int) -> Path:
         """The file that holds an episode."""
@@ -115,18 +144,16 @@ class RLDSDataset:
         """Pictures of some steps; nothing else is read or decoded.
 
         Raises:
-            UserError: a picture is damaged.
+            UserError: a picture is damaged, or of another size than the first.
         """
         frames = []
-        for step, coded in zip(steps, self.encoded(episode, steps, picture)):
+        places = [f"{self.shard(episode)}: episode {episode}, step {step}" for step in steps]
+        for place, coded in zip(places, self.encoded(episode, steps, picture)):
             try:
                 frames.append(decode_picture(coded))
             except ValueError as error:
-                raise UserError(
-                    f"{self.shard(episode)}: episode {episode}, step {step}: {picture} is no picture "
-                    f"({error}); copy the file again"
-                ) from None
-        return np.stack(frames)
+                raise UserError(f"{place}: {picture} is no picture ({error}); copy the file again") from None
+        return stack_frames(frames, places)
 
     def values(self, episode: int, name: str) -> np.ndarray | list[str]:
         """A feature of all steps (say, `action`): an array [steps, ...], or a list of texts.

@@ -7,7 +7,7 @@ memory-mapped arrays, 16 bytes per picture; nothing is written into the data set
         episodes.npy      int64 [E, 4]: file, first byte and length of the record's data, first frame
         <picture>.npy     int64 [frames, 2]: first byte of each encoded picture and the one after its last
         texts.json        per instruction feature: the distinct texts
-        texts.npy         int32 [features, E]: the number of each episode's
+        texts.npy         int32 [features, frames]: the number of each step's
         manifest.json     written last
 
 An interrupted pass keeps what it found in `<data set>-<version>-<split>-parts/`, a part per file: after an
@@ -17,7 +17,9 @@ error only files that changed are read again.
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,23 +36,27 @@ from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.files import read_json
 from defi.npy import map_npy
-from defi.rlds.spec import FEATURES, STEPS, Feature, Split, is_instruction
+from defi.rlds.spec import FEATURES, STEPS, Feature, Split, is_instruction, record_files
 from defi.rlds.tfrecord import BYTES, INTS, NOTHING, Record, Values, parse_example, read_records
 
 EPISODES, TEXTS, TEXT_NUMBERS, MANIFEST = "episodes.npy", "texts.json", "texts.npy", "manifest.json"
-FORMAT = 2
+FORMAT = 3
 MEND = "delete it, so that it is made anew"
 READERS = 4  # files that are read at the same time
 
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """Arrays of one split. Names of features are paths below `steps/`."""
+    """Arrays of one split. Names of features are paths below `steps/`.
+
+    damaged: per feature the texts that are not UTF-8, which count as empty.
+    """
 
     episodes: Int64[np.ndarray, "E 4"]
     frames: int
     pictures: Mapping[str, Int64[np.ndarray, "frames 2"]]
-    texts: Mapping[str, tuple[Sequence[str], Int32[np.ndarray, " E"]]]
+    texts: Mapping[str, tuple[Sequence[str], Int32[np.ndarray, " frames"]]]
+    damaged: Mapping[str, list[str]]
     fingerprint: str
 
 
@@ -62,7 +68,7 @@ def open_index(folder: Path, split: Split, spec: Mapping[str, Feature], cache: P
     """
     fingerprint, parts = _identify(folder, split)
     name = "-".join([*folder.resolve().parts[-2:], split.name])
-    place = cache / f"{name}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
+    place = cache / f"{name}-{hashlib.sha256(os.fsencode(''.join(parts))).hexdigest()[:16]}"
     pictures = [
         path.removeprefix(STEPS) for path, f in spec.items() if path.startswith(STEPS) and f.is_picture
     ]
@@ -98,17 +104,25 @@ def _open(
         and ((episodes[:, 0] >= 0) & (episodes[:, 0] < len(split.shards))).all()
         and (np.diff(episodes[:, 3], prepend=0, append=frames) >= 0).all()
         and sorted(said) == sorted(texts)
-        and numbers.shape == (len(texts), split.episodes)
+        and numbers.shape == (len(texts), frames)
         and numbers.dtype == np.int32
         and all(_are_numbers_of(row, said[name]) for name, row in zip(texts, numbers))
     )
     if not whole:
         raise UserError(f"{place}: an index that is damaged; {MEND}")
-    named = {name: (said[name], row) for name, row in zip(texts, numbers)}
-    return SplitIndex(episodes, frames, arrays, named, fingerprint)
+    damaged = {name: [text for text in said[name] if not _is_utf8(text)] for name in texts}
+    named = {
+        name: ([text if _is_utf8(text) else "" for text in said[name]], row)
+        for name, row in zip(texts, numbers)
+    }
+    return SplitIndex(episodes, frames, arrays, named, damaged, fingerprint)
 
 
-def _are_numbers_of(numbers: Int32[np.ndarray, " E"], texts: Any) -> bool:
+def _is_utf8(text: str) -> bool:
+    return not re.search("[\ud800-\udfff]", text)
+
+
+def _are_numbers_of(numbers: Int32[np.ndarray, " frames"], texts: Any) -> bool:
     return (
         isinstance(texts, list)
         and all(isinstance(text, str) for text in texts)
@@ -128,8 +142,12 @@ def _identify(folder: Path, split: Split) -> tuple[str, list[str]]:
         try:
             stat = shard.stat()
         except (OSError, ValueError):  # or its name is none
-            raise UserError(f"{shard}: missing, though dataset_info.json counts it; copy it too") from None
-        line = f"{shard.name} {stat.st_size} {length};".encode()
+            there = [path.name for path in record_files(folder, split.name)]
+            found = f"{len(there)} are there" + (f", the first {there[0]}" if there else "")
+            counted = f"dataset_info.json counts {len(split.shards)} files of {split.name}"
+            mend = "copy all of them, or build the data set again"
+            raise UserError(f"{shard}: missing; {counted}, {found}; {mend}") from None
+        line = os.fsencode(f"{shard.name} {stat.st_size} {length};")
         data.update(line)
         stamp = hashlib.sha256(b"%d %d;" % (FORMAT, stat.st_mtime_ns) + line + specification)
         parts.append(f"{shard.name}-{stamp.hexdigest()[:16]}.npz")
@@ -186,7 +204,9 @@ def _scan(
             f"{shard}: has {len(records)} episodes, dataset_info.json counts {expected}; copy the file again"
         )
     arrays = {f"pictures/{name}": np.array(found, np.int64).reshape(-1, 2) for name, found in places.items()}
-    arrays |= {f"texts/{name}": np.array(found, dtype=str) for name, found in words.items()}
+    for name, found in words.items():
+        distinct, arrays[f"numbers/{name}"] = _numbered(found)
+        arrays[f"texts/{name}"] = np.array(distinct, dtype=str)
     return arrays | {
         "records": np.array(records, np.int64).reshape(-1, 2),
         "steps": np.array(steps, np.int64),
@@ -208,7 +228,7 @@ def _scan_episode(
         said = read_texts(
             _values(example, name, BYTES if feature.kind == "text" else INTS), record.data, feature
         )
-        found.append(said[0] if said else "")
+        found.extend(said)
         counts[name] = len(said)
     if len(set(counts.values())) != 1:
         raise ValueError(f"its features have different numbers of steps: {counts}")
@@ -227,14 +247,24 @@ def _values(example: Mapping[str, Values], name: str, kind: int) -> Values:
 def read_texts(values: Values, data: bytes, feature: Feature) -> list[str]:
     """The text of each step. Character codes (Language Table) end with the first zero."""
     if feature.kind == "text":
-        return [data[slice(*place)].decode(errors="replace") for place in values.bytes_places(data)]
+        coded = [data[slice(*place)] for place in values.bytes_places(data)]
+        return [text.decode(errors="surrogateescape") for text in coded]  # what is not UTF-8 stays to be seen
     codes = values.ints(data).reshape(-1, feature.shape[0])
     return ["".join(map(chr, row[: np.argmin(np.append(row, 0) != 0)])) for row in codes]
 
 
+def _numbered(texts: Iterable[str]) -> tuple[list[str], Int32[np.ndarray, " N"]]:
+    """The distinct texts, and which of them each text is."""
+    distinct: dict[str, int] = {}
+    numbers = np.array([distinct.setdefault(text, len(distinct)) for text in texts], np.int32)
+    return list(distinct), numbers
+
+
 def _merge(place: Path, files: Sequence[Path], pictures: Sequence[str], texts: Sequence[str]) -> None:
     """The parts as one set of arrays; pictures go to disk part by part."""
-    episodes, words, frames = [], {name: [] for name in texts}, 0
+    episodes, frames = [], 0
+    words: dict[str, list[str]] = {name: [] for name in texts}
+    numbers: dict[str, list[np.ndarray]] = {name: [] for name in texts}
     for number, file in enumerate(files):
         with np.load(file, allow_pickle=False) as part:
             steps = part["steps"]
@@ -242,7 +272,8 @@ def _merge(place: Path, files: Sequence[Path], pictures: Sequence[str], texts: S
             episodes.append(np.column_stack([np.full(len(steps), number), part["records"], first]))
             frames += int(steps.sum())
             for name in texts:
-                words[name].extend(part[f"texts/{name}"].tolist())
+                numbers[name].append(part[f"numbers/{name}"] + len(words[name]))
+                words[name] += part[f"texts/{name}"].tolist()
     for name in pictures:
         array = np.lib.format.open_memmap(place / _file_of(name), "w+", np.int64, (frames, 2))
         at = 0
@@ -254,12 +285,12 @@ def _merge(place: Path, files: Sequence[Path], pictures: Sequence[str], texts: S
         array.flush()
     episodes = np.concatenate(episodes).astype(np.int64)
     write_npy(place / EPISODES, episodes)
-    kept, numbers = {}, np.zeros((len(words), len(episodes)), np.int32)
+    kept, rows = {}, np.zeros((len(words), frames), np.int32)
     for row, (name, said) in enumerate(words.items()):
-        distinct, numbers[row] = np.unique(np.array(said, dtype=str), return_inverse=True)
-        kept[name] = distinct.tolist()
+        kept[name], order = _numbered(said)
+        rows[row] = order[np.concatenate(numbers[name])]
     write_file(place / TEXTS, json.dumps(kept))
-    write_npy(place / TEXT_NUMBERS, numbers)
+    write_npy(place / TEXT_NUMBERS, rows)
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

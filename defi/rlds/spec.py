@@ -5,6 +5,7 @@
                      <name>-<split>.tfrecord-00000-of-00003
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Feature:
     @property
     def is_picture(self) -> bool:
         """Whether it is an RGB picture (a depth map, say, is not)."""
-        return self.kind == "image" and self.shape[-1:] == (3,) and self.dtype in ("", "uint8")
+        return self.kind == "image" and self.shape[-1:] == (3,) and self.dtype in ("", "uint8", "uint16")
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def read_splits(folder: Path) -> dict[str, Split]:
 
 
 def _split(folder: Path, dataset: str, split: Mapping[str, Any]) -> Split:
-    lengths = [int(n) for n in split["shardLengths"]]
+    said = split["shardLengths"]
+    lengths = [int(n) for n in (said if isinstance(said, list) else [said])]
     template = split.get("filepathTemplate") or TEMPLATE
     shards = []
     for i in range(len(lengths)):
@@ -159,7 +161,17 @@ def _split(folder: Path, dataset: str, split: Mapping[str, Any]) -> Split:
         values |= {"SHARD_INDEX": f"{i:05d}", "NUM_SHARDS": f"{len(lengths):05d}"}
         values["SHARD_X_OF_Y"] = f"{values['SHARD_INDEX']}-of-{values['NUM_SHARDS']}"
         shards.append(folder / Path(_filled(template, values)).name)
+    if not all(map(os.path.isfile, shards)):
+        there, filled = record_files(folder, split["name"]), [n for n in lengths if n > 0]
+        if len(there) == len(filled):  # files without episodes may be left out; each one's number is checked
+            shards, lengths = there, filled
     return Split(split["name"], shards, lengths)
+
+
+def record_files(folder: Path, split: str) -> list[Path]:
+    """Files that are named as those of a split, whatever data set and number of files the names tell."""
+    name = re.compile(rf"([^.].*-)?{re.escape(split)}\.tfrecord.*")
+    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:

@@ -23,6 +23,8 @@ from defi.errors import UserError
 
 HEADER, FOOTER = 12, 4  # bytes around a record's data
 NOTHING, BYTES, FLOATS, INTS = 0, 1, 2, 3  # field numbers of tf.train.Feature's lists; it may hold none
+# First bytes of files that are compressed as a whole.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ def _read_record(path: Path, header: bytes, number: int, start: int, size: int, 
         raise UserError(f"{where} is cut short; copy the file again")
     length, crc = struct.unpack("<QI", header)
     if masked_crc(header[:8]) != crc:
+        if number == 0 and (how := COMPRESSED.get(header[:2])):
+            raise UserError(
+                f"{path}: compressed with {how}, expected are plain records, to be read in place; unpack it "
+                "under the same name"
+            )
         raise UserError(f"{where}: wrong checksum of its length; copy the file again")
     if start + HEADER + length + FOOTER > size:
         raise UserError(f"{where} is cut short; copy the file again")

@@ -100,6 +100,7 @@ class OfficialWorld:
 
     def __init__(self, calvin_root: str | Path, scene: str, *, renderer: str = "cpu") -> None:
         self._cfg = compose(calvin_root, scene, egl=renderer == "egl")
+        self._renderer = renderer
         self._env: Any = None
         self.reload()
 
@@ -117,6 +118,8 @@ class OfficialWorld:
                 ) from error
         # With no cameras of its own it draws nothing in `reset` and `step`.
         self._cameras, self._env.cameras = self._env.cameras, []
+        if self._renderer == "egl":
+            self.render()  # as `reset` would: the first picture of a new OpenGL context lacks the shadows
 
     def reset(self, robot_obs: Float[np.ndarray, "15"], scene_obs: Float[np.ndarray, "24"]) -> None:
         """Put robot and scene in the given states."""

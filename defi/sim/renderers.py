@@ -1,15 +1,18 @@
 """What draws the pictures: PyBullet's own renderer on the CPU, or OpenGL on a GPU or by Mesa on the CPU.
 
-OpenGL needs no display: it is reached through EGL, which numbers the devices of a machine. Pictures of
-different renderers differ a little, so what was used belongs to a result.
+OpenGL needs no display: it is reached through EGL, which numbers the devices of a machine. CALVIN's data and
+the published evaluations were drawn with it; the CPU's pictures of the same scene are others, and to a policy
+another world. So CALVIN's assets are drawn with EGL unless the CPU is asked for, and a result says which.
 """
 
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 
 from defi.errors import UserError
 
@@ -19,12 +22,15 @@ KINDS = {
     "cpu": "PyBullet's software renderer, on the CPU",
     "gpu": "OpenGL on a GPU, through EGL",
     "mesa": "OpenGL by Mesa on the CPU, through EGL",
+    "egl": "OpenGL through EGL: on a GPU, else by Mesa",
 }
-NEEDED = {
-    "gpu": "install the GPU vendor's driver with its EGL library (in a container: the graphics capability)",
-    "mesa": "install Mesa's EGL library (Debian, Ubuntu: libegl-mesa0 libegl1 libgl1-mesa-dri)",
-}
+DRIVER = "install the GPU vendor's driver with its EGL library (in a container: the graphics capability)"
+MESA = (
+    "install Mesa's EGL library (Debian, Ubuntu: apt-get install libegl-mesa0 libegl1 libgl1 libgl1-mesa-dri)"
+)
+NEEDED = {"gpu": DRIVER, "mesa": MESA, "egl": f"{MESA} or a GPU's"}
 PROBE = "from defi.sim.bullet import Bullet; bullet = Bullet('egl'); bullet.getCameraImage(8, 8)"
+PATIENCE = 120  # seconds for one device; a broken driver may never come back
 
 
 @dataclass(frozen=True)
@@ -50,26 +56,43 @@ class Renderer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables for a process that draws with it."""
-        return {} if self.device is None else {DEVICE_VARIABLE: str(self.device)}
+        """Variables for a process that draws with it, one of as many as there are processors."""
+        device = {} if self.device is None else {DEVICE_VARIABLE: str(self.device)}
+        # Mesa's helper threads, one per processor in each process, would only wait for each other: none.
+        return device | ({"LP_NUM_THREADS": "0"} if self.kind == "mesa" else {})
+
+    def process(self) -> ProcessPoolExecutor:
+        """One process to draw in: EGL's device is chosen once in a process, and a broken driver ends it."""
+        return ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(self.environment,))
 
     def __str__(self) -> str:
         missing = f"; {self.instead_of} was asked for, but is not there" if self.instead_of else ""
         return self.name + missing
 
 
+def _begin(environment: dict[str, str]) -> None:
+    """Of a process that draws: its variables, and the terminal kept free of what the EGL plugin prints."""
+    os.environ.update(environment)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+
+
 def _probe(device: int) -> tuple[str, int]:
-    """Name of a device and the number of devices, as a process of its own finds them.
+    """Name of a device ("" if it cannot draw) and the number of devices (0 if unknown).
 
     A broken driver ends the process that tries it.
     """
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        env=os.environ | {DEVICE_VARIABLE: str(device)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            env=os.environ | {DEVICE_VARIABLE: str(device)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        return "", 0
     name = re.search(r"^GL_RENDERER=(.*)$", run.stdout, re.MULTILINE)
     count = re.search(r"^EGL device choice: \S+ of (\d+)", run.stdout, re.MULTILINE)
     works = run.returncode == 0 and name is not None
@@ -78,10 +101,23 @@ def _probe(device: int) -> tuple[str, int]:
 
 @cache
 def egl_devices() -> dict[int, str]:
-    """The EGL devices that can draw here: number -> name."""
+    """The EGL devices that can draw here: number -> name. EGL_VISIBLE_DEVICES=0,2 allows these only.
+
+    Raises:
+        UserError: that variable holds something else.
+    """
+    if given := os.environ.get(DEVICE_VARIABLE):
+        try:
+            allowed = sorted(map(int, given.split(",")))
+        except ValueError:
+            raise UserError(
+                f"{DEVICE_VARIABLE}={given}: must be numbers of EGL devices, such as 0,2; unset it for all"
+            ) from None
+        return {device: name for device in allowed if (name := _probe(device)[0])}
     found, device, count = {}, 0, 1
     while device < count:
-        name, count = _probe(device)
+        name, seen = _probe(device)
+        count = max(count, seen)
         if name:
             found[device] = name
         device += 1
@@ -89,15 +125,23 @@ def egl_devices() -> dict[int, str]:
 
 
 def devices(kind: str) -> dict[int, str]:
-    """The EGL devices of a kind, "gpu" or "mesa"."""
-    software = kind == "mesa"
-    return {number: name for number, name in egl_devices().items() if bool(SOFTWARE.search(name)) == software}
+    """The EGL devices of a kind: "gpu", "mesa", or "egl", the best there is."""
+    found = egl_devices()
+    software = {number: name for number, name in found.items() if SOFTWARE.search(name)}
+    hardware = {number: name for number, name in found.items() if number not in software}
+    return {"gpu": hardware, "mesa": software, "egl": hardware or software}[kind]
+
+
+def default_kind(calvin_root: str | None) -> str:
+    """CALVIN's assets as its data were drawn; the built-in table by what draws the same on any machine."""
+    return "cpu" if calvin_root is None else "egl"
 
 
 def find_renderer(kind: str, *, fallback: bool = False, share: int = 0) -> Renderer:
     """The renderer of a kind, after it has drawn a picture.
 
     Args:
+        kind: of `KINDS`; "egl" takes a GPU's, and Mesa's where there is none.
         fallback: take the CPU's where `kind` does not work.
         share: the processes of several GPUs number themselves; each gets a device of its own.
 
@@ -105,7 +149,7 @@ def find_renderer(kind: str, *, fallback: bool = False, share: int = 0) -> Rende
         UserError: an unknown kind, or one that does not work here.
     """
     if kind not in KINDS:
-        raise UserError(f"renderer={kind}: must be one of {', '.join(KINDS)}")
+        raise UserError(f"sim.renderer={kind}: must be one of {', '.join(KINDS)}")
     if kind == "cpu":
         return Renderer("cpu", KINDS["cpu"])
     there = devices(kind)
@@ -114,8 +158,9 @@ def find_renderer(kind: str, *, fallback: bool = False, share: int = 0) -> Rende
     if not there:
         others = ", ".join(egl_devices().values()) or "none"
         raise UserError(
-            f"renderer={kind}: no such EGL device works here (found: {others}); {NEEDED[kind]}, "
-            "or take renderer=cpu"
+            f"sim.renderer={kind}: no such EGL device works here (found: {others}); {NEEDED[kind]}, "
+            "or take sim.renderer=cpu (its pictures are not those of CALVIN's data)"
         )
     number = sorted(there)[share % len(there)]
+    kind = "mesa" if SOFTWARE.search(there[number]) else "gpu"
     return Renderer(kind, f"{KINDS[kind]}: {there[number]}", number)

@@ -18,6 +18,7 @@ PHYSICS_RATE = 240  # Hz
 CONTROL_RATE = 30  # Hz
 SUBSTEPS = PHYSICS_RATE // CONTROL_RATE
 GRAVITY = -9.8
+RELOADS = 8  # into one physics server: a new OpenGL context takes 0.5 s, but each load leaves 12 MB in it
 
 
 class World:
@@ -46,17 +47,26 @@ class World:
         asked = {"static": static_size, "gripper": gripper_size}
         self._sizes = sizes | {name: asked[name] for name in cameras if asked[name] is not None}
         self._renderer = renderer
-        self._bullet = Bullet(renderer)
-        self._load()
+        self._connect()
 
     def reload(self) -> None:
-        """Load everything anew into a new physics server: exactly a newly made world."""
-        self._bullet.close()
-        self._bullet = Bullet(self._renderer)
+        """Load everything anew: exactly a newly made world."""
+        if self._loads < RELOADS:
+            self._load()
+        else:
+            self._bullet.close()
+            self._connect()
+
+    def _connect(self) -> None:
+        """A new physics server, and everything in it."""
+        self._bullet, self._loads = Bullet(self._renderer), 0
         self._load()
+        if self._renderer == "egl":
+            self.render()  # the first picture of a new OpenGL context lacks the shadows
 
     def _load(self) -> None:
         bullet, scene = self._bullet, self.scene
+        self._loads += 1
         bullet.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         bullet.setTimeStep(1 / PHYSICS_RATE)
         bullet.resetSimulation()  # after the parameters: what it keeps of them is part of the physics
@@ -75,8 +85,6 @@ class World:
             name: Camera(scene.cameras[name], size, bullet, scene.arm, self.arm.body)
             for name, size in self._sizes.items()
         }
-        if self._renderer == "egl":
-            self.render()  # the first picture of a new OpenGL context lacks the shadows
 
     def _block_pose(self, block: BlockConfig) -> tuple[Sequence[float], Sequence[float]]:
         """Position and Euler angles; drawn where the scene does not give them."""

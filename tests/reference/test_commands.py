@@ -80,7 +80,7 @@ def test_stage_2(
     given += [f"data.image={TABLE[name]['image']}", "data.split='train[:2]'"]
     run("Step2_GIDM.label", made[0], *given, f"output={tmp_path / 'codes.npz'}")
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as labels:
-        assert len(labels["frame"]) == sum(episode["length"] - 1 for episode in episodes[:2])
+        assert len(labels["frame"]) == sum(episode["length"] for episode in episodes[:2])
 
 
 def test_stage_3(calvin: Path, sources: Sources, tmp_path: Path) -> None:
