@@ -24,16 +24,7 @@ from defi.files import one_line
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 # Settings that are texts, whatever they look like.
-TEXTS = {
-    "instruction",
-    "data.instruction",
-    "output",
-    "data.root",
-    "data.store",
-    "path",
-    "source",
-    "tokenizer",
-}
+TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store", "path", "source", "tokenizer"}
 TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
@@ -44,6 +35,8 @@ RETIRED = {
     "policy.action_head.action_positions": (
         "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
     ),
+    "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "store.video_stride": "write store.videos=true; frames are as far apart as the video model's",
 }
 """Settings that there were once, and what to do instead."""
 
