@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from defi.errors import UserError
+from defi.instructions import is_utf8
 
 
 def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -29,10 +30,8 @@ def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
             folders[:] = visible(folders)
             waiting += sorted(link for name in folders if os.path.islink(link := os.path.join(place, name)))
             found += [Path(place, name) for name in visible(files) if Path(name).suffix.lower() in suffixes]
-    if foreign := next(
-        (path for path in found if "\ufffd" in os.fsencode(path).decode(errors="replace")), None
-    ):
-        raise UserError(f"{foreign}: its name is not UTF-8, so that not every library opens it; rename it")
+    if foreign := [path for path in found if not is_utf8(str(path))]:
+        raise UserError(f"{foreign[0]}: its name is not UTF-8, so that not every library opens it; rename it")
     return sorted(found)
 
 
