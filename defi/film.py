@@ -26,11 +26,9 @@ import decord
 
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers in which decord finds its way
 DECORD_FAULTS = (decord.DECORDError, RuntimeError, LookupError, ValueError)
-# What is opened. FFmpeg goes by the content: of a playlist under a film's name it would open other files, and the net.
-CONTAINERS = (
-    "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,"
-    "vc1,vvc,wtv,yuv4mpegpipe"
-)
+# FFmpeg goes by the content: with a playlist under a film's name it would open other files.
+CONTAINERS = "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,"
+CONTAINERS += "mxf,nut,obu,ogg,rm,vc1,vvc,wtv,yuv4mpegpipe"
 APART = 12  # frames, at least, between places where reading starts; or a thousandth of all before
 
 

@@ -43,6 +43,12 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "trainer.lr=${nope}",
             "error: Interpolation key 'nope' not found; a text with ${ is written with \\${",
         ),
+        (
+            "output=a,\n${b}",
+            "error: output=a, ${b}: cannot be read; close its brackets, or quote a text with accents, "
+            "brackets, commas or signs: 'output=\"a, \\${b}\"'",
+        ),
+        ('output="${"', 'error: Error merging override output="${"'),
         ("output=[a]", "error: output=[a]: is read as list; quote a text: 'output=\"[a]\"'"),
         ("output={a: 1}", "error: output={a: 1}: is read as dict; quote a text: 'output=\"{a: 1}\"'"),
         ("output=2026", "error: output=2026: is read as int; quote a text: 'output=\"2026\"'"),
