@@ -59,6 +59,12 @@ def test_an_index_whose_files_were_not_asked_for(tmp_path: Path) -> None:
     assert same(look(tmp_path).tensors)
 
 
+def test_another_protocol_of_pickle_is_named(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="a.pt: damaged, or pickled by another protocol"):
+        read_foreign(tmp_path / "a.pt")
+
+
 def test_a_file_that_lies_in_itself(tmp_path: Path) -> None:
     content: dict = {}
     content["model"] = content

@@ -122,6 +122,11 @@ def _read_pickled(file: Path) -> Any:
                 f"{file}: refers to {named[1]}, which could run code when loaded, so it is not read; "
                 "get its tensors alone (safetensors, or a state_dict of tensors)"
             ) from None
+        if "Unsupported operand" in str(error):
+            raise UserError(
+                f"{file}: damaged, or pickled by another protocol than torch.save's own; save its tensors "
+                "again (safetensors, or torch.save without pickle_protocol)"
+            ) from None
         raise UserError(f"{file}: damaged or no checkpoint ({one_line(error)}); download it again") from None
     except Exception as error:  # whatever damaged bytes make the library raise
         raise UserError(f"{file}: damaged or no checkpoint ({one_line(error)}); download it again") from None
