@@ -122,7 +122,7 @@ def _read_pickled(file: Path) -> Any:
                 f"{file}: refers to {named[1]}, which could run code when loaded, so it is not read; "
                 "get its tensors alone (safetensors, or a state_dict of tensors)"
             ) from None
-        if "Unsupported operand" in str(error):
+        if "Unsupported operand" in str(error) and zipfile.is_zipfile(file):
             raise UserError(
                 f"{file}: damaged, or pickled by another protocol than torch.save's own; save its tensors "
                 "again (safetensors, or torch.save without pickle_protocol)"
