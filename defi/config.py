@@ -16,7 +16,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from defi.errors import UserError
 from defi.files import one_line
@@ -24,17 +24,8 @@ from defi.files import one_line
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 # Settings that are texts, whatever they look like.
-TEXTS = {
-    "instruction",
-    "data.instruction",
-    "output",
-    "data.root",
-    "data.store",
-    "path",
-    "source",
-    "tokenizer",
-}
-TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae"}
+TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store", "path", "source"}
+TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae", "tokenizer"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 
@@ -44,6 +35,8 @@ RETIRED = {
     "policy.action_head.action_positions": (
         "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
     ),
+    "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "store.video_stride": "write store.videos=true; frames are as far apart as the video model's",
 }
 """Settings that there were once, and what to do instead."""
 
@@ -94,7 +87,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # what it quotes may have several
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -111,7 +104,7 @@ def explain(error: CompactHydraException) -> str:
     if several := SEVERAL.match(str(error)):
         return how_to_write(several[1])
     cause = error.__cause__
-    if not isinstance(cause, OmegaConfBaseException) or cause.parent_node is None:
+    if not isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or cause.parent_node is None:
         return one_line(error)
     if cause.full_key in RETIRED:
         return f"{cause.full_key}=: no longer a setting; {RETIRED[cause.full_key]}"
@@ -137,7 +130,8 @@ def how_to_write(setting: str) -> str:
 def quoted(key: str, text: str) -> str:
     """The setting as the shell takes it, with the quotes that Hydra wants around a text."""
     # Backslashes are doubled where a quote follows, and only there.
-    inner = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text)
+    inner = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text)
+    inner = inner.replace("${", r"\${")
     return shlex.quote(f'{key}="{inner}"')
 
 

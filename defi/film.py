@@ -26,6 +26,9 @@ import decord
 
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers in which decord finds its way
 DECORD_FAULTS = (decord.DECORDError, RuntimeError, LookupError, ValueError)
+# FFmpeg goes by the content: with a playlist under a film's name it would open other files.
+CONTAINERS = "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,"
+CONTAINERS += "mxf,nut,obu,ogg,rm,vc1,vvc,wtv,yuv4mpegpipe"
 APART = 12  # frames, at least, between places where reading starts; or a thousandth of all before
 
 
@@ -57,8 +60,8 @@ class Film:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such video; check the path")
         self.path, self.times, self.keys = path, [], {}
-        with _named(path):
-            self.container = av.open(str(path))
+        with named(path):
+            self.container = av.open(str(path), options={"format_whitelist": CONTAINERS})
             videos = self.container.streams.video
             self.stream = next((s for s in videos if not s.disposition & Disposition.attached_pic), None)
             if self.stream is None or self.stream.codec_context is None:
@@ -78,7 +81,7 @@ class Film:
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         size = None
-        with _named(self.path):
+        with named(self.path):
             for packet in self.container.demux(self.stream):
                 if packet.is_keyframe and None not in (packet.pts, packet.dts):
                     self.keys[packet.pts] = packet.dts
@@ -110,7 +113,7 @@ class Film:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Name the file that FFmpeg fails with."""
     try:
         yield
@@ -146,7 +149,8 @@ def number_video(path: Path) -> Numbering:
 @lru_cache(maxsize=200)
 def _number(path: Path, changed: int) -> Numbering:
     """Of a file as it is since `changed` (ns)."""
-    return _number_ordinary(path) or _number_any(path)
+    with named(path):  # pictures cannot be made of some kinds of pixels
+        return _number_ordinary(path) or _number_any(path)
 
 
 def _number_ordinary(path: Path) -> Numbering | None:
@@ -159,9 +163,8 @@ def _number_ordinary(path: Path) -> Numbering | None:
     context, container = film.stream.codec_context, film.container
     if context.name != "h264" or container.format.name not in INDEXED or len(container.streams.video) > 1:
         return None
-    prefix = (context.extradata or bytes(5))[4] % 4 + 1
-    with _named(path):
-        packets = [(p.pts, p.is_keyframe, _is_idr(p, prefix)) for p in container.demux(film.stream)][:-1]
+    prefix = (context.extradata or b"").ljust(5, b"\0")[4] % 4 + 1
+    packets = [(p.pts, p.is_keyframe, _is_idr(p, prefix)) for p in container.demux(film.stream)][:-1]
     times, is_key, is_idr = zip(*packets) if packets else ((), (), ())
     if None in times or len(set(times)) < len(times) or is_key != is_idr or not any(is_key[:1]):
         return None
@@ -200,7 +203,7 @@ def _number_any(path: Path) -> Numbering:
     starts: list[tuple[int, int | None]] = [(0, None)]
     for number, frame in enumerate(film):
         if number == 0:
-            picture(frame)  # which cannot be made of some kinds of pixels
+            picture(frame)  # so that its pixels are known to be of a kind that it is made of
         if second and not _same(frame, next(second, None)):
             starts.append((number, None))
             second = None

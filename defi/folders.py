@@ -1,10 +1,11 @@
 """Files below a folder, wherever they lie."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from defi.errors import UserError
+from defi.instructions import is_utf8
 
 
 def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -26,16 +27,10 @@ def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
                 folders.clear()
                 continue
             entered.add(real)
-            folders[:] = visible(folders)
+            folders[:] = [name for name in folders if name[0] != "."]
             waiting += sorted(link for name in folders if os.path.islink(link := os.path.join(place, name)))
-            found += [Path(place, name) for name in visible(files) if Path(name).suffix.lower() in suffixes]
-    if foreign := next(
-        (path for path in found if "\ufffd" in os.fsencode(path).decode(errors="replace")), None
-    ):
-        raise UserError(f"{foreign}: its name is not UTF-8, so that not every library opens it; rename it")
+            seen = (Path(place, name) for name in files if name[0] != ".")
+            found += [file for file in seen if file.suffix.lower() in suffixes]
+    if foreign := [path for path in found if not is_utf8(str(path))]:
+        raise UserError(f"{foreign[0]}: its name is not UTF-8, so that not every library opens it; rename it")
     return sorted(found)
-
-
-def visible(names: Iterable[str]) -> list[str]:
-    """The names without those that begin with a dot."""
-    return [name for name in names if not name.startswith(".")]

@@ -108,14 +108,16 @@ def find(group: "h5py.Group", path: str) -> Any:
     """
     import h5py
 
+    here = group.file.filename
     for name in filter(None, path.split("/")):
         if not isinstance(group, h5py.Group) or name not in group:
-            raise UserError(f"{group.file.filename}: has no {path}; {group.name} holds {_members(group)}")
-        if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
-            raise UserError(f"{group.file.filename}: {path} leads out of the file; this data set is not safe")
-        group = group[name]
-    if isinstance(group, h5py.Dataset) and (group.external or group.is_virtual):
-        raise UserError(f"{group.file.filename}: {path} leads out of the file; this data set is not safe")
+            raise UserError(f"{here}: has no {path}; {group.name} holds {_members(group)}")
+        out = isinstance(group.get(name, getlink=True), h5py.ExternalLink)
+        group = group if out else group[name]
+        out |= group.file.filename != here  # by a link to a link
+        out |= isinstance(group, h5py.Dataset) and bool(group.external or group.is_virtual)
+        if out:
+            raise UserError(f"{here}: {path} leads out of the file; this data set is not safe")
     return group
 
 

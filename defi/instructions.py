@@ -1,5 +1,6 @@
 """Instructions as data sets hold them: a text, whatever it is wrapped in."""
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -48,6 +49,11 @@ def read_instructions(values: Iterable[Any], where: str) -> list[str]:
     return texts
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text of strangers, a file's name say, was UTF-8: of other bytes Python makes surrogates."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def _text(value: Any) -> str:
     """Raises ValueError that says what is there instead."""
     if isinstance(value, (np.ndarray, np.generic)):
@@ -65,7 +71,7 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         known = value is None or isinstance(value, (int, float))
         raise ValueError(f"{value!r}" if known else f"a {type(value).__name__}")
-    if any(unicodedata.category(sign) == "Cs" for sign in value):
+    if not is_utf8(value):
         raise ValueError(f"not UTF-8 ({value[:40]!r})")
     return value.removeprefix(MARK)
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from defi.errors import UserError
-from defi.film import DECORD_FAULTS, Film, Numbering, number_video, open_decord, picture
+from defi.film import DECORD_FAULTS, Film, Numbering, named, number_video, open_decord, picture
 
 VIDEO_CODEC = {"codec": "libx264", "crf": "18", "preset": "veryfast"}
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
@@ -30,14 +30,6 @@ def frame_count(path: Path) -> int:
     return number_video(path).frames
 
 
-def frame_rate(path: Path) -> float:
-    """Frames per second of a video, on average. Raises UserError as `read_video`."""
-    film = Film(path)
-    for _ in film:
-        pass
-    return film.rate()
-
-
 def read_video(path: Path, every: int = 1) -> tuple[Frames, float]:
     """Every `every`-th frame of a video, from its first, and how many of all its frames come per second.
 
@@ -45,7 +37,8 @@ def read_video(path: Path, every: int = 1) -> tuple[Frames, float]:
         UserError: as `number_video`, or it does not say how many come per second.
     """
     film = Film(path)
-    pictures = [picture(frame) for number, frame in enumerate(film) if number % every == 0]
+    with named(path):
+        pictures = [picture(frame) for number, frame in enumerate(film) if number % every == 0]
     return np.stack(pictures), film.rate()
 
 

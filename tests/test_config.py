@@ -33,6 +33,7 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "policy.action_head.action_positions=true",
             "error: policy.action_head.action_positions=: no longer a setting; positions come with policy.",
         ),
+        ("data.video_stride=2", "error: data.video_stride=: no longer a setting; frames are as far apart"),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
         ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
@@ -42,6 +43,12 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "trainer.lr=${nope}",
             "error: Interpolation key 'nope' not found; a text with ${ is written with \\${",
         ),
+        (
+            "output=a,\n${b}",
+            "error: output=a, ${b}: cannot be read; close its brackets, or quote a text with accents, "
+            "brackets, commas or signs: 'output=\"a, \\${b}\"'",
+        ),
+        ('output="${"', 'error: Error merging override output="${"'),
         ("output=[a]", "error: output=[a]: is read as list; quote a text: 'output=\"[a]\"'"),
         ("output={a: 1}", "error: output={a: 1}: is read as dict; quote a text: 'output=\"{a: 1}\"'"),
         ("output=2026", "error: output=2026: is read as int; quote a text: 'output=\"2026\"'"),

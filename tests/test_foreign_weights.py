@@ -50,6 +50,36 @@ def test_weights_in_several_files(tmp_path: Path, kind: str) -> None:
     assert same(look(tmp_path / "w").tensors)
 
 
+def test_an_index_whose_files_were_not_asked_for(tmp_path: Path) -> None:
+    write_parts(tmp_path, TENSORS, stem="pytorch_model", kind="bin")
+    for part in tmp_path.glob("*.bin"):
+        part.unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert same(look(tmp_path).tensors)
+
+
+def test_another_protocol_of_pickle_is_named(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="a.pt: damaged, or pickled by another protocol"):
+        read_foreign(tmp_path / "a.pt")
+
+
+def test_a_file_that_lies_in_itself(tmp_path: Path) -> None:
+    content: dict = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt: model is a dict, not a tensor"):
+        read_foreign(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["", "../b.safetensors"])
+def test_an_index_that_names_no_file_beside_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="index.json: names '.*', outside the folder"):
+        read_foreign(tmp_path)
+
+
 def test_parts_that_are_not_there(tmp_path: Path) -> None:
     index = write_parts(tmp_path, TENSORS)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()

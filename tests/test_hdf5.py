@@ -30,6 +30,17 @@ def test_strongly_packed_pictures_are_read(tmp_path: Path) -> None:
     assert episode.pictures["top"].shape == (300, 256, 256, 3) and not episode.pictures["top"].any()
 
 
+def test_a_link_to_a_link_does_not_lead_out_of_the_file(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "private.hdf5", "w") as file:
+        file["top"], file.attrs["say"] = np.zeros((2, 4, 4, 3), np.uint8), "lift"
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["out"] = h5py.ExternalLink("private.hdf5", "/")
+        file["top"], file["obs"] = h5py.SoftLink("/out/top"), h5py.SoftLink("/out")
+    for place in ("out/top", "top", "obs/top"):
+        with pytest.raises(UserError, match=f"a.hdf5: {place} leads out of the file"):
+            hdf5.read_hdf5(tmp_path / "a.hdf5", cameras={"top": place}, text="", every=1)
+
+
 @pytest.mark.parametrize("pieces", [None, (1, 4, 4, 3), (4, 2, 4, 3), (10, 4, 4, 3)])
 @pytest.mark.parametrize("every", [1, 3, 20])
 def test_every_so_many_rows_whatever_the_layout(

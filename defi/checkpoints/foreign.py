@@ -61,7 +61,9 @@ def read_foreign(file: Path | str) -> dict[str, Tensor]:
 
 def find_index(folder: Path) -> Path | None:
     """The index of weights that lie in several files of a folder, if there is one."""
-    return min(folder.glob(f"[!.]{INDEX}"), key=lambda file: (len(file.name), file.name), default=None)
+    whole = any(folder.glob("[!.]*.safetensors"))  # then an index of .bin files came along without them
+    found = [file for file in folder.glob(f"[!.]{INDEX}") if not (whole and ".bin." in file.name)]
+    return min(found, key=lambda file: (len(file.name), file.name), default=None)
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
@@ -70,11 +72,9 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     if is_torchscript(file):
         return read_torchscript(file)
     content = _read_pickled(file)
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in ENTRIES if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    for _ in ENTRIES:  # they may lie in each other, but a file may also lie in itself
+        if isinstance(content, Mapping):
+            content = next((content[e] for e in ENTRIES if isinstance(content.get(e), Mapping)), content)
     return _named_tensors(content, file)
 
 
@@ -84,8 +84,8 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index}: no index of weights (weight_map: {{tensor: file}}); copy the folder again")
     names = sorted(set(places.values()))
-    if foreign := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{index}: names {foreign[0]}, outside the folder; this checkpoint is not safe")
+    if foreign := [name for name in names if not name or Path(name).name != name]:
+        raise UserError(f"{index}: names {foreign[0]!r}, outside the folder; this checkpoint is not safe")
     parts = [index.with_name(name) for name in names]
     if missing := [part for part in parts if not part.is_file()]:
         raise UserError(
@@ -121,6 +121,11 @@ def _read_pickled(file: Path) -> Any:
             raise UserError(
                 f"{file}: refers to {named[1]}, which could run code when loaded, so it is not read; "
                 "get its tensors alone (safetensors, or a state_dict of tensors)"
+            ) from None
+        if "Unsupported operand" in str(error) and zipfile.is_zipfile(file):
+            raise UserError(
+                f"{file}: damaged, or pickled by another protocol than torch.save's own; save its tensors "
+                "again (safetensors, or torch.save without pickle_protocol)"
             ) from None
         raise UserError(f"{file}: damaged or no checkpoint ({one_line(error)}); download it again") from None
     except Exception as error:  # whatever damaged bytes make the library raise

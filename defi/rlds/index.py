@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,6 +34,7 @@ from defi.cache import take_turn
 from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.files import read_json
+from defi.instructions import is_utf8
 from defi.npy import map_npy
 from defi.rlds.spec import FEATURES, STEPS, Feature, Split, is_instruction, record_files
 from defi.rlds.tfrecord import BYTES, INTS, NOTHING, Record, Values, parse_example, read_records
@@ -110,16 +110,12 @@ def _open(
     )
     if not whole:
         raise UserError(f"{place}: an index that is damaged; {MEND}")
-    damaged = {name: [text for text in said[name] if not _is_utf8(text)] for name in texts}
+    damaged = {name: [text for text in said[name] if not is_utf8(text)] for name in texts}
     named = {
-        name: ([text if _is_utf8(text) else "" for text in said[name]], row)
+        name: ([text if is_utf8(text) else "" for text in said[name]], row)
         for name, row in zip(texts, numbers)
     }
     return SplitIndex(episodes, frames, arrays, named, damaged, fingerprint)
-
-
-def _is_utf8(text: str) -> bool:
-    return not re.search("[\ud800-\udfff]", text)
 
 
 def _are_numbers_of(numbers: Int32[np.ndarray, " frames"], texts: Any) -> bool:
@@ -206,7 +202,7 @@ def _scan(
     arrays = {f"pictures/{name}": np.array(found, np.int64).reshape(-1, 2) for name, found in places.items()}
     for name, found in words.items():
         distinct, arrays[f"numbers/{name}"] = _numbered(found)
-        arrays[f"texts/{name}"] = np.array(distinct, dtype=str)
+        arrays[f"texts/{name}"] = np.frombuffer(json.dumps(distinct).encode(), np.uint8)
     return arrays | {
         "records": np.array(records, np.int64).reshape(-1, 2),
         "steps": np.array(steps, np.int64),
@@ -273,7 +269,7 @@ def _merge(place: Path, files: Sequence[Path], pictures: Sequence[str], texts: S
             frames += int(steps.sum())
             for name in texts:
                 numbers[name].append(part[f"numbers/{name}"] + len(words[name]))
-                words[name] += part[f"texts/{name}"].tolist()
+                words[name] += json.loads(part[f"texts/{name}"].tobytes())
     for name in pictures:
         array = np.lib.format.open_memmap(place / _file_of(name), "w+", np.int64, (frames, 2))
         at = 0
