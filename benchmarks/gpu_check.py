@@ -119,6 +119,7 @@ def parity(check: Check) -> dict[str, float]:
     noisy = torch.randn(1, policy.config.chunk, policy.config.action_dim, device=check.device)
     sigma = torch.ones(1, device=check.device)
     features = policy.gfdm.features(latents, texts * len(latents), noise=noise.video[0])[None]
+    features = features.to(policy.dtype)  # a video model in fp16 gives others
     static = merge_tokens(policy.standardise(features), policy.config.merge)[:, 0]
     states = policy.t5(texts, full_length=True)
     context = policy.context(features, texts)
