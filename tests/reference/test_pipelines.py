@@ -687,8 +687,8 @@ def test_pipelines_text_ids_of_clip(published_clip: CLIPText, said: dict[str, An
 
 
 # Each fact of `training.json` meets the first check whose stage and name fit. Facts in words are read for
-# their numbers and key words. Facts that no setting can hold are `TOLD`: they stand in docs/deviations.md, or other
-# tests, named there, run them. A fact that is known to neither is skipped with its name.
+# their numbers and key words. Facts that no setting can hold are `TOLD`: they stand in docs/deviations.md, or
+# other tests, named there, run them. A fact that is known to neither is skipped with its name.
 
 FOLDER = Path(
     os.environ.get("DEFI_REFERENCE_DIR", Path(__file__).resolve().parents[3] / "shared" / "reference")
