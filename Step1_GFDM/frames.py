@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from defi.calvin import CalvinFolder
 from defi.config import typed
-from defi.errors import UserError, readable
+from defi.engine.data import readable
+from defi.errors import UserError
 from defi.video import prepare_frames
 
 
@@ -74,4 +75,4 @@ class FrameClips(Dataset):
         """`count` clips spread evenly over the data, cameras in turn; what cannot be read is left out."""
         indices = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
         wanted = zip(indices.tolist(), itertools.cycle(self.config.cameras))
-        return torch.stack(list(readable(lambda each: self.clip(*each), wanted).values()))
+        return torch.stack([clip for _, clip in readable(lambda each: self.clip(*each), wanted)])

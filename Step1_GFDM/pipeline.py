@@ -28,6 +28,7 @@ from defi.engine.resume import preserved_rng
 from defi.engine.weights import COPY_AGAIN, check_fit, load_strict
 from defi.errors import UserError
 from defi.files import check_sizes, one_line, read_json
+from defi.processes import tell
 from defi.text import CLIPText
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 
@@ -81,6 +82,9 @@ def read_config(folder: Path) -> GFDMConfig:
         raise UserError(f"{file}: missing, so this is no GFDM; give a checkpoint folder of Step1_GFDM.train")
     values = read_json(file, COPY_AGAIN)
     check_sizes(values, file)
+    if "frame_step" not in values:
+        told = f"of an earlier version, says no frame_step: taken as {GFDMConfig.frame_step}"
+        tell(f"{file}: {told}; if its clips had another, write it there")
     return typed(GFDMConfig, values, str(file))
 
 

@@ -1,5 +1,6 @@
 """What a trained model makes of pairs of frames: codes, errors, features."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from defi.errors import readable
+from defi.engine.data import readable
 from Step2_GIDM.data.mixture import PairMixture
 from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.data.resize import resize
@@ -60,16 +61,16 @@ def observe(model: GIDM, data: PairDataset | PairMixture, count: int) -> Observe
     pairs = np.random.default_rng(0).permutation(pairs)
     device = next(model.core.parameters()).device
     read = readable(lambda pair: resize(data.frames(pair), data.image_size), pairs.tolist())
-    pairs = np.array(list(read))
+    found: list[int] = []
     parts: list[tuple[Tensor, ...]] = []
-    for first in range(0, len(pairs), BATCH):
-        chosen = pairs[first : first + BATCH].tolist()
-        frames = torch.stack([read[pair] for pair in chosen])
+    while batch := list(itertools.islice(read, BATCH)):
+        chosen, frames = [pair for pair, _ in batch], torch.stack([frames for _, frames in batch])
+        found += chosen
         texts = [clip.text(now) for clip, now in map(data.locate, chosen)]
         small = F.interpolate(frames.flatten(0, 1), PICTURE, mode="bilinear", antialias=True)
         pictures = (small * 255).round().byte().unflatten(0, frames.shape[:2])
         parts.append((pictures, *(t.cpu() for t in _look(model, frames.to(device), texts))))
-    return Observed(pairs, *(torch.cat(part) for part in zip(*parts)))
+    return Observed(np.array(found), *(torch.cat(part) for part in zip(*parts)))
 
 
 def _look(model: GIDM, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> tuple[Tensor, ...]:

@@ -20,12 +20,12 @@ from defi.calvin import TRAINING, VALIDATION
 from defi.config import entry, typed
 from defi.engine.checkpoint import continues, find_weights
 from defi.engine.config import TrainerConfig, run_settings
-from defi.engine.data import sample_seeds
+from defi.engine.data import readable, sample_seeds
 from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
 from defi.engine.weights import fingerprint
-from defi.errors import UserError, readable
-from defi.processes import processes, tell
+from defi.errors import UserError
+from defi.processes import tell
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore
 from Step3_DeFI.policy import DeFI
@@ -113,8 +113,8 @@ def open_samples(section: DictConfig, policy: DeFI, gfdm: Path) -> dict[str, Pol
 def spread(samples: PolicySamples, count: int, seed: int = 0) -> dict[str, Any]:
     """A batch of samples from all over a data set; those that cannot be read are left out."""
     picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
-    read = readable(samples.__getitem__, picked.tolist())
-    return default_collate(list(read.values())) | {"seed": sample_seeds("shown", seed, len(read))}
+    read = [sample for _, sample in readable(samples.__getitem__, picked.tolist())]
+    return default_collate(read) | {"seed": sample_seeds("shown", seed, len(read))}
 
 
 def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
@@ -180,9 +180,8 @@ def train_policy(cfg: DictConfig) -> Path:
     torch.manual_seed(cfg.seed)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     step, looks = policy.gfdm.config.frame_step, config.latent_action_frames
-    if processes().is_main_process:
-        ahead = ", ".join(f"+{frame * step}" for frame in looks)
-        print(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
+    ahead = ", ".join(f"+{frame * step}" for frame in looks)
+    tell(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
     tell(policy.gfdm.clip.told(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):

@@ -1,5 +1,6 @@
 """The processes of `accelerate launch`, for work that they share without training."""
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -7,6 +8,8 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+from defi.engine.distributed import hidden_from_accelerate
 
 Task = TypeVar("Task")
 
@@ -16,12 +19,18 @@ LONGEST = timedelta(days=7)  # that one process may wait for the others
 def processes() -> PartialState:
     """This process among them: its number, how many there are, its device. Without a GPU they run on CPUs."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=LONGEST)
+    with hidden_from_accelerate():  # else DeepSpeed would start on GPUs
+        return PartialState(cpu=cpu, timeout=LONGEST)
 
 
 def tell(line: str) -> None:
-    """Print it once for all processes, unless it is empty."""
-    if line and processes().is_main_process:
+    """Print it once for all processes, unless it is empty.
+
+    Whoever trains has not joined the others yet when there is something to tell: that is the engine's to do,
+    with its own patience.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else os.environ.get("RANK", 0)
+    if line and int(rank) == 0:
         print(line)
 
 

@@ -6,7 +6,7 @@ Hugging Face folder. Each distinct string is encoded once: a data set has few in
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,28 +211,23 @@ class CLIPText(_Tower):
         """The longest text that the tower reads to its end, in tokens."""
         return self.model.config.max_position_embeddings
 
-    def truncated(self, texts: Sequence[str]) -> list[str]:
-        """The texts that do not fit in T tokens: their token states know nothing of their end.
-
-        With `keep_end`, those that are longer than the tower has positions.
-        """
-        return [text for text in texts if self._is_longer(text, self._room)]
-
-    @property
-    def _room(self) -> int:
-        return self.longest if self.config.keep_end else self.config.tokens
-
     def told(self, texts: Iterable[str]) -> str:
-        """What to tell of instructions that do not fit, and of those that become equal by it; "" of none."""
+        """What to tell of instructions that do not fit, and of those that become equal by it; "" of none.
+
+        What is longer than T tokens does not fit, with `keep_end` what is longer than the tower's positions.
+        """
         distinct = list(dict.fromkeys(texts))
-        if not (cut := set(self.truncated(distinct))):
+        room = self.longest if self.config.keep_end else self.config.tokens
+        # All at once, on all cores: a data set may have a hundred thousand.
+        ids = self.tokenizer(distinct, truncation=True, max_length=room + 1)["input_ids"] if distinct else []
+        cut = {text for text, read in zip(distinct, ids) if len(read) > room}
+        if not cut:
             return ""
         alike: dict[tuple[int, ...], list[str]] = {}
-        for text in distinct:
-            read = self.tokenizer(text, truncation=True, max_length=self._room)["input_ids"]
-            alike.setdefault(tuple(read), []).append(text)
+        for text, read in zip(distinct, ids):
+            alike.setdefault(tuple(read[:-1][: room - 1]), []).append(text)  # the last is the end mark
         same = [group for group in alike.values() if len(group) > 1 and cut.intersection(group)]
-        told = f"{len(cut)} of {len(distinct)} instructions are cut at {self._room} tokens (text.clip)"
+        told = f"{len(cut)} of {len(distinct)} instructions are cut at {room} tokens (text.clip)"
         if same:
             told += f"; {sum(map(len, same))} of them are equal to another, the first: "
             told += " = ".join(repr(text) for text in same[0][:2])

@@ -1,5 +1,6 @@
 """Several processes: two that share a batch do what one does with all of it, for every stage."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from defi.engine import checkpoint
 from defi.engine.checkpoint import find_checkpoint
 from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
+from defi.processes import processes, tell
 
 CONFIG = {"preset_name": "test"}
 
@@ -103,3 +105,20 @@ def test_launch_settings_are_accelerates(name: str) -> None:
     written = yaml.safe_load(file.read_text())
     assert config.num_processes == written["num_processes"]
     assert file.read_text().startswith("# ") and f"{name}.yaml" in file.read_text()
+
+
+def test_a_line_before_training_does_not_join_the_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Who joins them first decides how long they wait, and whether accelerate's DeepSpeed starts."""
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        "defi.processes.PartialState", lambda **_: seen.append(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    )
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        tell(f"from {rank}")
+    assert (capsys.readouterr().out, seen) == ("from 0\n", [])
+    processes()
+    assert seen == [None] and os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"

@@ -113,8 +113,7 @@ def test_stage_1_autoencoder(spies: list[Spy]) -> None:
 
 def test_stage_2(spies: list[Spy]) -> None:
     class Noise:
-        clips = [Clip("clip", 0, 40)]
-        lengths = np.array([40])
+        clips, lengths = [Clip("clip", 0, 40)], np.array([40])
         fingerprint = ""
 
         def read(self, clip: Clip, positions: list[int]) -> np.ndarray:

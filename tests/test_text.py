@@ -48,7 +48,7 @@ def test_long_texts_that_differ_late(keep_end: bool) -> None:
     clip = CLIPText.from_config(replace(CONFIG, keep_end=keep_end))
     a, b = clip.tokens(LONG)
     assert torch.equal(a[:-1], b[:-1]) and torch.equal(a[-1], b[-1]) is not keep_end
-    assert clip.truncated([*LONG, "open the drawer", ""]) == ([] if keep_end else LONG)
+    assert clip.told([*LONG, "open the drawer", ""]).startswith("2 of 4") is not keep_end
     sentences = clip.sentence(LONG)
     assert (sentences[0] - sentences[1]).norm() > 0.05 * sentences[0].norm()
     batch = clip.tokenizer(LONG[0], return_tensors="pt")
@@ -63,9 +63,9 @@ def test_texts_beyond_the_towers_positions_are_cut_and_told(clip: CLIPText) -> N
     assert torch.equal(*clip.sentence(endless))
     for keep_end in (False, True):
         clip.config = replace(CONFIG, keep_end=keep_end)
-        assert clip.truncated(["open the drawer", *endless]) == endless
+        assert clip.told(["open the drawer", *endless]).startswith("2 of 3 instructions are cut")
     exactly = "block " * (clip.longest - 2)  # and the two marks
-    assert clip.truncated([exactly]) == []
+    assert clip.told([exactly]) == ""
 
 
 @pytest.mark.parametrize("tower", [CLIPText, T5Text])

@@ -14,8 +14,8 @@ import hashlib
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +27,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from defi.engine.config import TrainerConfig
 from defi.engine.shuffle import Shuffle
 from defi.errors import UserError
+from defi.processes import tell
 
 GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to its end
 Draw = tuple[int, int]  # (epoch, index)
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 class StepOrder(Sampler[list[Draw]]):
@@ -112,6 +115,29 @@ class SeededDataset(Dataset):
         else:
             sample = self.dataset[index]
         return {**sample, "seed": seed}
+
+
+def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Value]]:
+    """Each item that can be read, and what `read` makes of it; at the end a line tells of the others.
+
+    For what is only looked at: in training `SeededDataset` replaces what cannot be read.
+
+    Raises:
+        UserError: none can be read.
+    """
+    count, faults = 0, []
+    for item in items:
+        try:
+            value = read(item)
+        except UserError as error:
+            faults.append(error)
+            continue
+        count += 1
+        yield item, value
+    if faults and not count:
+        raise faults[0]
+    if faults:
+        tell(f"left out: {len(faults)} of {len(faults) + count} samples to look at; the first: {faults[0]}")
 
 
 def _hash(purpose: str, numbers: Sequence[int], size: int) -> int:

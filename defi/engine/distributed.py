@@ -64,7 +64,7 @@ def start_processes(trainer: TrainerConfig, tracker: str | None, output: Path) -
     # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     try:
-        with _hidden_from_accelerate():
+        with hidden_from_accelerate():
             return Accelerator(
                 mixed_precision=trainer.precision,
                 log_with=tracker,
@@ -79,14 +79,13 @@ def start_processes(trainer: TrainerConfig, tracker: str | None, output: Path) -
 
 
 @contextmanager
-def _hidden_from_accelerate() -> Iterator[None]:
-    """Hide the request to shard from accelerate, which would do it in its own way, and on GPUs only."""
-    value = os.environ.pop(FSDP, None)
+def hidden_from_accelerate() -> Iterator[None]:
+    """Hide any request to shard from accelerate, which would do it in its own way, and on GPUs only."""
+    requests = {switch: os.environ.pop(switch) for switch in (FSDP, *UNSUPPORTED) if switch in os.environ}
     try:
         yield
     finally:
-        if value is not None:
-            os.environ[FSDP] = value
+        os.environ.update(requests)
 
 
 def in_any_process(fact: bool, accelerator: Accelerator) -> bool:
