@@ -37,6 +37,9 @@ from Step1_GFDM.data import LATENTS, MANIFEST, SPLITS
 from Step1_GFDM.sources import Recording, Scene, Source, build_source, read_settings
 
 SKIPPED = "skipped"
+LARGEST = (
+    512  # pixels a side that an autoencoder alone may ask for: SVD's says 768, and no preset works at that
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,11 @@ def main(cfg: DictConfig) -> None:
     sources = {split: build_source(settings, split) for split in SPLITS}
     weights = find_vae(cfg.vae)
     vae = pipeline.load_part(AutoencoderKLTemporalDecoder, weights).requires_grad_(False)
+    if cfg.image_size is None and vae.config.sample_size > LARGEST:
+        raise UserError(
+            f"image_size=: {weights} is for pictures of {vae.config.sample_size} pixels a side; give your video "
+            "model's size, image_size=256 for preset=paper"
+        )
     manifest = Manifest(
         data=settings.deciding(),
         splits={split: source.fingerprint for split, source in sources.items()},

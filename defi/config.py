@@ -36,7 +36,7 @@ RETIRED = {
         "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
     ),
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
-    "store.video_stride": "write store.videos=true; frames are as far apart as the video model's",
+    "store.video_stride": "replaced by store.videos=true; frames are as far apart as the video model's",
 }
 """Settings that there were once, and what to do instead."""
 

@@ -31,6 +31,7 @@ from Step1_GFDM.eval import columns
 from Step1_GFDM.lpips import BACKBONE, LINEAR, LPIPS, WIDTHS
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.one_step import one_step_error, one_step_figures, predict_once
+from Step1_GFDM.parts import build_vae
 from Step1_GFDM.principal import start_from_principal_components
 from Step1_GFDM.vae import VAEConfig, VideoVAE, load_vae
 
@@ -378,6 +379,17 @@ def test_mistakes_end_in_one_line(
     assert code == 2, errors
     assert message in errors.splitlines()[-1] and "Traceback" not in errors
     assert not (outputs / "new").exists()
+
+
+def test_latents_at_the_size_of_a_large_autoencoder_must_be_asked_for(
+    demonstrations: Path, tmp_path: Path
+) -> None:
+    """Stable Video Diffusion's says 768: nine times the pixels that preset=paper trains on."""
+    build_vae(VAESizes([32, 32], 1), 768).save_pretrained(tmp_path / "vae")
+    given = [f"data.root={demonstrations}", f"vae={tmp_path}/vae", f"output={tmp_path}/latents"]
+    code, errors = command("prepare", *given)
+    assert code == 2 and "image_size=256" in errors.splitlines()[-1]
+    assert not (tmp_path / "latents").exists()
 
 
 def test_vae_folder_of_another_kind_is_refused(outputs: Path) -> None:
