@@ -161,8 +161,8 @@ def main(cfg: DictConfig) -> None:
     vae = pipeline.load_part(AutoencoderKLTemporalDecoder, weights).requires_grad_(False)
     if cfg.image_size is None and vae.config.sample_size > LARGEST:
         raise UserError(
-            f"image_size=: {weights} is for pictures of {vae.config.sample_size} pixels a side; give that of your "
-            "video model, image_size=256 for preset=paper"
+            f"image_size=: {weights} is for pictures of {vae.config.sample_size} pixels a side; "
+            "give that of your video model, image_size=256 for preset=paper"
         )
     manifest = Manifest(
         data=settings.deciding(),
