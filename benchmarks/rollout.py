@@ -145,7 +145,7 @@ def rollout(sim: SimConfig, scene: str, chains: int, limit: int) -> dict[str, An
             spent.update(json.loads(file.read_text()))
     return {
         "rate": found,
-        "shares": {what: seconds * found.processor / steps for what, seconds in spent.items()},
+        "shares": Counter({what: seconds * found.processor / steps for what, seconds in spent.items()}),
         "peak_memory_mb": memory.peak / 1e6,
         "own_memory_mb": memory.own / 1e6,
     }
