@@ -56,6 +56,7 @@ class StoreManifest:
     """What a store holds. look: shape of one row less its draws. gfdm: fingerprint of the stage-1 weights.
 
     video_stride: frames between the frames of the kept videos; None: no videos. spans: annotated or all.
+    gfdm_precision: what UNet and VAE computed in.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class StoreManifest:
     feature_noise: str | None = None
     video_stride: int | None = None
     spans: str = "annotated"
+    gfdm_precision: str = "no"
     tasks: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:

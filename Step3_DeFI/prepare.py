@@ -163,6 +163,7 @@ def prepare(cfg: DictConfig) -> Path:
         feature_noise=policy.feature_noise if encoder.kind == "features" else None,
         video_stride=apart,
         spans=cfg.data.spans,
+        gfdm_precision="no" if encoder.kind == "images" else policy.video_precision,
         tasks=plan.tasks,
     )
     state = processes()

@@ -56,6 +56,7 @@ def check_store(store: PolicyStore, policy: PolicyConfig, gfdm: Path, image_size
         shape = [policy.views, policy.frames, policy.feature_tokens, policy.feature_channels]
         expected["features"] = (made.look, shape)
         expected["feature_noise"] = (made.feature_noise, policy.feature_noise)
+        expected["policy.gfdm_precision"] = (made.gfdm_precision, policy.video_precision)
     expected["image_size"] = (made.image_size, image_size)
     if made.kind != "images":
         expected["stage-1 weights"] = (made.gfdm, fingerprint(gfdm))

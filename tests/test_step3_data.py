@@ -240,6 +240,7 @@ def test_training_refuses_a_store_of_other_sizes(place: Path, tmp_path: Path) ->
         ({"chunk": 5}, r"prepared with chunk 5, the policy expects 10|actions.npy: has shape"),
         ({"gfdm": "0" * 16}, "prepared with stage-1 weights 0000000000000000, the policy expects"),
         ({"feature_noise": "fixed"}, "prepared with feature_noise fixed, the policy expects fresh"),
+        ({"gfdm_precision": "fp16"}, "prepared with policy.gfdm_precision fp16, the policy expects no"),
         ({"image_size": 32}, "prepared with image_size 32, the policy expects 16"),
     ):
         (store / "manifest.json").write_text(json.dumps(manifest | changes))
