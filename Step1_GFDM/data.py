@@ -30,7 +30,7 @@ from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from defi.files import read_json
 from defi.instructions import read_instructions
-from defi.processes import tell
+from defi.processes import print_once
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
@@ -171,7 +171,7 @@ def read_episodes(root: str | Path, split: str) -> list[Episode]:
     if len(damaged) == len(found):
         raise damaged[0]
     if damaged:
-        tell(f"{files[0].parent}: left out {len(damaged)} of {len(found)} annotations: {damaged[0]}")
+        print_once(f"{files[0].parent}: left out {len(damaged)} of {len(found)} annotations: {damaged[0]}")
     return [each for each in found if isinstance(each, Episode)]
 
 
@@ -226,7 +226,9 @@ class Clips:
         if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {config.longest} frames; raise longest")
         if longer := len(episodes) - len(self.episodes):
-            tell(f"{self.root}: left out {longer} of {len(episodes)} videos, longer than {longest} frames")
+            print_once(
+                f"{self.root}: left out {longer} of {len(episodes)} videos, longer than {longest} frames"
+            )
         windows = config.clips == "window"
         self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
 

@@ -26,9 +26,9 @@ from defi.checkpoints.foreign import find_index, read_foreign
 from defi.config import typed
 from defi.engine.resume import preserved_rng
 from defi.engine.weights import COPY_AGAIN, check_fit, load_strict
-from defi.errors import UserError
-from defi.files import check_sizes, one_line, read_json
-from defi.processes import tell
+from defi.errors import UserError, one_line
+from defi.files import check_sizes, read_json
+from defi.processes import print_once
 from defi.text import CLIPText
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> GFDMConfig:
     check_sizes(values, file)
     if "frame_step" not in values:
         told = f"of an earlier version, says no frame_step: taken as {GFDMConfig.frame_step}"
-        tell(f"{file}: {told}; if its clips had another, write it there")
+        print_once(f"{file}: {told}; if its clips had another, write it there")
     return typed(GFDMConfig, values, str(file))
 
 

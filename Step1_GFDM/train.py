@@ -18,7 +18,7 @@ from defi.engine.data import sample_seeds
 from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.errors import UserError
-from defi.processes import tell
+from defi.processes import print_once
 from defi.video import draw_text, to_uint8, write_mp4
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.data import SPLITS, LatentClips, check_size, made_by_another
@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
     check_size([*data.sets, *held_out.sets], model.noise(1).shape[2:])
-    tell(model.clip.told(text for part in (data, held_out) for text in part.texts()))
+    print_once(model.clip.told(text for part in (data, held_out) for text in part.texts()))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     picks = np.linspace(0, len(held_out) - 1, SHOWN).astype(int)

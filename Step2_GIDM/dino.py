@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 from defi.hub import local_only
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

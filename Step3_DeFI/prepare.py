@@ -30,7 +30,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
 from defi.errors import UserError, going_on
 from defi.files import read_json
-from defi.processes import processes, share, tell
+from defi.processes import print_once, processes, share
 from defi.text import CLIPText, TextConfig
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig
@@ -143,7 +143,7 @@ def prepare(cfg: DictConfig) -> Path:
         video=following(policy.frames, apart),
         spans=cfg.data.spans,
     )
-    tell(told_of_texts(cfg, encoder.gfdm, plan.texts))
+    print_once(told_of_texts(cfg, encoder.gfdm, plan.texts))
     shape = encoder.row_shape(policy, image_size)
     manifest = StoreManifest(
         kind=encoder.kind,

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from defi.calvin import CalvinFolder, Span, check_gripper
 from defi.errors import UserError
-from defi.processes import processes, share, tell
+from defi.processes import print_once, processes, share
 from Step3_DeFI.observation import CAMERAS, observe
 
 READERS = 4  # frames that a process reads at the same time
@@ -79,7 +79,7 @@ def choose_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int, spa
     annotated = [] if all_frames and not data.is_annotated else list(enumerate(data.spans))
     known = {number: span for number, span in annotated if not span.fault}
     if annotated:
-        tell(data.without_words(fate=fate))
+        print_once(data.without_words(fate=fate))
         if not known and not all_frames:
             raise UserError(annotated[0][1].fault)
     starts = [Starts(n, s, range(s.start, s.end - tail + 1, stride)) for n, s in known.items()]
@@ -87,7 +87,7 @@ def choose_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int, spa
     if not starts and not all_frames:
         raise UserError(f"{data.folder}: no annotated span is longer than data.tail={tail} frames; lower it")
     if told := too_short(list(known.values()), starts, chunk=chunk, tail=tail, fate=fate):
-        tell(f"{data.folder}: {told}")
+        print_once(f"{data.folder}: {told}")
     if all_frames:
         starts += other_starts(data, list(known.values()), chunk=chunk, tail=tail, stride=stride)
     if not starts:

@@ -25,7 +25,7 @@ from defi.engine.loop import Inspect, train
 from defi.engine.output import check_output
 from defi.engine.weights import fingerprint
 from defi.errors import UserError
-from defi.processes import tell
+from defi.processes import print_once
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.data import PolicySamples, PolicyStore
 from Step3_DeFI.policy import DeFI
@@ -182,9 +182,9 @@ def train_policy(cfg: DictConfig) -> Path:
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     step, looks = policy.gfdm.config.frame_step, config.latent_action_frames
     ahead = ", ".join(f"+{frame * step}" for frame in looks)
-    tell(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
+    print_once(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
-    tell(policy.gfdm.clip.told(text for part in samples.values() for text in part.texts))
+    print_once(policy.gfdm.clip.told(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):
         policy.fit_standardisation(spread(samples["training"], FITTED, cfg.seed))
     return train(

@@ -18,8 +18,7 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 

@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from defi.config import entry, typed
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 
 PRETRAINED = ("gfdm", "text.clip", "text.t5", "gidm.dino")  # sections of a preset that name a folder
 PAGE = "https://huggingface.co"

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from defi.errors import UserError
+from defi.errors import UserError, one_line
 
 DEEPEST = 50  # levels of YAML
 MOST_LAYERS, LARGEST_SIZE = 200, 10**6  # in a network's configuration
@@ -17,23 +17,23 @@ LAYERS = re.compile(r"(layers|blocks|depth)($|_per)")
 LARGEST = 64 * 2**20  # bytes; the text files of a checkpoint or a data set are far smaller
 
 
-def read_json(file: Path, mend: str, kind: type = dict) -> Any:
+def read_json(file: Path, fix: str, kind: type = dict) -> Any:
     """What a JSON file holds: an object, or a list where that is the `kind`.
 
     Raises:
-        UserError: the file is missing, damaged, too large or holds something else; it ends with `mend`.
+        UserError: the file is missing, damaged, too large or holds something else; it ends with `fix`.
     """
-    text = read_text(file, mend)
+    text = read_text(file, fix)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({one_line(error)}); {mend}") from None
+        raise UserError(f"{file}: not JSON ({one_line(error)}); {fix}") from None
     if not isinstance(values, kind):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not a {kind.__name__}; {mend}")
+        raise UserError(f"{file}: holds a {type(values).__name__}, not a {kind.__name__}; {fix}")
     return values
 
 
-def read_yaml(file: Path, mend: str) -> dict[str, Any]:
+def read_yaml(file: Path, fix: str) -> dict[str, Any]:
     """The mapping in a YAML file, interpolations left as they are.
 
     Tags that name code are refused, and aliases, with which a short file can fill the memory.
@@ -41,14 +41,14 @@ def read_yaml(file: Path, mend: str) -> dict[str, Any]:
     Raises:
         UserError: as `read_json`.
     """
-    text = read_text(file, mend)
+    text = read_text(file, fix)
     try:
         _refuse_tricks(text)
         values = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"{file}: not YAML that is read here ({one_line(error)}); {mend}") from None
+        raise UserError(f"{file}: not YAML that is read here ({one_line(error)}); {fix}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not a dict; {mend}")
+        raise UserError(f"{file}: holds a {type(values).__name__}, not a dict; {fix}")
     return values
 
 
@@ -63,18 +63,18 @@ def _refuse_tricks(text: str) -> None:
             raise ValueError(f"nested more than {DEEPEST} deep")
 
 
-def read_text(file: Path, mend: str) -> str:
+def read_text(file: Path, fix: str) -> str:
     """The text of a file. Raises UserError as `read_json` does."""
     try:
         if file.stat().st_size > LARGEST:
-            raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than any file of its kind; {mend}")
+            raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than any file of its kind; {fix}")
         return file.read_text(encoding="utf-8-sig")  # some programs begin their files with a mark
     except FileNotFoundError:
-        raise UserError(f"{file}: missing; {mend}") from None
+        raise UserError(f"{file}: missing; {fix}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not text in UTF-8 ({error.reason}); {mend}") from None
+        raise UserError(f"{file}: not text in UTF-8 ({error.reason}); {fix}") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); {mend}") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {fix}") from None
 
 
 def check_sizes(values: Any, file: Path, name: str = "") -> None:
@@ -91,8 +91,3 @@ def check_sizes(values: Any, file: Path, name: str = "") -> None:
             check_sizes(value, file, name)
     elif isinstance(values, int) and values > (MOST_LAYERS if LAYERS.search(name) else LARGEST_SIZE):
         raise UserError(f"{file}: {name}={values} is beyond all reason; copy the checkpoint again")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks, at most 200 characters; its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

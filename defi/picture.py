@@ -8,7 +8,7 @@ import torchvision
 from jaxtyping import UInt8
 from PIL import Image
 
-from defi.files import one_line
+from defi.errors import one_line
 
 FORMATS = ("JPEG", "PNG")  # others may call programs or are read by code that is less tried
 

@@ -23,7 +23,7 @@ def processes() -> PartialState:
         return PartialState(cpu=cpu, timeout=LONGEST)
 
 
-def tell(line: str) -> None:
+def print_once(line: str) -> None:
     """Print it once for all processes, unless it is empty.
 
     Whoever trains has not joined the others yet when there is something to tell: that is the engine's to do,

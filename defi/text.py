@@ -25,8 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 from defi.hub import local_only
 
 transformers_logging.disable_progress_bar()  # a bar per small file hides what a command has to say

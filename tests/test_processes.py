@@ -17,7 +17,7 @@ from defi.engine import checkpoint
 from defi.engine.checkpoint import find_checkpoint
 from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
-from defi.processes import processes, tell
+from defi.processes import print_once, processes
 
 CONFIG = {"preset_name": "test"}
 
@@ -118,7 +118,7 @@ def test_a_line_before_training_does_not_join_the_processes(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        tell(f"from {rank}")
+        print_once(f"from {rank}")
     assert (capsys.readouterr().out, seen) == ("from 0\n", [])
     processes()
     assert seen == [None] and os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from defi.calvin import CalvinFolder
 from defi.errors import UserError
-from defi.processes import tell
+from defi.processes import print_once
 from Step2_GIDM.data.pairs import Clip
 
 CAMERAS = ("static", "gripper")
@@ -24,7 +24,7 @@ class CalvinClips:
         self.data = CalvinFolder(folder)
         if language:
             bounds = [(span.start, span.end, span.instruction) for span in self.data.spans if not span.fault]
-            tell(self.data.without_words(fate="left out"))
+            print_once(self.data.without_words(fate="left out"))
         else:
             bounds = [(start, end, "") for start, end in self.data.episodes]
         self.clips = [

@@ -11,8 +11,7 @@ from typing import Any
 
 from defi.config import typed
 from defi.engine.output import write_file
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.statistics import summarise

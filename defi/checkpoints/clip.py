@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 from defi.checkpoints.account import Report, account, shapes
 from defi.checkpoints.foreign import read_foreign
 from defi.checkpoints.names import Names, both, join, split
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 from defi.hub import local_only
 from defi.text import CLIPText, TextConfig
 

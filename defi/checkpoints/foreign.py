@@ -14,8 +14,8 @@ from torch import Tensor
 
 from defi.checkpoints.torchscript import is_torchscript, read_torchscript
 from defi.engine.weights import read_tensors
-from defi.errors import UserError
-from defi.files import one_line, read_json
+from defi.errors import UserError, one_line
+from defi.files import read_json
 
 
 class NumPyValue:

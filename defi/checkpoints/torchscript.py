@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 
 STORAGES = {
     "DoubleStorage": torch.float64,

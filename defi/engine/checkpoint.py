@@ -39,8 +39,8 @@ from defi.engine.optimizer import optimizer_tensors
 from defi.engine.output import sync
 from defi.engine.resume import OPTIMIZER, Progress, ResumeState
 from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
-from defi.errors import UserError
-from defi.files import one_line, read_json, read_yaml
+from defi.errors import UserError, one_line
+from defi.files import read_json, read_yaml
 
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from defi.engine.config import TrainerConfig
 from defi.engine.shuffle import Shuffle
 from defi.errors import UserError
-from defi.processes import tell
+from defi.processes import print_once
 
 GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to its end
 Draw = tuple[int, int]  # (epoch, index)
@@ -137,7 +137,9 @@ def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[t
     if faults and not count:
         raise faults[0]
     if faults:
-        tell(f"left out: {len(faults)} of {len(faults) + count} samples to look at; the first: {faults[0]}")
+        print_once(
+            f"left out: {len(faults)} of {len(faults) + count} samples to look at; the first: {faults[0]}"
+        )
 
 
 def _hash(purpose: str, numbers: Sequence[int], size: int) -> int:

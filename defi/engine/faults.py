@@ -17,7 +17,7 @@ from defi.engine.distributed import in_any_process
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
 from defi.engine.resume import preserved_rng
-from defi.files import one_line
+from defi.errors import one_line
 
 # As the loader says it, or `Feed`; an error within a worker comes as what it is, and says "Caught …" first.
 DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")

@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor
 
 from defi.engine.output import write_file
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 
 METRICS = "metrics.jsonl"
 TRACKERS = ("wandb", "tensorboard")

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from defi.engine.weights import COPY_AGAIN, load_strict, read_config, read_tensors
-from defi.errors import UserError
-from defi.files import one_line
+from defi.errors import UserError, one_line
 
 Model = TypeVar("Model", bound="StageModel")
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from defi.engine.distributed import shard_like
-from defi.errors import UserError
-from defi.files import check_sizes, one_line, read_json
+from defi.errors import UserError, one_line
+from defi.files import check_sizes, read_json
 
 COPY_AGAIN = "copy the checkpoint again"
 COPY_FOLDER = "copy the checkpoint folder as a whole"

@@ -11,7 +11,7 @@ from defi.archive import read_places
 from defi.errors import UserError
 from defi.frames import stack_frames
 from defi.picture import decode_picture
-from defi.processes import tell
+from defi.processes import print_once
 from defi.rlds.index import open_index, read_texts
 from defi.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_spec, read_splits
 from defi.rlds.tfrecord import BYTES, FLOATS, Values, parse_example
@@ -98,7 +98,7 @@ class RLDSDataset:
             raise UserError(f"{self.folder / FEATURES}: language={key}: there is {found}")
         if damaged := self.index.damaged.get(key):
             what = f"texts of {key} that are not UTF-8 count as missing ({len(damaged)}, as {damaged[0]!r})"
-            tell(f"{self.folder}: split {self.split.name}: {what}")
+            print_once(f"{self.folder}: split {self.split.name}: {what}")
         return key
 
     def text(self, episode: int, language: str | None) -> str:

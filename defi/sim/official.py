@@ -18,8 +18,8 @@ from hydra.utils import instantiate
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig, OmegaConf
 
-from defi.errors import UserError
-from defi.files import one_line, read_yaml
+from defi.errors import UserError, one_line
+from defi.files import read_yaml
 from defi.sim.judge import BlockState, Contact, JudgeState
 from defi.sim.scene import calvin_env_folder, scene_file
 
