@@ -13,6 +13,7 @@ from benchmarks.rlds_writer import encode
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.errors import UserError
 from defi.video import write_mp4
+from Step2_GIDM.code_evaluation import CodeEvaluation
 from Step2_GIDM.data.augment import Augmentation, Draw, augment, crop, recolour
 from Step2_GIDM.data.build import held_out_pairs, read_section, training_pairs
 from Step2_GIDM.data.calvin import CalvinClips
@@ -22,7 +23,6 @@ from Step2_GIDM.data.videos import VideoClips
 from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import direction, telling_place
 from Step2_GIDM.health import Probed, probe, report
-from Step2_GIDM.observe import Observed
 from Step2_GIDM.probe import fit_and_predict, one_hot, r2
 from Step3_DeFI.quickstart import latent_actions
 
@@ -329,9 +329,10 @@ def test_where_no_action_varies_there_is_nothing_to_probe(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Neither in the table, nor on the page of a whole recipe."""
-    assert r2(np.ones((4, 1)), np.zeros((4, 1))) == ([None], None)
     still = torch.zeros(4, 2, dtype=torch.long)
-    seen = Observed(np.arange(4), torch.zeros(4, 2, 3, 8, 8), still, torch.rand(4, 3), *torch.zeros(3, 4))
+    seen = CodeEvaluation(
+        np.arange(4), torch.zeros(4, 2, 3, 8, 8), still, torch.rand(4, 3), *torch.zeros(3, 4)
+    )
     part = Probed(seen, np.array([0, 0, 1, 1]), np.zeros((4, 7)))
     found = probe(part, part, codes=8)
     assert set(found) == {"codes", "random codes", "feature differences"}

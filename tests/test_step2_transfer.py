@@ -36,7 +36,7 @@ class Exact(torch.nn.Module):
     def __init__(self, *, meaning: float) -> None:
         super().__init__()
         self.core = torch.nn.Linear(1, 1)
-        self.core.decoder = lambda now, tokens, text, mask: now + meaning * tokens
+        self.core.decoder = lambda now, tokens, text, mask=None: now + meaning * tokens
         self.tokenizer = lambda patches: SimpleNamespace(
             all_tokens=lambda: patches[:, 1] - patches[:, 0], text=None
         )
