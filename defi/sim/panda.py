@@ -10,7 +10,7 @@ from pathlib import Path
 import pybullet_data
 
 from defi.sim.mesh import Material, Polygon, box, prism
-from defi.sim.urdf import Link, Part, joint
+from defi.sim.urdf import Files, Part, joint, link, visuals
 
 FINGER_LENGTH = 0.0964  # metres, from the hand's finger joints to the tips
 FINGER_WIDTH = 0.024
@@ -38,27 +38,24 @@ DRAWN: dict[str, tuple[Material, list[Polygon]]] = {
 }
 
 
-def arm_files() -> dict[str, bytes]:
+def arm_files() -> Files:
     """`panda.urdf` and its drawn meshes; the collision meshes stay where pybullet_data is installed."""
-    root = Path(pybullet_data.getDataPath()) / "franka_panda"
-    text = (root / "panda.urdf").read_text()
+    root, files = Path(pybullet_data.getDataPath()) / "franka_panda", {}
+    text = (root / "panda.urdf").read_text().removesuffix("</robot>\n")
     text = re.sub(r"<visual>.*?</visual>", "", text, flags=re.S).replace("package://", f"{root}/")
-    links = {name: Link(name, [Part(*drawn)], 0.0001, inertia=0.1) for name, drawn in DRAWN.items()}
-    for name, link in links.items():
-        text = text.replace(f'<link name="{name}">', f'<link name="{name}">{link.visuals()}')
-    extra = [
-        joint("panda_hand", "gripper_cam", (-0.1, 0, 0), rpy=(1.3, 0, -1.57)),
-        Link("gripper_cam", mass=0.2, inertia=0.1).urdf(),
-        joint("panda_hand", "tcp", (0, 0, 0.14)),
-        Link("tcp", mass=0.00001, inertia=0.1).urdf(),
-    ]
+    for name, drawn in DRAWN.items():
+        text = text.replace(
+            f'<link name="{name}">', f'<link name="{name}">{visuals(name, [Part(*drawn)], files)}'
+        )
+    text += joint("panda_hand", "gripper_cam", (-0.1, 0, 0), rpy=(1.3, 0, -1.57))
+    text += link("gripper_cam", [], files, 0.2, inertia=0.1)
+    text += joint("panda_hand", "tcp", (0, 0, 0.14)) + link("tcp", [], files, 0.00001, inertia=0.1)
     for side, finger in FINGER.items():
         shape = Part(center=(0, side * 0.01, MIDDLE), size=(FINGER_WIDTH, 0.02, FINGER_LENGTH)).collision()
         text = re.sub(
             rf'(<link name="{finger}">.*?)<collision>.*?</collision>', rf"\1{shape}", text, flags=re.S
         )
-        extra += [joint(finger, TIP[side], (0, 0, FINGER_LENGTH)), links[TIP[side]].urdf()]
-    files = {"panda.urdf": text.replace("</robot>", "\n".join(extra) + "\n</robot>").encode()}
-    for link in links.values():
-        files |= link.files()
-    return files
+        tip = TIP[side]
+        text += joint(finger, tip, (0, 0, FINGER_LENGTH))
+        text += link(tip, [Part(*DRAWN[tip])], files, 0.0001, inertia=0.1)
+    return files | {"panda.urdf": f"{text}</robot>\n".encode()}

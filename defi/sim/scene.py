@@ -5,7 +5,6 @@ The same `SceneConfig` describes the built-in table and the scenes of a CALVIN c
 Lengths in metres, angles in radians, colours RGBA in [0, 1].
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,15 @@ class ArmConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A block. `position` and `euler` are fixed values, or None: drawn from the scene's surfaces.
+    """A block. `position` and `euler` are fixed values, or "any": drawn from the scene's surfaces.
 
     `length` is its size along its x axis, in metres; it is 4 cm wide and high (built-in blocks only).
     """
 
     name: str
     urdf: Path
-    position: Vector | None = None
-    euler: Vector | None = None
+    position: Vector | str = "any"
+    euler: Vector | str = "any"
     length: float | None = None
 
 
@@ -130,18 +129,17 @@ class SceneConfig:
         Raises:
             UserError: as `compose`.
         """
-        cfg = compose(calvin_root, scene)
-        data = Path(cfg.data_path)
-        with reading(data, INCOMPLETE):
-            cfg = OmegaConf.to_container(cfg, resolve=True)
-            robot, table = cfg["robot"], cfg["scene"]["objects"]["fixed_objects"]["table"]
+        cfg = OmegaConf.to_container(compose(calvin_root, scene))  # nothing that it refers to is looked up
+        data, robot, world = Path(cfg["data_path"]), cfg["robot"], cfg["scene"]
+        with reading(f"{calvin_root}: scene {scene}", INCOMPLETE):
+            table = world["objects"]["fixed_objects"]["table"]
             return cls(
                 name=scene,
                 arm=ArmConfig(
                     urdf=data / robot["filename"],
-                    base_position=robot["base_position"],
-                    base_euler=robot["base_orientation"],
-                    rest_joints=robot["initial_joint_positions"],
+                    base_position=world["robot_base_position"],
+                    base_euler=world["robot_base_orientation"],
+                    rest_joints=world["robot_initial_joint_positions"],
                     arm_joints=robot["arm_joint_ids"],
                     lower_limits=robot["lower_joint_limits"],
                     upper_limits=robot["upper_joint_limits"],
@@ -153,10 +151,8 @@ class SceneConfig:
                     gripper_force=robot["gripper_force"],
                 ),
                 blocks=tuple(
-                    BlockConfig(
-                        name, data / block["file"], *map(_fixed, (block["initial_pos"], block["initial_orn"]))
-                    )
-                    for name, block in cfg["scene"]["objects"]["movable_objects"].items()
+                    BlockConfig(name, data / block["file"], block["initial_pos"], block["initial_orn"])
+                    for name, block in world["objects"]["movable_objects"].items()
                 ),
                 table=TableConfig(
                     urdf=data / table["file"],
@@ -165,18 +161,14 @@ class SceneConfig:
                     light_colors={name: light["color"] for name, light in table["lights"].items()},
                 ),
                 plane=data / "plane" / "plane.urdf",
-                surfaces=cfg["scene"]["surfaces"],
-                scale=cfg["scene"]["global_scaling"],
+                surfaces=world["surfaces"],
+                scale=world["global_scaling"],
                 cameras={name: _camera(camera) for name, camera in cfg["cameras"].items()},
             )
 
 
-def _fixed(pose: str | Vector) -> Vector | None:
-    return None if pose == "any" else pose
-
-
 def _camera(camera: dict) -> CameraConfig:
-    pose = camera.get("look_from"), camera.get("look_at"), camera.get("up_vector")
+    pose = (camera.get(key) for key in ("look_from", "look_at", "up_vector"))
     return CameraConfig(camera["fov"], camera["nearval"], camera["farval"], camera["width"], *pose)
 
 
@@ -224,10 +216,9 @@ def _read(file: Path) -> dict:
     return values
 
 
-def _targets(values: Any) -> Iterator[Any]:
+def _targets(values: Any) -> list[Any]:
     """Everything in nested containers that Hydra would call."""
     if isinstance(values, dict):
-        yield from (value for key, value in values.items() if key == "_target_")
-    if isinstance(values, (dict, list)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _targets(value)
+        own = [values["_target_"]] if "_target_" in values else []
+        return own + _targets(list(values.values()))
+    return sum(map(_targets, values), []) if isinstance(values, list) else []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from defi.sim.mesh import ALL_FACES, Color, Material, Vector, ball, prism
-from defi.sim.urdf import Link, Part, cuboid, joint, robot_files
+from defi.sim.urdf import Files, Part, cuboid, joint, link, robot_files
 
 TOP = 0.44  # height of the table top
 BOTTOM = TOP - 0.04  # of the table top's board
@@ -83,7 +83,7 @@ class Design:
         }
 
 
-def _base(design: Design) -> Link:
+def _base(design: Design) -> list[Part]:
     left, right, near, far = SHELF
     edge, leg = HALF_WIDTH, HALF_WIDTH - 0.05
     board, legs = (BOTTOM, TOP), (0, BOTTOM)
@@ -110,35 +110,24 @@ def _base(design: Design) -> Link:
         radius = design.button_radius
         parts.append(cuboid((x - radius, x + radius), (y - 0.045, FRONT), (z - 0.03, z), wall))
     back = cuboid((-edge, edge), (far + 0.01, BACK), (TOP, WALL_TOP), wall, "+z -y +x")
-    return Link("base_link", [*parts, back], friction=0.7)
+    return [*parts, back]
 
 
-def _button(design: Design) -> Link:
-    center, size = (0, 0, BUTTON_HEIGHT / 2), (design.button_radius, BUTTON_HEIGHT)
-    drawn = prism(center, *size, sides=14, bottom=False)
-    return Link("button_link", [Part(design.material("button"), drawn, center, size)], 0.15)
-
-
-def _switch(design: Design) -> Link:
-    width, depth, height = LEVER
-    lever = cuboid((-width / 2, width / 2), (0, depth), (0, height), design.material("lever"))
-    return Link("switch_link", [lever], 0.24, friction=0.1)
-
-
-def _slide(design: Design) -> Link:
+def _slide(design: Design) -> list[Part]:
     x, (width, reach, height) = DOOR_WIDTH / 2 + design.knob_offset, KNOB
-    door = cuboid((0, DOOR_WIDTH), (0, 0.015), (0.003, 0.16), design.material("door"), "-y +z +x")
     sides, heights = (x - width / 2, x + width / 2), (0.075, 0.075 + height)
-    knob = cuboid(sides, (-reach, 0), heights, design.material("knob"))
-    return Link("slide_link", [door, knob], 1.5, friction=0.3)
+    return [
+        cuboid((0, DOOR_WIDTH), (0, 0.015), (0.003, 0.16), design.material("door"), "-y +z +x"),
+        cuboid(sides, (-reach, 0), heights, design.material("knob")),
+    ]
 
 
-def _drawer(design: Design) -> Link:
+def _drawer(design: Design) -> list[Part]:
     wood, grip = design.material("drawer"), design.material("handle")
     depth, walls, gap = (-0.005, 0.205), (0, 0.085), (-0.015 - HANDLE_GAP, -0.015)
     half, rim = design.handle_width / 2, design.handle_width / 2 + 0.02
     heights = (HANDLE_TOP - 0.055 - DRAWER_BOTTOM, HANDLE_TOP - DRAWER_BOTTOM)
-    parts = [
+    return [
         cuboid((-0.155, 0.155), depth, (0, 0.015), wood, "+z"),
         cuboid((-0.165, -0.15), depth, walls, wood, "+x +z"),
         cuboid((0.15, 0.165), depth, walls, wood, "-x +x +z"),
@@ -148,42 +137,52 @@ def _drawer(design: Design) -> Link:
         cuboid((-rim, -half), gap, heights, grip),
         cuboid((half, rim), gap, heights, grip),
     ]
-    return Link("drawer_link", parts, 4.2)
 
 
-def table_files(design: Design) -> dict[str, bytes]:
+def table_files(design: Design) -> Files:
     """The table's files: `table.urdf` and its meshes and textures."""
     left, right, near, far = SHELF
-    bulb = Part(WHITE, ball((0, 0, 0.045), 0.045), (0, 0, 0.045), (0.02, 0.09))
+    width, depth, height = LEVER
+    lever = cuboid((-width / 2, width / 2), (0, depth), (0, height), design.material("lever"))
+    middle, cylinder = (0, 0, BUTTON_HEIGHT / 2), (design.button_radius, BUTTON_HEIGHT)
+    disc = prism(middle, *cylinder, sides=14, bottom=False)
+    button = Part(design.material("button"), disc, middle, cylinder)
     led = cuboid((-0.075, 0.075), (-0.02, 0.02), (0, 0.04), WHITE)
+    bulb = Part(WHITE, ball((0, 0, 0.045), 0.045), (0, 0, 0.045), (0.02, 0.09))
     plank = cuboid((left, right), (near, far), (-0.02, 0), design.material("plank"), "+z")
+    drawer = (design.drawer_x, DRAWER_FRONT + 0.015, DRAWER_BOTTOM)
     led_x = float(np.clip(design.button_place[0], -0.2, 0.28))
     bulb_x = float(np.clip(design.switch_place[0], -0.36, 0.34))
-    drawer = (design.drawer_x, DRAWER_FRONT + 0.015, DRAWER_BOTTOM)
-    links = [
-        *(_base(design), _button(design), _switch(design), _slide(design), _drawer(design)),
-        *(Link("led_link", [led], 0.2), Link("light_link", [bulb], 0.2), Link("plank_link", [plank], 2.8)),
-    ]
-    joints = [
-        joint("base_link", "button_link", design.button_place, axis=(0, 0, -1), upper=0.02),
-        joint("base_link", "switch_link", design.switch_place, axis=SWITCH_AXIS, upper=SWITCH_TRAVEL),
-        joint("base_link", "slide_link", (SLIDE_X, 0.025, TOP), axis=(-1, 0, 0), upper=0.28),
-        joint("base_link", "drawer_link", drawer, axis=(0, -1, 0), upper=0.22),
+    files: Files = {}
+    elements = [
+        link("base_link", _base(design), files, friction=0.7),
+        link("button_link", [button], files, 0.15),
+        link("switch_link", [lever], files, 0.24, friction=0.1),
+        link("slide_link", _slide(design), files, 1.5, friction=0.3),
+        link("drawer_link", _drawer(design), files, 4.2),
+        link("led_link", [led], files, 0.2),
+        link("light_link", [bulb], files, 0.2),
+        link("plank_link", [plank], files, 2.8),
+        joint("base_link", "button_link", design.button_place, (0, 0, -1), 0.02),
+        joint("base_link", "switch_link", design.switch_place, SWITCH_AXIS, SWITCH_TRAVEL),
+        joint("base_link", "slide_link", (SLIDE_X, 0.025, TOP), (-1, 0, 0), 0.28),
+        joint("base_link", "drawer_link", drawer, (0, -1, 0), 0.22),
         joint("base_link", "led_link", (led_x, 0.2, WALL_TOP)),
         joint("base_link", "light_link", (bulb_x, 0.195, WALL_TOP)),
         joint("base_link", "plank_link", (0, 0, TOP)),
     ]
-    return robot_files("table", links, joints)
+    return robot_files("table", elements, files)
 
 
-def block_files(name: str, color: Color, length: float) -> dict[str, bytes]:
+def block_files(name: str, color: Color, length: float) -> Files:
     """`<name>.urdf` and its mesh: a block 4 cm high and wide, `length` m along its x axis."""
-    half, width = length / 2, (-BLOCK_HEIGHT / 2, BLOCK_HEIGHT / 2)
+    half, width, files = length / 2, (-BLOCK_HEIGHT / 2, BLOCK_HEIGHT / 2), {}
     block = cuboid((-half, half), width, width, Material(color), ALL_FACES)
-    return robot_files(name, [Link(name, [block], 0.5, friction=0.7)])
+    return robot_files(name, [link(name, [block], files, 0.5, friction=0.7)], files)
 
 
-def plane_files() -> dict[str, bytes]:
+def plane_files() -> Files:
     """`plane.urdf`: the ground. Drawing all of it would cost much, so only a speck is drawn."""
-    speck = cuboid((-0.005, 0.005), (-0.005, 0.005), (-0.015, -0.005), WHITE, "+z", solid=False)
-    return robot_files("plane", [Link("plane", [speck, Part(center=(0, 0, -5), size=(200, 200, 10))])])
+    speck, files = cuboid((-0.005, 0.005), (-0.005, 0.005), (-0.015, -0.005), WHITE, "+z", solid=False), {}
+    ground = Part(center=(0, 0, -5), size=(200, 200, 10))
+    return robot_files("plane", [link("plane", [speck, ground], files, friction=1.0)], files)

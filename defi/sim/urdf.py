@@ -1,4 +1,7 @@
-"""Robots in URDF: links made of parts that are drawn, collide, or both, and the joints between them."""
+"""Robots in URDF: links made of parts that are drawn, collide, or both, and the joints between them.
+
+The functions return URDF text and add the meshes and textures that it refers to to a dict: name -> content.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,7 +9,8 @@ from dataclasses import dataclass
 from defi.sim.mesh import Material, Polygon, Vector, box, wavefront
 
 Range = tuple[float, float]
-SEEN_FROM_ABOVE = "-x +x -y +z"  # the faces that a camera sees of a part in front of it
+Files = dict[str, bytes]
+SEEN_FROM_ABOVE = "-x +x -y +z"  # the faces that a camera sees of a part that stands free
 
 
 @dataclass(frozen=True)
@@ -44,74 +48,58 @@ def cuboid(
     return Part(material, box(center, size, faces) if material else (), center, size if solid else ())
 
 
-@dataclass(frozen=True)
-class Link:
+def visuals(name: str, parts: Sequence[Part], files: Files) -> str:
+    """What is drawn of a link: a mesh per material."""
+    meshes: dict[Material, list[Polygon]] = {}
+    for part in parts:
+        if part.material:
+            meshes.setdefault(part.material, []).extend(part.polygons)
+    text = ""
+    for number, (material, polygons) in enumerate(meshes.items()):
+        stem, color = f"{name}_{number}", material.color if material.pattern == "plain" else (1, 1, 1)
+        files |= {f"{stem}.obj": wavefront(polygons, stem)} | material.files(stem)
+        text += f"""<visual><geometry><mesh filename="{stem}.obj"/></geometry>
+<material name="{stem}"><color rgba="{_numbers((*color, 1), 4)}"/></material></visual>"""
+    return text
+
+
+def link(
+    name: str,
+    parts: Sequence[Part],
+    files: Files,
+    mass: float = 0,
+    *,
+    friction: float = 0.5,
+    inertia: float = 1,
+) -> str:
     """A rigid body. Mass in kg, 0: static; the same inertia about x, y and z."""
-
-    name: str
-    parts: Sequence[Part] = ()
-    mass: float = 0
-    friction: float = 0.5
-    inertia: float = 1
-
-    def _meshes(self) -> Iterable[tuple[str, Material, list[Polygon]]]:
-        """Per material: name of the files, material, what is drawn in it."""
-        drawn: dict[Material, list[Polygon]] = {}
-        for part in self.parts:
-            if part.material:
-                drawn.setdefault(part.material, []).extend(part.polygons)
-        for number, (material, polygons) in enumerate(drawn.items()):
-            yield f"{self.name}_{number}", material, polygons
-
-    def files(self) -> dict[str, bytes]:
-        """The files that `visuals` refers to."""
-        files = {}
-        for stem, material, polygons in self._meshes():
-            files |= {f"{stem}.obj": wavefront(polygons, stem)} | material.files(stem)
-        return files
-
-    def visuals(self) -> str:
-        """URDF of what is drawn."""
-        text = []
-        for stem, material, _ in self._meshes():
-            color = material.color if material.pattern == "plain" else (1, 1, 1)
-            geometry = f'<geometry><mesh filename="{stem}.obj"/></geometry>'
-            color = f'<material name="{stem}"><color rgba="{_numbers((*color, 1), 4)}"/></material>'
-            text.append(f"<visual>{geometry}{color}</visual>")
-        return "\n".join(text)
-
-    def urdf(self) -> str:
-        collisions = "\n".join(part.collision() for part in self.parts if part.size)
-        return f"""<link name="{self.name}">
-<contact><lateral_friction value="{self.friction}"/></contact>
-<inertial><mass value="{self.mass}"/>
-<inertia ixx="{self.inertia}" ixy="0" ixz="0" iyy="{self.inertia}" iyz="0" izz="{self.inertia}"/></inertial>
-{self.visuals()}
-{collisions}
+    return f"""<link name="{name}">
+<contact><lateral_friction value="{friction}"/></contact>
+<inertial><mass value="{mass}"/>
+<inertia ixx="{inertia}" ixy="0" ixz="0" iyy="{inertia}" iyz="0" izz="{inertia}"/></inertial>
+{visuals(name, parts, files)}
+{"".join(part.collision() for part in parts if part.size)}
 </link>"""
 
 
 def joint(
-    parent: str, child: str, origin: Vector, *, rpy: Vector = (0, 0, 0), axis: Vector | None = None, upper=0.0
+    parent: str, child: str, origin: Vector, axis: Vector | None = None, upper: float = 0, *, rpy=(0, 0, 0)
 ) -> str:
     """`<parent>__<child>`, both without "_link": prismatic along `axis` from 0 to `upper` m, else fixed."""
-    name = f"{parent.removesuffix('_link')}__{child.removesuffix('_link')}"
     limits = (
         f'<axis xyz="{_numbers(axis or (), 6)}"/><limit lower="0" upper="{upper}" effort="0" velocity="0"/>'
     )
-    return f"""<joint name="{name}" type="{"prismatic" if axis else "fixed"}">
-<origin xyz="{_numbers(origin)}" rpy="{_numbers(rpy)}"/><parent link="{parent}"/><child link="{child}"/>
-{limits if axis else ""}
-</joint>"""
+    return f"""<joint name="{parent.removesuffix("_link")}__{child.removesuffix("_link")}"
+type="{"prismatic" if axis else "fixed"}"><parent link="{parent}"/><child link="{child}"/>
+<origin xyz="{_numbers(origin)}" rpy="{_numbers(rpy)}"/>{limits if axis else ""}</joint>"""
 
 
-def robot_files(name: str, links: Sequence[Link], joints: Sequence[str] = ()) -> dict[str, bytes]:
-    """`<name>.urdf` and the files that it refers to."""
-    body = "\n".join([*(link.urdf() for link in links), *joints])
-    files = {f"{name}.urdf": f'<?xml version="1.0"?>\n<robot name="{name}">\n{body}\n</robot>\n'.encode()}
-    for link in links:
-        files |= link.files()
-    return files
+def robot_files(name: str, elements: Sequence[str], files: Files) -> Files:
+    """`files`, and with them `<name>.urdf`, which holds the links and joints."""
+    body = "\n".join(elements)
+    return files | {
+        f"{name}.urdf": f'<?xml version="1.0"?>\n<robot name="{name}">\n{body}\n</robot>'.encode()
+    }
 
 
 def _numbers(values: Iterable[float], digits: int = 5) -> str:

@@ -91,10 +91,10 @@ class World(AbstractContextManager):
     def _block_pose(self, block: BlockConfig) -> Pose:
         """Drawn where the scene does not give it."""
         position, euler = block.position, block.euler
-        if position is None:
+        if position == "any":
             surface = self._rng.choice(list(self.scene.surfaces))
             position = self._rng.uniform(*self.scene.surfaces[surface])
-        if euler is None:
+        if euler == "any":
             euler = self._rng.uniform([0, 0, -np.pi], [0, 0, np.pi])
         return position, euler
 
