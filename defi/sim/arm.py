@@ -41,13 +41,9 @@ class Arm:
         """The cylinder drawn below the base: a body of its own, so that those loaded later count from it."""
         x, y, z = self.config.base_position
         yaw = self.config.base_euler[2]
-        shape = self._bullet.createVisualShape(
-            pybullet.GEOM_CYLINDER,
-            radius=PEDESTAL_RADIUS,
-            length=z,
-            rgbaColor=[1, 1, 1, 1],
-            visualFramePosition=[x - np.cos(yaw) * 0.05, y - np.sin(yaw) * 0.05, z / 2],
-        )
+        middle = [x - np.cos(yaw) * 0.05, y - np.sin(yaw) * 0.05, z / 2]
+        cylinder = {"radius": PEDESTAL_RADIUS, "length": z, "rgbaColor": [1, 1, 1, 1]}
+        shape = self._bullet.createVisualShape(pybullet.GEOM_CYLINDER, visualFramePosition=middle, **cylinder)
         self._bullet.createMultiBody(baseVisualShapeIndex=shape)
 
     def reset(self, robot_obs: Float[np.ndarray, "15"] | None = None) -> None:

@@ -5,6 +5,7 @@ link 15, 14 cm before the hand; finger joints 9 and 11; the camera link looks al
 """
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pybullet_data
@@ -38,24 +39,23 @@ DRAWN: dict[str, tuple[Material, list[Polygon]]] = {
 }
 
 
+@cache
 def arm_files() -> Files:
     """`panda.urdf` and its drawn meshes; the collision meshes stay where pybullet_data is installed."""
     root, files = Path(pybullet_data.getDataPath()) / "franka_panda", {}
     text = (root / "panda.urdf").read_text().removesuffix("</robot>\n")
     text = re.sub(r"<visual>.*?</visual>", "", text, flags=re.S).replace("package://", f"{root}/")
     for name, drawn in DRAWN.items():
-        text = text.replace(
-            f'<link name="{name}">', f'<link name="{name}">{visuals(name, [Part(*drawn)], files)}'
-        )
-    text += joint("panda_hand", "gripper_cam", (-0.1, 0, 0), rpy=(1.3, 0, -1.57))
+        start = f'<link name="{name}">'
+        text = text.replace(start, start + visuals(name, [Part(*drawn)], files))
+    text += joint("gripper_cam", (-0.1, 0, 0), parent="panda_hand", rpy=(1.3, 0, -1.57))
     text += link("gripper_cam", [], files, 0.2, inertia=0.1)
-    text += joint("panda_hand", "tcp", (0, 0, 0.14)) + link("tcp", [], files, 0.00001, inertia=0.1)
+    text += joint("tcp", (0, 0, 0.14), parent="panda_hand")
+    text += link("tcp", [], files, 0.00001, inertia=0.1)
     for side, finger in FINGER.items():
         shape = Part(center=(0, side * 0.01, MIDDLE), size=(FINGER_WIDTH, 0.02, FINGER_LENGTH)).collision()
-        text = re.sub(
-            rf'(<link name="{finger}">.*?)<collision>.*?</collision>', rf"\1{shape}", text, flags=re.S
-        )
-        tip = TIP[side]
-        text += joint(finger, tip, (0, 0, FINGER_LENGTH))
-        text += link(tip, [Part(*DRAWN[tip])], files, 0.0001, inertia=0.1)
+        first = rf'(<link name="{finger}">.*?)<collision>.*?</collision>'
+        text = re.sub(first, rf"\1{shape}", text, flags=re.S)
+        text += joint(TIP[side], (0, 0, FINGER_LENGTH), parent=finger)
+        text += link(TIP[side], [Part(*DRAWN[TIP[side]])], files, 0.0001, inertia=0.1)
     return files | {"panda.urdf": f"{text}</robot>\n".encode()}

@@ -150,9 +150,7 @@ def _store(files: dict[str, bytes]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=".draft", dir=folder.parent, ignore_cleanup_errors=True
-        ) as draft:
+        with tempfile.TemporaryDirectory(prefix=".draft", dir=folder.parent) as draft:
             for name, content in files.items():
                 (Path(draft) / name).write_bytes(content)
             os.rename(draft, folder)

@@ -163,13 +163,13 @@ def table_files(design: Design) -> Files:
         link("led_link", [led], files, 0.2),
         link("light_link", [bulb], files, 0.2),
         link("plank_link", [plank], files, 2.8),
-        joint("base_link", "button_link", design.button_place, (0, 0, -1), 0.02),
-        joint("base_link", "switch_link", design.switch_place, SWITCH_AXIS, SWITCH_TRAVEL),
-        joint("base_link", "slide_link", (SLIDE_X, 0.025, TOP), (-1, 0, 0), 0.28),
-        joint("base_link", "drawer_link", drawer, (0, -1, 0), 0.22),
-        joint("base_link", "led_link", (led_x, 0.2, WALL_TOP)),
-        joint("base_link", "light_link", (bulb_x, 0.195, WALL_TOP)),
-        joint("base_link", "plank_link", (0, 0, TOP)),
+        joint("button_link", design.button_place, (0, 0, -1), 0.02),
+        joint("switch_link", design.switch_place, SWITCH_AXIS, SWITCH_TRAVEL),
+        joint("slide_link", (SLIDE_X, 0.025, TOP), (-1, 0, 0), 0.28),
+        joint("drawer_link", drawer, (0, -1, 0), 0.22),
+        joint("led_link", (led_x, 0.2, WALL_TOP)),
+        joint("light_link", (bulb_x, 0.195, WALL_TOP)),
+        joint("plank_link", (0, 0, TOP)),
     ]
     return robot_files("table", elements, files)
 

@@ -10,7 +10,7 @@ from defi.sim.mesh import Material, Polygon, Vector, box, wavefront
 
 Range = tuple[float, float]
 Files = dict[str, bytes]
-SEEN_FROM_ABOVE = "-x +x -y +z"  # the faces that a camera sees of a part that stands free
+FREE = "-x +x -y +z"  # the faces that a camera may see of a part that stands free
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,7 @@ class Part:
         return f"<collision>{origin}<geometry>{geometry}</geometry></collision>"
 
 
-def cuboid(
-    x: Range,
-    y: Range,
-    z: Range,
-    material: Material | None = None,
-    faces: str = SEEN_FROM_ABOVE,
-    *,
-    solid=True,
-) -> Part:
+def cuboid(x: Range, y: Range, z: Range, material: Material | None = None, faces=FREE, *, solid=True) -> Part:
     """The box between the ranges; drawn if it has a material, colliding if `solid`."""
     center = tuple((high + low) / 2 for low, high in (x, y, z))
     size = tuple(high - low for low, high in (x, y, z))
@@ -63,15 +55,7 @@ def visuals(name: str, parts: Sequence[Part], files: Files) -> str:
     return text
 
 
-def link(
-    name: str,
-    parts: Sequence[Part],
-    files: Files,
-    mass: float = 0,
-    *,
-    friction: float = 0.5,
-    inertia: float = 1,
-) -> str:
+def link(name: str, parts: Sequence[Part], files: Files, mass=0.0, *, friction=0.5, inertia=1.0) -> str:
     """A rigid body. Mass in kg, 0: static; the same inertia about x, y and z."""
     return f"""<link name="{name}">
 <contact><lateral_friction value="{friction}"/></contact>
@@ -82,24 +66,18 @@ def link(
 </link>"""
 
 
-def joint(
-    parent: str, child: str, origin: Vector, axis: Vector | None = None, upper: float = 0, *, rpy=(0, 0, 0)
-) -> str:
+def joint(child: str, origin: Vector, axis=(), upper=0.0, *, parent="base_link", rpy=(0, 0, 0)) -> str:
     """`<parent>__<child>`, both without "_link": prismatic along `axis` from 0 to `upper` m, else fixed."""
-    limits = (
-        f'<axis xyz="{_numbers(axis or (), 6)}"/><limit lower="0" upper="{upper}" effort="0" velocity="0"/>'
-    )
-    return f"""<joint name="{parent.removesuffix("_link")}__{child.removesuffix("_link")}"
-type="{"prismatic" if axis else "fixed"}"><parent link="{parent}"/><child link="{child}"/>
+    name, kind = f"{parent}__{child}".replace("_link", ""), "prismatic" if axis else "fixed"
+    limits = f'<axis xyz="{_numbers(axis, 6)}"/><limit lower="0" upper="{upper}" effort="0" velocity="0"/>'
+    return f"""<joint name="{name}" type="{kind}"><parent link="{parent}"/><child link="{child}"/>
 <origin xyz="{_numbers(origin)}" rpy="{_numbers(rpy)}"/>{limits if axis else ""}</joint>"""
 
 
 def robot_files(name: str, elements: Sequence[str], files: Files) -> Files:
     """`files`, and with them `<name>.urdf`, which holds the links and joints."""
-    body = "\n".join(elements)
-    return files | {
-        f"{name}.urdf": f'<?xml version="1.0"?>\n<robot name="{name}">\n{body}\n</robot>'.encode()
-    }
+    text = "\n".join(['<?xml version="1.0"?>', f'<robot name="{name}">', *elements, "</robot>"])
+    return files | {f"{name}.urdf": text.encode()}
 
 
 def _numbers(values: Iterable[float], digits: int = 5) -> str:
