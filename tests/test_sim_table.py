@@ -64,6 +64,31 @@ def test_joints_have_calvins_types_directions_and_ranges(client, scene):
     assert {"led_link", "light_link", "plank_link"} < links
 
 
+def test_masses_and_frictions(client):
+    """What the recorded results of the built-in table depend on, besides the shapes."""
+    scene = builtin("D")
+    found = {}
+    for urdf in (scene.table.urdf, scene.plane, scene.blocks[0].urdf):
+        body = pybullet.loadURDF(str(urdf), physicsClientId=client)
+        names = [pybullet.getBodyInfo(body, client)[0].decode()]
+        joints = range(pybullet.getNumJoints(body, client))
+        names += [pybullet.getJointInfo(body, joint, client)[12].decode() for joint in joints]
+        for link, name in enumerate(names, start=-1):
+            found[name] = pytest.approx(pybullet.getDynamicsInfo(body, link, client)[:2])
+    assert found == {
+        "base_link": (0, 0.7),
+        "button_link": (0.15, 0.5),
+        "switch_link": (0.24, 0.1),
+        "slide_link": (1.5, 0.3),
+        "drawer_link": (4.2, 0.5),
+        "plank_link": (2.8, 0.5),
+        "led_link": (0.2, 0.5),
+        "light_link": (0.2, 0.5),
+        "plane": (0, 1),
+        "block_red": (0.5, 0.7),
+    }
+
+
 def test_rest_pose_of_the_arm_is_the_protocols_start():
     with World(builtin("D"), cameras=()) as world:
         world.reset(np.array(ROBOT_START))

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-Vector = tuple[float, float, float]
+from defi.sim.scene import Vector
+
 Color = tuple[float, float, float]
 Polygon = tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "3"]]  # corners, counterclockwise; normal
 

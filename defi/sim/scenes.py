@@ -25,7 +25,6 @@ SMALL, MIDDLE, BIG = 0.04, 0.056, 0.08  # lengths of blocks
 BLOCK_COLORS: dict[str, Color] = dict(zip(BLOCKS, [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 1.0)]))
 BRACKET = (0.335, -0.345, 0.335)  # the lever in front of the right corner
 BEHIND_LEFT = (-0.38, -0.06, 0.485)  # the lever behind at the left
-SCENES = ("A", "B", "C", "D")
 PATTERNS = ("wood", "planks", "speckle", "plain")
 SURFACES = {
     "table": ((-0.02, -0.13, 0.46), (0.28, -0.05, 0.46)),
@@ -34,15 +33,9 @@ SURFACES = {
 }
 
 # How far a variation's hue, and its saturation and value, may be from its scene's.
-FURNITURE_SPREAD = dict.fromkeys(("top", "wall", "door", "drawer"), (0.03, 0.14))
-FIXTURE_SPREAD = {
-    "knob": (0.03, 0.1),
-    "handle": (0.5, 0.06),
-    "lever": (0.03, 0.1),
-    "button": (0.03, 0.1),
-    "plank": (0.5, 0.05),
-}
-
+FURNITURE = dict.fromkeys(("top", "wall", "door", "drawer"), (0.03, 0.14))
+SPREAD = FURNITURE | dict.fromkeys(("knob", "handle", "lever", "button"), (0.03, 0.1))
+SPREAD |= {"handle": (0.5, 0.06), "plank": (0.5, 0.05)}
 FAMILIES = {
     "A": Design(
         top=(0.05, 0.55, 0.50), wall=(0.04, 0.60, 0.36), door=(0.07, 0.45, 0.62), drawer=(0.05, 0.50, 0.42),
@@ -73,6 +66,7 @@ FAMILIES = {
         lengths=(MIDDLE, SMALL, BIG), handle_width=0.19,
     ),
 }  # fmt: skip
+SCENES = tuple(FAMILIES)
 
 
 def builtin(name: str) -> SceneConfig:
@@ -92,23 +86,21 @@ def variation(name: str, seed: int) -> SceneConfig:
 
 def _vary(family: Design, rng: np.random.Generator) -> Design:
     """Another member of the family: hues and shades, a few centimetres, sizes."""
+    shift = rng.uniform(-0.16, 0.16)  # the same for all furniture, so that it matches
 
-    def color(part: str, hue: float, other: float, shift: float = 0.0) -> HSV:
-        h, s, v = getattr(family, part)
-        h, s, v = np.array([(h + shift) % 1, s, v]) + rng.uniform(-1, 1, 3) * (hue, other, other)
-        return float(h % 1), float(np.clip(s, 0, 1)), float(np.clip(v, 0.06, 1))
+    def color(part: str) -> HSV:
+        (h, s, v), (hue, other) = getattr(family, part), SPREAD[part]
+        middle = np.array([(h + shift) % 1 if part in FURNITURE else h, s, v])
+        h, s, v = (middle + rng.uniform(-1, 1, 3) * (hue, other, other)).tolist()
+        return h % 1, min(max(s, 0.0), 1.0), min(max(v, 0.06), 1.0)
 
     def near(middle: float | tuple[float, ...], spread: float | tuple[float, ...]) -> tuple[float, ...]:
         return tuple((middle + rng.uniform(-1, 1, np.size(spread)) * spread).tolist())
 
-    shift = rng.uniform(-0.16, 0.16)  # the same for all furniture, so that it matches
-    furniture = {part: color(part, *spread, shift) for part, spread in FURNITURE_SPREAD.items()}
-    fixtures = {part: color(part, *spread) for part, spread in FIXTURE_SPREAD.items()}
     on_bracket = family.button_place[1] < -0.2
     return replace(
         family,
-        **furniture,
-        **fixtures,
+        **{part: color(part) for part in SPREAD},
         patterns=(str(rng.choice(PATTERNS)), str(rng.choice(PATTERNS))),
         button_place=near(family.button_place, (0.01 if on_bracket else 0.025, 0.01, 0)),
         switch_place=near(family.switch_place, (0.018, 0.012, 0.01)),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defi.sim.mesh import ALL_FACES, Color, Material, Vector, ball, prism
+from defi.sim.mesh import ALL_FACES, Color, Material, ball, prism
+from defi.sim.scene import Vector
 from defi.sim.urdf import Files, Part, cuboid, joint, link, robot_files
 
 TOP = 0.44  # height of the table top

@@ -6,7 +6,8 @@ The functions return URDF text and add the meshes and textures that it refers to
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from defi.sim.mesh import Material, Polygon, Vector, box, wavefront
+from defi.sim.mesh import Material, Polygon, box, wavefront
+from defi.sim.scene import Vector
 
 Range = tuple[float, float]
 Files = dict[str, bytes]
