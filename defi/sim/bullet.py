@@ -44,9 +44,7 @@ class Bullet:
         if renderer == "egl":
             plugin = importlib.util.find_spec("eglRenderer")
             if plugin is None or self.loadPlugin(plugin.origin, "_eglRendererPlugin") < 0:
-                raise UserError(
-                    "renderer=egl: no EGL here; install a GPU driver or Mesa's libEGL, or use cpu"
-                )
+                raise UserError("renderer=egl: no EGL here; install a GPU driver or Mesa's, or use cpu")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -52,8 +52,9 @@ class OfficialWorld(contextlib.AbstractContextManager):
             except Exception as error:
                 if not isinstance(error.__cause__, ImportError):
                     raise
+                reason = one_line(error.__cause__)
                 raise UserError(
-                    f"sim.backend=calvin_env: it cannot be imported ({one_line(error.__cause__)}); {INSTALL}"
+                    f"sim.backend=calvin_env: cannot be imported ({reason}); {INSTALL}"
                 ) from error
         # With no cameras of its own it draws nothing in `reset` and `step`.
         self._cameras, self._env.cameras = self._env.cameras, []

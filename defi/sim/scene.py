@@ -158,7 +158,7 @@ class SceneConfig:
                     urdf=data / table["file"],
                     position=table["initial_pos"],
                     euler=table["initial_orn"],
-                    light_colors={name: light["color"] for name, light in table["lights"].items()},
+                    light_colors={name: table["lights"][name]["color"] for name in ("lightbulb", "led")},
                 ),
                 plane=data / "plane" / "plane.urdf",
                 surfaces=world["surfaces"],
