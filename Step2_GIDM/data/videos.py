@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
-from defi.film import Numbering, number_video
+from defi.frame_numbers import Numbering, number_video
 from defi.folders import find_files
 from defi.video import VIDEO_SUFFIXES, read_frames
 from defi.video_index import number_videos
