@@ -43,10 +43,10 @@ class Numbering:
 class VideoFile:
     """A video, decoded from its beginning or from a time (in ticks of its stream). Iterating yields frames.
 
-    For the frames so far, `times` holds when each is shown, and `keys` when each key frame is shown and decoded.
+    So far: `times` holds when each is shown, `keys` when each key frame is shown and when it is decoded.
 
     Raises:
-        UserError: the file is missing, truncated, no video, or shows no frame, or its frames change their size.
+        UserError: the file is missing, truncated, no video or shows no frame, or frames change their size.
     """
 
     def __init__(self, path: Path, time: int | None = None) -> None:
