@@ -22,8 +22,8 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from Step2_GIDM.data.build import held_out_pairs, training_pairs
-from Step2_GIDM.data.calvin import CalvinClips
 from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.sources.calvin import CalvinClips
 from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.observe import Observed, observe

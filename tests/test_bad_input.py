@@ -24,9 +24,9 @@ from defi.video import write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes
 from Step2_GIDM import train
-from Step2_GIDM.data.calvin import CalvinClips
 from Step2_GIDM.data.pairs import PairDataset
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.calvin import CalvinClips
+from Step2_GIDM.data.sources.videos import VideoClips
 
 HIDDEN = b"\0\5\x16\7\0\2\0\0Mac OS X"  # how files begin that macOS puts beside others
 
@@ -102,7 +102,7 @@ def test_a_video_cut_short_is_left_out_and_tried_again(
     run("latents", inputs, out, **given)
     assert "left out: " in capsys.readouterr().out
     said = (out / "skipped" / "train" / "b.txt").read_text()
-    assert said.startswith(f"{files[1]}: damaged, frame ")
+    assert said.startswith(f"{files[1]}: cannot be read (truncated: frame ")
     assert [e.id for e in read_episodes(out, "train")] == ["a"]
     stamps = {file: file.stat().st_mtime_ns for file in (out / "latent_videos").rglob("*.safetensors")}
     files[1].write_bytes(good)

@@ -15,10 +15,10 @@ from defi.errors import UserError
 from defi.video import write_mp4
 from Step2_GIDM.data.augment import Augmentation, Draw, augment, crop, recolour
 from Step2_GIDM.data.build import held_out_pairs, read_section, training_pairs
-from Step2_GIDM.data.calvin import CalvinClips
 from Step2_GIDM.data.pairs import Clip, PairDataset
 from Step2_GIDM.data.resize import resize
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.calvin import CalvinClips
+from Step2_GIDM.data.sources.videos import VideoClips
 from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import direction, telling_place
 from Step2_GIDM.health import Probed, probe, report
@@ -209,7 +209,7 @@ def test_all_of_the_demonstrations(demonstrations: Path, language: bool | None, 
     """Training takes annotated spans; where all is wanted, all recordings, unless data.language is true."""
     cameras = ["static", "gripper"] if language else ["static"]
     given = section(demonstrations, language=language, cameras=cameras)
-    whole = read_section(given).whole()
+    whole = read_section(given).open_all()
     assert len(whole.source.clips) == clips
     assert len(training_pairs(given, 14)) == len(cameras) * (10 + 10 if language is False else 5 + 10)
     if language:

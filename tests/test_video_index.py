@@ -15,7 +15,7 @@ from defi.errors import UserError
 from defi.frame_numbers import FIX, Numbering, number_video
 from defi.video import VIDEO_SUFFIXES, write_mp4
 from defi.video_index import INDEX, VERSION, number_videos
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.videos import VideoClips
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from defi.errors import UserError
 from defi.frame_numbers import number_video
 from defi.video import frame_count, read_frames, read_video
 from Step1_GFDM.sources.videos import CaptionedVideos
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.videos import VideoClips
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 COVER = 1024  # the disposition of an attached picture
