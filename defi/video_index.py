@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import astuple
@@ -65,22 +65,23 @@ def _stamp(file: Path) -> Stamp:
 
 
 def _known(places: Sequence[Path], stamps: dict[str, Stamp]) -> dict[str, Found]:
-    """What the indices say of videos that are still as they were."""
-    largest = LONGEST * max(FEWEST, len(stamps))
-    lines = (line for place in places for line in _lines(place / INDEX, largest))
-    return {name: found for name, stamp, found in lines if stamps.get(name) == stamp}
+    """What the indices say of videos that are still as they were.
 
-
-def _lines(file: Path, largest: int) -> Iterator[tuple[str, Stamp, Found]]:
-    """The valid lines of an index, one by one: it may come from others, and must not fill the memory."""
-    with suppress(OSError):
-        if file.is_file() and file.stat().st_size <= largest:
+    An index may come with the videos from others: what is damaged says nothing, and it is read line by line,
+    so as not to fill the memory.
+    """
+    known: dict[str, Found] = {}
+    for file in (place / INDEX for place in places):
+        with suppress(OSError):
+            if not file.is_file() or file.stat().st_size > LONGEST * max(FEWEST, len(stamps)):
+                continue
             with file.open("rb") as stream:
                 while line := stream.readline(LONGEST):
                     with suppress(ValueError, TypeError, RecursionError):
                         name, size, changed, version, *found = json.loads(line)
-                        if version == VERSION and isinstance(name, str):
-                            yield name, (size, changed), _checked(*found)
+                        if version == VERSION and stamps.get(name) == (size, changed):
+                            known[name] = _checked(*found)
+    return known
 
 
 def _checked(frames: int | str, starts: Sequence = ()) -> Found:

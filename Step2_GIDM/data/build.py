@@ -10,40 +10,32 @@ from omegaconf import OmegaConf
 from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from Step2_GIDM.data.mixture import PairMixture
-from Step2_GIDM.data.pairs import PairDataset, PairsSettings
+from Step2_GIDM.data.pairs import PairDataset, PairsSettings, Part
 from Step2_GIDM.data.sources import SOURCES
 
 Section = Mapping[str, Any]
 
 
-def training_pairs(data: Section, image_size: int, *, augment: bool = True) -> PairDataset | PairMixture:
-    """Pairs of the section's training clips, augmented as it says."""
-    return _pairs(data, image_size, augment=augment)
-
-
-def held_out_pairs(data: Section, image_size: int) -> PairDataset | PairMixture:
-    """Pairs of the section's held-out clips, as they are."""
-    return _pairs(data, image_size, augment=False, held_out=True)
-
-
-def _pairs(
-    data: Section, image_size: int, *, augment: bool, held_out: bool = False
+def build_pairs(
+    data: Section, image_size: int, part: Part = "training", *, augment: bool = True
 ) -> PairDataset | PairMixture:
+    """Pairs of the section's training clips, augmented as it says, or of those that are held out, as they are."""
+
     def pairs_of(settings: PairsSettings) -> PairDataset:
         return PairDataset(
-            settings.open(held_out),
+            settings.open(part),
             image_size=image_size,
             distance=settings.distance,
             stride=settings.stride,
-            augmentation=settings.augmentation if augment else None,
+            augmentation=settings.augmentation if augment and part == "training" else None,
         )
 
     if "sets" not in data:
         return pairs_of(read_section(data))
-    parts = read_mixture(data)
-    sets = {name: pairs_of(part) for name, part in parts.items()}
-    sizes = {name: len(sets[name]) if held_out else part.size(sets[name]) for name, part in parts.items()}
-    return PairMixture(sets, {name: part.weight for name, part in parts.items()}, sizes)
+    settings = read_mixture(data)
+    sets = {name: pairs_of(own) for name, own in settings.items()}
+    sizes = {n: own.size(sets[n]) if part == "training" else len(sets[n]) for n, own in settings.items()}
+    return PairMixture(sets, {name: own.weight for name, own in settings.items()}, sizes)
 
 
 def read_section(data: Section, where: str = "data") -> PairsSettings:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from defi.errors import UserError
 from Step2_GIDM.data.augment import Augmentation, augment
 from Step2_GIDM.data.resize import resize
 
+Part = Literal["training", "held_out", "all"]
 FARTHEST = 10**6  # frames between the two of a pair: hours of video
 
 
@@ -39,32 +40,30 @@ class Clip:
         return now, min(now + distance, self.length - 1)
 
 
-class Source(Protocol):
-    """Clips of one data set, and their frames. fingerprint: identifies the data."""
+class Source:
+    """Clips of one data set, and their frames.
+
+    clips: a list, or none where `clip` makes each when asked for: there may be millions.
+    fingerprint: identifies the data. scope: what the clips are of. left_out: what else the data set holds.
+    """
 
     clips: Sequence[Clip]
     fingerprint: str
+    scope: str
+    left_out: Sequence[str]
 
     @cached_property
     def lengths(self) -> Int64[np.ndarray, " C"]:
         """Frames of each clip."""
         return np.array([clip.length for clip in self.clips], np.int64)
 
+    def clip(self, number: int) -> Clip:
+        """A clip by its number; where there are millions, it is made now."""
+        return self.clips[number]
+
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
         """Frames of a clip, counted from its start."""
-        ...
-
-
-@dataclass(frozen=True)
-class AllClips:
-    """All clips of a data set, but for those that its section leaves out.
-
-    scope: what that is, in words. left_out: what else the data set holds.
-    """
-
-    source: Source
-    scope: str
-    left_out: list[str]
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
@@ -87,12 +86,8 @@ class PairsSettings:
             limits = f"with 1 <= low <= high <= {FARTHEST:,}"
             raise UserError(f"data.distance={self.distance}: must be [low, high] {limits}")
 
-    def open(self, held_out: bool) -> Source:
-        """The clips that are trained on, or those that are held out."""
-        raise NotImplementedError
-
-    def open_all(self) -> AllClips:
-        """All clips, for labels."""
+    def open(self, part: Part) -> Source:
+        """The clips that are trained on, those that are held out, or all that the section does not leave out."""
         raise NotImplementedError
 
     def size(self, pairs: "PairDataset") -> int:
@@ -131,7 +126,7 @@ class PairDataset(Dataset):
         """Clip and position of the earlier frame of pair `index`."""
         which = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[which - 1]) if which else 0
-        return self.source.clips[which], (index - before) * self.stride
+        return self.source.clip(which), (index - before) * self.stride
 
     def frames(self, index: int) -> UInt8[Tensor, "2 3 H W"]:
         """The two frames of pair `index` at the largest distance, as they are stored."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, UInt8
 
 from defi.archive import read_places
 from defi.errors import UserError, reading
@@ -55,10 +55,11 @@ class RLDSDataset:
         self.spec = read_spec(self.folder)
         self.split, chosen = choose_split(self.folder, read_splits(self.folder), split)
         self.index = open_index(self.folder, self.split, self.spec, Path(index))
-        self.first = chosen.start
-        part = slice(chosen.start, chosen.stop)
-        self._files, self._firsts = self.index.files[part], self.index.firsts[part]
-        self._records, self.lengths = self.index.episodes[part, :2], self.index.episodes[part, 2].copy()
+        self.first, part = chosen.start, slice(chosen.start, chosen.stop)
+        steps = self.index.episodes[:, 2]
+        self._files = np.repeat(np.arange(len(self.split.shards)), self.split.lengths)[part]
+        self._records, self._firsts = self.index.episodes[part, :2], (steps.cumsum() - steps)[part]
+        self.lengths = steps[part].copy()
         self.fingerprint = f"{self.index.fingerprint}-{split}"
         self.pictures = list(self.index.pictures)  # features that hold RGB pictures, as paths below `steps/`
 
@@ -118,12 +119,9 @@ class RLDSDataset:
         distinct, numbers = self.index.texts[language]
         begin, end = self._firsts[0], self._firsts[-1] + self.lengths[-1]
         has_text = np.array([text != "" and is_utf8(text) for text in distinct], bool)[numbers[begin:end]]
-        before = np.concatenate([[0], np.cumsum(has_text)])  # texts before each step
-
-        def up_to(steps: Int64[np.ndarray, " E"]) -> Int64[np.ndarray, " E"]:
-            return before[(steps - begin).clip(0, end - begin)]
-
-        return up_to(self._firsts + self.lengths - trim[1]) > up_to(self._firsts + trim[0])
+        before = np.append(0, np.cumsum(has_text))  # texts before each step
+        starts, ends = self._firsts - begin + trim[0], self._firsts - begin + self.lengths - trim[1]
+        return before[ends.clip(0, end - begin)] > before[starts.clip(0, end - begin)]
 
     def shard(self, episode: int) -> Path:
         """The file that holds an episode."""

@@ -122,11 +122,7 @@ def is_instruction(path: str, feature: Feature) -> bool:
 
 
 def read_splits(folder: Path) -> dict[str, Split]:
-    """The splits by name.
-
-    Raises:
-        UserError: the file is missing, or the data are not TFRecords.
-    """
+    """The splits by name. Raises UserError: the file is missing, or the data are not TFRecords."""
     file = folder / INFO
     info = read_json(file, FIX)
     with reading(file, FIX):

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from defi.calvin import TRAINING, VALIDATION, CalvinFolder
 from defi.errors import UserError
 from defi.processes import print_once
-from Step2_GIDM.data.pairs import AllClips, Clip, PairsSettings, Source
+from Step2_GIDM.data.pairs import Clip, PairsSettings, Part, Source
 
 CAMERAS = ("static", "gripper")
 
@@ -27,19 +27,9 @@ class Settings(PairsSettings):
     cameras: list[str]
     language: bool | None
 
-    def open(self, held_out: bool) -> "CalvinClips":
-        return self._clips(self.held_out if held_out else self.split, language=self.language is not False)
-
-    def open_all(self) -> AllClips:
-        source = self._clips(self.split, language=bool(self.language))
-        left_out = [f"the camera {name} (data.cameras)" for name in CAMERAS if name not in self.cameras]
-        left_out += ["frames without annotation (data.language)"] if self.language else []
-        splits = [name for name in (TRAINING, VALIDATION) if (Path(self.root) / name).is_dir()]
-        left_out += [f"the split {name} (data.split)" for name in splits if name != self.split]
-        what = "annotated spans" if self.language else "all recordings, without instructions"
-        return AllClips(source, f"{source.data.folder} ({', '.join(self.cameras)}; {what})", left_out)
-
-    def _clips(self, split: str, *, language: bool) -> "CalvinClips":
+    def open(self, part: Part) -> "CalvinClips":
+        split = self.held_out if part == "held_out" else self.split
+        language = bool(self.language) if part == "all" else self.language is not False
         return CalvinClips(Path(self.root) / split, cameras=self.cameras, language=language)
 
 
@@ -58,6 +48,12 @@ class CalvinClips(Source):
         self.clips = [
             Clip(camera, start, end - start + 1, (text,)) for camera in cameras for start, end, text in bounds
         ]
+        what = "annotated spans" if language else "all recordings, without instructions"
+        self.scope = f"{folder} ({', '.join(cameras)}; {what})"
+        self.left_out = [f"the camera {name} (data.cameras)" for name in CAMERAS if name not in cameras]
+        self.left_out += ["frames without annotation (data.language)"] if language else []
+        splits = [split for split in (TRAINING, VALIDATION) if (folder.parent / split).is_dir()]
+        self.left_out += [f"the split {split} (data.split)" for split in splits if split != folder.name]
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
         return self.data.stack(f"rgb_{clip.name}", [clip.start + position for position in positions])

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from defi.errors import UserError
 from defi.rlds import FEW, RLDSDataset, default_splits
 from defi.rlds.spec import find_version, read_splits
-from Step2_GIDM.data.pairs import FARTHEST, AllClips, Clip, PairDataset, PairsSettings, Source
+from Step2_GIDM.data.pairs import FARTHEST, Clip, PairDataset, PairsSettings, Part, Source
 
 
 @dataclass(kw_only=True)
@@ -37,15 +37,18 @@ class Settings(PairsSettings):
         if len(self.trim) != 2 or not all(0 <= steps <= FARTHEST for steps in self.trim):
             raise UserError(f"data.trim={self.trim}: must be [steps at the start, steps at the end]")
 
-    def open(self, held_out: bool) -> "RLDSClips":
-        return RLDSClips(self, (self.held_out if held_out else self.split) or self._default(held_out))
+    def open(self, part: Part) -> "RLDSClips":
+        split = self.held_out if part == "held_out" else self.split
+        return RLDSClips(self, split or self._default_split(part))
 
-    def _default(self, held_out: bool) -> str:
+    def _default_split(self, part: Part) -> str:
         """As the published code splits: where 95 % of the episodes are all of them, it trains on all."""
         splits = default_splits(self.root)
+        if part == "all":
+            return splits[0].partition("[")[0]
         if splits != FEW:
-            return splits[held_out]
-        if held_out:
+            return splits[part == "held_out"]
+        if part == "held_out":
             what = "too few episodes to hold any out; pictures and health are of those that are trained on"
             warnings.warn(f"{self.root}: {what} (data.held_out)", stacklevel=2)
         return "train"
@@ -63,21 +66,9 @@ class Settings(PairsSettings):
                 warnings.warn(f"share without the split {split}: {error}", stacklevel=2)
         return steps // self.stride
 
-    def open_all(self) -> AllClips:
-        source = RLDSClips(self, self.split or default_splits(self.root)[0].partition("[")[0])
-        data, name = source.data, source.data.split.name
-        left_out = [f"the split {split} (data.split)" for split in read_splits(data.folder) if split != name]
-        if more := data.split.episodes - len(data):
-            left_out.append(f"{more:,} episodes of {name} (data.split)")
-        if source.dropped:
-            left_out.append(f"{source.dropped:,} episodes without an instruction (data.drop_unlabelled)")
-        if any(self.trim):
-            left_out.append(f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)")
-        return AllClips(source, f"{data.folder} ({self.split or name})", left_out)
-
 
 class RLDSClips(Source):
-    """One clip per episode. dropped: how many episodes were left out.
+    """One clip per episode, named `data set:number in its split`.
 
     Raises:
         UserError: no episode has an instruction, and those without are left out.
@@ -86,33 +77,32 @@ class RLDSClips(Source):
     def __init__(self, settings: Settings, split: str) -> None:
         self.data = data = settings.data(split)
         self.fingerprint, self.picture = data.fingerprint, data.picture(settings.image)
-        self.clips = EpisodeClips(data, settings)
-        self.lengths, self.dropped = self.clips.lengths, len(data) - len(self.clips)
-        what = f"{data.folder}: of {len(data):,} episodes of {data.split.name}"
-        if not len(self.clips):
+        self.language, self.trim = data.language(settings.language), settings.trim
+        kept = np.ones(len(data), bool)
+        if settings.drop_unlabelled:
+            kept = data.labelled(self.language, self.trim)
+        self.episodes, dropped, name = kept.nonzero()[0], int((~kept).sum()), data.split.name
+        self.lengths = (data.lengths[self.episodes] - sum(self.trim)).clip(0)
+        what = f"{data.folder}: of {len(data):,} episodes of {name}"
+        if dropped == len(data):
             raise UserError(f"{what} none has an instruction; data.drop_unlabelled=false keeps them")
-        if self.dropped:
+        if dropped:
             why = "they have no instruction (data.drop_unlabelled)"
-            warnings.warn(f"{what} {self.dropped:,} are left out: {why}", stacklevel=2)
+            warnings.warn(f"{what} {dropped:,} are left out: {why}", stacklevel=2)
+        self.scope = f"{data.folder} ({split})"
+        self.left_out = [f"the split {other} (data.split)" for other in read_splits(data.folder) if other != name]
+        if more := data.split.episodes - len(data):
+            self.left_out.append(f"{more:,} episodes of {name} (data.split)")
+        if dropped:
+            self.left_out.append(f"{dropped:,} episodes without an instruction (data.drop_unlabelled)")
+        if any(self.trim):
+            self.left_out.append(f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)")
+
+    def clip(self, number: int) -> Clip:
+        episode, first, length = int(self.episodes[number]), self.trim[0], int(self.lengths[number])
+        texts = self.data.texts(episode, self.language, slice(first, first + length))
+        return Clip(f"{self.data.name}:{self.data.first + episode}", first, length, texts)
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
         episode = int(clip.name.rpartition(":")[2]) - self.data.first
         return self.data.frames(episode, [clip.start + position for position in positions], self.picture)
-
-
-class EpisodeClips(Sequence[Clip]):
-    """Clips named `data set:number in its split`. Made when asked for: there are millions."""
-
-    def __init__(self, data: RLDSDataset, settings: Settings) -> None:
-        self.data, self.trim, self.language = data, settings.trim, data.language(settings.language)
-        kept = data.labelled(self.language, self.trim) if settings.drop_unlabelled else np.ones(len(data), bool)
-        self.episodes = kept.nonzero()[0]
-        self.lengths = (data.lengths[self.episodes] - sum(self.trim)).clip(0)
-
-    def __len__(self) -> int:
-        return len(self.episodes)
-
-    def __getitem__(self, index: int) -> Clip:
-        episode, first, length = int(self.episodes[index]), self.trim[0], int(self.lengths[index])
-        texts = self.data.texts(episode, self.language, slice(first, first + length))
-        return Clip(f"{self.data.name}:{self.data.first + episode}", first, length, texts)

@@ -14,20 +14,15 @@ from defi.folders import find_files
 from defi.frame_numbers import number_video
 from defi.video import VIDEO_SUFFIXES, read_frames
 from defi.video_index import number_videos
-from Step2_GIDM.data.pairs import AllClips, Clip, PairsSettings, Source
+from Step2_GIDM.data.pairs import Clip, PairsSettings, Part, Source
 
 
 @dataclass(kw_only=True)
 class Settings(PairsSettings):
     """`held_out` is a folder like `root`; None: `root` itself."""
 
-    def open(self, held_out: bool) -> "VideoClips":
-        return VideoClips(Path(self.held_out if held_out and self.held_out else self.root))
-
-    def open_all(self) -> AllClips:
-        source = self.open(False)
-        damaged = len(source.damaged)
-        return AllClips(source, self.root, [f"videos that cannot be opened ({damaged:,})"] if damaged else [])
+    def open(self, part: Part) -> "VideoClips":
+        return VideoClips(Path(self.held_out if part == "held_out" and self.held_out else self.root))
 
 
 class VideoClips(Source):
@@ -40,14 +35,16 @@ class VideoClips(Source):
         if not files:
             raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
         found = [number_video(root)] if root.is_file() else number_videos(root, files)
-        self.damaged = [fault for fault in found if isinstance(fault, UserError)]
+        damaged = [fault for fault in found if isinstance(fault, UserError)]
         self._numberings = {str(f): n for f, n in zip(files, found) if not isinstance(n, UserError)}
         self.clips = [Clip(file, 0, numbering.frames) for file, numbering in self._numberings.items()]
         if not self.clips:
-            raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {self.damaged[0]}")
-        if self.damaged:
-            count = f"{len(self.damaged)} of {len(files)}"
-            warnings.warn(f"{count} videos left out; the first: {self.damaged[0]}", stacklevel=2)
+            raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {damaged[0]}")
+        if damaged:
+            count = f"{len(damaged)} of {len(files)}"
+            warnings.warn(f"{count} videos left out; the first: {damaged[0]}", stacklevel=2)
+        self.scope = str(root)
+        self.left_out = [f"videos that cannot be opened ({len(damaged):,})"] if damaged else []
         names = "".join(f"{Path(clip.name).name} {clip.length}\n" for clip in self.clips)
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
 
