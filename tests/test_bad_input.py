@@ -366,7 +366,7 @@ def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(
     toy = write_videos(tmp_path, {"train": [[3, 3], [3, 3], [3, 3]]})
     files = sorted((toy / "1.0.0").glob("*tfrecord*"))
     good = files[1].read_bytes()
-    start = list(read_records(files[1]))[1].start - 12
+    start = list(read_records(files[1]))[1][1] - 12
     read: list[int] = []
 
     def scan(shard: Path, *args, _scan=index._scan, **named):

@@ -178,7 +178,7 @@ def test_an_interrupted_index_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch
 def test_damaged_files_are_named_with_the_position(toy: Path) -> None:
     file = file_of(toy, 0)
     whole = file.read_bytes()
-    second = list(read_records(file))[1].start - 12
+    second = list(read_records(file))[1][1] - 12
     for damaged, message in (
         (whole[:-7], f"record 1 at byte {second}: .*truncated"),
         (whole[: second + 5], f"record 1 at byte {second}: .*truncated"),
@@ -310,10 +310,10 @@ def test_a_single_count_that_is_no_list(toy: Path) -> None:
     assert opened(toy, "val").lengths.tolist() == [6]
 
 
-@pytest.mark.parametrize(("compress", "how"), [(gzip.compress, "gzip"), (zlib.compress, "zlib")])
-def test_compressed_files_are_named(toy: Path, compress, how: str) -> None:
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress])
+def test_compressed_files_are_named(toy: Path, compress) -> None:
     file_of(toy, 1).write_bytes(compress(file_of(toy, 1).read_bytes()))
-    with pytest.raises(UserError, match=rf"00001-of-00002: record 0 .*compressed with {how}; unpack it"):
+    with pytest.raises(UserError, match="00001-of-00002: record 0 .*; unpack it if it is compressed"):
         opened(toy)
 
 

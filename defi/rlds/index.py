@@ -169,19 +169,19 @@ def _scan(shard: Path, expected: int, pictures: Features, texts: Features) -> di
     words: dict[str, dict[str, int]] = {name: {} for name in texts}
     episodes = [np.empty((0, 3), np.int64)]
     places, numbers = [np.empty((0, len(pictures), 2), np.int64)], [np.empty((0, len(texts)), np.int32)]
-    for record in read_records(shard):
-        with reading(record.where, f"the file and {FEATURES} do not belong together"):
-            example = parse_example(record.data)
+    for where, start, data in read_records(shard):
+        with reading(where, f"the file and {FEATURES} do not belong together"):
+            example = parse_example(data)
             found = {name: _values(example, name, BYTES).places for name in pictures}
             for name, feature in texts.items():
                 values = _values(example, name, BYTES if feature.kind == "text" else INTS)
-                said = read_texts(values, record.data, feature)
+                said = read_texts(values, data, feature)
                 found[name] = [words[name].setdefault(text, len(words[name])) for text in said]
             counts = {name: len(values) for name, values in found.items()}
             if len(set(counts.values())) != 1:
                 raise ValueError(f"its features have different numbers of steps: {counts}")
-        start, steps = record.start, max(counts.values())
-        episodes.append(np.array([[start, start + len(record.data), steps]]))
+        steps = max(counts.values())
+        episodes.append(np.array([[start, start + len(data), steps]]))
         own = np.array([found[name] for name in pictures], np.int64).reshape(len(pictures), steps, 2)
         places.append(own.swapaxes(0, 1) + start)
         numbers.append(np.array([found[name] for name in texts], np.int32).reshape(len(texts), steps).T)

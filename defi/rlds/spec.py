@@ -19,7 +19,6 @@ FEATURES, INFO = "features.json", "dataset_info.json"
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 NUMBERS = ("bool", *INTEGERS, "float16", "float32", "float64")
 FIX = "copy the data set again"
-TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 SLICE = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<low>-?\d+%?)?:(?P<high>-?\d+%?)?\])?")
 
 
@@ -132,24 +131,15 @@ def read_splits(folder: Path) -> dict[str, Split]:
 
 
 def _split(folder: Path, dataset: str, split: Mapping[str, Any]) -> Split:
-    given = split["shardLengths"]
+    given, name = split["shardLengths"], split["name"]
     lengths = [int(n) for n in (given if isinstance(given, list) else [given])]
-    values, total = (
-        {"DATASET": dataset, "SPLIT": split["name"], "FILEFORMAT": "tfrecord"},
-        f"{len(lengths):05d}",
-    )
-    shards = []
-    for i in range(len(lengths)):
-        own = {"SHARD_INDEX": f"{i:05d}", "NUM_SHARDS": total, "SHARD_X_OF_Y": f"{i:05d}-of-{total}"}
-        name = split.get("filepathTemplate") or TEMPLATE
-        for key, value in (values | own).items():  # `str.format` would also look into objects
-            name = name.replace(f"{{{key}}}", value)
-        shards.append(folder / Path(name).name)
+    stem, total = Path(f"{dataset}-{name}.tfrecord").name, len(lengths)
+    shards = [folder / f"{stem}-{i:05d}-of-{total:05d}" for i in range(total)]
     if not all(shard.is_file() for shard in shards):
-        there, filled = record_files(folder, split["name"]), [n for n in lengths if n > 0]
+        there, filled = record_files(folder, name), [n for n in lengths if n > 0]
         if len(there) == len(filled):  # files without episodes may be left out; each one's number is checked
             shards, lengths = there, filled
-    return Split(split["name"], shards, lengths)
+    return Split(name, shards, lengths)
 
 
 def record_files(folder: Path, split: str) -> list[Path]:

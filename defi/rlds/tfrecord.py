@@ -26,17 +26,6 @@ from defi.errors import reading
 FIX = "copy the file again"
 HEADER, FOOTER = 12, 4  # bytes around a record's data
 NOTHING, BYTES, FLOATS, INTS = 0, 1, 2, 3  # field numbers of tf.train.Feature's lists; it may hold none
-# First bytes of compressed files.
-COMPRESSED = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record: its data, where they begin in the file, and where the record is, for errors."""
-
-    data: bytes
-    start: int
-    where: str
 
 
 def masked_crc(data: bytes) -> int:
@@ -45,8 +34,8 @@ def masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """All records of a file, checked.
+def read_records(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """All records of a file, checked: where each is, for errors; the first byte of its data, and the data.
 
     Raises:
         UserError: the file is missing, truncated or compressed, or a checksum is wrong.
@@ -59,7 +48,7 @@ def read_records(path: Path) -> Iterator[Record]:
             where = f"{path}: record {number} at byte {start}"
             with reading(where, FIX):
                 data = _read_record(file, left=size - start)
-            yield Record(data, start + HEADER, where)
+            yield where, start + HEADER, data
 
 
 def _read_record(file: BinaryIO, left: int) -> bytes:
@@ -68,9 +57,8 @@ def _read_record(file: BinaryIO, left: int) -> bytes:
     header = file.read(HEADER)
     length, crc = struct.unpack("<QI", header)
     if masked_crc(header[:8]) != crc:
-        if file.tell() == HEADER and (how := COMPRESSED.get(header[:2])):
-            raise ValueError(f"compressed with {how}; unpack it under the same name")
-        raise ValueError("wrong checksum of its length")
+        hint = "; unpack it if it is compressed" if file.tell() == HEADER else ""
+        raise ValueError(f"wrong checksum of its length{hint}")
     if length > left - HEADER - FOOTER:
         raise ValueError("truncated")
     data = file.read(length)
@@ -109,8 +97,8 @@ def parse_example(data: bytes) -> dict[str, Values]:
     for features in _places(data, (0, len(data)), 1):
         for entry in _places(data, features, 1):
             parts = dict(_fields(data, entry))
-            kinds = dict(_fields(data, parts[2])) if 2 in parts else {}
-            kind, values = next(iter(kinds.items()), (NOTHING, (0, 0)))
+            lists = _fields(data, parts[2]) if 2 in parts else iter(())
+            kind, values = next(lists, (NOTHING, (0, 0)))
             found[data[slice(*parts[1])].decode()] = Values(kind, _places(data, values, 1))
     return found
 
