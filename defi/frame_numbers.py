@@ -60,16 +60,14 @@ class VideoFile:
             if self.stream is None or self.stream.codec_context is None:
                 raise ValueError("it has no stream that can be decoded")
             self.stream.codec_context.thread_count = 1  # with more, damage shows what the memory held before
-            self._refuse_truncated()
+            index, end = self.stream.index_entries, os.path.getsize(path)
+            if (
+                self.stream.frames and len(index) and index[-1].pos + index[-1].size > end
+            ):  # half a download, say
+                there = sum(entry.pos + entry.size <= end for entry in index)
+                raise ValueError(f"truncated: frame {there + 1} of {len(index)} lies beyond its end")
             if time is not None:
                 self.container.seek(time, stream=self.stream)
-
-    def _refuse_truncated(self) -> None:
-        """Say, half a download whose index names the other half too."""
-        index, end = self.stream.index_entries, os.path.getsize(self.path)
-        if self.stream.frames and len(index) and index[-1].pos + index[-1].size > end:
-            there = sum(entry.pos + entry.size <= end for entry in index)
-            raise ValueError(f"truncated: frame {there + 1} of {len(index)} lies beyond its end")
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         size = None

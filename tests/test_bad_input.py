@@ -411,7 +411,7 @@ def test_a_full_disk_while_rlds_is_indexed(
         patch.setattr(index, "write_file", limited)
         patch.setattr(np, "save", limited_save)
         with pytest.raises(
-            UserError, match=r"index/.*: No space left on device; make room, or set data\.index"
+            UserError, match=r"index/.*: No space left on device; free some space, or set data\.index"
         ):
             RLDSDataset(toy, index=tmp_path / "index")
     assert RLDSDataset(toy, index=tmp_path / "index").lengths.tolist() == [3, 3]

@@ -82,7 +82,7 @@ class RLDSDataset:
     def language(self, key: str | None) -> str | None:
         """The feature that holds instructions: `key`, or for None the usual places; None if there is none.
 
-        A printed line tells of texts in it that are not UTF-8.
+        Texts in it that are not UTF-8 are printed.
 
         Raises:
             UserError: the data set has no such feature.

@@ -6,7 +6,7 @@ the data set's folder. For E episodes of N steps in all, P pictures and T texts 
     <cache>/<data set>-<version>-<split>-<hash>/
         episodes.npy   int64 [E, 3]: first byte of the record's data and the one after its last; its steps
         pictures.npy   int64 [N, P, 2]: the same two bytes of each encoded picture; memory-mapped
-        numbers.npy    int32 [N, T]: which of its feature's texts is said; memory-mapped
+        numbers.npy    int32 [N, T]: which of its feature's texts each step has; memory-mapped
         texts.json     the texts of each feature; written last
 
 What the pass has found of a file it keeps in `<data set>-<version>-<split>-parts/` until it is through: after
@@ -74,7 +74,9 @@ def open_index(folder: Path, split: Split, spec: Features, cache: Path) -> Split
                     _build(place, split, pictures, texts, [cache / f"{name}-parts" / part for part in parts])
         except OSError as error:
             where, reason = error.filename or place, error.strerror or one_line(error)
-            raise UserError(f"{where}: {reason}; make room, or set data.index to another folder") from None
+            raise UserError(
+                f"{where}: {reason}; free some space, or set data.index to another folder"
+            ) from None
     return _open(place, split, list(pictures), list(texts), fingerprint)
 
 
@@ -175,8 +177,8 @@ def _scan(shard: Path, expected: int, pictures: Features, texts: Features) -> di
             found = {name: _values(example, name, BYTES).places for name in pictures}
             for name, feature in texts.items():
                 values = _values(example, name, BYTES if feature.kind == "text" else INTS)
-                said = read_texts(values, data, feature)
-                found[name] = [words[name].setdefault(text, len(words[name])) for text in said]
+                own = read_texts(values, data, feature)
+                found[name] = [words[name].setdefault(text, len(words[name])) for text in own]
             counts = {name: len(values) for name, values in found.items()}
             if len(set(counts.values())) != 1:
                 raise ValueError(f"its features have different numbers of steps: {counts}")

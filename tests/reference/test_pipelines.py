@@ -297,7 +297,7 @@ def test_pipelines_stage2_pairs_and_texts(sets: Recorded, mixture) -> None:
         for index in range(len(data)):
             clip, now = data.locate(index)
             pair = [clip.start + position for position in clip.pair(now, window - 1)]
-            mine.setdefault(data.source.clips.number(clip), []).append((pair, clip.text(now)))
+            mine.setdefault(data.source.episode(clip), []).append((pair, clip.text(now)))
         assert list(mine) == [episode["episode"] for episode in found["episodes"]]
         assert data.source.dropped == len(found["dropped"]) and not set(mine) & set(found["dropped"])
         for episode in found["episodes"]:

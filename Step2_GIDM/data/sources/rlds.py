@@ -68,7 +68,7 @@ class Settings(PairsSettings):
 
 
 class RLDSClips(Source):
-    """One clip per episode, named `data set:number in its split`.
+    """One clip per episode, named `data set:number in its split`. dropped: episodes left out, without a text.
 
     Raises:
         UserError: no episode has an instruction, and those without are left out.
@@ -81,20 +81,20 @@ class RLDSClips(Source):
         kept = np.ones(len(data), bool)
         if settings.drop_unlabelled:
             kept = data.labelled(self.language, self.trim)
-        self.episodes, dropped, name = kept.nonzero()[0], int((~kept).sum()), data.split.name
+        self.episodes, self.dropped, name = kept.nonzero()[0], int((~kept).sum()), data.split.name
         self.lengths = (data.lengths[self.episodes] - sum(self.trim)).clip(0)
         what = f"{data.folder}: of {len(data):,} episodes of {name}"
-        if dropped == len(data):
+        if self.dropped == len(data):
             raise UserError(f"{what} none has an instruction; data.drop_unlabelled=false keeps them")
-        if dropped:
+        if self.dropped:
             why = "they have no instruction (data.drop_unlabelled)"
-            warnings.warn(f"{what} {dropped:,} are left out: {why}", stacklevel=2)
+            warnings.warn(f"{what} {self.dropped:,} are left out: {why}", stacklevel=2)
         self.scope = f"{data.folder} ({split})"
         self.left_out = [f"the split {other} (data.split)" for other in read_splits(data.folder) if other != name]
         if more := data.split.episodes - len(data):
             self.left_out.append(f"{more:,} episodes of {name} (data.split)")
-        if dropped:
-            self.left_out.append(f"{dropped:,} episodes without an instruction (data.drop_unlabelled)")
+        if self.dropped:
+            self.left_out.append(f"{self.dropped:,} episodes without an instruction (data.drop_unlabelled)")
         if any(self.trim):
             self.left_out.append(f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)")
 
@@ -103,6 +103,9 @@ class RLDSClips(Source):
         texts = self.data.texts(episode, self.language, slice(first, first + length))
         return Clip(f"{self.data.name}:{self.data.first + episode}", first, length, texts)
 
+    def episode(self, clip: Clip) -> int:
+        """Which episode of the split a clip is."""
+        return int(clip.name.rpartition(":")[2]) - self.data.first
+
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
-        episode = int(clip.name.rpartition(":")[2]) - self.data.first
-        return self.data.frames(episode, [clip.start + position for position in positions], self.picture)
+        return self.data.frames(self.episode(clip), [clip.start + position for position in positions], self.picture)
