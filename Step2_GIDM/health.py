@@ -22,9 +22,9 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from Step2_GIDM.code_evaluation import CodeEvaluation, evaluate_codes
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
-from Step2_GIDM.data.calvin import CalvinClips
+from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.sources.calvin import CalvinClips
 from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.probe import fit_and_predict, one_hot, r2
@@ -117,13 +117,13 @@ def main(cfg: DictConfig) -> None:
     output = check_output(cfg.output, overwrite=cfg.overwrite)
     model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm"))
     codes, side = model.config.codes, model.config.dino.image_size
-    data = held_out_pairs(cfg.data, side)
+    data = build_pairs(cfg.data, side, "held_out")
     seen = evaluate_codes(model, data, cfg.pairs)
     numbers: dict[str, Any] = seen.numbers(codes)
     if isinstance(data, PairDataset) and isinstance(data.source, CalvinClips):
         if cfg.data.split == cfg.data.held_out:
             raise UserError(f"data.held_out={cfg.data.held_out}: is the training split; name another")
-        training = training_pairs(cfg.data, side, augment=False)
+        training = build_pairs(cfg.data, side, augment=False)
         fit = Probed.of(training, evaluate_codes(model, training, cfg.pairs))
         numbers["probe"] = probe(fit, Probed.of(data, seen), codes, seed=cfg.seed)
     prepare_output(output, overwrite=cfg.overwrite)

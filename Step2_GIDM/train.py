@@ -13,7 +13,7 @@ from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.errors import UserError
 from Step2_GIDM.code_evaluation import evaluate_codes
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
+from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM, GIDMConfig
 
@@ -37,8 +37,8 @@ def main(cfg: DictConfig) -> None:
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = GIDMConfig.from_preset(cfg)
-    pairs = training_pairs(cfg.data, config.dino.image_size)
-    held_out = held_out_pairs(cfg.data, config.dino.image_size)
+    pairs = build_pairs(cfg.data, config.dino.image_size)
+    held_out = build_pairs(cfg.data, config.dino.image_size, "held_out")
     torch.manual_seed(cfg.seed)
     model = build_model(config, cfg.first_stage)
 

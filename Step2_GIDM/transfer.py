@@ -67,7 +67,7 @@ def transfer(model: GIDM, data: PairDataset) -> Transfer:
     reached = []
     long = (data.source.lengths > 1).nonzero()[0].tolist()
     for number in np.unique(np.linspace(0, len(long) - 1, STARTS).round().astype(int)):
-        clip = data.source.clips[long[number]]
+        clip = data.source.clip(long[number])
         positions = np.unique(np.linspace(0, clip.length - 1, CANDIDATES).round().astype(int)).tolist()
         pixels = torch.from_numpy(data.source.read(clip, positions)).permute(0, 3, 1, 2)
         candidates = resize(pixels, data.image_size)

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from Step2_GIDM.data.pairs import Clip, PairDataset
+from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.transfer import draw_transfer, transfer
 
 SIDE = 56
 DIRECTIONS = ((2, 0), (-2, 0), (0, 2), (0, -2))
 
 
-class Squares:
+class Squares(Source):
     """Clips of a square that moves through the middle of the picture in one of four directions."""
 
     fingerprint = "squares"
