@@ -13,7 +13,6 @@ from rich.table import Table
 
 from defi.config import one_line_errors
 from defi.errors import UserError
-from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.results import Results, lengths, paired_difference, read_results
 
 NOTED = ("seed", "chunk", "batch", "sampler", "sampler_steps", "guidance", "precision", "sim")
@@ -26,13 +25,13 @@ def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: the two were not measured under the same protocol.
     """
-    differences = Protocol(**a.protocol).differences(Protocol(**b.protocol))
-    for key, (first, second) in differences.items():
-        raise UserError(
-            f"{key}: {first} in the first result, {second} in the second: different protocols cannot be "
-            "compared; evaluate both with the same settings"
-        )
     shared = sorted(set(a.protocol["max_steps"]) & set(b.protocol["max_steps"]))
+    for key, first in a.protocol.items():
+        if first != b.protocol[key] and not (key == "max_steps" and shared):
+            raise UserError(
+                f"{key}: {first} in the first result, {b.protocol[key]} in the second: different protocols "
+                "cannot be compared; evaluate both with the same settings"
+            )
     return {
         str(limit): paired_difference(lengths(a.chains, limit), lengths(b.chains, limit)) for limit in shared
     }
@@ -56,11 +55,11 @@ def remarks(a: Results, b: Results) -> list[str]:
     found = []
     if len(a.chains) < FEW:
         found.append(f"{len(a.chains)} chains only: intervals of so few say little; run {FEW} or more")
-    drawn = a.run["renderer"], b.run["renderer"]
+    drawn = a.run.get("renderer"), b.run.get("renderer")
     if drawn[0] != drawn[1]:
         found.append(f"renderer differs: {drawn[0]} | {drawn[1]}: they saw other pictures of the same scenes")
     found += [
-        f"{name}: {caveat}" for name, side in (("a", a), ("b", b)) if (caveat := side.run.get("caveat"))
+        f"{name}: {side.run['caveat']}" for name, side in (("a", a), ("b", b)) if side.run.get("caveat")
     ]
     pairs = [(key, a.run["settings"].get(key), b.run["settings"].get(key)) for key in NOTED]
     pairs += [(key, version, b.run["versions"].get(key)) for key, version in a.run["versions"].items()]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from fake_world import FakeWorld, Mishaps, broken_world, judge, start_of
+from fake_world import FakeWorld, Mishaps, broken_world, start_of
 from rollout_fakes import FakePolicy, fake_evaluation
 
 from defi.errors import UserError
@@ -38,11 +38,11 @@ def one_by_one(evaluation, batch: int) -> list[tuple]:
     """The result by definition: chain after chain, each in a new world, in its row of a batch."""
     policy = FakePolicy()
     chains = []
-    limits = {"seed": evaluation.config.seed, "limit": max(evaluation.config.max_steps)}
+    setup = evaluation.setup("policy", filmed=False)
     for chain in evaluation.chains:
         row = chain.index % batch
         agent = policy_agent(lambda seen, row=row: policy.act([seen] * batch)[row])
-        chains.append(run_chain(FakeWorld(), judge, agent, chain, **limits))
+        chains += run_chain(FakeWorld(), agent, chain, setup)
     return outcome(chains)
 
 
@@ -160,8 +160,9 @@ def test_random_agent_is_seeded_by_chain_and_observation():
 def test_seeds_of_a_chain_are_of_run_chain_and_observation():
     seeds = []
     agent = policy_agent(lambda seen: seeds.append(seen.seed) or FakePolicy().act([seen])[0])
-    chain = fake_evaluation(chains=2).chains[1]
-    result = run_chain(FakeWorld(), judge, agent, chain, seed=7, limit=30)
+    evaluation = fake_evaluation(chains=2, seed=7)
+    setup = evaluation.setup("policy", filmed=False)
+    (result,) = run_chain(FakeWorld(), agent, evaluation.chains[1], setup)
     assert seeds == [(7, 1, number) for number in range(result.observations)] and len(seeds) > 2
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CLONE_INSTRUCTIONS = "calvin_models/conf/annotations/new_playtable_validation.ya
 
 @dataclass(frozen=True)
 class Protocol:
-    """What two evaluations must share for their numbers to be compared.
+    """What two evaluations must share for their numbers to be compared; of the limits, one is enough.
 
     Args:
         assets: `builtin`, or `calvin` for the scenes of a clone.
@@ -45,17 +45,8 @@ class Protocol:
     instruction_hash: str
     world: str
 
-    def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
-        """Fields that keep results from being compared: all, but of the limits one shared one is enough."""
-        mine, theirs = asdict(self), asdict(other)
-        found = {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
-        if set(self.max_steps) & set(other.max_steps):
-            found.pop("max_steps", None)
-        return found
-
 
 def short_hash(value: Any) -> str:
-    """Of plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -89,11 +80,10 @@ def build_chains(config: RolloutConfig, scene: SceneConfig) -> tuple[Protocol, l
             f"length={config.length}: the official sequences have {sequences.CHAIN_LENGTH} tasks; "
             "name tasks=[…] for chains of another length"
         )
-    drawn = (
-        sequences.sequences(config.chains)
-        if official
-        else sequences.chains(config.tasks, config.chains, config.length, config.seed)
-    )
+    if official:
+        drawn = sequences.sequences(config.chains)
+    else:
+        drawn = sequences.chains(config.tasks, config.chains, config.length, config.seed)
     source, phrasings = read_instructions(config.sim)
     words = [tuple(phrasings[task][0] for task in chain.tasks) for chain in drawn]
     chains = [

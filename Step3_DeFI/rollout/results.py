@@ -138,11 +138,6 @@ class ChainLog:
                 found[chain.index] = chain
         return found
 
-    def clear(self) -> None:
-        """Forget all chains."""
-        for path in self.folder.glob(f"{self.name}*.jsonl"):
-            path.unlink()
-
     def append(self, chain: ChainResult) -> None:
         with self.path.open("a+b") as file:
             file.seek(0)
@@ -211,7 +206,7 @@ def read_results(path: Path | str) -> Results:
         run, chains = values["run"], tuple(map(chain_from_json, values["chains"]))
         averages = [values["limits"][str(limit)]["average"] for limit in protocol["max_steps"]]
         if not (
-            chains
+            len(chains) == protocol["chains"] > 0
             and all(isinstance(average, (int, float)) for average in averages)
             and all(isinstance(part, dict) for part in (run["settings"], run["versions"], values["policy"]))
         ):

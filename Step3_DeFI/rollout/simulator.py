@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -133,39 +133,30 @@ class ScriptedAgent:
         return np.asarray(action, dtype=np.float64)[None]
 
 
-def run_chain(
-    world: Any,
-    judge: Judge,
-    agent: Agent,
-    chain: ChainSpec,
-    *,
-    seed: int,
-    limit: int,
-    film_every: int | None = None,
-    keep: Callable[[Clip], None] = lambda clip: None,
-) -> ChainResult:
-    """Run a chain to its first unsolved task. With `film_every`, a clip of each attempt goes to `keep`."""
-    began, observed = time.perf_counter(), itertools.count()
+def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Iterator[Clip | ChainResult]:
+    """Run a chain to its first unsolved task: a clip of each attempt, if it is filmed, then the result."""
+    began, asked = time.perf_counter(), itertools.count()
+    film_every = setup.film_every if chain.index in setup.filmed else None
     world.reset(chain.robot_obs, chain.scene_obs)
     steps: list[int | None] = []
     for position, (task, words) in enumerate(zip(chain.tasks, chain.instructions)):
 
         def act(task: str = task, words: str = words) -> Actions:
-            return agent(world, task, words, (seed, chain.index, next(observed)))
+            return agent(world, task, words, (setup.seed, chain.index, next(asked)))
 
-        taken, frames = attempt(world, judge, act, task, limit=limit, film_every=film_every)
+        taken, frames = attempt(world, setup.judge, act, task, limit=setup.limit, film_every=film_every)
         steps.append(taken)
         if frames:
             images = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
-            keep(Clip(chain.index, position, task, words, taken is not None, images))
+            yield Clip(chain.index, position, task, words, taken is not None, images)
         if taken is None:
             break
-    return ChainResult(
+    yield ChainResult(
         index=chain.index,
         tasks=chain.tasks,
         steps=tuple(steps),
-        control_steps=sum(limit if taken is None else taken for taken in steps),
-        observations=next(observed),
+        control_steps=sum(setup.limit if taken is None else taken for taken in steps),
+        observations=next(asked),
         seconds=time.perf_counter() - began,
     )
 
@@ -218,20 +209,9 @@ def serve(connection: Connection) -> None:
     agents = {"policy": policy_agent(ask), "random": random_agent, "scripted": ScriptedAgent()}
     world = setup.make_world()
     try:
-        chain: ChainSpec = connection.recv()
         while True:
-            result = run_chain(
-                world,
-                setup.judge,
-                agents[setup.agent],
-                chain,
-                seed=setup.seed,
-                limit=setup.limit,
-                film_every=setup.film_every if chain.index in setup.filmed else None,
-                keep=connection.send,
-            )
-            connection.send(result)
-            chain = connection.recv()
+            for message in run_chain(world, agents[setup.agent], connection.recv(), setup):
+                connection.send(message)
             if setup.fresh:
                 world.reload()
     finally:

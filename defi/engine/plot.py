@@ -1,7 +1,7 @@
 """Curves of training runs from their `metrics.jsonl`: `python -m defi.engine.plot <run> [<run> …]`."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -37,16 +37,14 @@ def curves(path: Path | str) -> Curves:
     Args:
         path: a run's output folder or its metrics.jsonl.
     """
+    file = Path(path, METRICS) if Path(path).is_dir() else Path(path)
     points: dict[str, list[tuple[int, float]]] = {}
-    for record in read_metrics(_file(path)):
-        for name, value in record.items():
+    for record in read_metrics(file):
+        numbers = {"left_out": 1} if record["kind"] == "left_out" else record
+        for name, value in numbers.items():
             if name not in BOOKKEEPING and isinstance(value, int | float):
                 points.setdefault(f"{record['kind']}/{name}", []).append((record["step"], value))
     return {name: tuple(np.array(pairs, dtype=float).T) for name, pairs in points.items()}
-
-
-def _file(path: Path | str) -> Path:
-    return Path(path, METRICS) if Path(path).is_dir() else Path(path)
 
 
 def draw(runs: Sequence[Path]) -> Figure:
@@ -57,25 +55,30 @@ def draw(runs: Sequence[Path]) -> Figure:
     Raises:
         UserError: a run has no numbers.
     """
-    by_run = {str(run.parent if run.name == METRICS else run): curves(run) for run in runs}
-    left_out = [[r["step"] for r in read_metrics(_file(run)) if r["kind"] == "left_out"] for run in runs]
-    numbers = {name.partition("/")[2] for found in by_run.values() for name in found}
-    if not numbers:
+    panels: dict[str, list[tuple[str, str, np.ndarray, np.ndarray]]] = {}
+    for color, run in enumerate(runs):
+        for name, (steps, values) in curves(run).items():
+            kind, _, number = name.partition("/")
+            panels.setdefault(number, []).append((kind, f"C{color}", steps, values))
+    left_out = panels.pop("left_out", [])
+    if not panels:
         raise UserError(
             f"{runs[0]}: {METRICS} holds no numbers yet; wait for the first trainer.log_every steps"
         )
-    last = max(steps[-1] for found in by_run.values() for steps, _ in found.values())
-    columns = min(3, len(numbers))
-    rows = -(-len(numbers) // columns)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure((4.6 * columns, 2.6 * rows + 0.5), layout="constrained")
-    for place, number in enumerate(sorted(numbers, key=_rank), start=1):
+    for place, number in enumerate(sorted(panels, key=_rank), start=1):
         axis = figure.add_subplot(rows, columns, place)
-        for color, found in enumerate(by_run.values()):
-            _draw_number(axis, number, found, f"C{color}")
-            for step in left_out[color]:
-                axis.axvline(step, color=f"C{color}", linewidth=0.8, linestyle=":")
-        _finish(axis, number, last)
-    handles = [Line2D([], [], color=f"C{color}", label=run) for color, run in enumerate(by_run)]
+        for kind, color, steps, values in panels[number]:
+            _draw_curve(axis, kind, steps, values, color, smooth=number != "lr")
+        for _, color, steps, _ in left_out:
+            for step in steps:
+                axis.axvline(step, color=color, linewidth=0.8, linestyle=":")
+        _finish(axis, number)
+        axis.set_xlim(0, max(steps[-1] for found in panels.values() for _, _, steps, _ in found))
+    names = [run.parent if run.name == METRICS else run for run in runs]
+    handles = [Line2D([], [], color=f"C{color}", label=str(name)) for color, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9)
     return figure
 
@@ -85,21 +88,18 @@ def _rank(number: str) -> tuple[int, str]:
     return (0 if number == "loss" else 1 if number.endswith("loss") else 3 if number in LAST else 2, number)
 
 
-def _draw_number(axis: Axes, number: str, found: Mapping[str, tuple], color: str) -> None:
+def _draw_curve(
+    axis: Axes, kind: str, steps: np.ndarray, values: np.ndarray, color: str, *, smooth: bool
+) -> None:
     """Training as a line, faint under its running mean where there are many points; the rest as points."""
-    for name, (steps, values) in found.items():
-        kind, _, of = name.partition("/")
-        if of != number:
-            continue
-        if kind != "train":
-            label = None if kind in axis.get_legend_handles_labels()[1] else kind
-            axis.plot(steps, values, MARKS.get(kind, "o-"), color=color, linewidth=0.6, label=label)
-            continue
-        smooth = len(steps) >= SMOOTHED and number != "lr"
-        marker = "" if len(steps) > 1 else "."
-        axis.plot(steps, values, color=color, alpha=0.25 if smooth else 1, marker=marker)
-        if smooth:
-            axis.plot(steps, running_mean(values, len(steps) // 50), color=color)
+    if kind != "train":
+        label = None if kind in axis.get_legend_handles_labels()[1] else kind
+        axis.plot(steps, values, MARKS.get(kind, "o-"), color=color, linewidth=0.6, label=label)
+    elif smooth and len(steps) >= SMOOTHED:
+        axis.plot(steps, values, color=color, alpha=0.25)
+        axis.plot(steps, running_mean(values, len(steps) // 50), color=color)
+    else:
+        axis.plot(steps, values, color=color, marker="" if len(steps) > 1 else ".")
 
 
 def running_mean(values: Float[np.ndarray, " N"], reach: int) -> Float[np.ndarray, " N"]:
@@ -108,14 +108,13 @@ def running_mean(values: Float[np.ndarray, " N"], reach: int) -> Float[np.ndarra
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
-def _finish(axis: Axes, number: str, last: float) -> None:
+def _finish(axis: Axes, number: str) -> None:
     """Title, scales, and which marks are which."""
     axis.set_title(TITLES.get(number, number.replace("_", " ")), loc="left")
-    axis.set_xlim(0, last)
     low, high = axis.dataLim.intervaly
     if number.endswith("loss") and low > 0 and high > 5 * low:
         log_scale(axis)
-    elif number in SHARES:
+    if number in SHARES:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     if number in (*SHARES, "lr", "samples_per_s"):
         axis.set_ylim(bottom=0)
@@ -125,9 +124,8 @@ def _finish(axis: Axes, number: str, last: float) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m defi.engine.plot", description="Draw curves of training runs."
-    )
+    about = "Draw curves of training runs."
+    parser = argparse.ArgumentParser(prog="python -m defi.engine.plot", description=about)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
     parser.add_argument("--out", type=Path, help="picture to write (default: curves.png in the first run)")
     given = parser.parse_args()
@@ -137,9 +135,8 @@ def main() -> None:
         try:
             figure.savefig(out, dpi=110)
         except OSError as error:
-            raise UserError(
-                f"{out}: cannot be written ({error.strerror}); free space or choose another --out"
-            ) from None
+            fix = "free space or choose another --out"
+            raise UserError(f"{out}: cannot be written ({error.strerror}); {fix}") from None
         print(out)
 
 
