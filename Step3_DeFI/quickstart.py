@@ -71,7 +71,8 @@ def write(folder: Path) -> Path:
     steps = finished_steps(folder)
     health = read_json(folder / "codes" / "health.json", "run scripts/quickstart.sh again")
     values = report_values(read_results(folder / "rollout"), folder / "rollout" / "videos")
-    overview = values["figures"] | {"time": str(sum((step["time"] for step in steps), timedelta()))}
+    total = sum((step["time"] for step in steps), timedelta())
+    overview = {**values["figures"], "time": total}
     return html.write_page(
         folder / "report.html",
         "Step3_DeFI/quickstart.html.j2",

@@ -83,7 +83,7 @@ def draw_lines(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, log_y: bool = False
 ) -> Figure:
     """The chart of `line_chart`. Long curves are thinned, keeping their ends; few points are marked."""
-    figure = Figure((4.6, 2.4), layout="constrained")
+    figure = Figure((4.2, 2.3), layout="constrained")
     axis = figure.subplots()
     for name, (x, y) in curves.items():
         kept = np.unique(np.linspace(0, len(x) - 1, min(len(x), MOST_POINTS)).round().astype(int))

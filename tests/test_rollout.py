@@ -24,7 +24,7 @@ from Step3_DeFI.rollout.evaluate import evaluate, run_chains
 from Step3_DeFI.rollout.fleet import MOST_DEATHS, Fleet
 from Step3_DeFI.rollout.policy import Batcher
 from Step3_DeFI.rollout.results import ChainLog, lengths
-from Step3_DeFI.rollout.simulator import Observation, attempt, policy_agent, random_agent, run_chain
+from Step3_DeFI.rollout.simulator import Observation, Setup, attempt, policy_agent, random_agent, run_chain
 
 
 def outcome(chains) -> list[tuple]:
@@ -116,7 +116,8 @@ class Chunks:
 
 def test_attempt_stops_within_a_chunk_and_binarises_the_gripper():
     world, act = Counter(), Chunks()
-    taken, _ = attempt(world, lambda task, a, b: b - a == 13, act, "task", limit=60)
+    setup = Setup(Counter, lambda task, a, b: b - a == 13, "policy", seed=0, limit=60)
+    taken, _ = attempt(world, act, "task", setup)
     assert (taken, world.steps, act.calls) == (13, 13, 2)
     assert [action[6] for action in world.actions] == [-1.0] * 10 + [1.0] * 3
     assert world.actions[0][0] == 0.1
@@ -124,7 +125,8 @@ def test_attempt_stops_within_a_chunk_and_binarises_the_gripper():
 
 def test_attempt_ends_at_the_limit_inside_a_chunk():
     world, act = Counter(), Chunks()
-    assert attempt(world, lambda task, a, b: False, act, "task", limit=25) == (None, [])
+    setup = Setup(Counter, lambda task, a, b: False, "policy", seed=0, limit=25)
+    assert attempt(world, act, "task", setup) == (None, [])
     assert (world.steps, act.calls) == (25, 3)
 
 

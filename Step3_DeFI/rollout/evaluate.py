@@ -66,16 +66,15 @@ class Evaluation:
 
     def setup(self, agent: str, *, filmed: bool) -> Setup:
         """What each simulator process gets."""
-        config = self.config
         return Setup(
             make_world=self.make_world,
             judge=self.judge,
             agent=agent,
-            seed=config.seed,
-            limit=max(config.max_steps),
-            fresh=config.sim.world == "fresh",
-            filmed=frozenset(range(config.videos.chains if filmed else 0)),
-            film_every=config.videos.every,
+            seed=self.config.seed,
+            limit=max(self.config.max_steps),
+            fresh=self.config.sim.world == "fresh",
+            filmed=self.config.videos.chains if filmed else 0,
+            film_every=self.config.videos.every,
             environment=self.renderer.environment,
         )
 

@@ -40,7 +40,7 @@ PUBLISHED = (  # average length on CALVIN, ABC→D, 1000 sequences; steps per ta
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """The lines of the table, as text: the largest limit first, the baseline below."""
+    """The lines of the table, as text: the smallest limit first, the baseline below."""
     found = [(results.policy["kind"], results.limits)]
     if results.baseline:
         found.append((results.baseline["agent"], results.baseline["limits"]))

@@ -90,7 +90,7 @@ class Setup:
         limit: control steps per task.
         fresh: load the world anew before each chain. Bullet's contact order remembers what ran before
             in the same world, so only then does a chain not depend on those before it.
-        filmed: indices of the chains to keep clips of, a picture every `film_every` control steps.
+        filmed: so many chains, the first, are filmed, a picture every `film_every` control steps.
         environment: variables that the process is started with.
     """
 
@@ -100,7 +100,7 @@ class Setup:
     seed: int
     limit: int
     fresh: bool = True
-    filmed: frozenset[int] = frozenset()
+    filmed: int = 0
     film_every: int = 3
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,7 +136,6 @@ class ScriptedAgent:
 def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Iterator[Clip | ChainResult]:
     """Run a chain to its first unsolved task: a clip of each attempt, if it is filmed, then the result."""
     began, asked = time.perf_counter(), itertools.count()
-    film_every = setup.film_every if chain.index in setup.filmed else None
     world.reset(chain.robot_obs, chain.scene_obs)
     steps: list[int | None] = []
     for position, (task, words) in enumerate(zip(chain.tasks, chain.instructions)):
@@ -144,7 +143,7 @@ def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Itera
         def act(task: str = task, words: str = words) -> Actions:
             return agent(world, task, words, (setup.seed, chain.index, next(asked)))
 
-        taken, frames = attempt(world, setup.judge, act, task, limit=setup.limit, film_every=film_every)
+        taken, frames = attempt(world, act, task, setup, film=chain.index < setup.filmed)
         steps.append(taken)
         if frames:
             images = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
@@ -162,29 +161,23 @@ def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Itera
 
 
 def attempt(
-    world: Any,
-    judge: Judge,
-    act: Callable[[], Actions],
-    task: str,
-    *,
-    limit: int,
-    film_every: int | None = None,
+    world: Any, act: Callable[[], Actions], task: str, setup: Setup, *, film: bool = False
 ) -> tuple[int | None, list[Images]]:
-    """Try one task for at most `limit` control steps; judged after every step.
+    """Try one task for at most `setup.limit` control steps; judged after every step.
 
     Returns:
         The control steps it took, or None; pictures of the first state, every `film_every`-th step, and the
         last. What is left of a chunk when the task is solved is not executed.
     """
     start = world.state()
-    frames = [world.render()] if film_every else []
+    frames = [world.render()] if film else []
     taken = 0
-    while taken < limit:
-        for action in act()[: limit - taken]:
+    while taken < setup.limit:
+        for action in act()[: setup.limit - taken]:
             world.step(binarise(action))
             taken += 1
-            solved = judge(task, start, world.state())
-            if film_every and (solved or taken % film_every == 0):
+            solved = setup.judge(task, start, world.state())
+            if film and (solved or taken % setup.film_every == 0):
                 frames.append(world.render())
             if solved:
                 return taken, frames
