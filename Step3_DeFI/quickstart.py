@@ -23,10 +23,6 @@ from Step3_DeFI.rollout.results import RESULTS, read_results
 LOSSES = {"vae": "Video autoencoder", "gfdm": "GFDM", "gidm": "GIDM", "policy": "DeFI policy"}
 MOST_FUTURES = 8
 SMOKE = "size=smoke: this run only shows that everything runs; it learns nothing, so expect 0.00."
-SUBTITLE = (
-    "Imagine the future, name the motion, act: all three stages trained on demonstrations from scenes A, B "
-    "and C of the built-in play table, rolled out in scene D."
-)
 
 
 def remark(folder: Path) -> str:
@@ -85,7 +81,7 @@ def write(folder: Path) -> Path:
         health=health,
         scores=probe_scores(health),
         codes_picture=folder / "codes" / "gallery.png",
-        **values | {"subtitle": SUBTITLE},
+        **values,
     )
 
 

@@ -34,35 +34,33 @@ CHART_STYLE = {
 MOST_POINTS = 400  # of a curve
 
 
+def embed(file: Path) -> str:
+    """A file as a `data:` address, its kind taken from its name."""
+    kind, _ = mimetypes.guess_type(file.name)
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(ROOT),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["embed"] = embed
+
+
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Fill in a template and write the page, replacing an older one in one step; its folder is made.
 
     Args:
         template: path from the root of the packages, such as `Step3_DeFI/rollout/report.html.j2`.
-        values: `title`, and what else the template shows.
+        values: all that the template shows; one that it asks for and does not get is an error.
     """
+    page = TEMPLATES.get_template(template).render(values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, render(template, **values))
+    write_file(path, page)
     return path
-
-
-def render(template: str, **values: Any) -> str:
-    """The text of a page. Values that a template asks for and does not get are an error."""
-    environment = Environment(
-        loader=FileSystemLoader(ROOT),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["embed"] = embed
-    return environment.get_template(template).render(**values)
-
-
-def embed(file: Path) -> str:
-    """A file as a `data:` address, its kind taken from its name."""
-    kind, _ = mimetypes.guess_type(file.name)
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def line_chart(

@@ -128,5 +128,5 @@ def test_charts_of_little_data_still_draw(curves: dict, log_y: bool) -> None:
 
 def test_numbers_are_not_code(tmp_path: Path) -> None:
     """A health.json or results.json of others holds texts where numbers belong."""
-    page = html.render("defi/assets/page.html.j2", title=json.dumps({"a": HOSTILE}), subtitle=[HOSTILE])
-    assert "<script" not in page
+    page = html.TEMPLATES.get_template("defi/assets/page.html.j2")
+    assert "<script" not in page.render(title=json.dumps({"a": HOSTILE}), subtitle=[HOSTILE])

@@ -1,7 +1,6 @@
 """A rollout from its settings to its results: chains, simulator processes, a policy's answers, results."""
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -189,8 +188,8 @@ def evaluate_policy(
         output: folder for chains and clips, replacing what an earlier call left there; None keeps nothing.
     """
     if output is not None:
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
+        for earlier in output.glob("chains*.jsonl"):
+            earlier.unlink()
     if evaluation.caveat:
         print(evaluation.caveat)
     policy = ModelPolicy(model, precision=precision)
