@@ -162,8 +162,7 @@ def draw_actions(predicted: Tensor, expert: Tensor, texts: list[str], file: Path
 def roller(cfg: DictConfig) -> Inspect:
     """Small rollouts at intervals; imports the simulation only where they are asked for."""
     from Step3_DeFI.rollout.config import RolloutConfig
-    from Step3_DeFI.rollout.evaluate import Evaluation
-    from Step3_DeFI.rollout.policy import evaluate_policy
+    from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy
 
     config = typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout")
     evaluation = Evaluation.prepare(config)

@@ -47,9 +47,9 @@ from Step2_GIDM.model import GIDM
 from Step3_DeFI.compare import compare
 from Step3_DeFI.data import PolicyStore, StoreManifest
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.protocol import read_phrasings
 from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries
+from Step3_DeFI.rollout.simulator import ChainResult
 from Step3_DeFI.sources import Sources
 
 
@@ -167,7 +167,9 @@ def make_words(folder: Path) -> None:
 def read_words(folder: Path) -> None:
     for name in ("words.yaml", "words.npy"):
         assert all(
-            isinstance(text, str) for texts in read_phrasings(folder / name).values() for text in texts
+            isinstance(text, str)
+            for texts in read_phrasings(folder / name, "give another").values()
+            for text in texts
         )
 
 

@@ -22,7 +22,7 @@ from policy_fakes import build_gidm
 from defi.archive import open_files
 from defi.errors import UserError
 from defi.files import read_yaml
-from defi.html import page
+from defi.html import TEMPLATES
 from defi.npy import load_npy
 from defi.sim import scene
 from Step1_GFDM.data import read_latents
@@ -199,5 +199,6 @@ def test_a_clone_may_only_name_the_packages_classes(tmp_path: Path) -> None:
 
 
 def test_pages_escape_what_they_show() -> None:
-    assert "<script>" not in page("<script>alert(1)</script>", "<img src=x onerror=alert(1)>")
-    assert "<img" not in page("a", "<img src=x onerror=alert(1)>")
+    hostile = {"title": "<script>alert(1)</script>", "subtitle": "<img src=x onerror=alert(1)>"}
+    page = TEMPLATES.get_template("defi/assets/page.html.j2").render(hostile)
+    assert "<script>" not in page and "<img" not in page and "&lt;script&gt;alert(1)" in page

@@ -70,7 +70,7 @@ def test_the_cpu_is_taken_only_when_asked_for(
     cfg = composed("step3_rollout", *settings, given)
     evaluation = Evaluation.prepare(typed(CommandConfig, cfg, "step3_rollout"))
     assert evaluation.renderer.kind == "cpu" and CAVEAT in evaluation.caveat
-    assert ("egl was asked for" in evaluation.drawing) == ("fallback" in given)
+    assert ("egl was asked for" in str(evaluation.renderer)) == ("fallback" in given)
 
 
 def test_processes_do_not_draw_differently(

@@ -45,8 +45,8 @@ from Step3_DeFI.data import PolicySamples
 from Step3_DeFI.observation import CAMERAS, to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.rollout.messages import Look
 from Step3_DeFI.rollout.policy import ModelPolicy
+from Step3_DeFI.rollout.simulator import Observation
 from Step3_DeFI.train import open_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are left out|too few episodes):UserWarning")
@@ -642,7 +642,7 @@ def test_pipelines_text_of_a_rollout(policy: DeFI, said: dict[str, Any]) -> None
         assert entry["rollout"]["clip_ids_equal_training"] and entry["rollout"]["t5_string_equal_training"]
 
         def act(text: str = entry["text"]) -> None:
-            acting.act([Look((0, 0, 0), "task", text, images)])
+            acting.act([Observation((0, 0, 0), "task", text, images)])
 
         assert spied(policy.t5, act).given == [entry["stage3_t5"]["string"]]
         assert set(spied(policy.gfdm.clip, act).given) == {entry["stage3_clip"]["string"]}
