@@ -160,7 +160,7 @@ def test_a_full_disk_is_named_and_a_later_start_goes_on(
             run(kind, inputs, tmp_path / "out")
     said = capsys.readouterr().err if kind == "latents" else str(ended.value)
     assert f"{tmp_path / 'out'}: cannot write " in said and "No space left on device" in said
-    assert "make room, then go on with resume=true" in said
+    assert "free some space, then continue with resume=true" in said
     kept = finished(kind, tmp_path / "out")
     done: list[str] = []
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
-from defi.folders import find_files
+from defi.files import find_files
 from defi.frames import stack_frames
 from defi.hdf5 import read_hdf5
 from defi.picture import decode_picture

@@ -24,7 +24,7 @@ class CalvinClips:
         self.data = CalvinFolder(folder)
         if language:
             bounds = [(span.start, span.end, span.instruction) for span in self.data.spans if not span.fault]
-            print_once(self.data.without_words(fate="left out"))
+            print_once(self.data.missing_text_note(fate="left out"))
         else:
             bounds = [(start, end, "") for start, end in self.data.episodes]
         self.clips = [

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from defi.errors import UserError
 from defi.film import Numbering, number_video
-from defi.folders import find_files
+from defi.files import find_files
 from defi.video import VIDEO_SUFFIXES, read_frames
 from defi.video_index import number_videos
 from Step2_GIDM.data.pairs import Clip

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from defi.errors import going_on
+from defi.errors import writing
 from defi.sim.renderers import Renderer, default_kind, find_renderer
 from Step3_DeFI.rollout.clips import write_clip
 from Step3_DeFI.rollout.config import RolloutConfig
@@ -134,12 +134,12 @@ def run_chains(
     with Fleet(setup, evaluation.processes(shard, len(trials)), server) as fleet, progress:
         for event in fleet.run(trials):
             if isinstance(event, Clip):
-                with going_on(output, "a clip"):
+                with writing(output, "a clip"):
                     write_clip(output / "videos", event, config.videos.every)
                 continue
             found[event.index] = event
             if log:
-                with going_on(output, log.path.name):
+                with writing(output, log.path.name):
                     log.append(event)
             progress.show(found.values())
     shard.wait()
