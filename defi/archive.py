@@ -105,16 +105,16 @@ class ZipFiles:
         if (found := self._find(name)) is None:
             raise UserError(f"{self.path(name)}: missing in the zip; {COPY_AGAIN}")
         offset, packed_size, size, method, crc = self._members[found].tolist()
-        with reading(f"{self.archive}/{self.prefix}{name}, at byte {offset} of the zip", COPY_AGAIN):
-            (header,) = read_places(self.archive, [(offset, offset + LOCAL_HEADER)])
-            start = offset + LOCAL_HEADER + sum(struct.unpack("<2H", header[-4:]))
-            (data,) = read_places(self.archive, [(start, start + packed_size)])
+        (header,) = read_places(self.archive, [(offset, offset + LOCAL_HEADER)])
+        start = offset + LOCAL_HEADER + sum(struct.unpack("<2H", header[-4:]))
+        (data,) = read_places(self.archive, [(start, start + packed_size)])
+        with reading(f"{self.archive}/{self.prefix}{name}, at byte {start} of the zip", COPY_AGAIN):
             if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or size > LARGEST:
                 raise ValueError(f"compression method {method}, {size:,} bytes")
             if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(1, size))
             if len(data) != size or zlib.crc32(data) != crc:
-                raise ValueError("damaged: wrong checksum")
+                raise ValueError("wrong checksum")
             return data
 
 

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from packaging.requirements import Requirement
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from defi.config import entry, flatten
@@ -28,62 +28,58 @@ PROJECT = "defi-robot"
 LOW_DISK = 20e9  # bytes
 STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 WORDS = "calvin_models/conf/annotations/new_playtable_validation.yaml"
-CHANGES = {  # part of a manifest -> what it means that it was another one
-    "version": "other code may compute something else",
-    "git_commit": "other code may compute something else",
-    "hardware": "results differ in rounding; a resumed run continues, but not bit for bit",
-    "packages python": "random choices may differ",
-    "packages numpy": "random numbers, and so samples, may differ",
-    "packages": "results differ in rounding, or more",
-}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. verdict: ok; note, where something optional is missing; wrong."""
+    """One line of the report; a `fix` makes it a note, `wrong` an error."""
 
     what: str
-    verdict: str
     detail: str
     fix: str = ""
+    wrong: bool = False
+
+    @property
+    def verdict(self) -> str:
+        return "wrong" if self.wrong else "note" if self.fix else "ok"
 
 
 def check_python() -> Iterator[Finding]:
     """The interpreter, and every required package in a version that fits."""
     simulates = sys.version_info[:2] in ((3, 10), (3, 11))
     fix = "" if simulates else "use Python 3.10 or 3.11 to simulate; training works with this one"
-    detail = f"{platform.python_version()}, {sys.executable}"
-    yield Finding("Python", "ok" if simulates else "note", detail, fix)
-    try:
-        needed = map(Requirement, importlib.metadata.requires(PROJECT) or ())
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{PROJECT} is not installed; run scripts/setup.sh") from None
-    needed = [each for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
-    installed = {
-        part.name.lower().replace("_", "-"): part.version for part in importlib.metadata.distributions()
-    }
+    yield Finding("Python", f"{platform.python_version()}, {sys.executable}", fix)
+    if _version(PROJECT) is None:
+        raise UserError(f"{PROJECT} is not installed; run scripts/setup.sh")
     bad = []
-    for each in needed:
-        found = installed.get(each.name.lower().replace("_", "-"))
-        if found is None or not each.specifier.contains(found, prereleases=True):
-            bad.append(f"{each.name} {found or 'missing'} (needs {each.specifier})")
+    for needed in map(Requirement, importlib.metadata.requires(PROJECT) or ()):
+        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+            found = _version(needed.name)
+            if not (found and needed.specifier.contains(found, prereleases=True)):
+                bad.append(f"{needed.name} {found or 'missing'} (needs {needed.specifier})")
     if bad:
         raise UserError(f"{', '.join(bad)}; run scripts/setup.sh")
-    yield Finding("packages", "ok", "all requirements are met")
+    yield Finding("packages", "all requirements are met")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_torch() -> Iterator[Finding]:
     """PyTorch and the GPUs it sees."""
-    yield Finding("PyTorch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    yield Finding("PyTorch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         fix = "preset=tiny runs on the CPU; for the others install a GPU driver (nvidia-smi must work)"
-        yield Finding("GPU", "note", f"none that PyTorch can use; it was {built}", fix)
+        yield Finding("GPU", f"none that PyTorch can use; it was {built}", fix)
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16, no bf16"
-        detail = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {precision}"
-        yield Finding(f"GPU {index}", "ok", detail)
+        yield Finding(f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {precision}")
 
 
 def check_simulation() -> Iterator[Finding]:
@@ -91,29 +87,27 @@ def check_simulation() -> Iterator[Finding]:
     try:
         from defi.sim.bullet import pybullet
     except UserError as error:
-        yield Finding("PyBullet", "note", *str(error).split("; ", 1))
+        yield Finding("PyBullet", *str(error).split("; ", 1))
         return
-    version = importlib.metadata.version("pybullet")
-    yield Finding("PyBullet", "ok", f"{version}, API {pybullet.getAPIVersion()}")
+    yield Finding("PyBullet", f"{_version('pybullet')}, API {pybullet.getAPIVersion()}")
     for number, name in egl_devices().items():
         kind = "mesa" if SOFTWARE.search(name) else "gpu"
-        yield Finding(f"EGL device {number}", "ok", f"{name} (sim.renderer={kind})")
+        yield Finding(f"EGL device {number}", f"{name} (sim.renderer={kind})")
     if not egl_devices():
-        yield Finding("EGL", "note", "no device can draw", f"CALVIN's assets need one: {MESA}")
+        yield Finding("EGL", "no device can draw", f"CALVIN's assets need one: {MESA}")
 
 
 def check_machine(output: Path) -> Iterator[Finding]:
     """Processors, memory, and free space on the disk of `output`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
-    yield Finding("machine", "ok", f"{cores} processors, {memory / 2**30:.0f} GiB of memory")
+    yield Finding("machine", f"{cores} processors, {memory / 2**30:.0f} GiB of memory")
     place = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.is_dir())
     if not os.access(place, os.W_OK):
         raise UserError(f"{place} cannot be written to; choose another output=")
     free = shutil.disk_usage(place).free
-    low = free < LOW_DISK
-    fix = "enough for preset=tiny; larger ones need tens of GB" if low else ""
-    yield Finding("disk", "note" if low else "ok", f"{free / 1e9:.0f} GB free at {place}", fix)
+    fix = "enough for preset=tiny; larger ones need tens of GB" if free < LOW_DISK else ""
+    yield Finding("disk", f"{free / 1e9:.0f} GB free at {place}", fix)
 
 
 def check_clone(calvin_root: str) -> Iterator[Finding]:
@@ -125,7 +119,7 @@ def check_clone(calvin_root: str) -> Iterator[Finding]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: missing; run `git submodule update --init --recursive` in the clone")
-    yield Finding("CALVIN", "ok", f"{calvin_root}: scenes A, B, C, D and the instructions are there")
+    yield Finding("CALVIN", f"{calvin_root}: scenes A, B, C, D and the instructions are there")
     yield from check_pictures(calvin_root)
 
 
@@ -134,12 +128,11 @@ def check_pictures(calvin_root: str, scene: str = "D") -> Iterator[Finding]:
     from defi.sim.portraits import difference, portraits
 
     (chosen, pictures), *others = portraits(calvin_root, scene).items()
-    yield Finding("CALVIN's renderer", "ok", f"a rollout takes {chosen}")
+    yield Finding("CALVIN's renderer", f"a rollout takes {chosen}")
     for renderer, drawn in others:
         detail = f"{renderer}: other pictures of scene {scene}: {difference(pictures, drawn)}"
-        cpu = renderer.backend == "cpu"
-        fix = "leave sim.renderer as it is: such a number compares with no published one" if cpu else ""
-        yield Finding(f"sim.renderer={renderer.kind}", "note" if cpu else "ok", detail, fix)
+        fix = "leave sim.renderer as it is: such a number compares with no published one"
+        yield Finding(f"sim.renderer={renderer.kind}", detail, fix if renderer.backend == "cpu" else "")
 
 
 def check_checkpoint(path: str) -> Iterator[Finding]:
@@ -149,29 +142,29 @@ def check_checkpoint(path: str) -> Iterator[Finding]:
     if missing := [key for key in ("stage", "preset", "step") if key not in manifest]:
         raise UserError(f"{folder / MANIFEST}: lacks {', '.join(missing)}; {COPY_AGAIN}")
     detail = f"{folder}: {manifest['stage']}, preset {manifest['preset']}, step {manifest['step']}"
-    yield Finding("checkpoint", "ok", detail)
+    yield Finding("checkpoint", detail)
     here = environment()
     now, then = flatten(here), flatten({key: manifest[key] for key in here if key in manifest})
     for key in sorted(now.keys() | then.keys()):
         old, new, name = then.get(key), now.get(key), key.replace(".", " ", 1)
         if old != new:
             detail = f"the checkpoint was made with {old}, here it is {new}"
-            yield Finding(name, "note", detail, meaning(name, old))
+            yield Finding(name, detail, meaning(name, old))
 
 
 def meaning(name: str, old: Any) -> str:
-    """What it means that an entry of a manifest's environment was `old` and is something else now.
-
-    The manifest may be from anybody: what it says is quoted in commands.
-    """
+    """What it means that an entry of a manifest's environment was `old` and is something else now."""
     kind, _, part = name.partition(" ")
-    change = CHANGES.get(name) or CHANGES[kind]
-    if kind == "git_commit" and old:
-        return f"{change}; git checkout {shlex.quote(str(old).removesuffix(CHANGED))} has the same"
-    if kind == "packages":
+    if kind == "hardware":
+        return "results differ in rounding; a resumed run continues, but not bit for bit"
+    if kind in ("version", "git_commit"):
+        change, same = "other code may compute something else", ""
+        if kind == "git_commit" and old:
+            same = f"git checkout {shlex.quote(str(old).removesuffix(CHANGED))}"  # the file may say anything
+    else:
+        change = "random choices may differ" if part in ("python", "numpy") else "results may differ"
         same = f"Python {old}" if part == "python" else f"pip install {shlex.quote(f'{part}=={old}')}"
-        return f"{change}; {same} has the same"
-    return change
+    return f"{change}; {same} has the same" if same else change
 
 
 def examine(what: str, check: Callable[..., Iterator[Finding]], *args: object) -> Iterator[Finding]:
@@ -180,14 +173,13 @@ def examine(what: str, check: Callable[..., Iterator[Finding]], *args: object) -
         yield from check(*args)
     except UserError as error:
         detail, _, fix = str(error).partition("; ")
-        yield Finding(what, "wrong", detail, fix)
+        yield Finding(what, detail, fix, wrong=True)
 
 
 def report(found: Sequence[Finding]) -> Table:
     """The findings for the terminal; brackets in them are no markup, for a file may have put them there."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("what", "", "found", "how to fix it"):
-        table.add_column(column, overflow="fold")
+    columns = (Column(header, overflow="fold") for header in ("what", "", "found", "how to fix it"))
+    table = Table(*columns, box=None, pad_edge=False)
     for each in found:
         verdict = Text(each.verdict, STYLES[each.verdict])
         table.add_row(Text(each.what), verdict, Text(each.detail), Text(each.fix))
@@ -205,7 +197,7 @@ def main(cfg: DictConfig) -> None:
         *(examine("checkpoint", check_checkpoint, cfg.checkpoint) if cfg.checkpoint else ()),
     ]
     Console(highlight=False).print(report(found))
-    sys.exit(any(finding.verdict == "wrong" for finding in found))
+    sys.exit(any(finding.wrong for finding in found))
 
 
 if __name__ == "__main__":

@@ -129,18 +129,12 @@ def find(group: "h5py.Group", path: str) -> Any:
 
 
 def _text(group: Any, name: str) -> str | None:
-    """A text by its name: of the episode, of a group around it, or of one within it.
-
-    Raises:
-        UserError: what has this name is no text, or there are different ones within.
-    """
+    """A text by its name: of the episode, of a group around it, or the only one within it."""
     place = group
     while not (text := _own_text(place, name)) and place.name != "/":
         place = place.parent
-    if text:
-        return text
-    within: set[str | None] = set()
-    if hasattr(group, "visititems"):
+    within: set[str | None] = {text}
+    if not text and hasattr(group, "visititems"):
         group.visititems(lambda _, member: within.add(_own_text(member, name)))  # links are left alone
     if len(within := within - {None}) > 1:
         raise UserError(

@@ -19,11 +19,7 @@ from defi.errors import reading
 
 FIX = "copy or write it again"
 NUMERIC = frozenset("biufcSU")
-NUMERIC_TYPE = re.compile(f"[{''.join(sorted(NUMERIC))}][0-9]+")
-GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-GLOBALS |= {
-    (f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")
-}
+GLOBALS = re.compile(r"numpy\.(ndarray|dtype|_?core\.multiarray\.(_reconstruct|scalar))|_codecs\.encode")
 SPARE_VALUES = 100_000  # that a pickle may repeat, besides one for each of its bytes
 
 
@@ -46,7 +42,7 @@ class _Unpickler(pickle._Unpickler):
     """The one in Python: the one in C takes as much memory as the largest number of a memo entry asks for."""
 
     def find_class(self, module: str, name: str) -> _Recorded:
-        if (module, name) not in GLOBALS:
+        if not GLOBALS.fullmatch(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
         return _Recorded(name)
 
@@ -89,7 +85,7 @@ class _Builder:
 
 
 def _numeric_type(record: Any) -> np.dtype:
-    if record.name != "dtype" or not NUMERIC_TYPE.fullmatch(record.args[0]):
+    if record.name != "dtype" or not re.fullmatch("[biufcSU][0-9]+", record.args[0]):
         raise ValueError(f"it holds arrays of type {record.args[0]!r}")
     return np.dtype(record.args[0]).newbyteorder(record.state[1] if record.state else "|")
 
@@ -140,10 +136,11 @@ def map_npy(path: Path) -> np.ndarray:
         UserError: the file is missing, shorter than its header says, or holds something else.
     """
     with reading(path, FIX):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in NUMERIC:
-            raise ValueError("it holds no array of numbers")
-        return array
+        with path.open("rb") as file:
+            _, _, dtype = _header(file)
+        if dtype.kind not in NUMERIC or dtype.itemsize == 0:  # of none NumPy's mapping would divide by zero
+            raise ValueError(f"arrays of type {dtype}")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:

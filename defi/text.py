@@ -1,8 +1,7 @@
 """Frozen text towers: CLIP for stage 1 and the sentence embedding, T5 for the latent actions.
 
-A tower comes from a Hugging Face folder or hub name (`pretrained`), or is drawn at random from a seed at the
-size of the preset, with a tokenizer built here, so that nothing is downloaded. Either kind is saved as a
-Hugging Face folder. Each distinct string is encoded once: a data set has few instructions and many samples.
+A tower comes from a Hugging Face folder or hub name (`pretrained`), or is random with a tokenizer built here,
+which needs no download. Each distinct string is encoded once: a data set has few instructions.
 """
 
 from collections import OrderedDict
@@ -42,8 +41,8 @@ class TextConfig:
 
     tokens: T, special tokens included. Of CLIP the length of the token states. T5 reads texts of any length;
         when acting, they are padded to a multiple of it.
-    keep_end: what CLIP makes of texts longer than T. False: token states of the text cut at T, as published.
-        True: the last of them is that of the whole text's end, which has seen all of it.
+    keep_end: what CLIP makes of texts longer than T. False: token states of the text truncated at T, as
+        published. True: the last of them is that of the full text's end, which has seen all of it.
     width, layers, heads: of the random tower. projection: width P of the sentence embedding (CLIP only).
     seed: of the random weights. cache: how many distinct strings are remembered.
     """
@@ -88,6 +87,8 @@ class _Tower(nn.Module):
     """What the two towers share: frozen, one forward per distinct string, saved as a Hugging Face folder."""
 
     architecture: ClassVar[Any]  # the model's class
+    _random: ClassVar[Callable]  # TextConfig -> configuration and tokenizer of a random one
+    _encode: Callable[[str], tuple[Tensor, Tensor]]
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> None:
         super().__init__()
@@ -115,10 +116,6 @@ class _Tower(nn.Module):
         model = load_model(cls.architecture, folder)
         return cls(model, from_pretrained(AutoTokenizer, tokenizer or folder), config)
 
-    @classmethod
-    def _random(cls, config: TextConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-        raise NotImplementedError
-
     def train(self, mode: bool = True) -> Self:
         """Frozen: dropout stays off whatever the surrounding model does."""
         return super().train(False)
@@ -131,9 +128,6 @@ class _Tower(nn.Module):
         """Write weights, config and tokenizer as one Hugging Face folder."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -156,7 +156,7 @@ def test_a_short_pickle_may_not_grow(tmp_path: Path) -> None:
 
 
 def test_arrays_without_values(tmp_path: Path) -> None:
-    value = {"emb": np.zeros((0, 1, 384), np.float32), "objects": np.zeros((0, 2), object), "flat": np.zeros(0)}
+    value = {"emb": np.zeros((0, 1, 384), np.float32), "objects": np.zeros((0, 2), object)}
     assert_same(load_npy(write_pickle(tmp_path / "a.npy", value)), value)
 
 

@@ -63,7 +63,8 @@ def test_texts_beyond_the_towers_positions_are_truncated_and_noted(clip: CLIPTex
     assert torch.equal(*clip.sentence(endless))
     for keep_end in (False, True):
         clip.config = replace(CONFIG, keep_end=keep_end)
-        assert clip.truncation_note(["open the drawer", *endless]).startswith("2 of 3 instructions are truncated")
+        note = clip.truncation_note(["open the drawer", *endless])
+        assert note.startswith("2 of 3 instructions are truncated")
     exactly = "block " * (clip.longest - 2)  # and the two marks
     assert clip.truncation_note([exactly]) == ""
 
@@ -206,4 +207,5 @@ def test_texts_that_are_truncated_are_noted() -> None:
     )
     kept = CLIPText.from_config(TextConfig(tokens=8, keep_end=True))
     assert kept.truncation_note([long.format("left"), long.format("right")]) == ""
-    assert kept.truncation_note(["x" * 300, "x" * 301, "y"]).startswith("2 of 3 instructions are truncated at 256 tokens")
+    note = kept.truncation_note(["x" * 300, "x" * 301, "y"])
+    assert note.startswith("2 of 3 instructions are truncated at 256 tokens")
