@@ -15,6 +15,7 @@ Reading never runs code from a file: the pickled dicts go through `defi.npy`. Ev
 `UserError` that names the file.
 """
 
+import contextlib
 import hashlib
 import io
 import re
@@ -109,16 +110,12 @@ def read_frame(
 def check_gripper(path: Path, action: Float64[np.ndarray, "7"]) -> None:
     """Raises UserError if an action neither opens nor closes the gripper: CALVIN's robot takes no other."""
     if abs(abs(action[6]) - 1) > RELATIVE[0] - 1:
-        raise UserError(
-            f"{path}: rel_actions holds the gripper's action {action[6]:g}, expected is 1 (open) or -1 "
-            "(closed); write one of them"
-        )
+        value = f"rel_actions holds the gripper's action {action[6]:g}"
+        raise UserError(f"{path}: {value}, expected is 1 (open) or -1 (closed); write one of them")
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member of a frame's archive; a small file may hold gigabytes of zeros."""
-    size = archive.getinfo(name).file_size
-    if size > LARGEST_MEMBER:
+    if (size := archive.getinfo(name).file_size) > LARGEST_MEMBER:  # zeros take a thousandth of their size
         raise ValueError(f"{name} has {size:,} bytes")
     return archive.read(name)
 
@@ -136,14 +133,13 @@ def _items(value: Any) -> list[Any]:
 def _span(path: Path, number: int, bounds: Sequence[int], text: Any, task: Any) -> Span:
     where = f"{path}: the text of span {number} (frames {bounds[0]} to {bounds[1]})"
     try:
-        instruction, fault = read_instruction(text, where), f"{where} is blank"
+        instruction = read_instruction(text, where)
+        fault = "" if instruction else f"{where} is blank"
     except UserError as error:
         instruction, fault = "", str(error)
-    try:
-        task = read_instruction(task, where)
-    except UserError:  # it only names the span in counts
-        task = ""
-    return Span(*bounds, instruction, task, fault="" if instruction else fault)
+    with contextlib.suppress(UserError):  # the task only names the span in counts
+        return Span(*bounds, instruction, read_instruction(task, where), fault)
+    return Span(*bounds, instruction, "", fault)
 
 
 class CalvinFolder:
@@ -166,13 +162,13 @@ class CalvinFolder:
             raise UserError(f"{index}: missing, so this is no split of a CALVIN data set; check the path")
         ids = np.asarray(self._load(INDEX))
         ids = ids[None] if ids.shape == (2,) else ids  # of a single recording
-        if ids.shape[1:] != (2,) or ids.dtype.kind not in "iu":
-            found = f"{ids.dtype} {ids.shape}"
-            raise UserError(f"{index}: not an integer array of shape [N, 2] but {found}; {COPY_AGAIN}")
-        if len(ids) == 0:
-            raise UserError(f"{index}: no frames in this split; collect it or {COPY_AGAIN}")
-        if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
-            raise UserError(f"{index}: a recording ends before it starts; {COPY_AGAIN}")
+        with reading(index, COPY_AGAIN):
+            if ids.shape[1:] != (2,) or ids.dtype.kind not in "iu":
+                raise ValueError(f"not an integer array of shape [N, 2] but {ids.dtype} {ids.shape}")
+            if len(ids) == 0:
+                raise ValueError("no frames in this split")
+            if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
+                raise ValueError("a recording ends before it starts")
         self.episodes: list[tuple[int, int]] = [(int(start), int(end)) for start, end in ids]
         lengths = ids[:, 1] - ids[:, 0] + 1
         if LENGTHS in self._files and not np.array_equal(np.ravel(self._load(LENGTHS)), lengths):
