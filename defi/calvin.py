@@ -94,10 +94,8 @@ def read_frame(
         dtype, shape = FRAME.get(key, (array.dtype, array.shape))
         kind_fits = array.dtype == np.uint8 if dtype is np.uint8 else array.dtype.kind == np.dtype(dtype).kind
         if not (kind_fits and _fits(array.shape, shape)):
-            raise UserError(
-                f"{path}: {key} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
-                "this is no frame in CALVIN's format"
-            )
+            expected = f"expected {np.dtype(dtype)} {shape}; give frames in CALVIN's format"
+            raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, {expected}")
         limit, unit = LIMITS.get(key, (np.inf, ""))
         if unit and (wrong := ~(np.abs(array) <= limit)).any():
             raise UserError(
@@ -153,10 +151,8 @@ class CalvinFolder:
         self.folder = Path(folder)
         self._files = open_files(self.folder)
         if isinstance(self._files, FolderFiles) and not self.folder.is_dir():
-            raise UserError(
-                f"{self.folder}: no such folder; give the data set in CALVIN's format that holds it, "
-                "or collect one with `python -m defi.sim.collect`"
-            )
+            hint = "give a data set in CALVIN's format, or collect one: python -m defi.sim.collect"
+            raise UserError(f"{self.folder}: no such folder; {hint}")
         index = self._files.path(INDEX)
         if INDEX not in self._files:
             raise UserError(f"{index}: missing, so this is no split of a CALVIN data set; check the path")
@@ -195,10 +191,8 @@ class CalvinFolder:
         """The annotated demonstrations, in the file's order, with and without instruction."""
         path = self._files.path(ANNOTATIONS)
         if not self.is_annotated:
-            raise UserError(
-                f"{path}: missing annotation, so there are no instructions; copy it too, or do without them "
-                "(data.language=false in stage 2, data.spans=all in stage 3)"
-            )
+            without = "data.language=false in stage 2, data.spans=all in stage 3"
+            raise UserError(f"{path}: missing annotation of instructions; copy it, or do without ({without})")
         annotation = self._load(ANNOTATIONS)
         with reading(path, "not CALVIN's annotation (language.ann, language.task, info.indx)"):
             texts, tasks = (_items(annotation["language"][key]) for key in ("ann", "task"))
@@ -208,10 +202,8 @@ class CalvinFolder:
         spans = [_span(path, n, *each) for n, each in enumerate(zip(bounds, texts, tasks))]
         for span in spans:
             if not any(start <= span.start <= span.end <= end for start, end in self.episodes):
-                raise UserError(
-                    f"{path}: span ({span.start}, {span.end}) lies outside the recordings of {INDEX}; "
-                    "the two files belong to different data sets"
-                )
+                outside = f"span ({span.start}, {span.end}) lies outside the recordings of {INDEX}"
+                raise UserError(f"{path}: {outside}; give both files of the same data set")
         return spans
 
     def missing_text_note(self, *, fate: str) -> str:
@@ -256,10 +248,8 @@ class CalvinFolder:
         found = [int(match[1]) for name in self._files if (match := FRAME_FILE.fullmatch(name))]
         missing = np.setdiff1d(frames, np.array(found, np.int64))
         if len(missing):
-            raise UserError(
-                f"{self.path(int(missing[0]))}: missing, and {len(missing) - 1:,} more of the "
-                f"{len(frames):,} frames that are needed; {COPY_AGAIN}"
-            )
+            more = f"{len(missing) - 1:,} more of the {len(frames):,} frames that are needed"
+            raise UserError(f"{self.path(int(missing[0]))}: missing, and {more}; {COPY_AGAIN}")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -50,7 +50,5 @@ def writing(output: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{output}: cannot write {what} ({_reason(error)}); finished work is kept: free some space, then "
-            "continue with resume=true"
-        ) from None
+        fix = "free some space, then continue with resume=true"
+        raise UserError(f"{output}: cannot write {what} ({_reason(error)}); {fix}") from None

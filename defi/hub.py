@@ -33,10 +33,8 @@ def load_model(cls: Any, source: Path | str) -> Any:
     """
     model, report = from_pretrained(cls, source, output_loading_info=True)
     if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-        raise UserError(
-            f"{source}: {len(missing)} tensors of {cls.__name__} are missing or of another shape, the first "
-            f"is {missing[0]}; give a complete folder"
-        )
+        what = f"{len(missing)} tensors of {cls.__name__} are missing or of another shape, first {missing[0]}"
+        raise UserError(f"{source}: {what}; give a complete folder")
     return model
 
 
@@ -56,10 +54,8 @@ def local_only(source: Path | str) -> bool:
         return True
     beside = len(path.parts) > 1 and os.path.isdir(path.parent)
     if path.is_absolute() or path.parts[:1] in (("ckpts",), ("..",)) or beside:
-        raise UserError(
-            f"{source}: no such folder; python -m defi.download preset=paper fetches what the presets start "
-            "from, weights=random does without"
-        )
+        fix = "python -m defi.download preset=paper fetches what the presets need, weights=random needs none"
+        raise UserError(f"{source}: no such folder; {fix}")
     return not _answers()
 
 
