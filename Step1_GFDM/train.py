@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
     check_size([*data.sets, *held_out.sets], model.noise(1).shape[2:])
-    print_once(model.clip.told(text for part in (data, held_out) for text in part.texts()))
+    print_once(model.clip.truncation_note(text for part in (data, held_out) for text in part.texts()))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     picks = np.linspace(0, len(held_out) - 1, SHOWN).astype(int)

@@ -28,7 +28,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.data import seed_of
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
-from defi.errors import UserError, going_on
+from defi.errors import UserError, writing
 from defi.files import read_json
 from defi.processes import print_once, processes, share
 from defi.text import CLIPText, TextConfig
@@ -179,7 +179,7 @@ def prepare(cfg: DictConfig) -> Path:
         return output
     dtype = np.dtype(np.uint8 if encoder.kind == "images" else np.float16)
     if state.is_main_process and not goes_on:
-        with going_on(output, "the samples' list"):
+        with writing(output, "the samples' list"):
             write_plan(output, plan)
             allocate(output / INPUTS, dtype, (len(plan.looks), *shape))
             Progress.begin(output, manifest, cfg.store.batch)
@@ -188,7 +188,7 @@ def prepare(cfg: DictConfig) -> Path:
     write_rows(inputs, plan, data, encoder, Progress(output, manifest.rows), image_size)
     state.wait_for_everyone()
     if state.is_main_process:
-        with going_on(output, MANIFEST):
+        with writing(output, MANIFEST):
             write_file(output / MANIFEST, manifest.to_json())
         Progress.end(output)
         print(
@@ -252,7 +252,7 @@ def told_of_texts(cfg: DictConfig, gfdm: GFDM | None, texts: list[str]) -> str:
         clip = gfdm.clip if gfdm else CLIPText.from_config(typed(TextConfig, cfg.text.clip, "text.clip"))
     except UserError:
         return ""
-    return clip.told(texts)
+    return clip.truncation_note(texts)
 
 
 def is_begun(output: Path, manifest: StoreManifest) -> bool:

@@ -79,7 +79,7 @@ def choose_starts(data: CalvinFolder, *, chunk: int, tail: int, stride: int, spa
     annotated = [] if all_frames and not data.is_annotated else list(enumerate(data.spans))
     known = {number: span for number, span in annotated if not span.fault}
     if annotated:
-        print_once(data.without_words(fate=fate))
+        print_once(data.missing_text_note(fate=fate))
         if not known and not all_frames:
             raise UserError(annotated[0][1].fault)
     starts = [Starts(n, s, range(s.start, s.end - tail + 1, stride)) for n, s in known.items()]

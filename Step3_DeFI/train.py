@@ -183,7 +183,7 @@ def train_policy(cfg: DictConfig) -> Path:
     ahead = ", ".join(f"+{frame * step}" for frame in looks)
     print_once(f"latent actions come from imagined frames {looks}: {ahead} steps of the recording")
     samples = open_samples(cfg.data, policy, find_weights(cfg.gfdm_checkpoint, "gfdm"))
-    print_once(policy.gfdm.clip.told(text for part in samples.values() for text in part.texts))
+    print_once(policy.gfdm.clip.truncation_note(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):
         policy.fit_standardisation(spread(samples["training"], FITTED, cfg.seed))
     return train(

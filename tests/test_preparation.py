@@ -160,7 +160,7 @@ def test_a_full_disk_is_named_and_a_later_start_goes_on(
             run(kind, inputs, tmp_path / "out")
     said = capsys.readouterr().err if kind == "latents" else str(ended.value)
     assert f"{tmp_path / 'out'}: cannot write " in said and "No space left on device" in said
-    assert "make room, then go on with resume=true" in said
+    assert "free some space, then continue with resume=true" in said
     kept = finished(kind, tmp_path / "out")
     done: list[str] = []
     with monkeypatch.context() as patch:
@@ -181,7 +181,7 @@ def test_a_damaged_picture_is_named_and_a_later_start_goes_on(
     good = (root / file).read_bytes()
     place = good.index(b"rgb_static.npy") + 200
     (root / file).write_bytes(good[:place] + b"????" + good[place + 4 :])
-    with pytest.raises(UserError, match=rf"{file}: truncated or damaged frame \("):
+    with pytest.raises(UserError, match=rf"{file}: cannot be read \("):
         run("store", inputs, tmp_path / "store", **{"data.root": root})
     kept = finished("store", tmp_path / "store")
     assert 0 < kept < LOOKS
@@ -201,10 +201,10 @@ def test_a_damaged_zip_is_named_before_any_work(inputs: Path, tmp_path: Path) ->
     for damaged, message in (
         (
             good[: start + 900] + b"????" + good[start + 904 :],
-            rf"{frame}, at byte {start} of the zip: damaged \(wrong checksum\)",
+            rf"{frame}, at byte {start} of the zip: cannot be read \(wrong checksum\)",
         ),
-        (good[:-500], r"demos\.zip: cut short or damaged"),
-        (good[: len(good) // 2], r"demos\.zip: cut short or damaged"),
+        (good[:-500], r"demos\.zip: cannot be read"),
+        (good[: len(good) // 2], r"demos\.zip: cannot be read"),
     ):
         archive.write_bytes(damaged)
         with pytest.raises(UserError, match=message):

@@ -198,7 +198,7 @@ def test_a_truncated_frame_is_named(tmp_path: Path, place: Path) -> None:
     root = write_demonstrations(tmp_path / "demos")
     frame = root / "training" / frame_name(117)
     frame.write_bytes(frame.read_bytes()[:100])
-    with pytest.raises(UserError, match="episode_0000117.npz: truncated or damaged"):
+    with pytest.raises(UserError, match="episode_0000117.npz: cannot be read"):
         prepare(prepare_settings(place, tmp_path / "store", **{"data.root": root, "store.kind": "images"}))
 
 

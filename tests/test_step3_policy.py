@@ -256,7 +256,7 @@ def test_a_saved_policy_acts_the_same_also_after_moving(
         DeFI.from_pretrained(run, gfdm=tmp_path / "other")
     check_older_config(run, tmp_path / "elsewhere")
     (run / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: not JSON"):
+    with pytest.raises(UserError, match="config.json: cannot be read"):
         DeFI.from_pretrained(run, gfdm=tmp_path / "elsewhere")
 
 

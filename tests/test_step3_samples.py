@@ -259,10 +259,10 @@ def test_instructions_that_are_cut_are_told(
         given = {"data.root": root, "text.clip.keep_end": False}
         prepare(settings(place, tmp_path / kind, "demos", kind, **given))
         told = capsys.readouterr().out
-        assert f"2 of 2 instructions are cut at {tokens} tokens" in told
+        assert f"2 of 2 instructions are truncated at {tokens} tokens" in told
         assert f"2 of them are equal to another, the first: {texts[0]!r} = {texts[1]!r}" in told
     train_policy(train_settings(place, tmp_path / "run", tmp_path / "images", **{"trainer.max_steps": 1}))
-    assert f"2 of 2 instructions are cut at {tokens} tokens" in capsys.readouterr().out
+    assert f"2 of 2 instructions are truncated at {tokens} tokens" in capsys.readouterr().out
 
 
 def test_a_frame_of_latents_takes_at_most_17_kb() -> None:

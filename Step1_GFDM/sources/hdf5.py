@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
-from defi.folders import find_files
+from defi.files import find_files
 from defi.hdf5 import read_hdf5
 from defi.picture import decode_picture, stack_frames
 from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part

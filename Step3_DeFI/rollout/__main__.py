@@ -12,7 +12,7 @@ from rich.console import Console
 
 from defi.config import entry, typed
 from defi.engine.output import check_output, is_leftover, prepare_output, write_file
-from defi.errors import UserError, going_on
+from defi.errors import UserError, writing
 from defi.files import read_json
 from defi.processes import print_once, processes
 from Step3_DeFI.rollout.config import CommandConfig
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
         state.wait_for_everyone()
         results = evaluate(evaluation, config.agent, policy, identity=known, output=output, state=state)
     if state.is_main_process:
-        with going_on(output, f"{RESULTS} and the report"):
+        with writing(output, f"{RESULTS} and the report"):
             results.save(output / RESULTS)
             report = write_report(output / "report.html", results, output / "videos")
         console = Console(highlight=False)
@@ -91,7 +91,7 @@ def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]
                 )
         return
     prepare_output(output, resume=config.resume, overwrite=config.overwrite)
-    with going_on(output, IDENTITY):
+    with writing(output, IDENTITY):
         write_file(file, json.dumps(identity, indent=1))
 
 

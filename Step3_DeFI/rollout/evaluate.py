@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 
 from defi.engine.log import ProgressDisplay
-from defi.errors import going_on
+from defi.errors import writing
 from defi.sim.renderers import Renderer, default_kind, find_renderer
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.config import AGENTS, RolloutConfig
@@ -115,12 +115,12 @@ def run_chains(
     with Fleet(setup, size, batcher) as fleet, closing(progress):
         for event in fleet.run(mine):
             if isinstance(event, Clip):
-                with going_on(output, "a clip"):
+                with writing(output, "a clip"):
                     write_clip(output / "videos", event, config.videos.every)
                 continue
             found[event.index] = event
             if log:
-                with going_on(output, log.path.name):
+                with writing(output, log.path.name):
                     log.append(event)
             progress.show(len(found), running_average(lengths(list(found.values()), setup.limit)))
     if state:

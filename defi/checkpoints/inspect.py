@@ -21,8 +21,7 @@ from defi.checkpoints.loading_report import part_of
 from defi.config import compose_preset, entry, presets
 from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest
 from defi.errors import UserError
-from defi.files import read_json
-from defi.folders import find_files
+from defi.files import find_files, read_json
 
 STATE = ("ema", "state")  # of our checkpoints: beside the weights themselves
 

@@ -119,7 +119,7 @@ def test_the_doctor_shows_how_far_the_renderers_differ(clone: Path, egl: None) -
     _, chosen, *others = doctor.examine("CALVIN's renderer", doctor.check_clone, str(clone))
     assert chosen.verdict == "ok" and str(find_renderer("egl")) in chosen.detail
     cpu = others[-1]
-    assert (cpu.what, cpu.verdict) == ("sim.renderer=cpu", "note") and "no published one" in cpu.mend
+    assert (cpu.what, cpu.verdict) == ("sim.renderer=cpu", "note") and "no published one" in cpu.fix
     shares = [int(word.rstrip("%")) for word in cpu.detail.split() if word.endswith("%")]
     assert len(shares) == 2 and min(shares) > 10, "another domain in both views"
 

@@ -44,7 +44,7 @@ class CalvinClips(Source):
         bounds = [(start, end, "") for start, end in self.data.episodes]
         if language:
             bounds = [(span.start, span.end, span.instruction) for span in self.data.spans if not span.fault]
-            print_once(self.data.without_words(fate="left out"))
+            print_once(self.data.missing_text_note(fate="left out"))
         self.clips = [
             Clip(camera, start, end - start + 1, (text,)) for camera in cameras for start, end, text in bounds
         ]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
-from defi.folders import find_files
+from defi.files import find_files
 from defi.frame_numbers import number_video
 from defi.video import VIDEO_SUFFIXES, read_frames
 from defi.video_index import number_videos
