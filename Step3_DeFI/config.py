@@ -1,8 +1,8 @@
-"""Sizes and constants of stage 3; the defaults are those of the published model."""
+"""The policy's choices; the defaults are those of the published model. Sizes come from stages 1 and 2."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,25 @@ from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_choice(setting: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{setting}={value}: choose one of {', '.join(choices)}")
+
+
+@dataclass
+class StageSizes:
+    """What a policy takes over from its stage-1 and stage-2 checkpoints; never typed.
+
+    frames, feature_tokens, feature_channels, sentence_width: F, L, C of stage 1's features, P of its CLIP.
+    """
+
+    frames: int
+    feature_tokens: int
+    feature_channels: int
+    sentence_width: int
+    latent_action: LatentActionSizes
 
 
 @dataclass
@@ -30,9 +49,7 @@ class VideoFormerConfig:
 
 @dataclass
 class ActionHeadConfig:
-    """Sizes of the action head.
-
-    cross_attention: `full`, with a learned position per action, or `causal` as in the published weights:
+    """cross_attention: `full`, with a learned position per action, or `causal` as in the published weights:
         action i sees the first i + 1 tokens, which is then the only sign of which action it is.
     identity_modulation: begin with plain layers, AdaLN's scale and gate 1 (published: 0, nearly closed).
     """
@@ -48,10 +65,7 @@ class ActionHeadConfig:
     identity_modulation: bool = False
 
     def __post_init__(self) -> None:
-        if self.cross_attention not in ("full", "causal"):
-            raise UserError(
-                f"policy.action_head.cross_attention={self.cross_attention}: must be full or causal"
-            )
+        check_choice("policy.action_head.cross_attention", self.cross_attention, ("full", "causal"))
 
 
 @dataclass
@@ -76,8 +90,7 @@ class ActionDiffusionConfig:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"policy.diffusion.sampler={self.sampler}: choose one of {', '.join(SAMPLERS)}")
+        check_choice("policy.diffusion.sampler", self.sampler, SAMPLERS)
         if self.steps < 1:
             raise UserError(f"policy.diffusion.steps={self.steps}: must be 1 or more")
         if not 0 <= self.text_dropout < 1:
@@ -90,19 +103,15 @@ class ActionDiffusionConfig:
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise levels of training from uniform u in [0, 1]."""
+        low, high = self.sigma_min, self.sigma_max
         return log_logistic(
-            u,
-            loc=math.log(self.sigma_data),
-            scale=self.density_scale,
-            minimum=self.sigma_min,
-            maximum=self.sigma_max,
+            u, loc=math.log(self.sigma_data), scale=self.density_scale, minimum=low, maximum=high
         )
 
     def schedule(self, device: torch.device | str = "cpu") -> Tensor:
         """Noise levels of sampling, descending, 0 at the end."""
-        return exponential_schedule(
-            self.steps, sigma_max=self.sigma_max, sigma_min=self.last_sigma, device=device
-        )
+        levels = {"sigma_max": self.sigma_max, "sigma_min": self.last_sigma}
+        return exponential_schedule(self.steps, **levels, device=device)
 
 
 @dataclass
@@ -119,8 +128,7 @@ class FinetuneConfig:
     video_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("none", "lora", "full"):
-            raise UserError(f"gfdm.finetune={self.mode}: must be none, lora or full")
+        check_choice("gfdm.finetune", self.mode, ("none", "lora", "full"))
         if self.rank < 1:
             raise UserError(f"gfdm.lora_rank={self.rank}: must be 1 or more")
         if self.video_loss < 0 or (self.video_loss and self.mode == "none"):
@@ -131,13 +139,12 @@ class FinetuneConfig:
 
 @dataclass
 class PolicyConfig:
-    """What the policy expects of the checkpoints it is built on, and its own sizes.
+    """What the policy is; `stages` is filled in by `DeFI` and kept in checkpoints.
 
     views: V, cameras: static and gripper. chunk: K, actions predicted at once. action_dim: A; an action is
     [dx, dy, dz] / 0.02 m, [droll, dpitch, dyaw] / 0.05 rad, gripper +1 open, −1 closed.
-    frames, feature_tokens, feature_channels, sentence_width: F, L, C of stage 1's features, P of its CLIP.
-    latent_action, latent_action_frames: stage 2's tokenizer and the two imagined frames it looks at.
-    feature_noise: `fresh` noise per look, or the same (`fixed`) noise for all, which makes features a
+    latent_action_frames: the two imagined frames that stage 2's tokenizer looks at.
+    feature_noise: `fresh` noise per observation, or the same (`fixed`) noise for all, which makes features a
     function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
     merge: side of the squares of neighbouring feature tokens that are joined into one (published: 1).
     restart_codes: codes that no sample of an epoch used are restarted (published: no).
@@ -149,11 +156,6 @@ class PolicyConfig:
     """
 
     views: int = 2
-    frames: int = 16
-    feature_tokens: int = 256
-    feature_channels: int = 2560
-    sentence_width: int = 512
-    latent_action: LatentActionSizes = field(default_factory=LatentActionSizes)
     latent_action_frames: list[int] = field(default_factory=lambda: [0, 5])
     feature_noise: str = "fresh"
     standardise: bool = False
@@ -170,18 +172,21 @@ class PolicyConfig:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    stages: StageSizes | None = None
 
     def __post_init__(self) -> None:
-        if self.feature_noise not in ("fresh", "fixed"):
-            raise UserError(f"policy.feature_noise={self.feature_noise}: must be fresh or fixed")
-        if self.gfdm_precision not in PRECISIONS:
+        check_choice("policy.feature_noise", self.feature_noise, ("fresh", "fixed"))
+        check_choice("policy.gfdm_precision", self.gfdm_precision, PRECISIONS)
+        if self.stages is None:
+            return
+        frames, side = self.stages.frames, math.isqrt(self.stages.feature_tokens)
+        if max(self.latent_action_frames) >= frames:
             raise UserError(
-                f"policy.gfdm_precision={self.gfdm_precision}: choose one of {', '.join(PRECISIONS)}"
+                f"policy.latent_action_frames={self.latent_action_frames}: the stage-1 checkpoint imagines "
+                f"{frames} frames; choose from 0 to {frames - 1}"
             )
-        if max(self.latent_action_frames) >= self.frames:
-            raise UserError(
-                f"policy.latent_action_frames={self.latent_action_frames}: beyond policy.frames={self.frames}"
-            )
+        if self.merge < 1 or side % self.merge:
+            raise UserError(f"policy.merge={self.merge}: must divide {side}, the side of stage 1's features")
 
     @property
     def video_precision(self) -> str:
@@ -195,11 +200,15 @@ class PolicyConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
-        """From the content of a checkpoint's `file`; in older ones positions were a setting of their own.
+        """From the content of a checkpoint's `file`.
+
+        In older ones stage sizes lie among the choices, and positions were a setting of their own.
 
         Raises:
-            UserError: a setting that there is not, or positions that do not go with the cross-attention.
+            UserError: an unknown setting, or positions that do not go with the cross-attention.
         """
+        if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
+            values["stages"] = older
         head = values.get("action_head")
         if isinstance(head, dict) and "action_positions" in head:
             has, kind = head.pop("action_positions"), head.get("cross_attention", "full")
@@ -210,14 +219,10 @@ class PolicyConfig:
                 )
         return typed(cls, values, str(file))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON; `from_json` reads them back."""
-        return asdict(self)
-
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Valid training input from stored features."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch_size, self.views, self.frames, self.feature_tokens, self.feature_channels)
+        generator, of = torch.Generator().manual_seed(seed), self.stages
+        shape = (batch_size, self.views, of.frames, of.feature_tokens, of.feature_channels)
         return {
             "features": torch.randn(shape, generator=generator),
             "text": [f"push block number {i} to the left" for i in range(batch_size)],
