@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 from defi.config import typed
-from defi.errors import UserError
+from defi.engine.weights import COPY_AGAIN
+from defi.errors import UserError, reading
+from defi.files import check_sizes, read_json
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def check(setting: str, value: object, fine: bool, rule: str) -> None:
+    """Raises UserError, with the `rule`, if the value of a setting is not `fine`."""
+    if not fine:
+        raise UserError(f"{setting}={value}: {rule}")
+
+
 def check_choice(setting: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{setting}={value}: choose one of {', '.join(choices)}")
+    check(setting, value, value in choices, f"choose one of {', '.join(choices)}")
 
 
 @dataclass
@@ -91,22 +98,16 @@ class ActionDiffusionConfig:
 
     def __post_init__(self) -> None:
         check_choice("policy.diffusion.sampler", self.sampler, SAMPLERS)
-        if self.steps < 1:
-            raise UserError(f"policy.diffusion.steps={self.steps}: must be 1 or more")
-        if not 0 <= self.text_dropout < 1:
-            raise UserError(f"policy.diffusion.text_dropout={self.text_dropout}: must lie in [0, 1)")
-        if self.guidance != 1 and self.text_dropout == 0:
-            raise UserError(
-                f"policy.diffusion.guidance={self.guidance}: the policy never saw a dropped text; "
-                "train it with policy.diffusion.text_dropout=0.1, or leave guidance at 1"
-            )
+        check("policy.diffusion.steps", self.steps, self.steps >= 1, "must be 1 or more")
+        dropout, guidance = self.text_dropout, self.guidance
+        check("policy.diffusion.text_dropout", dropout, 0 <= dropout < 1, "must lie in [0, 1)")
+        rule = "the policy never saw a dropped text; train with policy.diffusion.text_dropout=0.1, or set 1"
+        check("policy.diffusion.guidance", guidance, guidance == 1 or dropout > 0, rule)
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise levels of training from uniform u in [0, 1]."""
-        low, high = self.sigma_min, self.sigma_max
-        return log_logistic(
-            u, loc=math.log(self.sigma_data), scale=self.density_scale, minimum=low, maximum=high
-        )
+        bounds = {"minimum": self.sigma_min, "maximum": self.sigma_max}
+        return log_logistic(u, loc=math.log(self.sigma_data), scale=self.density_scale, **bounds)
 
     def schedule(self, device: torch.device | str = "cpu") -> Tensor:
         """Noise levels of sampling, descending, 0 at the end."""
@@ -129,12 +130,10 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_choice("gfdm.finetune", self.mode, ("none", "lora", "full"))
-        if self.rank < 1:
-            raise UserError(f"gfdm.lora_rank={self.rank}: must be 1 or more")
-        if self.video_loss < 0 or (self.video_loss and self.mode == "none"):
-            raise UserError(
-                f"gfdm.video_loss={self.video_loss}: must be 0, or positive with gfdm.finetune=lora or full"
-            )
+        check("gfdm.lora_rank", self.rank, self.rank >= 1, "must be 1 or more")
+        fine = self.video_loss == 0 or (self.video_loss > 0 and self.mode != "none")
+        rule = "must be 0, or positive with gfdm.finetune=lora or full"
+        check("gfdm.video_loss", self.video_loss, fine, rule)
 
 
 @dataclass
@@ -177,16 +176,13 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         check_choice("policy.feature_noise", self.feature_noise, ("fresh", "fixed"))
         check_choice("policy.gfdm_precision", self.gfdm_precision, PRECISIONS)
-        if self.stages is None:
-            return
-        frames, side = self.stages.frames, math.isqrt(self.stages.feature_tokens)
-        if max(self.latent_action_frames) >= frames:
-            raise UserError(
-                f"policy.latent_action_frames={self.latent_action_frames}: the stage-1 checkpoint imagines "
-                f"{frames} frames; choose from 0 to {frames - 1}"
-            )
-        if self.merge < 1 or side % self.merge:
-            raise UserError(f"policy.merge={self.merge}: must divide {side}, the side of stage 1's features")
+        if self.stages is not None:
+            seen, last = self.latent_action_frames, self.stages.frames - 1
+            rule = f"the last frame that the stage-1 checkpoint imagines is {last}"
+            check("policy.latent_action_frames", seen, 0 <= min(seen) <= max(seen) <= last, rule)
+            side = math.isqrt(self.stages.feature_tokens)
+            fine, rule = self.merge >= 1 and side % self.merge == 0, f"must divide {side}, the features' side"
+            check("policy.merge", self.merge, fine, rule)
 
     @property
     def video_precision(self) -> str:
@@ -199,24 +195,24 @@ class PolicyConfig:
         return typed(cls, cfg["policy"], "policy")
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
-        """From the content of a checkpoint's `file`.
-
-        In older ones stage sizes lie among the choices, and positions were a setting of their own.
+    def read(cls, file: Path) -> "PolicyConfig":
+        """From a checkpoint's file; in older ones stage sizes and positions were settings beside the others.
 
         Raises:
-            UserError: an unknown setting, or positions that do not go with the cross-attention.
+            UserError: the file is damaged, or has positions that do not go with the cross-attention.
         """
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
         if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
             values["stages"] = older
-        head = values.get("action_head")
-        if isinstance(head, dict) and "action_positions" in head:
-            has, kind = head.pop("action_positions"), head.get("cross_attention", "full")
-            if has != (kind == "full"):
-                raise UserError(
-                    f"{file}: cross_attention={kind} with action_positions={has} is no longer possible (full "
-                    "cannot tell actions apart without positions, causal has none); train it again"
-                )
+        with reading(file, COPY_AGAIN):
+            head = values.get("action_head", {})
+            has, kind = head.pop("action_positions", None), head.get("cross_attention", "full")
+        if has is not None and has != (kind == "full"):
+            raise UserError(
+                f"{file}: cross_attention={kind} with action_positions={has} is no longer possible (full "
+                "cannot tell actions apart without positions, causal has none); train it again"
+            )
         return typed(cls, values, str(file))
 
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:

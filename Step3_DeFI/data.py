@@ -1,7 +1,5 @@
 """The policy's training data: a store, checked against the policy, or the recordings as they are."""
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from defi.calvin import TRAINING, VALIDATION
@@ -28,42 +26,40 @@ def open_samples(section: DictConfig, policy: DeFI) -> dict[str, PolicySamples]:
     if section.held_out is not None:
         of_root = section.root is not None and section.held_out in (TRAINING, VALIDATION)
         places["held_out"] = f"{section.root}/{section.held_out}" if of_root else section.held_out
-    # Only what is trained on needs the frames that follow, for the video loss.
+    # For the video loss the frames that follow a sample, of what is trained on.
     clips = {"training": policy.gfdm.config.clip_frames} if policy.config.finetune.video_loss else {}
     if section.store is not None:
-        return {name: open_store(Path(at), policy, clips.get(name)) for name, at in places.items()}
+        return {name: open_store(place, policy, clips.get(name)) for name, place in places.items()}
     rules, size = SampleRules.of(section, policy.config.chunk), policy.image_size
     return {
-        name: CalvinSamples(at, rules, image_size=size, clip=clips.get(name)) for name, at in places.items()
+        name: CalvinSamples(place, rules, image_size=size, clip=clips.get(name))
+        for name, place in places.items()
     }
 
 
-def open_store(folder: Path, policy: DeFI, clip: range | None) -> PolicyStore:
+def open_store(folder: str, policy: DeFI, clip: range | None) -> PolicyStore:
     """A store that this policy can learn from, with a video `clip` of each sample where one is wanted.
 
     Raises:
         UserError: it was made for another policy or stage-1 checkpoint; what differs is named.
     """
     store, config = PolicyStore(folder), policy.config
-    made = store.manifest
-    if made.kind == "features" and config.finetune.mode != "none":
+    made, finetune = store.manifest, config.finetune.mode
+    if made.kind == "features" and finetune != "none":
         raise UserError(
-            f"{folder}: stored features have no gradient for gfdm.finetune={config.finetune.mode}; "
-            "prepare a store with store.kind=latents, or leave finetune at none"
+            f"{folder}: stored features have no gradient for gfdm.finetune={finetune}; prepare a store with "
+            "store.kind=latents, or leave finetune at none"
         )
-    wanted = {"chunk": config.chunk, "image_size": policy.image_size}
+    wanted: dict[str, object] = {"chunk": config.chunk, "image_size": policy.image_size}
     if made.kind == "features":
         wanted |= {"feature_noise": config.feature_noise, "gfdm_precision": config.video_precision}
+    if made.kind != "images":
+        wanted["stage1_weights"] = fingerprint(policy.sources["gfdm"])
     for name, value in wanted.items():
         if (found := getattr(made, name)) != value:
             raise UserError(
-                f"{folder}: prepared with {name} {found}, the policy expects {value}; prepare it again"
+                f"{folder}: prepared with {name}={found}, the policy has {value}; prepare it again"
             )
-    if made.kind != "images" and made.gfdm != fingerprint(policy.sources.gfdm):
-        raise UserError(
-            f"{folder}: prepared with another stage-1 checkpoint than {policy.sources.gfdm}; "
-            "give that one as gfdm_checkpoint, or prepare the store again"
-        )
     kept = None if store.video is None else (store.video.shape[1], made.video_stride)
     if clip is not None and kept != (len(clip), clip.step):
         raise UserError(

@@ -1,6 +1,6 @@
 """Planning: which samples there are in demonstrations in CALVIN's format."""
 
-from collections.abc import Sequence
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,44 +13,34 @@ from rich.progress import track
 from defi.calvin import CalvinFolder, Span, check_gripper
 from defi.errors import UserError
 from defi.processes import print_once, processes, share
+from Step3_DeFI.config import check, check_choice
 
 READERS = 4  # frames that a process reads at the same time
-BATCH = 64  # frames that a process takes at once
+BATCH = 64  # frames that a reader takes at once
+
+Start = tuple[int, Span, int]  # a sample: its annotation's number (-1: none), demonstration, frame
 
 
 @dataclass(frozen=True)
 class SampleRules:
-    """Which frames samples start at: configs/data/samples.yaml; `chunk` actions follow from each on."""
+    """Which frames samples start at (configs/data/samples.yaml); `chunk` actions follow from each on."""
 
     chunk: int
     min_remaining: int
     stride: int
     spans: str
 
-    def __post_init__(self) -> None:
-        if self.spans not in ("annotated", "all"):
-            raise UserError(f"data.spans={self.spans}: choose annotated or all")
-        if self.stride < 1:
-            raise UserError(f"data.stride={self.stride}: must be 1 or more")
-        if self.min_remaining < (least := self.chunk - 1):
-            raise UserError(
-                f"data.min_remaining={self.min_remaining}: a chunk has {self.chunk} actions; "
-                f"set data.min_remaining={least} or more"
-            )
-
     @classmethod
     def of(cls, section: DictConfig, chunk: int) -> "SampleRules":
         """From the section `data` of a configuration."""
         return cls(chunk, section.min_remaining, section.stride, section.spans)
 
-
-@dataclass(frozen=True)
-class Starts:
-    """Frames of one demonstration at which samples start, in order; `number` is its annotation's, or -1."""
-
-    number: int
-    span: Span
-    frames: Sequence[int]
+    def __post_init__(self) -> None:
+        check_choice("data.spans", self.spans, ("annotated", "all"))
+        check("data.stride", self.stride, self.stride >= 1, "must be 1 or more")
+        rest, least = self.min_remaining, self.chunk - 1
+        rule = f"a chunk has {self.chunk} actions; set data.min_remaining={least} or more"
+        check("data.min_remaining", rest, rest >= least, rule)
 
 
 @dataclass
@@ -87,91 +77,72 @@ def plan_samples(
         UserError: there is no sample, a frame is missing, or holds numbers that no robot has.
     """
     starts = choose_starts(data, rules)
-    frames = np.array([frame for each in starts for frame in each.frames])
+    frames = np.array([frame for _, _, frame in starts])
     chunks = frames[:, None] + np.arange(rules.chunk)
     needed = np.unique(chunks)
     data.check_frames(needed)
     motions = read_motions(data, needed)
     observations: dict[tuple[int, int], int] = {}
     texts: dict[str, int] = {}
-    index, clips, tasks = [], [], {}
+    index, clips = [], []
 
     def observation(frame: int, text: int = -1) -> int:
         return observations.setdefault((frame, text), len(observations))
 
-    for each in starts:
-        text = texts.setdefault(each.span.instruction, len(texts))
-        for frame in each.frames:
-            index.append((observation(frame, text if by_text else -1), text))
-            clips.append([observation(min(frame + offset, each.span.end)) for offset in clip or ()])
-        if each.span.task:
-            tasks[each.span.task] = tasks.get(each.span.task, 0) + len(each.frames)
-    numbers = np.repeat([each.number for each in starts], [len(each.frames) for each in starts])
+    for _, span, frame in starts:
+        text = texts.setdefault(span.instruction, len(texts))
+        index.append((observation(frame, text if by_text else -1), text))
+        clips.append([observation(min(frame + offset, span.end)) for offset in clip or ()])
     return Plan(
         observations=np.array(list(observations), np.int64),
         index=np.array(index, np.int64),
         actions=motions[np.searchsorted(needed, chunks), :7],
         robot_obs=motions[np.searchsorted(needed, frames), 7:],
-        spans=np.stack([numbers, frames], 1),
+        spans=np.array([(number, frame) for number, _, frame in starts]),
         video=None if clip is None else np.array(clips, np.int64),
         texts=list(texts),
-        tasks=tasks,
+        tasks=dict(Counter(span.task for _, span, _ in starts if span.task)),
     )
 
 
-def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[Starts]:
+def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[Start]:
     """Where samples start. Printed lines tell of spans without words, and of those that are too short.
 
     Raises:
         UserError: no span, or (`all`) no recording, is long enough.
     """
-    all_frames = rules.spans == "all"
-    fate = "taken without text" if all_frames else "left out"
-    spans = [] if all_frames and not data.is_annotated else data.spans
-    known = {number: span for number, span in enumerate(spans) if not span.fault}
+    rest, everything = rules.min_remaining, rules.spans == "all"
+    fate = "taken without text" if everything else "left out"
+    spans = [] if everything and not data.is_annotated else data.spans
     if spans:
         print_once(data.without_words(fate=fate))
-        if not known and not all_frames:
+        if not everything and all(span.fault for span in spans):
             raise UserError(spans[0].fault)
+    known = {number: span for number, span in enumerate(spans) if not span.fault}
     starts = [
-        Starts(number, span, range(span.start, span.end - rules.min_remaining + 1, rules.stride))
+        (number, span, frame)
         for number, span in known.items()
+        for frame in range(span.start, span.end - rest + 1, rules.stride)
     ]
-    print_once(short_note(data, starts, rules, fate))
-    if all_frames:
-        starts += unannotated_starts(data, list(known.values()), rules)
-    if starts := [each for each in starts if each.frames]:
-        return starts
-    if all_frames:
-        fault = f"no recording has the {rules.chunk} frames of a chunk; give longer ones"
-    else:
-        fault = f"no annotated span is longer than data.min_remaining={rules.min_remaining} frames; lower it"
-    raise UserError(f"{data.folder}: {fault}")
-
-
-def short_note(data: CalvinFolder, annotated: Sequence[Starts], rules: SampleRules, fate: str) -> str:
-    """A line about annotated spans in which no sample starts, and their `fate`; "" if there are none."""
-    short = [each.span for each in annotated if not each.frames]
-    if not short:
-        return ""
-    note = f"{len(short)} of {len(annotated)} annotated spans are too short for "
-    note += f"data.min_remaining={rules.min_remaining}: {fate}"
-    kept_tasks = {each.span.task for each in annotated if each.frames}
-    if lost := sorted({span.task for span in short} - kept_tasks):
-        note += f"; tasks without any sample: {', '.join(lost)}"
-    if long_enough := sum(span.end - span.start >= rules.chunk - 1 for span in short):
-        note += f"; data.min_remaining={rules.chunk - 1} takes {long_enough} of them"
-    return f"{data.folder}: {note}"
-
-
-def unannotated_starts(data: CalvinFolder, spans: Sequence[Span], rules: SampleRules) -> list[Starts]:
-    """The frames of every recording that lie in no span's s … e − min_remaining; without instruction."""
-    annotated = [frame for span in spans for frame in range(span.start, span.end - rules.min_remaining + 1)]
-    return [
-        Starts(-1, Span(start, end, "", ""), np.setdiff1d(frames, annotated).tolist())
-        for start, end in data.episodes
-        for frames in [np.arange(start, end - rules.chunk + 2, rules.stride)]
-    ]
+    if short := [span for span in known.values() if span.end - span.start < rest]:
+        note = f"{len(short)} of {len(known)} annotated spans are too short for data.min_remaining={rest}"
+        note += f": {fate}"
+        if lost := sorted({span.task for span in short} - {span.task for _, span, _ in starts}):
+            note += f"; tasks without any sample: {', '.join(lost)}"
+        if long_enough := sum(span.end - span.start >= rules.chunk - 1 for span in short):
+            note += f"; data.min_remaining={rules.chunk - 1} takes {long_enough} of them"
+        print_once(f"{data.folder}: {note}")
+    if everything:
+        annotated = [frame for span in known.values() for frame in range(span.start, span.end - rest + 1)]
+        for start, end in data.episodes:
+            frames = np.setdiff1d(np.arange(start, end - rules.chunk + 2, rules.stride), annotated)
+            starts += [(-1, Span(start, end, "", ""), frame) for frame in frames.tolist()]
+    if not starts:
+        fault = f"no annotated span is longer than data.min_remaining={rest} frames; lower it"
+        if everything:
+            fault = f"no recording has the {rules.chunk} frames of a chunk; give longer ones"
+        raise UserError(f"{data.folder}: {fault}")
+    return starts
 
 
 def read_motions(data: CalvinFolder, frames: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N 22"]:

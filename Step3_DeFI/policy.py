@@ -6,7 +6,7 @@ DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictu
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel, settings_of
-from defi.engine.weights import COPY_AGAIN
-from defi.files import check_sizes, read_json
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
 from Step2_GIDM.model import GIDM
@@ -27,7 +25,7 @@ from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, prec
 from Step3_DeFI.features import Standardise, encode_views, imagine, keep_in, merge_tokens, video_noise
 from Step3_DeFI.finetune import idle, open_for_finetuning
 from Step3_DeFI.gidm_branch import GIDMBranch
-from Step3_DeFI.sources import Sources, stage_sizes
+from Step3_DeFI.sources import Sources, load_sources, read_sources, stage_sizes, write_sources
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
 
 
@@ -69,21 +67,16 @@ class DeFI(StageModel):
     trained, averaged and saved with the rest, and the stage-1 checkpoint is loaded below it.
     """
 
-    stage: ClassVar[str] = "policy"
-    config_class: ClassVar[type] = PolicyConfig
+    stage = "policy"
+    config_class = PolicyConfig
     # Not the action decoder's layers: `encode` computes their keys and values ahead.
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (
-        *GFDM.blocks,
-        SpatioTemporalBlock,
-        VideoFormerLayer,
-        EncoderLayer,
-    )
+    blocks = (*GFDM.blocks, SpatioTemporalBlock, VideoFormerLayer, EncoderLayer)
     config: PolicyConfig
 
     def __init__(
         self, config: PolicyConfig, *, gfdm: GFDM, gidm: GIDM, sources: Sources | None = None
     ) -> None:
-        """Of `gidm` the sizes of its tokenizer are taken, and its text tower."""
+        """Of `gidm` its text tower and the sizes of its tokenizer are taken. sources: where both lie."""
         super().__init__()
         stages = stage_sizes(gfdm, gidm)
         self.config, self.sources = replace(config, stages=stages), sources
@@ -93,13 +86,7 @@ class DeFI(StageModel):
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
         former, merged_channels = config.video_former, stages.feature_channels * config.merge**2
         self.video_former = VideoFormer(
-            feature_channels=merged_channels,
-            dim=former.dim,
-            depth=former.depth,
-            heads=former.heads,
-            head_dim=former.head_dim,
-            frames=stages.frames,
-            queries=former.queries,
+            feature_channels=merged_channels, frames=stages.frames, **vars(former)
         )
         shape = (config.views, stages.feature_tokens, stages.feature_channels)
         self.standardise = Standardise(*shape) if config.standardise else nn.Identity()
@@ -315,8 +302,8 @@ class DeFI(StageModel):
         Raises:
             UserError: a checkpoint is missing, of another stage, or knows no language.
         """
-        sources = Sources.at(gfdm=find_weights(gfdm, "gfdm"), gidm=find_weights(gidm, "gidm"))
-        stages = sources.load()
+        sources = {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")}
+        stages = load_sources(sources)
         policy = cls(config, **stages, sources=sources)
         policy.gidm_branch.tokenizer.load_state_dict(stages["gidm"].tokenizer.state_dict())
         return policy
@@ -325,7 +312,7 @@ class DeFI(StageModel):
         """Trained weights, config, and where stage 1 and 2 lie (relative paths and fingerprints)."""
         super().save_pretrained(folder)
         if self.sources is not None:
-            self.sources.write(folder)
+            write_sources(folder, self.sources)
 
     @classmethod
     def from_pretrained(
@@ -337,13 +324,10 @@ class DeFI(StageModel):
             UserError: a file is missing or damaged, or a stage's checkpoint is not the one it was trained on.
         """
         folder = Path(folder)
-        file = folder / CONFIG
-        values = read_json(file, COPY_AGAIN)
-        check_sizes(values, file)
-        config = PolicyConfig.from_json(values, file)
-        sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
-        stages = sources.load()
-        with settings_of(file):
+        config = PolicyConfig.read(folder / CONFIG)
+        sources = read_sources(folder, gfdm=gfdm, gidm=gidm)
+        stages = load_sources(sources)
+        with settings_of(folder / CONFIG):
             policy = cls(config, **stages, sources=sources)
         policy.load_weights(folder)
         return policy

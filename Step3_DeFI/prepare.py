@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from omegaconf import DictConfig
 from rich.progress import track
-from torch import Tensor
 
 from defi.calvin import CalvinFolder
 from defi.config import entry, typed
@@ -31,19 +30,21 @@ from defi.processes import print_once, processes, share
 from defi.text import CLIPText, TextConfig
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
-from Step3_DeFI.config import PolicyConfig, check_choice
+from Step3_DeFI.config import PolicyConfig, check, check_choice
 from Step3_DeFI.features import encode_views, imagine, keep_in, video_noise
 from Step3_DeFI.plan import Plan, SampleRules, plan_samples
 from Step3_DeFI.samples import Pictures
-from Step3_DeFI.store import INPUT_DIMENSIONS, INPUTS, MANIFEST, PROGRESS, StoreManifest, write_plan
+from Step3_DeFI.store import DONE, INPUT_DIMENSIONS, INPUTS, MANIFEST, PROGRESS, StoreManifest, write_plan
 
-DONE = "done.npy"
-FOLLOWS = ("samples", "rows", "texts", "tasks")  # of a manifest: from the data and the other settings
+FOLLOWS = {"source", "samples", "rows", "texts", "tasks"}  # of a manifest: from data and settings
 
 
 @dataclass
 class Encoder:
-    """Pictures of observations → rows of `inputs.npy`. `gfdm`: None for `images`; `stage1`: its sizes."""
+    """Pictures of observations → rows of `inputs.npy`.
+
+    `stage1`: the sizes of the video model `gfdm`, which is None for `images`.
+    """
 
     kind: str
     draws: int
@@ -55,19 +56,17 @@ class Encoder:
     @classmethod
     def from_config(cls, cfg: DictConfig, policy: PolicyConfig) -> "Encoder":
         """Raises UserError if settings exclude each other, or there is no such checkpoint."""
-        kind, draws, seed = cfg.store.kind, cfg.store.draws, cfg.seed
+        kind, draws = cfg.store.kind, cfg.store.draws
         check_choice("store.kind", kind, INPUT_DIMENSIONS)
-        if draws < 1 or (draws > 1 and (kind != "features" or policy.feature_noise == "fixed")):
-            raise UserError(
-                f"store.draws={draws}: only features with fresh noise come in several draws; set it to 1"
-            )
-        if cfg.store.videos and kind == "features":
-            raise UserError("store.videos=true: videos are kept with store.kind=latents or images")
+        fine = draws == 1 or (draws > 1 and kind == "features" and policy.feature_noise == "fresh")
+        check("store.draws", draws, fine, "only features with fresh noise come in several draws; set it to 1")
+        fine = not cfg.store.videos or kind != "features"
+        check("store.videos", "true", fine, "videos are kept with store.kind=latents or images")
         if kind == "images":
-            return cls(kind, draws, seed, policy, GFDMConfig.from_preset(cfg))
+            return cls(kind, draws, cfg.seed, policy, GFDMConfig.from_preset(cfg))
         gfdm = GFDM.from_pretrained(find_weights(cfg.gfdm_checkpoint, "gfdm")).to(processes().device).eval()
         keep_in(policy.video_precision, gfdm)
-        return cls(kind, draws, seed, policy, gfdm.config, gfdm)
+        return cls(kind, draws, cfg.seed, policy, gfdm.config, gfdm)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -86,36 +85,18 @@ class Encoder:
         """Rows `first_row` … of the store; their noise depends on row, draw and seed alone."""
         if self.kind == "images":
             return images
-        latents = encode_views(self.gfdm, torch.from_numpy(images).to(processes().device))
+        device, views = processes().device, self.policy.views
+        latents = encode_views(self.gfdm, torch.from_numpy(images).to(device))
         if self.kind == "latents":
             return latents.half().cpu().numpy()
-        rows = range(first_row, first_row + len(images))
-        draws = [
-            imagine(self.gfdm, latents, texts, noise=self._noise(rows, draw)) for draw in range(self.draws)
-        ]
-        return torch.stack(draws, dim=1).half().cpu().numpy()
-
-    def _noise(self, rows: range, draw: int) -> Float[Tensor, "N V F 4 h w"]:
-        seeds = torch.tensor([seed_of("store", self.seed, row, draw) for row in rows])
-        how = {"views": self.policy.views, "kind": self.policy.feature_noise}
-        return video_noise(self.gfdm, seeds, **how, device=processes().device)
-
-
-class Progress:
-    """Which batches of rows are on disk, whichever process wrote them: a byte for each, in a file."""
-
-    def __init__(self, output: Path, rows: int) -> None:
-        self.rows, self.batch = rows, json.loads((output / PROGRESS).read_text())["batch"]
-        self.done = np.load(output / DONE, mmap_mode="r+")
-
-    def missing(self) -> list[range]:
-        """Rows of the batches that are left, shared among the processes."""
-        left = np.flatnonzero(self.done == 0).tolist()
-        return [range(b * self.batch, min((b + 1) * self.batch, self.rows)) for b in share(left)]
-
-    def note(self, rows: range) -> None:
-        self.done[rows.start // self.batch] = 1
-        self.done.flush()
+        versions = []
+        for draw in range(self.draws):
+            rows = range(first_row, first_row + len(images))
+            seeds = torch.tensor([seed_of("store", self.seed, row, draw) for row in rows])
+            kind = self.policy.feature_noise
+            noise = video_noise(self.gfdm, seeds, views=views, kind=kind, device=device)
+            versions.append(imagine(self.gfdm, latents, texts, noise=noise))
+        return torch.stack(versions, dim=1).half().cpu().numpy()
 
 
 def prepare(cfg: DictConfig) -> Path:
@@ -138,7 +119,7 @@ def prepare(cfg: DictConfig) -> Path:
         source=str(data.folder),
         fingerprint=data.fingerprint,
         seed=cfg.seed,
-        gfdm=encoder.gfdm and fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
+        stage1_weights=encoder.gfdm and fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
         feature_noise=policy.feature_noise if encoder.kind == "features" else None,
         video_stride=clip and clip.step,
         gfdm_precision="no" if encoder.kind == "images" else policy.video_precision,
@@ -151,15 +132,14 @@ def prepare(cfg: DictConfig) -> Path:
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
         if not begun:
-            with going_on(output, "the samples' list"):
-                begin(output, manifest, plan, encoder, batch=cfg.store.batch)
+            begin(output, manifest, plan, encoder.row_shape, batch=cfg.store.batch)
     state.wait_for_everyone()
     if not (output / MANIFEST).exists():
         fill(output, Pictures(data, plan.observations[:, 0], manifest.image_size), plan, encoder)
         state.wait_for_everyone()
         if state.is_main_process:
             with going_on(output, MANIFEST):
-                write_file(output / MANIFEST, json.dumps(asdict(manifest), indent=1))
+                write_file(output / MANIFEST, manifest.to_json())
     if state.is_main_process:
         for file in (PROGRESS, DONE):
             (output / file).unlink(missing_ok=True)
@@ -169,9 +149,7 @@ def prepare(cfg: DictConfig) -> Path:
 
 
 def is_begun(output: Path, manifest: StoreManifest) -> bool:
-    """Whether the folder holds this store, complete or not.
-
-    `source` may be another path: the data are known by their fingerprint, wherever they lie.
+    """Whether the folder holds this store, complete or not; data are known by their fingerprint.
 
     Raises:
         UserError: it holds another store; what differs is named.
@@ -179,58 +157,44 @@ def is_begun(output: Path, manifest: StoreManifest) -> bool:
     file = next((output / name for name in (MANIFEST, PROGRESS) if (output / name).exists()), None)
     if file is None:
         return False
-    begun = asdict(StoreManifest.read(file, "make it anew with overwrite=true"))
-    differ = {
-        name: f"{name} {begun[name]}, not {value}"
-        for name, value in asdict(manifest).items()
-        if name != "source" and begun[name] != value
-    }
-    if differ:
-        reasons = [reason for name, reason in differ.items() if name not in FOLLOWS] or list(differ)
+    found, wanted = vars(StoreManifest.read(file, "make it anew with overwrite=true")), vars(manifest)
+    unequal = [name for name in wanted if name not in FOLLOWS and found[name] != wanted[name]]
+    if differ := [f"{name} {found[name]}, not {wanted[name]}" for name in unequal]:
         raise UserError(
-            f"{output}: was begun with other data or settings ({'; '.join(reasons)}); "
+            f"{output}: was begun with other data or settings ({'; '.join(differ)}); "
             "give those, choose another output=, or replace it with overwrite=true"
         )
     return True
 
 
-def begin(output: Path, manifest: StoreManifest, plan: Plan, encoder: Encoder, *, batch: int) -> None:
-    """Everything but the rows' content, of which nothing is done yet; the record of progress comes last."""
-    write_plan(output, plan)
-    dtype = np.dtype(np.uint8 if encoder.kind == "images" else np.float16)
-    allocate(output / INPUTS, dtype, (manifest.rows, *encoder.row_shape))
-    np.save(output / DONE, np.zeros(-(-manifest.rows // batch), np.uint8))
-    write_file(output / PROGRESS, json.dumps(asdict(manifest) | {"batch": batch}))
-
-
-def allocate(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """An `.npy` file of this size. Its space is taken at once: writing to mapped memory cannot fail later.
-
-    Raises:
-        UserError: the disk has not that much space.
-    """
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-    size = array.offset + array.nbytes
-    del array
-    try:
-        with file.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, size)
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot take {size / 1e9:.1f} GB ({error.strerror}); free space or change output="
-        ) from None
+def begin(
+    output: Path, manifest: StoreManifest, plan: Plan, row_shape: tuple[int, ...], *, batch: int
+) -> None:
+    """All files of a store, of whose rows none is done yet; the record of progress comes last."""
+    dtype = np.dtype(np.uint8 if manifest.kind == "images" else np.float16)
+    size = manifest.rows * int(np.prod(row_shape)) * dtype.itemsize
+    with going_on(output, f"a store of {size / 1e9:.1f} GB"):
+        write_plan(output, plan)
+        shape = (manifest.rows, *row_shape)
+        inputs = np.lib.format.open_memmap(output / INPUTS, mode="w+", dtype=dtype, shape=shape)
+        with (output / INPUTS).open("r+b") as file:  # takes the space: writing to mapped memory cannot fail
+            os.posix_fallocate(file.fileno(), 0, inputs.offset + inputs.nbytes)
+        np.save(output / DONE, np.zeros(-(-manifest.rows // batch), np.uint8))
+        write_file(output / PROGRESS, manifest.to_json(batch=batch))
 
 
 def fill(output: Path, pictures: Pictures, plan: Plan, encoder: Encoder) -> None:
-    """Write this process's share of the missing rows, noting every batch that is on disk."""
-    progress = Progress(output, len(plan.observations))
-    inputs, quiet = np.load(output / INPUTS, mmap_mode="r+"), not processes().is_local_main_process
-    for rows in track(progress.missing(), f"{encoder.kind} of {len(inputs)} observations", disable=quiet):
-        part = slice(rows.start, rows.stop)
-        texts = [plan.texts[text] for text in plan.observations[part, 1]]
-        inputs[part] = encoder(pictures[part], texts, rows.start)
+    """Encode this process's share of the batches that are not done, whichever process did the others."""
+    batch = json.loads((output / PROGRESS).read_text())["batch"]
+    inputs, done = (np.load(output / name, mmap_mode="r+") for name in (INPUTS, DONE))
+    left, quiet = share(np.flatnonzero(done == 0).tolist()), not processes().is_local_main_process
+    for number in track(left, f"{encoder.kind} of {len(inputs)} observations", disable=quiet):
+        rows = slice(number * batch, (number + 1) * batch)
+        texts = [plan.texts[text] for text in plan.observations[rows, 1]]
+        inputs[rows] = encoder(pictures[rows], texts, rows.start)
         inputs.flush()
-        progress.note(rows)
+        done[number] = 1
+        done.flush()
 
 
 def truncation_note(cfg: DictConfig, gfdm: GFDM | None, texts: list[str]) -> str:

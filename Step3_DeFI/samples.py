@@ -33,17 +33,13 @@ class PolicySamples(Dataset):
     """What the policy learns from: a packed store (`PolicyStore`) or recordings (`CalvinSamples`).
 
     Samples are {features | latents | images, text, actions [K, A]} and, where kept, `video` [V, F, ...].
-    A store of features may hold several versions of each, `draws`, which are samples of their own.
-
-    Attributes:
-        kind: of `inputs`, which are the R observations, an array or `Pictures`.
-        index, actions, video, texts: as in `Plan`.
-        fingerprint: identifies the data, for the checkpoints' manifests.
+    `kind` names the first; of features there may be several `draws`, which are samples of their own.
+    `inputs`, by observation, are an array or `Pictures`; index, actions, video, texts are as in `Plan`.
     """
 
     kind: str
     draws: int = 1
-    fingerprint: str
+    fingerprint: str  # identifies the data, for the checkpoints' manifests
     inputs: np.ndarray | Pictures
     index: np.ndarray
     actions: np.ndarray
@@ -54,17 +50,17 @@ class PolicySamples(Dataset):
         return len(self.index) * self.draws
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample, draw = divmod(i, self.draws)
-        row, text = self.index[sample]
+        number, draw = divmod(i, self.draws)
+        row, text = self.index[number]
         seen = self.inputs[row][draw] if self.kind == "features" else self.inputs[row]
-        found = {
+        sample = {
             self.kind: torch.from_numpy(np.array(seen)),
             "text": self.texts[text],
-            "actions": torch.from_numpy(np.array(self.actions[sample])),
+            "actions": torch.from_numpy(np.array(self.actions[number])),
         }
         if self.video is not None:
-            found["video"] = torch.from_numpy(self.inputs[self.video[sample]]).transpose(0, 1)
-        return found
+            sample["video"] = torch.from_numpy(self.inputs[self.video[number]]).transpose(0, 1)
+        return sample
 
     def spread(self, count: int, seed: int = 0) -> dict[str, Any]:
         """A batch of samples from all over the data; those that cannot be read are left out."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from defi.engine.checkpoint import find_weights
@@ -14,7 +13,7 @@ from Step2_GIDM.model import GIDM
 from Step3_DeFI.config import StageSizes
 
 SOURCES = "sources.json"
-STAGES = ("gfdm", "gidm")
+Sources = dict[str, Path]  # "gfdm", "gidm" → folder of its weights
 
 
 def stage_sizes(gfdm: GFDM, gidm: GIDM) -> StageSizes:
@@ -32,53 +31,41 @@ def stage_sizes(gfdm: GFDM, gidm: GIDM) -> StageSizes:
     )
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Folders of weights that a policy was built on."""
+def load_sources(sources: Sources) -> dict[str, GFDM | GIDM]:
+    """Both models, by stage."""
+    gidm = GIDM.from_pretrained(sources["gidm"])
+    return {"gfdm": GFDM.from_pretrained(sources["gfdm"]), "gidm": gidm}
 
-    gfdm: Path
-    gidm: Path
 
-    @classmethod
-    def at(cls, *, gfdm: Path, gidm: Path) -> "Sources":
-        return cls(gfdm.resolve(), gidm.resolve())
+def write_sources(folder: Path, sources: Sources) -> None:
+    """Record both beside a policy: paths relative to it, so that both can be moved together."""
+    record = {
+        stage: {"path": os.path.relpath(path.resolve(), folder.resolve()), "fingerprint": fingerprint(path)}
+        for stage, path in sources.items()
+    }
+    (folder / SOURCES).write_text(json.dumps(record, indent=1))
 
-    def load(self) -> dict[str, GFDM | GIDM]:
-        """Both models, by stage."""
-        gidm = GIDM.from_pretrained(self.gidm)
-        return {"gfdm": GFDM.from_pretrained(self.gfdm), "gidm": gidm}
 
-    def write(self, folder: Path) -> None:
-        """Record both beside a policy: paths relative to it, so that both can be moved together."""
-        record = {
-            stage: {"path": os.path.relpath(path, folder.resolve()), "fingerprint": fingerprint(path)}
-            for stage, path in vars(self).items()
-        }
-        (folder / SOURCES).write_text(json.dumps(record, indent=1))
+def read_sources(folder: Path, **given: Path | str | None) -> Sources:
+    """What `write_sources` recorded, or the places `given`; the weights there must be the recorded ones.
 
-    @classmethod
-    def read(cls, folder: Path, **given: Path | str | None) -> "Sources":
-        """What `write` recorded, or the places `given` by stage; the weights there must be the recorded ones.
-
-        Raises:
-            UserError: the record is damaged, or a checkpoint is missing or another one.
-        """
-        record, found = read_json(folder / SOURCES, COPY_AGAIN), {}
-        for stage in STAGES:
-            with reading(folder / SOURCES, COPY_AGAIN):
-                place, expected = folder / str(record[stage]["path"]), record[stage]["fingerprint"]
-                there = place.is_dir()
-            if given.get(stage) is not None:
-                place = find_weights(given[stage], stage)
-            elif not there:
-                raise UserError(
-                    f"{os.path.abspath(place)}: the {stage} checkpoint of this policy is gone; "
-                    f"give its place with {stage}="
-                )
-            if (actual := fingerprint(place)) != expected:
-                raise UserError(
-                    f"{place}: not the {stage} checkpoint that {folder} was trained on "
-                    f"(fingerprint {actual}, expected {expected}); give that one with {stage}="
-                )
-            found[stage] = place
-        return cls.at(**found)
+    Raises:
+        UserError: the record is damaged, or a checkpoint is missing or another one.
+    """
+    record, found = read_json(folder / SOURCES, COPY_AGAIN), {}
+    for stage, place in given.items():
+        with reading(folder / SOURCES, COPY_AGAIN):
+            recorded, expected = folder / str(record[stage]["path"]), record[stage]["fingerprint"]
+            gone = place is None and not recorded.is_dir()
+        if gone:
+            raise UserError(
+                f"{os.path.abspath(recorded)}: the {stage} checkpoint of this policy is gone; "
+                f"give its place with {stage}="
+            )
+        found[stage] = recorded if place is None else find_weights(place, stage)
+        if (actual := fingerprint(found[stage])) != expected:
+            raise UserError(
+                f"{found[stage]}: not the {stage} checkpoint that {folder} was trained on "
+                f"(fingerprint {actual}, expected {expected}); give that one with {stage}="
+            )
+    return found

@@ -12,8 +12,10 @@
         spans.npy       int64 [N, 2]: annotated span (-1: none), frame in the source; training reads neither
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,18 +26,18 @@ from defi.npy import map_npy
 from Step3_DeFI.plan import Plan
 from Step3_DeFI.samples import PolicySamples
 
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
-INPUTS, ACTIONS, INDEX, VIDEO = "inputs.npy", "actions.npy", "index.npy", "video.npy"
-ROBOT, SPANS = "robot_obs.npy", "spans.npy"
-INPUT_DIMENSIONS = {"features": 6, "latents": 5, "images": 5}  # of inputs.npy, by kind
-OLDER = {"tail": "min_remaining"}  # names in older manifests
+MANIFEST, INPUTS = "manifest.json", "inputs.npy"
+PROGRESS, DONE = "progress.json", "done.npy"  # while it is made: the manifest to be, a byte per batch of rows
+INPUT_DIMENSIONS = {"features": 6, "latents": 5, "images": 5}  # by kind
+OLDER = {"tail": "min_remaining", "gfdm": "stage1_weights"}  # names in older manifests
+NOT_READ = ("look", "batch")  # the rows' shape in older ones; of preparation alone
 
 
 @dataclass
 class StoreManifest:
     """What a store holds.
 
-    gfdm: fingerprint of the stage-1 weights; gfdm_precision: what their UNet and VAE computed in.
+    stage1_weights: their fingerprint; gfdm_precision: what UNet and VAE computed in.
     video_stride: frames between the frames of the kept videos; None: no videos.
     """
 
@@ -51,20 +53,21 @@ class StoreManifest:
     min_remaining: int
     stride: int
     seed: int
-    gfdm: str | None = None
+    stage1_weights: str | None = None
     feature_noise: str | None = None
     video_stride: int | None = None
     spans: str = "annotated"
     gfdm_precision: str = "no"
     tasks: dict[str, int] = field(default_factory=dict)
 
+    def to_json(self, **more: Any) -> str:
+        return json.dumps(asdict(self) | more, indent=1)
+
     @classmethod
     def read(cls, file: Path, fix: str) -> "StoreManifest":
         """Raises UserError, with the `fix`, if the file is missing or damaged."""
         record = {OLDER.get(name, name): value for name, value in read_json(file, fix).items()}
-        for name in ("look", "batch"):  # the rows' shape in older ones; of preparation alone
-            record.pop(name, None)
-        manifest = typed(cls, record, str(file))
+        manifest = typed(cls, {n: value for n, value in record.items() if n not in NOT_READ}, str(file))
         fits = manifest.kind in INPUT_DIMENSIONS and (manifest.kind == "features" or manifest.draws == 1)
         if not fits or not all(isinstance(text, str) for text in manifest.texts):
             raise UserError(f"{file}: not the manifest of a policy's store; {fix}")
@@ -73,11 +76,9 @@ class StoreManifest:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """All arrays but the inputs."""
-    arrays = {INDEX: plan.index, ACTIONS: plan.actions, ROBOT: plan.robot_obs, SPANS: plan.spans}
-    if plan.video is not None:
-        arrays[VIDEO] = plan.video
-    for name, array in arrays.items():
-        np.save(folder / name, array)
+    for name in ("index", "actions", "robot_obs", "spans", "video"):
+        if (array := getattr(plan, name)) is not None:
+            np.save(folder / f"{name}.npy", array)
 
 
 class PolicyStore(PolicySamples):
@@ -88,32 +89,30 @@ class PolicyStore(PolicySamples):
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            if (folder / PROGRESS).exists():
-                raise UserError(f"{folder}: not finished; run Step3_DeFI.prepare again with resume=true")
-            raise UserError(
-                f"{folder}: no prepared data here; make it with Step3_DeFI.prepare, or give demonstrations "
-                "as data.root"
-            )
-        self.manifest = made = StoreManifest.read(folder / MANIFEST, "prepare the data again")
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).is_file():
+            fault = "no prepared data here; make it with Step3_DeFI.prepare, or give data.root instead"
+            if (self.folder / PROGRESS).exists():
+                fault = "not finished; run Step3_DeFI.prepare again with resume=true"
+            raise UserError(f"{self.folder}: {fault}")
+        self.manifest = made = StoreManifest.read(self.folder / MANIFEST, "prepare the data again")
         self.kind, self.draws, self.texts = made.kind, made.draws, made.texts
         self.fingerprint = f"{made.fingerprint}-{made.kind}-{made.samples}"
-        shape = (made.rows, made.draws) if made.kind == "features" else (made.rows,)
-        self.inputs = self._array(INPUTS, shape, INPUT_DIMENSIONS[made.kind])
-        self.actions = self._array(ACTIONS, (made.samples, made.chunk), 3)
-        self.index = self._array(INDEX, (made.samples, 2), 2)
-        self.video = None if made.video_stride is None else self._array(VIDEO, (made.samples,), 2)
-        if made.samples and (
-            self.index.min() < 0 or (self.index.max(0) >= (made.rows, len(made.texts))).any()
-        ):
-            raise UserError(f"{folder / INDEX}: names rows or texts that are not there; prepare it again")
+        draws = (made.draws,) if made.kind == "features" else ()
+        self.inputs = self._array("inputs", (made.rows, *draws), INPUT_DIMENSIONS[made.kind])
+        self.actions = self._array("actions", (made.samples, made.chunk), 3)
+        self.index = self._array("index", (made.samples, 2), 2)
+        self.video = None if made.video_stride is None else self._array("video", (made.samples,), 2)
+        ends = (made.rows, len(made.texts))
+        if made.samples and not (self.index.min() >= 0 and (self.index.max(0) < ends).all()):
+            raise UserError(
+                f"{self.folder}: index.npy names rows or texts that are not there; prepare it again"
+            )
 
     def _array(self, name: str, shape: tuple[int, ...], dimensions: int) -> np.ndarray:
         """An array whose shape begins with `shape`."""
-        array = map_npy(self.folder / name)
+        file = self.folder / f"{name}.npy"
+        array = map_npy(file)
         if array.ndim != dimensions or array.shape[: len(shape)] != shape:
-            raise UserError(
-                f"{self.folder / name}: has shape {array.shape}, the manifest says {shape}; prepare it again"
-            )
+            raise UserError(f"{file}: has shape {array.shape}, the manifest says {shape}; prepare it again")
         return array

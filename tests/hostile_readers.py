@@ -44,12 +44,12 @@ from Step1_GFDM.sources.hdf5 import HDF5Episodes
 from Step1_GFDM.sources.videos import CaptionedVideos
 from Step1_GFDM.vae import VideoVAE
 from Step2_GIDM.model import GIDM
+from Step3_DeFI import sources
 from Step3_DeFI.compare import compare
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.protocol import read_phrasings
 from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries
-from Step3_DeFI.sources import Sources
 from Step3_DeFI.store import PolicyStore, StoreManifest
 
 
@@ -175,11 +175,11 @@ def make_sources(folder: Path) -> None:
     for name in ("gfdm", "gidm"):
         (folder / name).mkdir()
     (folder / "policy").mkdir()
-    Sources.at(gfdm=folder / "gfdm", gidm=folder / "gidm").write(folder / "policy")
+    sources.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
 
 
 def read_sources(folder: Path) -> None:
-    Sources.read(folder / "policy", gfdm=None, gidm=None)
+    sources.read_sources(folder / "policy", gfdm=None, gidm=None)
 
 
 def make_rlds(folder: Path) -> None:

@@ -23,11 +23,10 @@ from defi.engine import output as output_folder
 from defi.errors import UserError
 from Step1_GFDM import prepare as step1
 from Step3_DeFI import prepare as step3
-from Step3_DeFI.prepare import DONE
-from Step3_DeFI.store import PolicyStore
+from Step3_DeFI.store import DONE, PolicyStore
 
 TESTS = Path(__file__).resolve().parent
-WRITING = ((output_folder, "sync"), (os, "replace"), (step3.Progress, "note"), (Path, "unlink"))
+WRITING = ((output_folder, "sync"), (os, "replace"), (np.memmap, "flush"), (Path, "unlink"))
 Contents = dict[str, bytes | tuple[int, ...]]
 
 

@@ -284,7 +284,7 @@ def test_refuses_other_checkpoints(stages: tuple[Path, Path], tmp_path: Path) ->
     with pytest.raises(UserError, match="gidm.variant=controllable: a policy needs"):
         DeFI.from_stages(policy_config(), gfdm=gfdm, gidm=tmp_path / "gidm")
     for changes, message in (
-        ({"latent_action_frames": [0, 5]}, "the stage-1 checkpoint imagines 3 frames; choose from 0 to 2"),
+        ({"latent_action_frames": [0, 5]}, "the last frame that the stage-1 checkpoint imagines is 2"),
         ({"merge": 3}, "policy.merge=3: must divide 4"),
     ):
         with pytest.raises(UserError, match=message):

@@ -25,7 +25,7 @@ from Step3_DeFI.observation import observe
 from Step3_DeFI.plan import plan_samples
 from Step3_DeFI.prepare import Encoder, prepare
 from Step3_DeFI.samples import CalvinSamples
-from Step3_DeFI.store import ROBOT, SPANS, PolicyStore
+from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
 
@@ -146,14 +146,14 @@ def test_latents_are_those_of_the_raw_frames(place: Path, tmp_path: Path) -> Non
     store = PolicyStore(prepare(settings(place, tmp_path / "store", "DEMOS.ZIP", "latents")))
     data, gfdm = CalvinFolder(place / "demos" / "training"), build_gfdm().eval()
     for i in (0, 7, 18):
-        frame = int(np.load(tmp_path / "store" / SPANS)[i, 1])
+        frame = int(np.load(tmp_path / "store" / "spans.npy")[i, 1])
         expected = gfdm.encode_images(observe(data.frame(frame), 16) / 127.5 - 1)
         torch.testing.assert_close(store[i]["latents"].float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_robot_states_and_spans_are_kept(place: Path, tmp_path: Path) -> None:
     prepare(settings(place, tmp_path / "store", "demos", "images"))
-    spans, states = (np.load(tmp_path / "store" / name) for name in (SPANS, ROBOT))
+    spans, states = (np.load(tmp_path / "store" / name) for name in ("spans.npy", "robot_obs.npy"))
     assert spans.tolist() == [[0, f] for f in range(100, 106)] + [[1, f] for f in range(115, 128)]
     assert states.shape == (19, 15) and states.dtype == np.float32
 
@@ -164,7 +164,7 @@ def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
     store = PolicyStore(prepare(settings(place, tmp_path / "store", "demos", "images", **given)))
     annotated = [[0, f] for f in range(100, 103)] + [[1, f] for f in range(115, 125)]
     others = [[-1, f] for f in (103, 104, 105, 125, 126, 127)]
-    assert np.load(tmp_path / "store" / SPANS).tolist() == annotated + others
+    assert np.load(tmp_path / "store" / "spans.npy").tolist() == annotated + others
     raw = CalvinSamples(place / "demos" / "training", image_size=16, rules=sample_rules(12, spans="all"))
     assert len(store) == len(raw) == 19
     for i, (number, frame) in enumerate(annotated + others):
@@ -305,7 +305,7 @@ def test_a_full_disk_is_named_before_any_work(
 
     with monkeypatch.context() as patch:
         patch.setattr(preparation.os, "posix_fallocate", full)
-        with pytest.raises(UserError, match=r"inputs\.npy: cannot take 0\.0 GB \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"cannot write a store of 0\.0 GB \(No space left on device\)"):
             prepare(settings(place, tmp_path / "store", "demos", "images"))
     prepare(settings(place, tmp_path / "store", "demos", "images", resume=True))
     assert len(PolicyStore(tmp_path / "store")) == 19
