@@ -101,7 +101,7 @@ class ActionDiffusionConfig:
         check("policy.diffusion.steps", self.steps, self.steps >= 1, "must be 1 or more")
         dropout, guidance = self.text_dropout, self.guidance
         check("policy.diffusion.text_dropout", dropout, 0 <= dropout < 1, "must lie in [0, 1)")
-        rule = "the policy never saw a dropped text; train with policy.diffusion.text_dropout=0.1, or set 1"
+        rule = "the policy never saw a dropped text; set 1, or train with policy.diffusion.text_dropout=0.1"
         check("policy.diffusion.guidance", guidance, guidance == 1 or dropout > 0, rule)
 
     def sigma(self, u: Tensor) -> Tensor:

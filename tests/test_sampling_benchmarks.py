@@ -1,7 +1,7 @@
 """The benchmarks of action sampling, at small sizes: what they compare is the same thing, counted right."""
 
 import torch
-from policy_fakes import build_policy, policy_config
+from policy_fakes import build_policy
 
 from benchmarks.action_sampling import PUBLISHED, fake_context, samplers
 from benchmarks.action_sampling import measure as measure_time
@@ -29,7 +29,7 @@ def test_steps_against_a_reference() -> None:
 
 @torch.no_grad()
 def test_ways_to_sample_a_chunk() -> None:
-    ways = samplers(policy_config(), "cpu")
+    ways = samplers(build_policy().config, "cpu")
     torch.testing.assert_close(ways["once"](), ways["each step"]())
     assert ways["guided"]().shape == (1, 10, 7)
     times = measure_time(ways, repeats=2)
