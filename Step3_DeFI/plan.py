@@ -92,7 +92,8 @@ def plan_samples(
     for _, span, frame in starts:
         text = texts.setdefault(span.instruction, len(texts))
         index.append((observation(frame, text if by_text else -1), text))
-        clips.append([observation(min(frame + offset, span.end)) for offset in clip or ()])
+        if clip is not None:
+            clips.append([observation(min(frame + offset, span.end)) for offset in clip])
     return Plan(
         observations=np.array(list(observations), np.int64),
         index=np.array(index, np.int64),
@@ -133,7 +134,8 @@ def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[Start]:
             note += f"; data.min_remaining={rules.chunk - 1} takes {long_enough} of them"
         print_once(f"{data.folder}: {note}")
     if everything:
-        annotated = [frame for span in known.values() for frame in range(span.start, span.end - rest + 1)]
+        taken = [frame for span in known.values() for frame in range(span.start, span.end - rest + 1)]
+        annotated = np.array(taken, np.int64)
         for start, end in data.episodes:
             frames = np.setdiff1d(np.arange(start, end - rules.chunk + 2, rules.stride), annotated)
             starts += [(-1, Span(start, end, "", ""), frame) for frame in frames.tolist()]
