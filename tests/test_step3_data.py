@@ -242,11 +242,11 @@ def test_training_refuses_a_store_of_other_sizes(place: Path, tmp_path: Path) ->
     prepare(prepare_settings(place, store))
     manifest = json.loads((store / "manifest.json").read_text())
     for changes, message in (
-        ({"chunk": 5}, r"made with chunk=5, the policy has 10|actions.npy: has shape"),
-        ({"stage1_weights": "0" * 16}, "made with stage1_weights=0000000000000000, the policy has"),
-        ({"feature_noise": "fixed"}, "made with feature_noise=fixed, the policy has fresh"),
-        ({"gfdm_precision": "fp16"}, "made with gfdm_precision=fp16, the policy has no"),
-        ({"image_size": 32}, "made with image_size=32, the policy has 16"),
+        ({"chunk": 5}, r"prepared with chunk=5, the policy has 10|actions.npy: has shape"),
+        ({"stage1_weights": "0" * 16}, "prepared with stage1_weights=0000000000000000, the policy has"),
+        ({"feature_noise": "fixed"}, "prepared with feature_noise=fixed, the policy has fresh"),
+        ({"gfdm_precision": "fp16"}, "prepared with gfdm_precision=fp16, the policy has no"),
+        ({"image_size": 32}, "prepared with image_size=32, the policy has 16"),
     ):
         (store / "manifest.json").write_text(json.dumps(manifest | changes))
         with pytest.raises(UserError, match=message):
