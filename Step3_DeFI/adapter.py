@@ -94,7 +94,7 @@ UNNEEDED = {
 def build(cfg: DictConfig) -> DeFI:
     """The policy of a preset, new, on a new video model and text tower."""
     gfdm, gidm = gfdm_adapter.build(cfg), gidm_adapter.build(cfg)
-    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, t5=gidm.text)
+    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=gidm)
 
 
 def publish(policy: DeFI) -> dict[str, Tensor]:

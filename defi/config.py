@@ -35,6 +35,12 @@ RETIRED = {
         "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
     ),
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "data.tail": "use data.min_remaining instead",
+    **dict.fromkeys(
+        (f"policy.{size}" for size in ("frames", "feature_tokens", "feature_channels", "sentence_width")),
+        "it is read from the stage-1 checkpoint; leave this out",
+    ),
+    "policy.latent_action": "its sizes are read from the stage-2 checkpoint; leave this out",
     "store.video_stride": "replaced by store.videos=true; frames are as far apart as the video model's",
 }
 """Settings that there were once, and what to do instead."""

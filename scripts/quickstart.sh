@@ -62,7 +62,7 @@ step 06_gidm "Stage 2: train the inverse dynamics model (GIDM), without looking 
 step 07_codes "Stage 2: which latent action moves what" \
     python -m Step2_GIDM.health checkpoint=$ckpts/gidm data.root=$data output=$output/codes overwrite=true
 step 08_features "Stage 3: features of the imagined future" \
-    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.tail=9 data.stride=3 \
+    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.min_remaining=9 data.stride=3 \
     $(again $output/features)
 step 09_policy "Stage 3: train the policy (DeFI)" \
     python -m Step3_DeFI.train data.store=$output/features output=$ckpts/policy gfdm_checkpoint=$ckpts/gfdm \

@@ -44,13 +44,13 @@ from Step1_GFDM.sources.hdf5 import HDF5Episodes
 from Step1_GFDM.sources.videos import CaptionedVideos
 from Step1_GFDM.vae import VideoVAE
 from Step2_GIDM.model import GIDM
+from Step3_DeFI import sources
 from Step3_DeFI.compare import compare
-from Step3_DeFI.data import PolicyStore, StoreManifest
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.protocol import read_phrasings
 from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries
 from Step3_DeFI.rollout.simulator import ChainResult
-from Step3_DeFI.sources import Sources
+from Step3_DeFI.store import PolicyStore, StoreManifest
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ def read_all_latents(folder: Path) -> None:
 
 def make_store(folder: Path) -> None:
     manifest = StoreManifest(
-        kind="latents", samples=2, rows=2, draws=1, look=[2, 4, 2, 2], chunk=10, image_size=16, source="x",
-        texts=["open the drawer"], fingerprint="0", tail=9, stride=1, seed=0,
+        kind="latents", samples=2, rows=2, draws=1, chunk=10, image_size=16, source="x",
+        texts=["open the drawer"], fingerprint="0", min_remaining=9, stride=1, seed=0,
     )  # fmt: skip
     np.save(folder / "inputs.npy", np.zeros((2, 2, 4, 2, 2), np.float16))
     np.save(folder / "actions.npy", np.zeros((2, 10, 7), np.float32))
     np.save(folder / "index.npy", np.array([[0, 0], [1, 0]]))
-    (folder / "manifest.json").write_text(manifest.to_json())
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
 def read_store(folder: Path) -> None:
@@ -177,11 +177,11 @@ def make_sources(folder: Path) -> None:
     for name in ("gfdm", "gidm"):
         (folder / name).mkdir()
     (folder / "policy").mkdir()
-    Sources.at(gfdm=folder / "gfdm", gidm=folder / "gidm").write(folder / "policy")
+    sources.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
 
 
 def read_sources(folder: Path) -> None:
-    Sources.read(folder / "policy", gfdm=None, gidm=None)
+    sources.read_sources(folder / "policy", gfdm=None, gidm=None)
 
 
 def make_rlds(folder: Path) -> None:

@@ -33,6 +33,11 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "policy.action_head.action_positions=true",
             "error: policy.action_head.action_positions=: no longer a setting; positions come with policy.",
         ),
+        ("data.tail=9", "error: data.tail=: no longer a setting; use data.min_remaining instead"),
+        (
+            "policy.latent_action.codes=8",
+            "error: policy.latent_action=: no longer a setting; its sizes are read",
+        ),
         ("data.video_stride=2", "error: data.video_stride=: no longer a setting; frames are as far apart"),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
         ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),

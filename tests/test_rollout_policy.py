@@ -21,12 +21,12 @@ from defi.engine import checkpoint
 from defi.engine.data import seed_of
 from defi.errors import UserError
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy, run_chains
 from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
 from Step3_DeFI.rollout.results import ChainLog, read_results
 from Step3_DeFI.rollout.simulator import Observation
-from Step3_DeFI.train import roller
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["open it", "please slide the door over to the left side", "press"]
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gfdm, gidm = write_stages(folder)
     sizes = {"codes": 8, "code_width": 8}
     policy = DeFI.from_stages(build_policy().config, gfdm=gfdm, gidm=gidm)
-    assert policy.config.latent_action.codes == sizes["codes"]
+    assert policy.config.stages.latent_action.codes == sizes["codes"]
     checkpoint.save(policy, folder / "policy", step=3, config={"preset_name": "test"})
     return folder / "policy"
 
@@ -182,7 +182,7 @@ def test_rollouts_in_training_take_its_precision(monkeypatch):
     monkeypatch.setattr("Step3_DeFI.rollout.evaluate.evaluate_policy", lambda *_, **how: used.update(how))
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose("step3_train", ["output=x", "trainer.precision=bf16"])
-    roller(cfg)(None, 1, Path())
+    rollouts(cfg)(None, 1, Path())
     assert used["precision"] == "bf16"
 
 

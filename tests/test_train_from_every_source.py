@@ -255,7 +255,7 @@ def test_stage_2(source: str, sources: Sources, tmp_path: Path) -> None:
 )
 def test_stage_3(source: str, kind: str | None, sources: Sources, tmp_path: Path) -> None:
     """From a store of each kind, and from the recordings as they are."""
-    root = [f"data.root={sources.data(source)}", "data.tail=9", "data.stride=8"]
+    root = [f"data.root={sources.data(source)}", "data.min_remaining=9", "data.stride=8"]
     gfdm = f"gfdm_checkpoint={sources.weights('gfdm')}"
     data = root
     if kind is not None:

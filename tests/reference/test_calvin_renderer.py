@@ -15,10 +15,10 @@ from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from defi.sim import official, renderers
 from defi.sim.renderers import NEEDED, egl_devices, find_renderer
+from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout import __main__ as command
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
 from Step3_DeFI.rollout.evaluate import Evaluation
-from Step3_DeFI.train import roller
 
 GPU, MESA = {0: "Fast 1"}, {1: "llvmpipe (LLVM 15)"}
 CAVEAT = "does not compare with published ones"
@@ -88,8 +88,8 @@ def test_processes_do_not_draw_differently(
 def test_rollouts_during_training_follow(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renderers, "egl_devices", dict)
     with pytest.raises(UserError, match="sim.renderer=egl: no such EGL device works here"):
-        roller(composed("step3_train", "preset=tiny", f"sim.calvin_root={clone}"))
-    roller(composed("step3_train", "preset=tiny"))
+        rollouts(composed("step3_train", "preset=tiny", f"sim.calvin_root={clone}"))
+    rollouts(composed("step3_train", "preset=tiny"))
 
 
 @pytest.mark.parametrize("renderer", ["egl", "cpu"])

@@ -41,13 +41,13 @@ from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import PolicySamples
+from Step3_DeFI.data import open_samples
 from Step3_DeFI.observation import CAMERAS, to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
 from Step3_DeFI.rollout.policy import ModelPolicy
 from Step3_DeFI.rollout.simulator import Observation
-from Step3_DeFI.train import open_samples
+from Step3_DeFI.samples import PolicySamples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are left out|too few episodes):UserWarning")
 SIGMAS = 4  # that shares may differ by: dozens of them are compared
@@ -473,7 +473,7 @@ def samples(
         prepare(composed("step3_prepare", *source, "store.kind=images", f"output='{output}'"))
         source = [f"data.store='{output}'"]
     cfg = composed("step3_train", "output=unused", *source)
-    return open_samples(cfg.data, settings_of_policy, Path("unused"))["training"]
+    return open_samples(cfg.data, settings_of_policy)["training"]
 
 
 def test_pipelines_stage3_samples_texts_and_actions(
@@ -534,7 +534,6 @@ SMALL = {
     "gfdm.vae": "{block_out_channels: [32, 32], layers_per_block: 1}",
     "gidm": "{width: 32, encoder_blocks: 1, decoder_blocks: 1, heads: 2}",
     "gidm.dino": "{image_size: 28, width: 32, layers: 1, heads: 2}",
-    "policy": "{feature_tokens: 16, feature_channels: 64}",
     "policy.video_former": "{dim: 32, depth: 1}",
     "policy.action_head": "{dim: 32, encoder_layers: 1, decoder_layers: 1}",
 }
@@ -680,7 +679,7 @@ def test_pipelines_text_ids_of_clip(published_clip: CLIPText, said: dict[str, An
             if "ids" in entry[published]:
                 used = int(made["attention_mask"].sum())
                 assert made["input_ids"][0, :used].tolist() == entry[published]["ids"]
-        assert bool(published_clip.told([entry["text"]])) == (len(spy.made) == 2)
+        assert bool(published_clip.truncation_note([entry["text"]])) == (len(spy.made) == 2)
 
 
 # ------------------------------------------------------------ settings

@@ -66,7 +66,7 @@ def policy() -> DeFI:
     with torch.device("meta"):
         gfdm = build_gfdm(cfg)
         gfdm.clip = clip_base()
-        return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, t5=t5_base())
+        return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=build_gidm("language"))
 
 
 @pytest.mark.parametrize("variant", GIDM_FILES)
