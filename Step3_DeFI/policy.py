@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
-from defi.engine.model import CONFIG, StageModel, settings_of
+from defi.engine.model import CONFIG, StageModel
 from defi.engine.weights import COPY_AGAIN
+from defi.errors import reading
 from defi.files import check_sizes, read_json
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM
@@ -347,7 +348,7 @@ class DeFI(StageModel):
         check_sizes(values, file)
         config = PolicyConfig.from_json(values, file)
         sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
-        with settings_of(file):
+        with reading(file, COPY_AGAIN):
             policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)
         policy.load_weights(folder)
         return policy

@@ -118,14 +118,14 @@ def spread(samples: PolicySamples, count: int, seed: int = 0) -> dict[str, Any]:
     return default_collate(read) | {"seed": sample_seeds("shown", seed, len(read))}
 
 
-def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
+def previewer(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
     """Pictures of predicted and expert actions, and the error of the policy's chunks, on fixed samples.
 
     `sets`: by name ("training", "held_out"); `count` samples, evenly spread, are taken of each.
     """
     batches = {name: spread(samples, count, seed) for name, samples in sets.items()}
 
-    def sample(policy: DeFI, step: int, folder: Path) -> dict[str, float]:
+    def preview(policy: DeFI, step: int, folder: Path) -> dict[str, float]:
         numbers = {}
         for name, batch in batches.items():
             predicted = policy.predict(batch).cpu()
@@ -136,7 +136,7 @@ def sampler(sets: dict[str, PolicySamples], count: int, seed: int) -> Inspect:
             draw_actions(predicted, expert, batch["text"], folder / f"{name}.png")
         return numbers
 
-    return sample
+    return preview
 
 
 def draw_actions(predicted: Tensor, expert: Tensor, texts: list[str], file: Path, *, rows: int = 6) -> None:
@@ -192,7 +192,7 @@ def train_policy(cfg: DictConfig) -> Path:
         samples["training"],
         trainer,
         **run_settings(cfg),
-        sample=sampler(samples, cfg.data.shown, cfg.seed) if trainer.sample_every else None,
+        preview=previewer(samples, cfg.data.shown, cfg.seed) if trainer.preview_every else None,
         evaluate=roller(cfg) if trainer.rollout_every else None,
     )
 

@@ -33,6 +33,10 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "policy.action_head.action_positions=true",
             "error: policy.action_head.action_positions=: no longer a setting; positions come with policy.",
         ),
+        (
+            "trainer.sample_every=2",
+            "error: trainer.sample_every=: no longer a setting; write trainer.preview_every",
+        ),
         ("data.video_stride=2", "error: data.video_stride=: no longer a setting; frames are as far apart"),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
         ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),

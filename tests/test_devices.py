@@ -29,7 +29,9 @@ def training_step(stage: str, device: torch.device) -> dict[str, Tensor]:
     optimizer.step()
     ema.update()
     model.epoch_end()
-    return {name: value.detach().cpu() for name, value in [*reported.items(), *model.moving().items()]}
+    return {
+        name: value.detach().cpu() for name, value in [*reported.items(), *model.mutable_tensors().items()]
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)

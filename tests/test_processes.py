@@ -61,7 +61,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 FAILURES = {
     "start": "error: data: no training samples",
     "data": "error: data: [Errno 2] No such file or directory: '/data/five.npz'; restore it",
-    "sample": "error: sample: the main process has no pictures",
+    "preview": "error: preview: the main process has no pictures",
     "folder": "error: run: cannot be written to; choose another output=",
 }
 

@@ -77,7 +77,7 @@ def test_the_main_process_looks_at_the_averaged_whole(sharded: Path) -> None:
     saved = toy(dropout=0.0).eval()
     saved.load_weights(run / "checkpoints" / "step_00000003" / "ema")
     batch = {"x": torch.ones(2, 3), "seed": torch.arange(2)}
-    (seen,) = (record for record in read_metrics(run / METRICS) if record["kind"] == "sample")
+    (seen,) = (record for record in read_metrics(run / METRICS) if record["kind"] == "preview")
     assert seen["held_out_loss"] == pytest.approx(saved(batch)["loss"].item(), rel=1e-6)
 
 

@@ -5,11 +5,9 @@
     ema/                                         the same with averaged weights, where EMA is on
     config.yaml                                  the resolved configuration of the run
     manifest.json                                stage, step, versions, data, metrics, size of every file
-    state/optimizer.safetensors                  the optimizer's tensors, as <kind>.<parameter name>
-    state/progress.json, state/rng.json          `Progress`, and the random generators of every process
+    state/                                       what an exact resume needs besides (`TrainingState`)
 """
 
-import copy
 import functools
 import importlib.metadata
 import json
@@ -18,27 +16,24 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 import defi
 from defi.engine.config import TrainerConfig
-from defi.engine.distributed import full_tensor
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.optimizer import optimizer_tensors
 from defi.engine.output import sync
-from defi.engine.resume import OPTIMIZER, Progress, ResumeState
-from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
+from defi.engine.state import AVERAGES, TrainingState
+from defi.engine.weights import COPY_AGAIN
 from defi.errors import UserError, one_line
 from defi.files import read_json, read_yaml
 
@@ -72,7 +67,7 @@ def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
 def find_weights(path: Path | str, stage: str | None = None) -> Path:
     """Folder to give to `from_pretrained`: the averaged weights where the checkpoint has them."""
     folder = find_checkpoint(path, stage)
-    return folder / "ema" if (folder / "ema").is_dir() else folder
+    return folder / AVERAGES if (folder / AVERAGES).is_dir() else folder
 
 
 def read_manifest(path: Path | str, stage: str | None = None) -> dict[str, Any]:
@@ -133,24 +128,14 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def restore(
-    source: Path,
-    progress: Progress,
-    model: StageModel,
-    ema: EMA | None,
-    optimizer: Optimizer,
-    scaler: GradScaler | None,
-) -> None:
-    """Put weights, averages, optimizer and loss scale where the checkpoint `source` left them."""
-    averages = source / "ema" if (source / "ema").is_dir() else source
-    if ema is not None:
-        model.load_weights(averages)
-        ema.restart(progress.ema_updates if averages != source else 0)
-    model.load_weights(source)
-    file = source / "state" / OPTIMIZER
-    load_strict(optimizer_tensors(optimizer, model), read_tensors(file), source=file)
-    if scaler is not None and progress.scaler is not None:
-        scaler.load_state_dict(progress.scaler)
+def best_score(run: Path, metric: str | None) -> float:
+    """The largest value of a metric among a run's checkpoints; −∞ where none has it."""
+    return max(_scores(list_checkpoints(run), metric).values(), default=-math.inf)
+
+
+def _scores(checkpoints: Sequence[Path], metric: str | None) -> dict[Path, float]:
+    found = {folder: read_manifest(folder)["metrics"].get(metric) for folder in checkpoints}
+    return {folder: score for folder, score in found.items() if isinstance(score, (int, float))}
 
 
 # ---------------------------------------------------------------- writing
@@ -164,19 +149,15 @@ def save(
     config: Mapping[str, Any],
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
-    ema: EMA | None = None,
-    state: ResumeState | None = None,
+    state: TrainingState | None = None,
 ) -> Path:
     """Write `<run>/checkpoints/step_<step>`: into a hidden folder, flushed to the disk, then renamed.
 
     Args:
-        model: its `save_pretrained` writes the weights.
-        run: output folder of the run.
-        config: resolved configuration; its `preset_name` goes into the manifest.
+        config: resolved configuration of the run; its `preset_name` goes into the manifest.
         data: size and fingerprint of the training data.
         metrics: of the latest evaluation.
-        ema: averages of this model's weights, written beside.
-        state: what an exact resume needs; None leaves weights only.
+        state: what an exact resume needs, of this model; None leaves weights only.
 
     Returns:
         The checkpoint folder.
@@ -186,138 +167,122 @@ def save(
     """
     final = run / "checkpoints" / f"step_{step:08d}"
     folder = final.with_name(f".writing_{final.name}")
-    try:
+    with _disk(final):
         for leftover in final.parent.glob(".*_step_*"):
             shutil.rmtree(leftover)
-        folder.mkdir(parents=True)
-        model.save_pretrained(folder)
-        if ema is not None:
-            with ema.applied():
-                model.save_pretrained(folder / "ema")
-        if state is not None:
-            state.write(folder / "state")
-        (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        manifest = environment() | {
-            "stage": model.stage,
-            "preset": config.get("preset_name"),
-            "step": step,
-            "data": dict(data or {}),
-            "metrics": dict(metrics or {}),
-            "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in files:  # as the user's umask says; safetensors keep others out
-            file.chmod((folder / MANIFEST).stat().st_mode)
-        for path in (*sorted(folder.rglob("*"), reverse=True), folder):
-            sync(path)
-        if final.exists():
-            remove(final)
-        os.replace(folder, final)
+        try:
+            folder.mkdir(parents=True)
+            model.save_pretrained(folder)
+            if state is not None:
+                state.write(folder)
+            (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            manifest = environment() | {
+                "stage": model.stage,
+                "preset": config.get("preset_name"),
+                "step": step,
+                "data": dict(data or {}),
+                "metrics": dict(metrics or {}),
+                "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
+            }
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for file in files:  # as the user's umask says; safetensors keep others out
+                file.chmod((folder / MANIFEST).stat().st_mode)
+            for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+                sync(path)
+            if final.exists():
+                remove(final)
+            os.replace(folder, final)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(
-            f"{final}: cannot be written ({one_line(error)}); free space or repair the disk, "
-            "then continue with resume=true"
-        ) from None
     return final
 
 
-def training_tensors(
-    model: StageModel, ema: EMA | None, optimizer: Optimizer | None = None
-) -> dict[str, Tensor]:
-    """What training changes: weights, buffers, averages and, with an optimizer, its tensors."""
-    tensors = {f"model {name}": tensor for name, tensor in model.moving().items()}
-    if ema is not None:
-        tensors |= {f"average {i}": tensor for i, tensor in enumerate(ema.average)}
-    if optimizer is not None:
-        named = optimizer_tensors(optimizer, model)
-        tensors |= {f"optimizer {name}": tensor for name, tensor in named.items()}
-    return tensors
+def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
+    """Delete all but the newest `keep` complete checkpoints and the one with the largest `best_metric`."""
+    checkpoints = list_checkpoints(run)
+    kept = set(checkpoints[-keep:])
+    if scores := _scores(checkpoints, best_metric):
+        kept.add(max(scores, key=scores.__getitem__))  # the oldest of equals: the one evaluated
+    with _disk(run / "checkpoints"):
+        for folder in checkpoints:
+            if folder not in kept:
+                remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a half-deleted one is none; the next save tidies up."""
+    hidden = folder.with_name(f".removing_{folder.name}")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+@contextmanager
+def _disk(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{place}: cannot be written ({one_line(error)}); free space or repair the disk, "
+            "then continue with resume=true"
+        ) from None
 
 
 class CheckpointWriter:
     """Copies the state of training to main memory and writes it in a thread; training waits for the copy.
 
-    The copy is a model of its own, made before the model is sharded: it can be saved like the model itself,
-    and one process can use all of it. Frozen networks are shared. Its memory is taken once.
+    Every process calls it when the others do, because they put sharded tensors together; only the main one
+    keeps a copy and writes. An error of the thread is raised by the next call.
 
-    Every process has a writer and calls it when the others do, because they put sharded tensors together;
-    only the main one keeps copies and writes. An error of the thread is raised by the next call.
+    Args:
+        state: of the training.
+        model: a copy of the model in main memory, made before it was sharded; None but in the main process.
+        config, data: as `save` takes them.
     """
 
     def __init__(
         self,
-        model: StageModel,
+        state: TrainingState,
+        model: StageModel | None,
         trainer: TrainerConfig,
         run: Path,
         *,
         config: Mapping[str, Any],
         data: Mapping[str, Any],
-        main: bool = True,
     ) -> None:
-        self.main, self._trainer = main, trainer
+        self._state, self._trainer = state, trainer
         self._run, self._config, self._data = run, config, data
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        if main:
-            shared = {id(module): module for module in map(model.get_submodule, model.frozen)}
-            copies = {id(tensor): _copy_of(tensor) for tensor in model.moving().values()}
-            self.model = copy.deepcopy(model, {**shared, **copies})
-            self.ema = EMA(self.model, trainer.ema) if trainer.ema is not None else None
-            self._copies = training_tensors(self.model, self.ema)
+        self.copy = None
+        if model is not None:
+            optimizer = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                for name, tensor in state.optimizer.items()
+            }
+            self.copy = TrainingState(model, EMA(model, state.ema.decay) if state.ema else None, optimizer)
 
-    def save(
-        self,
-        tensors: Mapping[str, Tensor],
-        progress: Progress,
-        rng: list[dict[str, Any]],
-        metrics: Mapping[str, float],
-    ) -> None:
-        """Copy these `training_tensors` and return while they are written; waits for the write before."""
-        self.copy(tensors)
-        if self.main:
-            prefix = "optimizer "
-            named = {n.removeprefix(prefix): t for n, t in self._copies.items() if n.startswith(prefix)}
-            state = ResumeState(copy.deepcopy(progress), named, rng)
-            self._pending = self._thread.submit(self._write, state, dict(metrics))
-
-    @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy these `training_tensors`, once nothing is being written any more."""
+    def save(self, rng: list[dict[str, Any]], metrics: Mapping[str, float]) -> None:
+        """Copy the state and return while it is written; waits for the write before."""
         self.wait()
-        for name, tensor in tensors.items():
-            complete = full_tensor(tensor)
-            if self.main:
-                if name not in self._copies:
-                    self._copies[name] = _copy_of(complete)
-                self._copies[name].copy_(complete, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        self._state.copy_to(self.copy)
+        if self.copy is not None:
+            self.copy.progress, self.copy.rng = deepcopy(self._state.progress), rng
+            self._pending = self._thread.submit(self._write, dict(metrics))
 
-    def _write(self, state: ResumeState, metrics: dict[str, float]) -> None:
+    def _write(self, metrics: dict[str, float]) -> None:
+        state = self.copy
         save(
-            self.model, self._run, step=state.progress.step, config=self._config, data=self._data,
-            metrics=metrics, ema=self.ema, state=state,
+            state.model, self._run, step=state.progress.step, config=self._config, data=self._data,
+            metrics=metrics, state=state,
         )  # fmt: skip
-        try:
-            rotate(self._run, self._trainer.keep, self._trainer.best_metric)
-        except OSError as error:
-            raise UserError(
-                f"{self._run}/checkpoints: old checkpoints cannot be deleted ({one_line(error)}); "
-                "repair the disk, then continue with resume=true"
-            ) from None
+        rotate(self._run, self._trainer.keep, self._trainer.best_metric)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is being written."""
         return self._pending is None or self._pending.done()
-
-    def check(self) -> None:
-        """Raise the error of a write that has failed; does not wait."""
-        if self.idle:
-            self.wait()
 
     def wait(self) -> None:
         """Return when everything is on the disk."""
@@ -333,43 +298,12 @@ class CheckpointWriter:
             self._thread.shutdown()
 
 
-def _copy_of(tensor: Tensor) -> Tensor:
-    """Memory for a copy: page-locked if the tensor is on a GPU, which copies faster."""
-    memory = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.is_cuda)
-    return nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
-
-
-def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
-    """Delete all but the newest `keep` complete checkpoints and the one with the largest `best_metric`."""
-    checkpoints = list_checkpoints(run)
-    kept = set(checkpoints[-keep:])
-    if scores := _scores(checkpoints, best_metric):
-        kept.add(max(scores, key=scores.__getitem__))  # the oldest of equals: the one evaluated
-    for folder in checkpoints:
-        if folder not in kept:
-            remove(folder)
-
-
-def best_score(run: Path, metric: str | None) -> float:
-    """The largest value of a metric among a run's checkpoints; −∞ where none has it."""
-    return max(_scores(list_checkpoints(run), metric).values(), default=-math.inf)
-
-
-def _scores(checkpoints: Sequence[Path], metric: str | None) -> dict[Path, float]:
-    found = {folder: read_manifest(folder)["metrics"].get(metric) for folder in checkpoints}
-    return {folder: score for folder, score in found.items() if isinstance(score, (int, float))}
-
-
-def remove(folder: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a half-deleted one is none; the next save tidies up."""
-    hidden = folder.with_name(f".removing_{folder.name}")
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden)
+# ---------------------------------------------------------------- where weights come from
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Where the weights come from: code version, packages, machine; as they were when first asked."""
+    """Code version, packages and machine, as they were when first asked."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
@@ -385,11 +319,9 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    describe = ("describe", "--always", "--exclude=*", "--abbrev=40", f"--dirty={CHANGED}")
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40"]
+    command.append(f"--dirty={CHANGED}")
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *describe], capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -66,8 +66,7 @@ class StepOrder(Sampler[list[Draw]]):
         """Epoch and index of the sample at a position of the stream."""
         block, offset = divmod(position, self.AHEAD)
         if self._block[0] != block:
-            positions = np.arange(block * self.AHEAD, (block + 1) * self.AHEAD)
-            epochs, indices = self._shuffle.at(positions)
+            epochs, indices = self._shuffle.at(block * self.AHEAD + np.arange(self.AHEAD))
             self._block = (block, list(zip(epochs.tolist(), indices.tolist())))
         return self._block[1][offset]
 
@@ -108,19 +107,16 @@ class SeededDataset(Dataset):
 
     def read(self, draw: Draw) -> dict[str, Any]:
         """The sample of one draw."""
-        _, index = draw
-        seed = seed_of("training", self.seed, *draw)
-        if hasattr(self.dataset, "sample"):
-            sample = self.dataset.sample(index, stream("sample", seed))
-        else:
-            sample = self.dataset[index]
+        seed, index = seed_of("training", self.seed, *draw), draw[1]
+        drawn = hasattr(self.dataset, "sample")
+        sample = self.dataset.sample(index, stream("sample", seed)) if drawn else self.dataset[index]
         return {**sample, "seed": seed}
 
 
 def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Value]]:
-    """Each item that can be read, and what `read` makes of it; at the end a line tells of the others.
+    """Each item that can be read, and what `read` makes of it; at the end a line counts the others.
 
-    For what is only looked at: in training `SeededDataset` replaces what cannot be read.
+    For what is only shown: in training `SeededDataset` replaces what cannot be read.
 
     Raises:
         UserError: none can be read.
@@ -131,15 +127,14 @@ def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[t
             value = read(item)
         except UserError as error:
             faults.append(error)
-            continue
-        count += 1
-        yield item, value
+        else:
+            count += 1
+            yield item, value
     if faults and not count:
         raise faults[0]
     if faults:
-        print_once(
-            f"left out: {len(faults)} of {len(faults) + count} samples to look at; the first: {faults[0]}"
-        )
+        total = len(faults) + count
+        print_once(f"left out: {len(faults)} of {total} samples to look at; the first: {faults[0]}")
 
 
 def _hash(purpose: str, numbers: Sequence[int], size: int) -> int:
@@ -221,9 +216,7 @@ class Feed:
         )  # fmt: skip
         self.epoch_size = trainer.passes * len(dataset)
         self.bad_samples, self.device = trainer.bad_samples, device
-        self.samples = start
-        self.waited = 0.0
-        self.parts = 1
+        self.samples, self.waited, self.parts = start, 0.0, 1
         self.faults: list[str] = []
         loader = DataLoader(
             SeededDataset(dataset, seed, tolerant=trainer.bad_samples > 0),
@@ -238,7 +231,11 @@ class Feed:
         atexit.register(self.close)  # what fails before anyone closes this must not leave workers behind
 
     def next_step(self) -> list[dict[str, Any]]:
-        """The micro-batches of the next step, on the device; strings and `seed` stay where they are."""
+        """The micro-batches of the next step, on the device; strings and `seed` stay where they are.
+
+        Raises:
+            UserError: a sample cannot be read, or more than `trainer.bad_samples` were replaced.
+        """
         start = time.perf_counter()
         try:
             batches = [next(self._batches) for _ in range(self.accumulation)]
@@ -253,15 +250,8 @@ class Feed:
         self.samples += self.order.global_batch
         for batch in batches:
             self._note_faults(batch.pop("fault", []))
-        return [
-            send_to_device(part, self.device, non_blocking=True, skip_keys="seed")
-            for batch in batches
-            for part in split(batch, self.parts)
-        ]
-
-    def put_back(self) -> None:
-        """The latest step has not been taken after all: a run that goes on from here takes it again."""
-        self.samples -= self.order.global_batch
+        parts = [part for batch in batches for part in split(batch, self.parts)]
+        return [send_to_device(part, self.device, non_blocking=True, skip_keys="seed") for part in parts]
 
     def _note_faults(self, faults: list[str]) -> None:
         """Raise UserError where more samples than allowed, of a pass or of all since the start, were bad."""

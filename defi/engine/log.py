@@ -5,7 +5,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,24 +49,24 @@ class Journal:
     the device because of its log. Trackers are the accelerator's; one that fails is dropped with a warning.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, step: int) -> None:
-        self.accelerator = accelerator
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output: Path,
+        step: int,
+        tracker: Mapping[str, Any] | None,
+        config: dict,
+    ) -> None:
+        self.accelerator, self._path = accelerator, output / METRICS
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-        self._start = time.monotonic()
-        self._path = output / METRICS
+        self._steps, self._start = 0, time.monotonic()
         if accelerator.is_main_process and self._path.exists():  # a resumed run writes later lines again
             kept = [record for record in read_metrics(self._path) if record["step"] <= step]
             write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-
-    def open_tracker(self, section: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
-        """Start the tracker that the accelerator was made with, in the output folder."""
-        if (name := check_tracker(section)) is None:
-            return
-        folder = self._path.parent
-        wandb = {"mode": section.get("mode"), "name": folder.name, "dir": str(folder), "config": dict(config)}
-        project = section.get("project", name)  # TensorBoard: the folder's name
-        self._track(lambda: self.accelerator.init_trackers(project, init_kwargs={"wandb": wandb}))
+        if name := check_tracker(tracker):
+            wandb = {"mode": tracker.get("mode"), "name": output.name, "dir": str(output), "config": config}
+            project = tracker.get("project", name)  # TensorBoard: the folder's name
+            self._track(lambda: accelerator.init_trackers(project, init_kwargs={"wandb": wandb}))
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
         """Take in the scalars of one step."""
@@ -86,7 +86,7 @@ class Journal:
         return dict(zip(names, means.tolist())), steps, seconds
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Append one line; `kind` is train, epoch, sample, evaluate, spike, left_out or bad_sample.
+        """Append one line; `kind` is train, epoch, preview, evaluate, spike, left_out or bad_sample.
 
         Its numbers also go to the tracker.
         """
@@ -116,7 +116,7 @@ class Journal:
         self._start += time.monotonic() - start
 
     def close(self) -> None:
-        """Close the tracker."""
+        """Close the tracker; `end_training` would also end the processes, which may train again."""
         for tracker in list(self.accelerator.trackers):
             self._track(tracker.finish)
 
@@ -158,12 +158,8 @@ class SpikeDetector:
 
     def is_spike(self, loss: float) -> bool:
         """Whether the loss of a step is a spike; then takes it into mean and variance."""
-        excess = loss - self.mean
-        spike = (
-            self.steps >= self.FIRST
-            and excess > self.DEVIATIONS * math.sqrt(self.variance)
-            and loss > self.FACTOR * self.mean
-        )
+        excess, limit = loss - self.mean, self.DEVIATIONS * math.sqrt(self.variance)
+        spike = self.steps >= self.FIRST and excess > limit and loss > self.FACTOR * self.mean
         self.steps += 1
         share = 1 / min(self.steps, self.MEMORY)
         self.mean += share * excess
@@ -189,14 +185,10 @@ class ProgressDisplay:
 
     def show(self, step: int, text: str) -> None:
         """Move the bar to `step`, with `text` beside it."""
-        if not self.enabled:
-            return
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=text)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or step == self.total:
-            self._last_line = now
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self.total:
+            self._last_line = now = time.monotonic()
             left = (now - self._started) / max(step - self._first, 1) * (self.total - step)
             self.say(f"{self.title} {step}/{self.total}  {text}  {timedelta(seconds=round(left))} left")
 
@@ -204,6 +196,10 @@ class ProgressDisplay:
         """Print a line, above the bar where there is one."""
         if self.enabled:
             self.console.print(text, markup=False)
+
+    def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Print named facts under a title."""
+        self.say("\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)]))
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from defi.engine import checkpoint, faults
+from defi.engine import faults
 from defi.engine.config import TrainerConfig
-from defi.engine.distributed import full_tensor
+from defi.engine.distributed import full_tensor, in_any_process
 from defi.engine.model import StageModel
 from defi.engine.optimizer import learning_rate
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
 from defi.engine.run import Inspect, Run
-from defi.errors import UserError
 
 
 def train(
@@ -29,56 +27,40 @@ def train(
     trainer: TrainerConfig,
     *,
     output: Path | str,
-    config: Mapping[str, Any],
-    seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-    tracker: Mapping[str, Any] | None = None,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-    sample: Inspect | None = None,
+    preview: Inspect | None = None,
     evaluate: Inspect | None = None,
+    **settings: Any,
 ) -> Path:
     """Train `model` on `dataset` for `trainer.max_steps` or `trainer.epochs`; return the last checkpoint.
 
     Args:
         dataset: map-style, of dict samples; see `defi.engine.data` for random numbers in it.
-        output: run folder, gets config.yaml, metrics.jsonl, samples/, rollouts/ and checkpoints/.
-        config: the resolved configuration, stored with every checkpoint (`preset_name` names the preset).
-        seed: of data order, sample seeds and dropout. The model's initial weights are the caller's.
-        resume: continue from the newest checkpoint in `output`, exactly.
-        overwrite: delete what `output` holds.
-        tracker: the `tracker` section of the configuration.
-        collate: list of samples → batch; default: torch's.
-        sample: called every `trainer.sample_every` steps with the model (averaged weights if EMA is on, eval
-            mode, no gradients), the step and a folder for pictures; returns numbers to log. Only in the main
-            process; random numbers it draws do not disturb the training.
+        output: run folder, gets config.yaml, metrics.jsonl, previews/, rollouts/ and checkpoints/.
+        preview: called every `trainer.preview_every` steps with the model (averaged weights if EMA is on,
+            eval mode, no gradients), the step and a folder for pictures; returns numbers to log. Only in the
+            main process; random numbers it draws do not disturb the training.
         evaluate: the same every `trainer.rollout_every` steps; its numbers also go into the manifests, and
             `trainer.best_metric` is one of them.
+        settings: config, seed, resume, overwrite, tracker and collate, as `Run` takes them.
 
     Raises:
-        UserError: the output folder, the batch or the checkpoint does not fit (`Run`); the loss or gradient
-            is no longer finite: the run stops before that step moves the weights, unless
-            `trainer.skip_nonfinite` lets it go on; or disk, memory or data fail (`faults.explain`).
+        UserError: something does not fit (`Run`) or fails (`faults.explained`); or the loss or gradient is
+            no longer finite: the run stops before that step moves the weights, unless
+            `trainer.skip_nonfinite` lets it continue.
         SystemExit: with `EXIT_PREEMPTED`, after saving, when a signal came (`defi.engine.preemption`).
     """
-    run, output = None, Path(output)
-    with closing(Preemption()) as preemption:  # a signal at start is answered after the first step
-        try:
-            run = Run(
-                model, dataset, trainer, output=output, config=dict(config), seed=seed, resume=resume,
-                overwrite=overwrite, tracker=tracker, collate=collate,
-            )  # fmt: skip
-            with closing(run):
-                return take_steps(run, preemption, sample=sample, evaluate=evaluate)
-        except Exception as error:
-            micro_batch = run.feed.micro_batch if run else None
-            fault = faults.explain(error, output, micro_batch=micro_batch, workers=trainer.workers)
-            if fault is None:
-                raise
-            raise UserError(f"{fault}, {checkpoint.how_to_continue(output)}") from error
+    output = Path(output)
+    with (
+        closing(Preemption()) as preemption,  # a signal at start is answered after the first step
+        faults.explained(output, trainer.workers),
+        closing(Run(model, dataset, trainer, output=output, **settings)) as run,
+    ):
+        return take_steps(run, preemption, preview=preview, evaluate=evaluate)
 
 
-def take_steps(run: Run, preemption: Preemption, *, sample: Inspect | None, evaluate: Inspect | None) -> Path:
+def take_steps(
+    run: Run, preemption: Preemption, *, preview: Inspect | None, evaluate: Inspect | None
+) -> Path:
     """All steps that are left, with what is due after each; returns the last checkpoint's folder."""
     trainer = run.trainer
     for step in range(run.step + 1, trainer.max_steps + 1):
@@ -93,11 +75,11 @@ def take_steps(run: Run, preemption: Preemption, *, sample: Inspect | None, eval
             run.leave_out(batches, error)
         if due(step, trainer.log_every) or step == trainer.max_steps:
             run.log(lr)
-        if sample is not None and due(step, trainer.sample_every):
-            run.inspect("sample", sample)
+        if preview is not None and due(step, trainer.preview_every):
+            run.inspect("preview", preview)
         if evaluate is not None and due(step, trainer.rollout_every):
             run.inspect("evaluate", evaluate)
-        preempted = preemption.requested(run.accelerator)
+        preempted = in_any_process(preemption.received, run.accelerator)
         if due(step, trainer.save_every) or step == trainer.max_steps or run.new_best or preempted:
             run.save()
         if preempted:

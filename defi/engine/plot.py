@@ -25,7 +25,7 @@ BOOKKEEPING = ("kind", "step", "epoch", "elapsed_s", "usual")
 LAST = ("lr", "grad_norm", "samples_per_s", "data_wait")  # of the panels
 TITLES = {"lr": "learning rate", "samples_per_s": "samples per second", "data_wait": "time waiting for data"}
 SHARES = ("data_wait", "code_usage")
-MARKS = {"epoch": "s", "sample": "o", "evaluate": "D", "spike": "x"}
+MARKS = {"epoch": "s", "preview": "o", "evaluate": "D", "spike": "x"}
 SMOOTHED = 100  # points from which on a running mean is drawn
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
