@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from defi.engine import checkpoint
-from defi.engine.checkpoint import CheckpointWriter, training_tensors
+from defi.engine.checkpoint import CheckpointWriter
 from defi.engine.config import TrainerConfig
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
 from defi.engine.optimizer import optimizer_tensors
-from defi.engine.resume import Progress, ResumeState, rng_state
+from defi.engine.rng import rng_state
+from defi.engine.state import TrainingState
 
 WIDTH = 1024
 
@@ -59,6 +60,7 @@ class Training:
         self.ema = EMA(self.model, 0.99)
         self.optimizer = AdamW(self.model.parameters(), fused=True)
         self.step()
+        self.state = TrainingState(self.model, self.ema, optimizer_tensors(self.optimizer, self.model))
 
     def step(self) -> float:
         """Seconds of one step."""
@@ -72,17 +74,15 @@ class Training:
 
 def save_plainly(training: Training, run: Path, step: int) -> None:
     """Everything on the disk before it returns."""
-    state = ResumeState(
-        Progress(step=step), optimizer_tensors(training.optimizer, training.model), [rng_state()]
-    )
-    checkpoint.save(training.model, run, step=step, config={}, ema=training.ema, state=state)
+    training.state.rng = [rng_state()]
+    checkpoint.save(training.model, run, step=step, config={}, state=training.state)
     checkpoint.rotate(run, keep=1)
 
 
 def save_in_background(training: Training, writer: CheckpointWriter, step: int) -> None:
     """Returns when the state is copied."""
-    tensors = training_tensors(training.model, training.ema, training.optimizer)
-    writer.save(tensors, Progress(step=step), [rng_state()], metrics={})
+    training.state.progress.step = step
+    writer.save([rng_state()], metrics={})
 
 
 def timed(action: Callable[[], None]) -> float:
@@ -109,7 +109,8 @@ def main() -> None:
         plain = [timed(lambda: save_plainly(training, run, 1)) for _ in range(2)]
         memory.append(peak())
         trainer = TrainerConfig(ema=training.ema.decay, keep=1)
-        writer = CheckpointWriter(training.model, trainer, run, config={}, data={})
+        copy = training.model.copied_to("cpu")
+        writer = CheckpointWriter(training.state, copy, trainer, run, config={}, data={})
         pauses, writing, busy = [], [], []
         for step in range(2, options.rounds + 3):  # by turns, as the disk's speed changes
             plain.append(timed(lambda: save_plainly(training, run, step)))  # noqa: B023

@@ -10,7 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from defi.config import check_given, check_overwrite, entry, one_line_errors
+from defi.config import check_settings, entry, one_line_errors
 from defi.errors import UserError
 
 
@@ -116,15 +116,15 @@ def test_overwrite_deletes_nothing_that_the_command_reads(tmp_path: Path) -> Non
     data = {"root": f"{tmp_path}/demos", "split": "x"}
     settings = {"output": str(tmp_path), "overwrite": True, "data": data}
     with pytest.raises(UserError, match=r"overwrite=true would delete data\.root=.*demos, which is in it"):
-        check_overwrite(OmegaConf.create(settings))
-    check_overwrite(OmegaConf.create(settings | {"overwrite": False}))
-    check_overwrite(OmegaConf.create(settings | {"output": f"{tmp_path}/out"}))
+        check_settings(OmegaConf.create(settings), [])
+    check_settings(OmegaConf.create(settings | {"overwrite": False}), [])
+    check_settings(OmegaConf.create(settings | {"output": f"{tmp_path}/out"}), [])
 
 
 def test_what_was_not_given_is_named() -> None:
     cfg = OmegaConf.create({"output": "???", "data": {"root": "???"}, "copy": "${output}"})
     with pytest.raises(UserError, match="data.root=: not given; this command needs data.root=, output="):
-        check_given(cfg)
+        check_settings(cfg, [])
 
 
 def test_ctrl_c_is_one_word(capsys: pytest.CaptureFixture) -> None:

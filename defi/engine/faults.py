@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from defi.engine.checkpoint import how_to_continue
+from defi.engine.config import TrainerConfig
 from defi.engine.distributed import in_any_process
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
@@ -26,7 +27,7 @@ DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
 
 
 @contextmanager
-def explained(output: Path, workers: int) -> Iterator[None]:
+def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
     """A fault of memory, disk, loader workers or other processes is one line; other errors are bugs and stay.
 
     Raises:
@@ -38,15 +39,16 @@ def explained(output: Path, workers: int) -> Iterator[None]:
         reason = one_line(error)
         if isinstance(error, torch.OutOfMemoryError):
             fault = (
-                f"{output}: out of memory; lower trainer.micro_batch (the global batch stays) or the preset"
+                f"trainer.micro_batch={trainer.micro_batch}: out of memory; lower it (the global batch stays)"
             )
+            fault += ", or choose a smaller preset or a larger GPU"
         elif isinstance(error, OSError):
             fault = f"{error.filename or output}: {error.strerror or reason}; fix that"
         elif isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's
             fault = f"{output}: lost another process of this run ({reason}); its own message says why"
         elif DEAD_WORKER.match(str(error)):
             died = f"a loader worker died ({reason}), often from lack of memory"
-            fault = f"trainer.workers={workers}: {died}; lower trainer.workers"
+            fault = f"trainer.workers={trainer.workers}: {died}; lower trainer.workers"
         else:
             raise
         raise UserError(f"{fault}, {how_to_continue(output)}") from error

@@ -52,7 +52,7 @@ def train(
     output = Path(output)
     with (
         closing(Preemption()) as preemption,  # a signal at start is answered after the first step
-        faults.explained(output, trainer.workers),
+        faults.explained(output, trainer),
         closing(Run(model, dataset, trainer, output=output, **settings)) as run,
     ):
         return take_steps(run, preemption, preview=preview, evaluate=evaluate)
