@@ -145,7 +145,8 @@ def check_settings(cfg: DictConfig, arguments: Sequence[str]) -> None:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{one_line(error)}; a text with ${{ is written with \\${{") from None
-    for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments):
+    written = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in arguments)}
+    for key, value in written.items():
         read = OmegaConf.select(cfg, key, default=None) if key in TEXTS else None
         if read is not None and not isinstance(read, str):
             kind = {ListConfig: "list", DictConfig: "dict"}.get(type(read), type(read).__name__)

@@ -195,7 +195,7 @@ def test_the_best_by_another_metric(tmp_path: Path) -> None:
 
 def test_a_best_metric_that_no_evaluation_reports(tmp_path: Path) -> None:
     settings = trainer(max_steps=9, rollout_every=3, best_metric="sucess")
-    message = "best_metric=sucess: an evaluation reports length, success; .*continue from step_00000003"
+    message = "best_metric=sucess: choose one .* reports: length, success, then continue from step_00000003"
     with pytest.raises(UserError, match=message):
         train(
             toy(), Points(), settings, output=tmp_path, config=CONFIG,

@@ -428,7 +428,7 @@ def test_out_of_memory_before_the_first_step(tmp_path: Path, monkeypatch: pytest
 
 def test_the_trial_of_a_batch_changes_nothing() -> None:
     model, accelerator = toy(), Accelerator()
-    feed = Feed(Points(), trainer(), seed=0, start=0, process=(0, 1), device=torch.device("cpu"))
+    feed = Feed(Points(), trainer(), accelerator, seed=0, start=0)
     (batch,) = feed.next_step()
     before, drawn = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     assert faults.micro_batch_fits(model, batch, accelerator)

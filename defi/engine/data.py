@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -202,20 +203,19 @@ class Feed:
         self,
         dataset: Dataset,
         trainer: TrainerConfig,
+        accelerator: Accelerator,
         *,
         seed: int,
         start: int,
-        process: tuple[int, int],
-        device: torch.device,
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
-        micro_batch, self.accumulation = trainer.split_batch(process[1])
+        process, self.device = (accelerator.process_index, accelerator.num_processes), accelerator.device
+        micro_batch, self.accumulation = trainer.split_batch(accelerator.num_processes)
         self.order = StepOrder(
             len(dataset), seed=seed, start=start, global_batch=trainer.global_batch, micro_batch=micro_batch,
             process=process,
         )  # fmt: skip
-        self.epoch_size = trainer.passes * len(dataset)
-        self.bad_samples, self.device = trainer.bad_samples, device
+        self.epoch_size, self.bad_samples = trainer.passes * len(dataset), trainer.bad_samples
         self.samples, self.waited, self.parts = start, 0.0, 1
         self.faults: list[str] = []
         loader = DataLoader(
@@ -224,7 +224,7 @@ class Feed:
             num_workers=trainer.workers,
             collate_fn=collate,
             worker_init_fn=leave_signals,
-            pin_memory=device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader would draw from the generator of the training
         )
         self._batches = iter(loader)

@@ -26,6 +26,10 @@ from defi.errors import UserError, one_line
 DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
 
 
+class Stopped(RuntimeError):
+    """A run that cannot go on as it is set up: one line, to which `explained` adds where to continue."""
+
+
 @contextmanager
 def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
     """A fault of memory, disk, loader workers or other processes is one line; other errors are bugs and stay.
@@ -37,7 +41,9 @@ def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         reason = one_line(error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, Stopped):
+            fault = str(error)
+        elif isinstance(error, torch.OutOfMemoryError):
             fault = (
                 f"trainer.micro_batch={trainer.micro_batch}: out of memory; lower it (the global batch stays)"
             )

@@ -75,20 +75,12 @@ class Run:
         self.main, device = accelerator.is_main_process, accelerator.device
         torch.set_float32_matmul_precision(trainer.matmul)
         set_seed(seed, device_specific=True)
-        process = (accelerator.process_index, accelerator.num_processes)
-        self.feed = Feed(
-            dataset,
-            trainer,
-            seed=seed,
-            start=progress.samples,
-            process=process,
-            device=device,
-            collate=collate,
-        )
-        copy = model.train().to(device).copied_to("cpu") if self.main else None
+        self.feed = Feed(dataset, trainer, accelerator, seed=seed, start=progress.samples, collate=collate)
+        model.train().to(device)
+        copy = model.copied_to("cpu") if self.main else None
         self.sharded = sharding_requested()
         if self.sharded:
-            shard(model.to(device), model.unfrozen_blocks(), model.frozen_parameters(), device)
+            shard(model, model.unfrozen_blocks(), model.frozen_parameters(), device)
         ema = EMA(model, trainer.ema) if trainer.ema is not None else None
         # What the loop calls: DDP's wrapper, which evaluation mode leaves out.
         self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.sharded)
@@ -191,7 +183,7 @@ class Run:
                 with suppress(UserError):  # another error is raised already
                     self.save()
             fix = "lower trainer.lr or trainer.clip, fix the data, or allow trainer.skip_nonfinite"
-            raise UserError(f"{self.output}: {what}; {fix}, {self.how_to_continue()}")
+            raise faults.Stopped(f"{self.output}: {what}; {fix}")
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.state.progress.left_out += 1
@@ -257,9 +249,9 @@ class Run:
         self.metrics, metric = numbers, self.trainer.best_metric
         if metric is not None and metric not in numbers:
             self.save()
-            raise UserError(
-                f"trainer.best_metric={metric}: an evaluation reports {', '.join(sorted(numbers))}; choose "
-                f"one of these, {self.how_to_continue()}"
+            reported = ", ".join(sorted(numbers))
+            raise faults.Stopped(
+                f"trainer.best_metric={metric}: choose one that an evaluation reports: {reported}"
             )
         if metric is not None:
             self.new_best = numbers[metric] > self.best
@@ -295,12 +287,6 @@ class Run:
         """Return when the checkpoints are on the disk, in every process at the same time."""
         self.writer.wait()
         self.accelerator.wait_for_everyone()
-
-    def how_to_continue(self) -> str:
-        """What to do after this run has failed."""
-        with suppress(UserError):  # another error is raised already
-            self.writer.wait()
-        return checkpoint.how_to_continue(self.output)
 
     def _summarise(self, source: Path | None, *, resume: bool, processes_then: int) -> None:
         """Print what is trained, on what, where it goes, and what a resumed run does differently."""
