@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from torch.optim import AdamW
 
 from defi.engine import checkpoint
 from defi.engine.checkpoint import CheckpointWriter
-from defi.engine.config import TrainerConfig
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
 from defi.engine.optimizer import optimizer_tensors
@@ -72,17 +72,22 @@ class Training:
         return time.perf_counter() - start
 
 
+def write(run: Path, state: TrainingState) -> None:
+    checkpoint.save(state.model, run, step=state.progress.step, config={}, state=state)
+    checkpoint.rotate(run, keep=1)
+
+
 def save_plainly(training: Training, run: Path, step: int) -> None:
     """Everything on the disk before it returns."""
-    training.state.rng = [rng_state()]
-    checkpoint.save(training.model, run, step=step, config={}, state=training.state)
-    checkpoint.rotate(run, keep=1)
+    training.state.progress.step, training.state.rng = step, [rng_state()]
+    write(run, training.state)
 
 
 def save_in_background(training: Training, writer: CheckpointWriter, step: int) -> None:
     """Returns when the state is copied."""
     training.state.progress.step = step
-    writer.save([rng_state()], metrics={})
+    training.state.rng = [rng_state()]
+    writer.save()
 
 
 def timed(action: Callable[[], None]) -> float:
@@ -108,9 +113,7 @@ def main() -> None:
         memory = [peak()]
         plain = [timed(lambda: save_plainly(training, run, 1)) for _ in range(2)]
         memory.append(peak())
-        trainer = TrainerConfig(ema=training.ema.decay, keep=1)
-        copy = training.model.copied_to("cpu")
-        writer = CheckpointWriter(training.state, copy, trainer, run, config={}, data={})
+        writer = CheckpointWriter(training.state, training.model.copied_to("cpu"), partial(write, run))
         pauses, writing, busy = [], [], []
         for step in range(2, options.rounds + 3):  # by turns, as the disk's speed changes
             plain.append(timed(lambda: save_plainly(training, run, step)))  # noqa: B023

@@ -33,9 +33,7 @@ REFERENCE = re.compile(r"[^'\"]*\$\{[^'\"]*")  # OmegaConf's; those of configura
 Settings = TypeVar("Settings")
 
 RETIRED = {
-    "policy.action_head.action_positions": (
-        "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
-    ),
+    "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
     "store.video_stride": "replaced by store.videos=true; frames are as far apart as the video model's",

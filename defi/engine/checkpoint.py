@@ -11,12 +11,11 @@
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,7 +27,6 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 import defi
-from defi.engine.config import TrainerConfig
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
 from defi.engine.output import sync
@@ -39,6 +37,7 @@ from defi.files import read_json, read_yaml
 
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"
+ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = {"stage": str, "step": int, "data": dict, "metrics": dict, "files": dict}  # of a manifest
 CHANGED = "+changes"  # after the commit of a checkout whose files differ from it
 PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safetensors")
@@ -121,20 +120,15 @@ def is_complete(folder: Path) -> bool:
     """Whether a folder has a manifest and every file in it has its recorded size."""
     try:
         manifest = read_json(folder / MANIFEST, COPY_AGAIN)
-        return all(isinstance(manifest.get(key), kind) for key, kind in REQUIRED.items()) and all(
-            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
-        )
+        typed = all(isinstance(manifest.get(key), kind) for key, kind in REQUIRED.items())
+        return typed and all((folder / f).stat().st_size == size for f, size in manifest["files"].items())
     except (OSError, ValueError):
         return False
 
 
-def best_score(run: Path, metric: str | None) -> float:
-    """The largest value of a metric among a run's checkpoints; −∞ where none has it."""
-    return max(_scores(list_checkpoints(run), metric).values(), default=-math.inf)
-
-
-def _scores(checkpoints: Sequence[Path], metric: str | None) -> dict[Path, float]:
-    found = {folder: read_manifest(folder)["metrics"].get(metric) for folder in checkpoints}
+def scores(run: Path, metric: str | None) -> dict[Path, float]:
+    """The value of a metric at those of a run's checkpoints that have it."""
+    found = {folder: read_manifest(folder)["metrics"].get(metric) for folder in list_checkpoints(run)}
     return {folder: score for folder, score in found.items() if isinstance(score, (int, float))}
 
 
@@ -158,9 +152,6 @@ def save(
         data: size and fingerprint of the training data.
         metrics: of the latest evaluation.
         state: what an exact resume needs, of this model; None leaves weights only.
-
-    Returns:
-        The checkpoint folder.
 
     Raises:
         UserError: the disk is full or cannot be written to; nothing half-written stays.
@@ -201,13 +192,11 @@ def save(
 
 def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
     """Delete all but the newest `keep` complete checkpoints and the one with the largest `best_metric`."""
-    checkpoints = list_checkpoints(run)
-    kept = set(checkpoints[-keep:])
-    if scores := _scores(checkpoints, best_metric):
-        kept.add(max(scores, key=scores.__getitem__))  # the oldest of equals: the one evaluated
+    checkpoints, found = list_checkpoints(run), scores(run, best_metric)
+    best = max(found, key=found.__getitem__, default=None)  # the oldest of equals: the one evaluated
     with _disk(run / "checkpoints"):
-        for folder in checkpoints:
-            if folder not in kept:
+        for folder in checkpoints[:-keep]:
+            if folder != best:
                 remove(folder)
 
 
@@ -223,10 +212,8 @@ def _disk(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{place}: cannot be written ({one_line(error)}); free space or repair the disk, "
-            "then continue with resume=true"
-        ) from None
+        fix = "free space or repair the disk, then continue with resume=true"
+        raise UserError(f"{place}: cannot be written ({one_line(error)}); {fix}") from None
 
 
 class CheckpointWriter:
@@ -238,24 +225,15 @@ class CheckpointWriter:
     Args:
         state: of the training.
         model: a copy of the model in main memory, made before it was sharded; None but in the main process.
-        config, data: as `save` takes them.
+        write: called in the thread with the copy of the state.
     """
 
     def __init__(
-        self,
-        state: TrainingState,
-        model: StageModel | None,
-        trainer: TrainerConfig,
-        run: Path,
-        *,
-        config: Mapping[str, Any],
-        data: Mapping[str, Any],
+        self, state: TrainingState, model: StageModel | None, write: Callable[[TrainingState], None]
     ) -> None:
-        self._state, self._trainer = state, trainer
-        self._run, self._config, self._data = run, config, data
+        self._state, self._write, self.copy = state, write, None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self.copy = None
         if model is not None:
             optimizer = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -263,25 +241,17 @@ class CheckpointWriter:
             }
             self.copy = TrainingState(model, EMA(model, state.ema.decay) if state.ema else None, optimizer)
 
-    def save(self, rng: list[dict[str, Any]], metrics: Mapping[str, float]) -> None:
+    def save(self) -> None:
         """Copy the state and return while it is written; waits for the write before."""
         self.wait()
         self._state.copy_to(self.copy)
         if self.copy is not None:
-            self.copy.progress, self.copy.rng = deepcopy(self._state.progress), rng
-            self._pending = self._thread.submit(self._write, dict(metrics))
-
-    def _write(self, metrics: dict[str, float]) -> None:
-        state = self.copy
-        save(
-            state.model, self._run, step=state.progress.step, config=self._config, data=self._data,
-            metrics=metrics, state=state,
-        )  # fmt: skip
-        rotate(self._run, self._trainer.keep, self._trainer.best_metric)
+            self.copy.progress, self.copy.rng = deepcopy(self._state.progress), self._state.rng
+            self._pending = self._thread.submit(self._write, self.copy)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being written."""
+        """Whether nothing is being written; `wait` raises the error of a write that failed."""
         return self._pending is None or self._pending.done()
 
     def wait(self) -> None:
@@ -292,10 +262,8 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Wait, and let the thread end."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        self._thread.shutdown()
+        self.wait()
 
 
 # ---------------------------------------------------------------- where weights come from
@@ -316,12 +284,10 @@ def environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """Commit of the checkout this code runs from, and whether files differ from it; None where installed."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40"]
-    command.append(f"--dirty={CHANGED}")
+    git = ("git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}")
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=40", f"--dirty={CHANGED}")
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        done = subprocess.run([*git, *describe], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -10,12 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from defi.config import typed
 from defi.errors import UserError
 
-CHOICES = {
-    "schedule": ("constant", "tri_stage"),
-    "precision": ("no", "fp16", "bf16"),
-    "matmul": ("highest", "high", "medium"),
-}
-# Settings, a rule, and what it says where it does not hold.
+SCHEDULES, PRECISIONS = ("constant", "tri_stage"), ("no", "fp16", "bf16")
+MATMULS = ("highest", "high", "medium")
+# Settings, a rule, and what to say where it does not hold.
 RULES = (
     ("global_batch passes log_every keep", lambda n: n >= 1, "must be at least 1"),
     ("max_steps epochs micro_batch", lambda n: n is None or n >= 1, "must be at least 1, or null"),
@@ -25,13 +22,13 @@ RULES = (
     ("betas", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b), "two numbers in [0, 1)"),
     ("clip", lambda x: x is None or x > 0, "must be positive, or null for no clipping"),
     ("warmup", lambda x: 0 <= x <= 1, "is a share of the steps, in [0, 1]"),
-    (
-        "phases",
-        lambda p: len(p) == 3 and min(p) >= 0 and abs(sum(p) - 1) < 1e-6,
-        "three shares that sum to 1",
-    ),
+    ("phases", lambda p: len(p) == 3 and min(p) >= 0, "three shares that sum to 1"),
+    ("phases", lambda p: abs(sum(p) - 1) < 1e-6, "three shares that sum to 1"),
     ("bad_samples", lambda x: 0 <= x < 1, "is a share of the samples, in [0, 1)"),
     ("ema", lambda x: x is None or 0 < x < 1, "must lie in (0, 1), or null for none"),
+    ("schedule", lambda name: name in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}"),
+    ("precision", lambda name: name in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}"),
+    ("matmul", lambda name: name in MATMULS, f"choose one of {', '.join(MATMULS)}"),
 )
 
 
@@ -81,9 +78,6 @@ class TrainerConfig:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise UserError(f"trainer.{name}={getattr(self, name)}: {message}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"trainer.{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.max_steps is None and self.epochs is None:
             raise UserError("trainer.max_steps=None: give it or trainer.epochs")
 
@@ -111,16 +105,12 @@ class TrainerConfig:
         """
         share, rest = divmod(self.global_batch, processes)
         if rest or share == 0:
-            raise UserError(
-                f"trainer.global_batch={self.global_batch}: not divisible by {processes} processes; "
-                f"choose a multiple of {processes}"
-            )
+            why = f"not divisible by {processes} processes; choose a multiple of {processes}"
+            raise UserError(f"trainer.global_batch={self.global_batch}: {why}")
         micro = min(self.micro_batch or share, share)
         if share % micro:
-            raise UserError(
-                f"trainer.micro_batch={micro}: does not divide the {share} samples per process; "
-                f"choose a divisor of {share}"
-            )
+            why = f"does not divide the {share} samples per process; choose a divisor of {share}"
+            raise UserError(f"trainer.micro_batch={micro}: {why}")
         return micro, share // micro
 
 

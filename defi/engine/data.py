@@ -14,7 +14,7 @@ import hashlib
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +34,62 @@ GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to 
 Draw = tuple[int, int]  # (epoch, index)
 Item = TypeVar("Item")
 Value = TypeVar("Value")
+
+
+# ---------------------------------------------------------------- named streams of random numbers
+
+
+def _hash(size: int, *name: object) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(" ".join(map(str, name)).encode(), digest_size=size).digest(), "little"
+    )
+
+
+def seed_of(purpose: str, *numbers: int) -> int:
+    """One seed of 63 bits for a purpose, out of several numbers, a run's seed and a sample's number say."""
+    return _hash(8, purpose, *numbers) >> 1
+
+
+def sample_seeds(purpose: str, seed: int, count: int) -> Int[Tensor, " N"]:
+    """Seeds of `count` samples that are drawn outside of training, for pictures say."""
+    return torch.tensor([seed_of(purpose, seed, i) for i in range(count)])
+
+
+def stream(purpose: str, *numbers: int) -> np.random.Generator:
+    """The random numbers of a purpose; `numbers` are a seed, or what makes one."""
+    return np.random.default_rng(_hash(16, purpose, *numbers))
+
+
+class SampleNoise:
+    """Random numbers that belong to samples, not to batches: equal for any batch size or number of processes.
+
+    The same seed and purpose give the same numbers again; another purpose gives independent ones.
+
+    Args:
+        seeds: the batch's `seed`, on the CPU.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, seeds: Int[Tensor, " B"], device: torch.device) -> None:
+        self.seeds, self.device = seeds.tolist(), device
+
+    def normal(self, purpose: str, *shape: int) -> Float[Tensor, "B ..."]:
+        """Standard normal numbers of `shape` for each sample."""
+        return self._stack([stream(purpose, s).standard_normal(shape, np.float32) for s in self.seeds])
+
+    def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "B ..."]:
+        """Numbers uniform in [0, 1) of `shape` for each sample."""
+        return self._stack([stream(purpose, s).random(shape, np.float32) for s in self.seeds])
+
+    def others(self, purpose: str) -> Int[Tensor, " B"]:
+        """A seed for each sample's part in something else, which has a `SampleNoise` of its own."""
+        return torch.tensor([seed_of(purpose, seed) for seed in self.seeds])
+
+    def _stack(self, drawn: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(drawn)).to(self.device)
+
+
+# ---------------------------------------------------------------- samples and their order
 
 
 class StepOrder(Sampler[list[Draw]]):
@@ -57,7 +113,7 @@ class StepOrder(Sampler[list[Draw]]):
         micro_batch: int,
         process: tuple[int, int],
     ) -> None:
-        self.size, self.seed, self.start = size, seed, start
+        self.size, self.start = size, start
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.processes = process
         self._shuffle = Shuffle(size, seed)
@@ -85,7 +141,7 @@ class SeededDataset(Dataset):
     """Gives each draw of a data set its own random numbers, and the sample its number `seed`.
 
     If `tolerant`, a sample that cannot be read is replaced by another one, a function of the draw alone, and
-    `fault` says why, a line per sample ("" if there was none).
+    `fault` has a line for each such sample.
     """
 
     TRIES = 20
@@ -96,12 +152,11 @@ class SeededDataset(Dataset):
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         if not self.tolerant:
             return self.read(draw)
-        epoch, index = draw
         others = stream("other samples", self.seed, *draw).integers(len(self.dataset), size=self.TRIES)
         faults: list[str] = []
-        for candidate in (index, *others.tolist()):
+        for candidate in (draw[1], *others.tolist()):
             try:
-                return {**self.read((epoch, candidate)), "fault": "\n".join(faults)}
+                return {**self.read((draw[0], candidate)), "fault": "\n".join(faults)}
             except UserError as error:
                 faults.append(f"sample {candidate}: {error}")
         raise UserError(faults[-1])
@@ -138,57 +193,6 @@ def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[t
         print_once(f"left out: {len(faults)} of {total} samples to look at; the first: {faults[0]}")
 
 
-def _hash(purpose: str, numbers: Sequence[int], size: int) -> int:
-    name = " ".join([purpose, *map(str, numbers)])
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=size).digest(), "little")
-
-
-def seed_of(purpose: str, *numbers: int) -> int:
-    """One seed for a purpose out of several numbers, a run's seed and a sample's number say: 63 bits, so that
-    it fits a signed 64-bit integer."""
-    return _hash(purpose, numbers, 8) >> 1
-
-
-def sample_seeds(purpose: str, seed: int, count: int) -> Int[Tensor, " N"]:
-    """Seeds of `count` samples that are drawn outside of training, for pictures say."""
-    return torch.tensor([seed_of(purpose, seed, i) for i in range(count)])
-
-
-def stream(purpose: str, *numbers: int) -> np.random.Generator:
-    """The random numbers of a purpose; `numbers` are a seed, or what makes one."""
-    return np.random.default_rng(_hash(purpose, numbers, 16))
-
-
-class SampleNoise:
-    """Random numbers that belong to samples, not to batches: equal for any batch size or number of processes.
-
-    They are a function of a sample's seed and of what they are drawn for: the same purpose gives the same
-    numbers again, another one numbers that have nothing to do with them.
-
-    Args:
-        seeds: the batch's `seed`, on the CPU.
-        device: where the numbers are wanted.
-    """
-
-    def __init__(self, seeds: Int[Tensor, " B"], device: torch.device) -> None:
-        self.seeds, self.device = seeds.tolist(), device
-
-    def normal(self, purpose: str, *shape: int) -> Float[Tensor, "B ..."]:
-        """Standard normal numbers of `shape` for each sample."""
-        return self._stack([stream(purpose, s).standard_normal(shape, np.float32) for s in self.seeds])
-
-    def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "B ..."]:
-        """Numbers uniform in [0, 1) of `shape` for each sample."""
-        return self._stack([stream(purpose, s).random(shape, np.float32) for s in self.seeds])
-
-    def others(self, purpose: str) -> Int[Tensor, " B"]:
-        """A seed for each sample's part in something else, which has a `SampleNoise` of its own."""
-        return torch.tensor([seed_of(purpose, seed) for seed in self.seeds])
-
-    def _stack(self, drawn: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(drawn)).to(self.device)
-
-
 class Feed:
     """Batches of one process, step by step, with the time spent waiting for them.
 
@@ -200,29 +204,21 @@ class Feed:
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        trainer: TrainerConfig,
-        accelerator: Accelerator,
-        *,
-        seed: int,
-        start: int,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        self, dataset: Dataset, trainer: TrainerConfig, accelerator: Accelerator, *, seed: int, start: int
     ) -> None:
-        process, self.device = (accelerator.process_index, accelerator.num_processes), accelerator.device
+        self.trainer, self.device = trainer, accelerator.device
+        process = (accelerator.process_index, accelerator.num_processes)
         micro_batch, self.accumulation = trainer.split_batch(accelerator.num_processes)
         self.order = StepOrder(
             len(dataset), seed=seed, start=start, global_batch=trainer.global_batch, micro_batch=micro_batch,
             process=process,
         )  # fmt: skip
-        self.epoch_size, self.bad_samples = trainer.passes * len(dataset), trainer.bad_samples
         self.samples, self.waited, self.parts = start, 0.0, 1
         self.faults: list[str] = []
         loader = DataLoader(
             SeededDataset(dataset, seed, tolerant=trainer.bad_samples > 0),
             batch_sampler=self.order,
             num_workers=trainer.workers,
-            collate_fn=collate,
             worker_init_fn=leave_signals,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader would draw from the generator of the training
@@ -239,34 +235,36 @@ class Feed:
         start = time.perf_counter()
         try:
             batches = [next(self._batches) for _ in range(self.accumulation)]
-        except UserError as error:
-            raise UserError(_reason(error)) from None
         except (ConnectionError, EOFError) as error:  # before the loader notices
             time.sleep(GOODBYE)  # its signal handler raises an error that says more, here and not later
             raise RuntimeError(f"DataLoader worker: {error}") from error
-        except OSError as error:
-            raise UserError(f"data: {_reason(error)}; restore it, then continue with resume=true") from None
+        except (
+            UserError,
+            OSError,
+        ) as error:  # a worker sends its traceback along, which ends with the message
+            reason = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+            lost = f"data: {reason}; restore it, then continue with resume=true"
+            raise UserError(reason if isinstance(error, UserError) else lost) from None
         self.waited += time.perf_counter() - start
-        self.samples += self.order.global_batch
-        for batch in batches:
-            self._note_faults(batch.pop("fault", []))
+        self.samples += self.trainer.global_batch
+        self._note_faults(
+            [line for b in batches for lines in b.pop("fault", []) for line in lines.splitlines()]
+        )
         parts = [part for batch in batches for part in split(batch, self.parts)]
         return [send_to_device(part, self.device, non_blocking=True, skip_keys="seed") for part in parts]
 
     def _note_faults(self, faults: list[str]) -> None:
         """Raise UserError where more samples than allowed, of a pass or of all since the start, were bad."""
-        self.faults += [line for lines in faults for line in lines.splitlines()]
+        self.faults += faults
         drawn = max(self.samples - self.order.start, self.order.size) / self.order.processes
-        if len(self.faults) > self.bad_samples * drawn:
+        if (count := len(self.faults)) > (allowed := self.trainer.bad_samples) * drawn:
+            what = f"{count} samples could not be read, more than trainer.bad_samples={allowed} allows"
             latest = "; ".join(dict.fromkeys(self.faults[-3:]))
-            raise UserError(
-                f"data: {len(self.faults)} samples could not be read, more than "
-                f"trainer.bad_samples={self.bad_samples} allows; fix or remove them, or raise it: {latest}"
-            )
+            raise UserError(f"data: {what}; fix or remove them, or raise it: {latest}")
 
     def indices(self) -> list[int]:
         """Indices in the data set of the latest step's samples, of all processes."""
-        first = self.samples - self.order.global_batch
+        first = self.samples - self.trainer.global_batch
         return [self.order.draw(position)[1] for position in range(first, self.samples)]
 
     @property
@@ -274,21 +272,22 @@ class Feed:
         """Samples of one forward pass."""
         return self.order.micro_batch // self.parts
 
-    def shrink(self) -> None:
-        """From now on take fewer samples at a time, and more times."""
-        micro = self.micro_batch
-        self.parts *= next(factor for factor in range(2, micro + 1) if micro % factor == 0)
+    def shrink(self) -> int:
+        """From now on take fewer samples at a time; returns how many times more often."""
+        factor = next(n for n in range(2, self.micro_batch + 1) if self.micro_batch % n == 0)
+        self.parts *= factor
+        return factor
 
     @property
     def epochs(self) -> float:
         """Epochs (of one or several passes over the data) so far."""
-        return self.samples / self.epoch_size
+        return self.samples / (self.trainer.passes * self.order.size)
 
     @property
     def ended_epoch(self) -> bool:
         """Whether the latest step took the last sample of an epoch."""
-        before = self.samples - self.order.global_batch
-        return self.samples // self.epoch_size > before // self.epoch_size
+        size = self.trainer.passes * self.order.size
+        return self.samples // size > (self.samples - self.trainer.global_batch) // size
 
     def close(self) -> None:
         """Let the loader workers go, now: the traceback of an error may hold the loader till the very end."""
@@ -305,17 +304,10 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _reason(error: Exception) -> str:
-    """Its message; a loader worker sends its traceback along, which ends with it."""
-    return re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
-
-
 def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     """A batch of B samples as `parts` batches of B / parts."""
     if parts == 1:
         return [batch]
     size = len(batch["seed"]) // parts
-    return [
-        {name: value[first : first + size] for name, value in batch.items()}
-        for first in range(0, size * parts, size)
-    ]
+    pieces = [slice(first, first + size) for first in range(0, size * parts, size)]
+    return [{name: value[piece] for name, value in batch.items()} for piece in pieces]

@@ -38,10 +38,8 @@ def sharding_requested() -> bool:
     """
     for name, value in SUPPORTED.items():
         if os.environ.get(name, value).lower() != value:
-            raise UserError(
-                f"{name}={os.environ[name]}: only {name.lower()}: {value} is supported; launch with "
-                "--config_file configs/accelerate/fsdp.yaml"
-            )
+            fix = "launch with --config_file configs/accelerate/fsdp.yaml"
+            raise UserError(f"{name}={os.environ[name]}: only {name.lower()}: {value} is supported; {fix}")
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get(FSDP, "").lower() in ("true", "1")
 
 

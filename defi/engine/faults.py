@@ -44,10 +44,8 @@ def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
         if isinstance(error, Stopped):
             fault = str(error)
         elif isinstance(error, torch.OutOfMemoryError):
-            fault = (
-                f"trainer.micro_batch={trainer.micro_batch}: out of memory; lower it (the global batch stays)"
-            )
-            fault += ", or choose a smaller preset or a larger GPU"
+            fix = "lower it (the global batch stays), choose a smaller preset or a larger GPU"
+            fault = f"trainer.micro_batch={trainer.micro_batch}: out of memory; {fix}"
         elif isinstance(error, OSError):
             fault = f"{error.filename or output}: {error.strerror or reason}; fix that"
         elif isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's

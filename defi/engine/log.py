@@ -33,13 +33,11 @@ def check_tracker(section: Mapping[str, Any] | None) -> str | None:
         UserError: an unknown name, or a package that is not installed.
     """
     name = section["name"] if section else "none"
-    if name == "none":
-        return None
-    if name not in TRACKERS:
+    if name not in ("none", *TRACKERS):
         raise UserError(f"tracker.name={name}: choose none, {' or '.join(TRACKERS)}")
-    if importlib.util.find_spec(name) is None:
+    if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"tracker={name}: the package {name} is missing; pip install {name}, or tracker=none")
-    return name
+    return name if name != "none" else None
 
 
 class Journal:
@@ -49,24 +47,22 @@ class Journal:
     the device because of its log. Trackers are the accelerator's; one that fails is dropped with a warning.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        output: Path,
-        step: int,
-        tracker: Mapping[str, Any] | None,
-        config: dict,
-    ) -> None:
-        self.accelerator, self._path = accelerator, output / METRICS
+    def __init__(self, accelerator: Accelerator, output: Path, display: "ProgressDisplay", step: int) -> None:
+        self.accelerator, self.display, self.say = accelerator, display, display.say
+        self._path = output / METRICS
         self._sums: dict[str, Tensor] = {}
         self._steps, self._start = 0, time.monotonic()
         if accelerator.is_main_process and self._path.exists():  # a resumed run writes later lines again
             kept = [record for record in read_metrics(self._path) if record["step"] <= step]
             write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        if name := check_tracker(tracker):
-            wandb = {"mode": tracker.get("mode"), "name": output.name, "dir": str(output), "config": config}
-            project = tracker.get("project", name)  # TensorBoard: the folder's name
-            self._track(lambda: accelerator.init_trackers(project, init_kwargs={"wandb": wandb}))
+
+    def open_tracker(self, section: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
+        """Start the tracker that the accelerator was made with, in the output folder."""
+        if name := check_tracker(section):
+            folder = self._path.parent
+            wandb = {"mode": section.get("mode"), "name": folder.name, "dir": str(folder), "config": config}
+            project = section.get("project", name)  # TensorBoard: the folder's name
+            self._track(lambda: self.accelerator.init_trackers(project, init_kwargs={"wandb": wandb}))
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
         """Take in the scalars of one step."""
@@ -80,20 +76,22 @@ class Journal:
         if steps == 0:
             return {}, 0, seconds
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name].float() for name in names]) / steps
-        means = self.accelerator.reduce(means, "mean")
+        sums = torch.stack([self._sums[name].float() for name in names])
+        means = self.accelerator.reduce(sums / steps, "mean").tolist()
         self._sums, self._steps, self._start = {}, 0, time.monotonic()
-        return dict(zip(names, means.tolist())), steps, seconds
+        return dict(zip(names, means)), steps, seconds
 
-    def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Append one line; `kind` is train, epoch, preview, evaluate, spike, left_out or bad_sample.
+    def write(self, kind: str, step: int, record: Mapping[str, Any], *, say: str = "") -> None:
+        """Append one line, and `say` something of it at the terminal; its numbers also go to the tracker.
 
-        Its numbers also go to the tracker.
+        `kind` is train, epoch, preview, evaluate, spike, left_out or bad_sample.
         """
         if not self.accelerator.is_main_process:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        if say:
+            self.say(say)
         numbers = {f"{kind}/{name}": v for name, v in record.items() if isinstance(v, int | float)}
         self._track(lambda: self.accelerator.log(numbers, step))
 
@@ -103,10 +101,8 @@ class Journal:
             action()
         except Exception as error:  # whatever its client raises
             self.accelerator.trackers.clear()
-            warnings.warn(
-                f"tracker: {one_line(error)}; the run goes on without it, {METRICS} has all numbers",
-                stacklevel=3,
-            )
+            lost = f"the run goes on without it, {METRICS} has all numbers"
+            warnings.warn(f"tracker: {one_line(error)}; {lost}", stacklevel=3)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ def train(
             main process; random numbers it draws do not disturb the training.
         evaluate: the same every `trainer.rollout_every` steps; its numbers also go into the manifests, and
             `trainer.best_metric` is one of them.
-        settings: config, seed, resume, overwrite, tracker and collate, as `Run` takes them.
+        settings: config, seed, resume, overwrite and tracker, as `Run` takes them.
 
     Raises:
         UserError: something does not fit (`Run`) or fails (`faults.explained`); or the loss or gradient is
@@ -84,7 +84,7 @@ def take_steps(
             run.save()
         if preempted:
             run.settle()
-            run.display.say(f"stopped by a signal after step {step}; continue with resume=true")
+            run.journal.say(f"stopped by a signal after step {step}; continue with resume=true")
             sys.exit(EXIT_PREEMPTED)
     return run.finish()
 

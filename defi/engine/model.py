@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defi.engine.weights import COPY_AGAIN, load_strict, read_config, read_tensors
+from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
 from defi.errors import reading
+from defi.files import check_sizes, read_json
 
 Model = TypeVar("Model", bound="StageModel")
 
@@ -124,8 +125,10 @@ class StageModel(nn.Module):
         Raises:
             UserError: a file is missing or damaged, or a tensor's name or shape does not fit.
         """
+        values = read_json(folder / CONFIG, COPY_AGAIN)
+        check_sizes(values, folder / CONFIG)
         with reading(folder / CONFIG, COPY_AGAIN):
-            model = cls(read_config(cls.config_class, folder / CONFIG))
+            model = cls(cls.config_class(**values))
         model.load_weights(folder)
         return model
 

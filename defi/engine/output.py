@@ -34,10 +34,8 @@ def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = 
         lock.close()
     occupied = output.is_dir() and not all(map(is_leftover, output.iterdir()))
     if occupied and not (resume or overwrite):
-        raise UserError(
-            f"{output}: exists and is not empty; overwrite=true replaces it, resume=true continues it, "
-            f"or {choose}"
-        )
+        how = "overwrite=true replaces it, resume=true continues it"
+        raise UserError(f"{output}: exists and is not empty; {how}, or {choose}")
     return output
 
 
@@ -52,9 +50,8 @@ def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool 
         probe.write_text("can this folder be written to?")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written to ({error.strerror}); free space there or choose another output="
-        ) from None
+        fix = "free space there or choose another output="
+        raise UserError(f"{output}: cannot be written to ({error.strerror}); {fix}") from None
     return output
 
 
@@ -66,20 +63,19 @@ def claim(output: Path) -> TextIO | None:
     Raises:
         UserError: another process is writing there.
     """
-    file = None
     try:
         file = (output / LOCK).open("a")
+    except OSError:
+        return None
+    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except OSError as error:
-        if file is not None:
-            file.close()
-            if isinstance(error, BlockingIOError | PermissionError):
-                raise UserError(
-                    f"{output}: another process is writing there; wait for it, stop it, or choose another "
-                    "output="
-                ) from None
-        return None
+        file.close()
+        if not isinstance(error, BlockingIOError | PermissionError):
+            return None
+        fix = "wait for it, stop it, or choose another output="
+        raise UserError(f"{output}: another process is writing there; {fix}") from None
 
 
 def is_leftover(path: Path) -> bool:

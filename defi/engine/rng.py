@@ -1,18 +1,12 @@
-"""The random generators that a model may draw from: read, put back, and kept in a checkpoint."""
+"""The random generators that a model may draw from: read and put back."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-from defi.engine.weights import COPY_AGAIN
-from defi.errors import reading
-from defi.files import read_json
 
 
 def rng_state() -> dict[str, Any]:
@@ -46,21 +40,3 @@ def preserved_rng() -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
-
-
-def write_rng(file: Path, states: list[dict[str, Any]]) -> None:
-    """Write the `rng_state` of every process as JSON."""
-    file.write_text(json.dumps(states, default=lambda state: state.tolist()))
-
-
-def read_rng(file: Path) -> list[dict[str, Any]]:
-    """What `write_rng` wrote, tried on the generators.
-
-    Raises:
-        UserError: the file is missing or damaged, or no generator has such a state.
-    """
-    states = read_json(file, COPY_AGAIN, kind=list)
-    with reading(file, COPY_AGAIN), preserved_rng():
-        for state in states or [{}]:
-            set_rng_state(state)
-    return states

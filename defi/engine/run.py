@@ -1,5 +1,6 @@
 """A run in progress: what the loop holds, and what it does with it between steps."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 
 from defi.config import flatten
 from defi.engine import checkpoint, faults
-from defi.engine.checkpoint import CheckpointWriter, continues, find_checkpoint
+from defi.engine.checkpoint import CheckpointWriter, continues, find_checkpoint, rotate, save
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Feed, split
 from defi.engine.distributed import shard, sharding_requested, start_processes
@@ -42,7 +43,6 @@ class Run:
         resume: continue from the newest checkpoint in `output`, exactly.
         overwrite: delete what `output` holds.
         tracker: the `tracker` section of the configuration.
-        collate: list of samples → batch; default: torch's.
 
     Raises:
         UserError: the output folder is taken, there is nothing to resume from, the batch cannot be divided,
@@ -61,7 +61,6 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         tracker: Mapping[str, Any] | None = None,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
         check_output(output, resume=resume, overwrite=overwrite)
         source = find_checkpoint(output, model.stage) if continues(output, resume) else None
@@ -71,11 +70,12 @@ class Run:
         self.trainer = trainer = trainer.for_samples(len(dataset))
         self.data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
         progress, rng = read_progress(source) if source else (Progress(), [])
+
         self.accelerator = accelerator = start_processes(trainer, check_tracker(tracker), output)
         self.main, device = accelerator.is_main_process, accelerator.device
         torch.set_float32_matmul_precision(trainer.matmul)
         set_seed(seed, device_specific=True)
-        self.feed = Feed(dataset, trainer, accelerator, seed=seed, start=progress.samples, collate=collate)
+        self.feed = Feed(dataset, trainer, accelerator, seed=seed, start=progress.samples)
         model.train().to(device)
         copy = model.copied_to("cpu") if self.main else None
         self.sharded = sharding_requested()
@@ -88,7 +88,7 @@ class Run:
         self.state = TrainingState(model, ema, optimizer_tensors(self.optimizer, model), progress)
         if source:
             self.state.load(source, accelerator.scaler)
-        self.writer = CheckpointWriter(self.state, copy, trainer, output, config=self.config, data=self.data)
+        self.writer = CheckpointWriter(self.state, copy, self._write)
 
         self.lock = None  # of the output folder, held until `close`
         accelerator.wait_for_everyone()  # all have looked at the output folder
@@ -97,16 +97,18 @@ class Run:
             self.lock = claim(output)
             write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config)))
         accelerator.wait_for_everyone()
-        self.journal = Journal(accelerator, output, self.step, tracker, self.config)
-        self.display = ProgressDisplay(model.stage, trainer.max_steps, self.step, enabled=self.main)
+        display = ProgressDisplay(model.stage, trainer.max_steps, self.step, enabled=self.main)
+        self.journal = Journal(accelerator, output, display, self.step)
+        self.journal.open_tracker(tracker, self.config)
         self.started = time.monotonic() - progress.elapsed_s
         self.saved = self.step  # step of the latest checkpoint
-        self.metrics = checkpoint.read_manifest(source)["metrics"] if source else {}
-        self.best, self.new_best = checkpoint.best_score(output, trainer.best_metric), False
+        scores = checkpoint.scores(output, trainer.best_metric)
+        self.best, self.new_best = max(scores.values(), default=-math.inf), False
         # A trial of a sharded model that fails in one process would leave the others waiting for its shards.
         self.fits = self.sharded or device.type == "cpu"  # a micro-batch is known to fit the memory
         self.reported = 0  # replaced samples
-        self._summarise(source, resume=resume, processes_then=len(rng))
+        changes = self._changes(source, processes_then=len(rng)) if source else []
+        self._summarise(source, changes)
         if accelerator.process_index < len(rng):
             set_rng_state(rng[accelerator.process_index])
 
@@ -118,8 +120,6 @@ class Run:
     def elapsed(self) -> float:
         """Seconds of training so far, over all starts."""
         return time.monotonic() - self.started
-
-    # ---------------------------------------------------------------- a step
 
     def next_batches(self) -> list[dict[str, Any]]:
         """The micro-batches of the next step, small enough for the memory."""
@@ -133,20 +133,14 @@ class Run:
         """The batches in parts small enough for the memory; the global batch stays."""
         asked = self.feed.micro_batch
         while not faults.micro_batch_fits(self.model, batches[0], self.accelerator):
-            before = self.feed.micro_batch
-            if before == 1:
-                raise UserError(
-                    "trainer.micro_batch=1: out of memory with a single sample; choose a smaller preset, "
-                    "trainer.precision=bf16, or a larger GPU"
-                )
-            self.feed.shrink()
-            batches = [part for batch in batches for part in split(batch, before // self.feed.micro_batch)]
+            if self.feed.micro_batch == 1:
+                raise faults.Stopped("trainer.micro_batch=1: out of memory even so; choose a smaller preset")
+            pieces = self.feed.shrink()
+            batches = [part for batch in batches for part in split(batch, pieces)]
         self.fits = True
-        if self.feed.micro_batch < asked:
-            self.display.say(
-                f"  batch        out of memory with {asked} samples at a time: now {self.feed.micro_batch}, "
-                f"{len(batches)} times per step; the global batch stays {self.trainer.global_batch}"
-            )
+        if (now := self.feed.micro_batch) < asked:
+            text = f"out of memory with {asked} samples at a time: now {now}, {len(batches)} times per step"
+            self.journal.say(f"{text}; the global batch stays {self.trainer.global_batch}")
         return batches
 
     def step_done(self, scalars: Mapping[str, Tensor], loss: float) -> None:
@@ -155,21 +149,19 @@ class Run:
             self.state.ema.update()
         self.journal.add(scalars)
         self._advance()
-        spikes = self.state.progress.spikes
-        usual = spikes.mean
-        if spikes.is_spike(loss):
-            numbers = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
-            self.journal.write("spike", self.step, numbers)
-            self.display.say(
-                f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}; its samples are in "
-                f"{self.output / METRICS}"
+        usual = self.state.progress.spikes.mean
+        if self.state.progress.spikes.is_spike(loss):
+            text = (
+                f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}; {METRICS} has its samples"
             )
+            record = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
+            self.journal.write("spike", self.step, record, say=text)
 
     def leave_out(self, batches: list[dict[str, Any]], error: FloatingPointError) -> None:
         """Report a step whose numbers are not finite, and go on without it if that is still allowed.
 
         Raises:
-            UserError: more such steps than `trainer.skip_nonfinite`; a checkpoint from before it was written.
+            Stopped: by `trainer.skip_nonfinite` it is not; a checkpoint from before the step is written.
         """
         step, process, samples = self.step + 1, self.accelerator.process_index, self.feed.indices()
         file = self.output / "nonfinite" / f"step_{step:08d}_process_{process}.json"
@@ -189,8 +181,8 @@ class Run:
         self.state.progress.left_out += 1
         self._advance()
         count = f"{self.state.progress.left_out} of trainer.skip_nonfinite={allowed}"
-        self.display.say(f"left out: {what} ({count})")
-        self.journal.write("left_out", self.step, {"reason": str(error), "samples": samples})
+        record = {"reason": str(error), "samples": samples}
+        self.journal.write("left_out", self.step, record, say=f"left out: {what} ({count})")
 
     def _advance(self) -> None:
         """The step is over, taken or left out."""
@@ -201,8 +193,6 @@ class Run:
             self.writer.wait()  # raises its error
         if self.feed.ended_epoch:
             self.journal.write("epoch", self.step, {"epoch": int(self.feed.epochs), **self.model.epoch_end()})
-
-    # ---------------------------------------------------------------- what is due now and then
 
     def log(self, rate: float) -> None:
         """Write and show the averages since the last time."""
@@ -215,7 +205,8 @@ class Run:
         position = {"epoch": self.feed.epochs, "elapsed_s": self.elapsed()}
         numbers = means | {"lr": rate, "samples_per_s": speed, "data_wait": wait} | position
         self.journal.write("train", self.step, numbers)
-        self.display.show(self.step, f"loss {means['loss']:.4g}  {speed:.4g} samples/s  data wait {wait:.0%}")
+        text = f"loss {means['loss']:.4g}  {speed:.4g} samples/s  data wait {wait:.0%}"
+        self.journal.display.show(self.step, text)
 
     def _report_replaced(self) -> None:
         """Write and show which samples were replaced since the last time, in any process."""
@@ -223,15 +214,10 @@ class Run:
             return
         new, self.reported = self.feed.faults[self.reported :], len(self.feed.faults)
         for fault in gather_object(new):
-            self.journal.write("bad_sample", self.step, {"reason": fault})
-            self.display.say(f"replaced: {fault}")
+            self.journal.write("bad_sample", self.step, {"reason": fault}, say=f"replaced: {fault}")
 
     def inspect(self, kind: str, function: Inspect) -> None:
-        """Let `function` draw or roll out the averaged model in the main process; the others wait.
-
-        Raises:
-            UserError: an evaluation has no `trainer.best_metric`; a checkpoint of this step was written.
-        """
+        """Let `function` draw or roll out the averaged model in the main process; the others wait."""
         numbers: dict[str, float] = {}
         with self.journal.paused():
             if self.sharded:
@@ -244,18 +230,22 @@ class Run:
                     numbers = dict(function(model, self.step, folder))
                 self.journal.write(kind, self.step, numbers)
             (numbers,) = broadcast_object_list([numbers])
-        if kind != "evaluate":
+        if kind == "evaluate":
+            self.state.progress.metrics = numbers
+            self._compare(numbers, self.trainer.best_metric)
+
+    def _compare(self, numbers: dict[str, float], metric: str | None) -> None:
+        """Note whether an evaluation is the best so far; without the metric the run saves and stops."""
+        if metric is None:
             return
-        self.metrics, metric = numbers, self.trainer.best_metric
-        if metric is not None and metric not in numbers:
+        if metric not in numbers:
             self.save()
-            reported = ", ".join(sorted(numbers))
+            known = ", ".join(sorted(numbers))
             raise faults.Stopped(
-                f"trainer.best_metric={metric}: choose one that an evaluation reports: {reported}"
+                f"trainer.best_metric={metric}: choose one that an evaluation reports: {known}"
             )
-        if metric is not None:
-            self.new_best = numbers[metric] > self.best
-            self.best = max(numbers[metric], self.best)
+        self.new_best = numbers[metric] > self.best
+        self.best = max(numbers[metric], self.best)
 
     @contextmanager
     def _averaged_model(self) -> Iterator[StageModel]:
@@ -269,8 +259,6 @@ class Run:
             finally:
                 model.train()
 
-    # ---------------------------------------------------------------- checkpoints and the end
-
     def save(self) -> None:
         """Begin to write a checkpoint of this step; `settle` waits for its end."""
         self._report_replaced()
@@ -279,16 +267,22 @@ class Run:
         progress.samples, progress.elapsed_s = self.feed.samples, self.elapsed()
         progress.ema_updates = self.state.ema.updates if self.state.ema is not None else 0
         progress.scaler = scaler.state_dict() if scaler is not None else None
-        rng = gather_object([rng_state()])
+        self.state.rng = gather_object([rng_state()])
         with self.journal.paused():
-            self.writer.save(rng, self.metrics)
+            self.writer.save()
+
+    def _write(self, state: TrainingState) -> None:
+        """Write a copy of the state, in the checkpoint thread."""
+        progress, settings = state.progress, {"config": self.config, "data": self.data}
+        save(state.model, self.output, step=progress.step, metrics=progress.metrics, state=state, **settings)
+        rotate(self.output, self.trainer.keep, self.trainer.best_metric)
 
     def settle(self) -> None:
         """Return when the checkpoints are on the disk, in every process at the same time."""
         self.writer.wait()
         self.accelerator.wait_for_everyone()
 
-    def _summarise(self, source: Path | None, *, resume: bool, processes_then: int) -> None:
+    def _summarise(self, source: Path | None, changes: list[str]) -> None:
         """Print what is trained, on what, where it goes, and what a resumed run does differently."""
         trained = sum(parameter.numel() for _, parameter in self.model.trainable())
         frozen = sum(parameter.numel() for parameter in self.model.parameters()) - trained
@@ -303,42 +297,44 @@ class Run:
             ("steps", f"{trainer.max_steps} ({trainer.schedule} rate, at most {trainer.lr:g})"),
             ("precision", f"{trainer.precision} on {self.accelerator.device.type}"),
             ("output", str(self.output)),
+            ("starting", f"after step {self.step}, from {source}" if source else "anew"),
+            *(("changed", change) for change in changes),
         ]
-        if resume:
-            after = f"after step {self.step}, from {source}"
-            rows.append(("resuming", after if source else "nothing: it stopped before its first checkpoint"))
-        if source:
-            old, new = flatten(checkpoint.read_run_config(source)), flatten(self.config)
-            keys = sorted((old.keys() | new.keys()) - {"resume", "overwrite", "output"})
-            changed = [f"{k}: {old.get(k)} → {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
-            if checkpoint.read_manifest(source)["data"] != self.data:
-                changed.append("the training data: samples come in another order from here on")
-            if processes != processes_then:
-                changed.append(f"processes: {processes_then} → {processes}; same samples, other dropout")
-            rows += [("changed", change) for change in changed]
-        self.display.table(f"{self.model.stage}, preset {self.config.get('preset_name')}", rows)
+        self.journal.display.table(f"{self.model.stage}, preset {self.config.get('preset_name')}", rows)
+
+    def _changes(self, source: Path, processes_then: int) -> list[str]:
+        """Everything that is not what the checkpoint `source` was trained with."""
+        old, new = flatten(checkpoint.read_run_config(source)), flatten(self.config)
+        keys = sorted((old.keys() | new.keys()) - {"resume", "overwrite", "output"})
+        changes = [f"{k}: {old.get(k)} → {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+        if checkpoint.read_manifest(source)["data"] != self.data:
+            changes.append("the training data: samples come in another order from here on")
+        if (processes := self.accelerator.num_processes) != processes_then:
+            changes.append(f"processes: {processes_then} → {processes}; same samples, other dropout")
+        return changes
 
     def finish(self) -> Path:
         """Say where everything is and return the last checkpoint."""
         self.settle()
-        final, kept = checkpoint.find_checkpoint(self.output), checkpoint.list_checkpoints(self.output)
-        self.display.close()
+        self.journal.display.close()
+        final = find_checkpoint(self.output)
         rows = [
-            ("checkpoint", f"{final} ({len(kept)} kept)"),
+            ("checkpoint", f"{final} ({len(checkpoint.list_checkpoints(self.output))} kept)"),
             ("numbers", f"{self.output / METRICS} (python -m defi.engine.plot {self.output})"),
         ]
         places = [self.output / name for name in (*FOLDERS.values(), "nonfinite", *TRACKERS)]
         rows += [(place.name, f"{place}/") for place in places if place.is_dir()]
-        self.display.table(f"done: step {self.step} after {timedelta(seconds=round(self.elapsed()))}", rows)
+        took = timedelta(seconds=round(self.elapsed()))
+        self.journal.display.table(f"done: step {self.step} after {took}", rows)
         return final
 
     def close(self) -> None:
         """Release the checkpoint thread, loader workers, files and the terminal."""
-        self.display.close()
+        self.journal.display.close()
         try:
             self.writer.close()
         except UserError as error:  # something else ends the run already; this is not to be lost
-            self.display.say(f"error: {error}")
+            self.journal.say(f"error: {error}")
         self.feed.close()
         self.journal.close()
         if self.lock is not None:

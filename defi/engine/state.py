@@ -15,9 +15,9 @@ from defi.engine.distributed import full_tensor
 from defi.engine.ema import EMA
 from defi.engine.log import SpikeDetector
 from defi.engine.model import StageModel
-from defi.engine.rng import read_rng, rng_state, set_rng_state, write_rng
+from defi.engine.rng import preserved_rng, rng_state, set_rng_state
 from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.files import read_json
 
 AVERAGES = "ema"
@@ -30,6 +30,7 @@ class Progress:
 
     samples: position in the stream of samples. elapsed_s: seconds of training over all starts.
     left_out: steps whose numbers were not finite. scaler: state of the loss scale, with fp16.
+    metrics: of the latest evaluation.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class Progress:
     left_out: int = 0
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
     scaler: dict[str, Any] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,16 +74,18 @@ class TrainingState:
     def tensors(self, *, optimizer: bool = True) -> list[Tensor]:
         """All tensors, or those of the networks alone, in an order that a copy of the state shares."""
         averages = self.ema.average if self.ema is not None else []
-        return [*self.model.mutable_tensors().values(), *averages, *(optimizer * [*self.optimizer.values()])]
+        moments = self.optimizer.values() if optimizer else []
+        return [*self.model.mutable_tensors().values(), *averages, *moments]
 
     def copy_to(self, copy: "TrainingState | None", *, optimizer: bool = True) -> None:
         """Copy the tensors, put together where they are sharded: all processes call this, one has a copy."""
-        targets = copy.tensors(optimizer=optimizer) if copy is not None else None
+        tensors = self.tensors(optimizer=optimizer)
+        targets = copy.tensors(optimizer=optimizer) if copy is not None else [None] * len(tensors)
         with torch.no_grad():
-            for i, tensor in enumerate(self.tensors(optimizer=optimizer)):
+            for tensor, target in zip(tensors, targets, strict=True):
                 complete = full_tensor(tensor)
-                if targets is not None:
-                    targets[i].copy_(complete, non_blocking=True)
+                if target is not None:
+                    target.copy_(complete, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -93,7 +97,7 @@ class TrainingState:
         (folder / PROGRESS).parent.mkdir()
         save_file({name: t.contiguous() for name, t in self.optimizer.items()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(self.progress), indent=1))
-        write_rng(folder / RNG, self.rng)
+        (folder / RNG).write_text(json.dumps(self.rng, default=lambda values: values.tolist()))
 
     def load(self, folder: Path, scaler: GradScaler | None) -> None:
         """Put tensors and loss scale where the checkpoint left them, as `progress` says (`read_progress`).
@@ -124,4 +128,8 @@ def read_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
     progress = typed(Progress, read_json(file, COPY_AGAIN), str(file))
     if min(progress.step, progress.samples, progress.ema_updates, progress.spikes.steps) < 0:
         raise UserError(f"{file}: counts below zero; {COPY_AGAIN}")
-    return progress, read_rng(folder / RNG)
+    generators = read_json(folder / RNG, COPY_AGAIN, kind=list)
+    with reading(folder / RNG, COPY_AGAIN), preserved_rng():
+        for state in generators or [{}]:
+            set_rng_state(state)  # tried, because a damaged one fails here
+    return progress, generators

@@ -2,9 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -12,27 +10,15 @@ from torch import Tensor
 
 from defi.engine.distributed import shard_like
 from defi.errors import UserError, reading
-from defi.files import check_sizes, read_json
 
 COPY_AGAIN = "copy the checkpoint again"
 BLOCK, BLOCKS = 4096, 64  # bytes, and how many such blocks of a file `fingerprint` reads
-Config = TypeVar("Config")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU."""
     with reading(file, COPY_AGAIN):
         return load_file(file)
-
-
-def read_config(config_class: type[Config], file: Path) -> Config:
-    """A config dataclass from its JSON file; unknown and missing keys are errors."""
-    values = read_json(file, COPY_AGAIN)
-    check_sizes(values, file)
-    if unknown := sorted(set(values) - {field.name for field in fields(config_class)}):  # type: ignore[arg-type]
-        raise UserError(f"{file}: unknown setting {unknown[0]!r}; another version of this code wrote it")
-    with reading(file, COPY_AGAIN):
-        return config_class(**values)
 
 
 @torch.no_grad()
