@@ -147,9 +147,9 @@ def test_the_full_size_unet_is_sharded_by_eight(rank: int) -> None:
         (
             {"ACCELERATE_USE_DEEPSPEED": "true"},
             {},
-            "DEEPSPEED=true: not supported; .*fsdp.yaml",
+            "DEEPSPEED=true: only accelerate_use_deepspeed: false is supported; .*fsdp.yaml",
         ),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "MEGATRON_LM=true: not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "MEGATRON_LM=true: only .*false is supported"),
     ],
 )
 def test_other_ways_to_shard_are_refused(
