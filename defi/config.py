@@ -62,7 +62,6 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised, not printed by Hydra
             if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may not be UTF-8
                 sys.stdout.reconfigure(errors="backslashreplace")
-            check_preset(sys.argv[1:])
             try:
                 command()
             except CompactHydraException as error:
@@ -169,15 +168,6 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def check_preset(arguments: Sequence[str]) -> None:
-    """Raises UserError if `preset=` names none; Hydra would complain of a recipe that depends on it."""
-    known = presets()
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name == "preset" and not set(value.split(",")) <= set(known):
-            raise UserError(f"preset={value}: no such preset; choose from {', '.join(known)}")
 
 
 def presets() -> list[str]:

@@ -39,7 +39,7 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
         ),
         ("data.video_stride=2", "error: data.video_stride=: no longer a setting; frames are as far apart"),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
-        ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
+        ("preset=huge", "error: preset=huge: no such choice; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
         ("trainer.lr", "error: trainer.lr: not a setting; write key=value"),
         ("output=~/run", "error: output=~/run: the shell leaves this ~ as it is; write output=$HOME/run"),

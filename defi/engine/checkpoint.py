@@ -89,13 +89,10 @@ def read_run_config(path: Path | str) -> dict[str, Any]:
 
 
 def continues(run: Path | str, resume: bool) -> bool:
-    """Whether a run with this `resume` continues from a checkpoint in its folder, instead of starting anew.
+    """Whether a run with this `resume` continues from a checkpoint; UserError if there is no run to resume.
 
     A run that was killed before its first checkpoint left only a configuration: resumed, it starts anew, so
     that a cluster can repeat one command whatever happened.
-
-    Raises:
-        UserError: there is no run to resume.
     """
     run = Path(run)
     if not resume or list_checkpoints(run):
@@ -219,8 +216,8 @@ def _disk(place: Path) -> Iterator[None]:
 class CheckpointWriter:
     """Copies the state of training to main memory and writes it in a thread; training waits for the copy.
 
-    Every process calls it when the others do, because they put sharded tensors together; only the main one
-    keeps a copy and writes. An error of the thread is raised by the next call.
+    All processes call it together, because of sharded tensors; only the main one keeps a copy and writes. An
+    error of the thread is raised by the next call.
 
     Args:
         state: of the training.
@@ -235,11 +232,12 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         if model is not None:
+            ema = EMA(model, state.ema.decay) if state.ema is not None else None
             optimizer = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 for name, tensor in state.optimizer.items()
             }
-            self.copy = TrainingState(model, EMA(model, state.ema.decay) if state.ema else None, optimizer)
+            self.copy = TrainingState(model, ema, optimizer)
 
     def save(self) -> None:
         """Copy the state and return while it is written; waits for the write before."""

@@ -32,6 +32,7 @@ from defi.processes import print_once
 
 GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to its end
 Draw = tuple[int, int]  # (epoch, index)
+Batch = dict[str, Any]
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -226,7 +227,7 @@ class Feed:
         self._batches = iter(loader)
         atexit.register(self.close)  # what fails before anyone closes this must not leave workers behind
 
-    def next_step(self) -> list[dict[str, Any]]:
+    def next_step(self) -> list[Batch]:
         """The micro-batches of the next step, on the device; strings and `seed` stay where they are.
 
         Raises:
@@ -304,7 +305,7 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch of B samples as `parts` batches of B / parts."""
     if parts == 1:
         return [batch]

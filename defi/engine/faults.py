@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from defi.engine.checkpoint import how_to_continue
 from defi.engine.config import TrainerConfig
+from defi.engine.data import Batch
 from defi.engine.distributed import in_any_process
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
@@ -78,32 +79,29 @@ def micro_batch_fits(model: StageModel, batch: Mapping[str, Any], accelerator: A
     return not in_any_process(not fits, accelerator)
 
 
-def write_report(
-    file: Path, model: StageModel, batches: Sequence[Mapping[str, Any]], *, reason: str, **facts: Any
-) -> str:
-    """Write a process's share of a step that is not finite, as JSON, and its tensors beside it.
+def write_report(file: Path, model: StageModel, batches: Sequence[Batch], **facts: Any) -> str:
+    """Write a process's share of a step that is not finite: its texts, the `origin` and other facts as JSON.
 
-    The tensors of the i-th micro-batch are named `<i>.<name>` in a `.safetensors` file; its texts are in the
-    JSON file, with the reason, the `origin` (`find_origin`) and other facts.
+    The tensors of the i-th micro-batch are named `<i>.<name>` in a `.safetensors` file beside it.
 
     Returns:
-        The origin and where the report is, or why it could not be written.
+        The origin (`find_origin`) and where the report is, or why it could not be written.
     """
-    origin = find_origin(model, batches)
-    tensors = {f"{i}.{name}": v for i, b in enumerate(batches) for name, v in b.items() if torch.is_tensor(v)}
-    texts = [{name: value for name, value in b.items() if not torch.is_tensor(value)} for b in batches]
-    report = {"reason": reason, "origin": origin, **facts, "batches": texts}
+    origin, texts, tensors = find_origin(model, batches), [], {}
+    for number, batch in enumerate(batches):
+        named = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+        tensors |= {f"{number}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
+        texts.append({name: value for name, value in batch.items() if name not in named})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_file(file.with_suffix(".safetensors"), save(content))
-        write_file(file, json.dumps(report, indent=1))
+        write_file(file.with_suffix(".safetensors"), save(tensors))
+        write_file(file, json.dumps({**facts, "origin": origin, "batches": texts}, indent=1))
     except OSError as error:
         return f"{origin}; its batch could not be written ({error.strerror})"
     return f"{origin}; its batch is in {file}"
 
 
-def find_origin(model: StageModel, batches: Sequence[Mapping[str, Any]]) -> str:
+def find_origin(model: StageModel, batches: Sequence[Batch]) -> str:
     """What is the first not to be finite: input, weights, a module's output, or a gradient.
 
     Runs forward and backward passes over the batches again; gradients are dropped, random generators kept.

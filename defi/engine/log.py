@@ -49,20 +49,17 @@ class Journal:
 
     def __init__(self, accelerator: Accelerator, output: Path, display: "ProgressDisplay", step: int) -> None:
         self.accelerator, self.display, self.say = accelerator, display, display.say
-        self._path = output / METRICS
+        self._path, self._steps, self._start = output / METRICS, 0, time.monotonic()
         self._sums: dict[str, Tensor] = {}
-        self._steps, self._start = 0, time.monotonic()
         if accelerator.is_main_process and self._path.exists():  # a resumed run writes later lines again
             kept = [record for record in read_metrics(self._path) if record["step"] <= step]
             write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def open_tracker(self, section: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
+    def open_tracker(self, section: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Start the tracker that the accelerator was made with, in the output folder."""
-        if name := check_tracker(section):
-            folder = self._path.parent
-            wandb = {"mode": section.get("mode"), "name": folder.name, "dir": str(folder), "config": config}
-            project = section.get("project", name)  # TensorBoard: the folder's name
-            self._track(lambda: self.accelerator.init_trackers(project, init_kwargs={"wandb": wandb}))
+        folder, project = self._path.parent, section.get("project", section["name"])
+        wandb = {"mode": section.get("mode"), "name": folder.name, "dir": str(folder), "config": config}
+        self._track(lambda: self.accelerator.init_trackers(project, init_kwargs={"wandb": wandb}))
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
         """Take in the scalars of one step."""

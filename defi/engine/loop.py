@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from defi.engine import faults
 from defi.engine.config import TrainerConfig
+from defi.engine.data import Batch
 from defi.engine.distributed import full_tensor, in_any_process
 from defi.engine.model import StageModel
 from defi.engine.optimizer import learning_rate
@@ -51,25 +51,21 @@ def train(
     """
     output = Path(output)
     with (
-        closing(Preemption()) as preemption,  # a signal at start is answered after the first step
+        closing(Preemption()) as signals,  # a signal at start is answered after the first step
         faults.explained(output, trainer),
         closing(Run(model, dataset, trainer, output=output, **settings)) as run,
     ):
-        return take_steps(run, preemption, preview=preview, evaluate=evaluate)
+        return take_steps(run, signals, preview=preview, evaluate=evaluate)
 
 
-def take_steps(
-    run: Run, preemption: Preemption, *, preview: Inspect | None, evaluate: Inspect | None
-) -> Path:
+def take_steps(run: Run, signals: Preemption, *, preview: Inspect | None, evaluate: Inspect | None) -> Path:
     """All steps that are left, with what is due after each; returns the last checkpoint's folder."""
     trainer = run.trainer
     for step in range(run.step + 1, trainer.max_steps + 1):
         batches = run.next_batches()
         lr = learning_rate(step - 1, trainer)
         try:
-            scalars, loss = train_step(
-                run.accelerator, run.wrapped, run.optimizer, batches, lr=lr, clip=trainer.clip
-            )
+            scalars, loss = train_step(run, batches, lr)
             run.step_done(scalars, loss)
         except FloatingPointError as error:
             run.leave_out(batches, error)
@@ -79,7 +75,7 @@ def take_steps(
             run.inspect("preview", preview)
         if evaluate is not None and due(step, trainer.rollout_every):
             run.inspect("evaluate", evaluate)
-        preempted = in_any_process(preemption.received, run.accelerator)
+        preempted = in_any_process(signals.received, run.accelerator)
         if due(step, trainer.save_every) or step == trainer.max_steps or run.new_best or preempted:
             run.save()
         if preempted:
@@ -89,24 +85,16 @@ def take_steps(
     return run.finish()
 
 
-def train_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: list[dict[str, Any]],
-    *,
-    lr: float,
-    clip: float | None,
-) -> tuple[dict[str, Tensor], float]:
+def train_step(run: Run, batches: list[Batch], lr: float) -> tuple[dict[str, Tensor], float]:
     """Accumulate the gradients of the micro-batches, clip their norm, and move the weights once.
 
-    Returns:
-        Means over the micro-batches of what the model reports, and `grad_norm` before clipping; and the loss
-        over all processes.
+    Returns the means over the micro-batches of what the model reports, with `grad_norm` before clipping, and
+    the loss over all processes.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; the weights have not been moved.
     """
+    accelerator, model, optimizer = run.accelerator, run.wrapped, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = lr
     means: dict[str, Tensor] = {}
@@ -117,7 +105,7 @@ def train_step(
         for name, value in scalars.items():
             share = value.detach() / len(batches)
             means[name] = means[name] + share if name in means else share
-    norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    norm = accelerator.clip_grad_norm_(model.parameters(), run.trainer.clip or math.inf)
     means["grad_norm"] = full_tensor(norm)
     loss = check_finite(means["loss"], means["grad_norm"], accelerator)
     optimizer.step()
@@ -126,13 +114,10 @@ def train_step(
 
 
 def check_finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> float:
-    """The mean loss over all processes, which all come to the same verdict.
+    """The mean loss over all processes; FloatingPointError, in all, if it or the norm is NaN or infinite.
 
     With fp16 an infinite gradient means that the loss scale is too large: the scaler leaves out the step and
     halves the scale. Only when the scale cannot fall further is it an error.
-
-    Raises:
-        FloatingPointError: the loss or the gradient norm is NaN or infinite.
     """
     numbers = torch.stack([loss.float(), grad_norm.float()])
     if accelerator.num_processes > 1:

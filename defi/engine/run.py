@@ -18,7 +18,7 @@ from defi.config import flatten
 from defi.engine import checkpoint, faults
 from defi.engine.checkpoint import CheckpointWriter, continues, find_checkpoint, rotate, save
 from defi.engine.config import TrainerConfig
-from defi.engine.data import Feed, split
+from defi.engine.data import Batch, Feed, split
 from defi.engine.distributed import shard, sharding_requested, start_processes
 from defi.engine.ema import EMA
 from defi.engine.log import METRICS, TRACKERS, Journal, ProgressDisplay, check_tracker
@@ -99,7 +99,8 @@ class Run:
         accelerator.wait_for_everyone()
         display = ProgressDisplay(model.stage, trainer.max_steps, self.step, enabled=self.main)
         self.journal = Journal(accelerator, output, display, self.step)
-        self.journal.open_tracker(tracker, self.config)
+        if check_tracker(tracker):
+            self.journal.open_tracker(tracker, self.config)
         self.started = time.monotonic() - progress.elapsed_s
         self.saved = self.step  # step of the latest checkpoint
         scores = checkpoint.scores(output, trainer.best_metric)
@@ -121,7 +122,7 @@ class Run:
         """Seconds of training so far, over all starts."""
         return time.monotonic() - self.started
 
-    def next_batches(self) -> list[dict[str, Any]]:
+    def next_batches(self) -> list[Batch]:
         """The micro-batches of the next step, small enough for the memory."""
         batches = self.feed.next_step()
         if not self.fits:
@@ -129,7 +130,7 @@ class Run:
         self.state.mark()
         return batches
 
-    def fit(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def fit(self, batches: list[Batch]) -> list[Batch]:
         """The batches in parts small enough for the memory; the global batch stays."""
         asked = self.feed.micro_batch
         while not faults.micro_batch_fits(self.model, batches[0], self.accelerator):
@@ -151,13 +152,11 @@ class Run:
         self._advance()
         usual = self.state.progress.spikes.mean
         if self.state.progress.spikes.is_spike(loss):
-            text = (
-                f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}; {METRICS} has its samples"
-            )
+            text = f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}; see {METRICS}"
             record = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
             self.journal.write("spike", self.step, record, say=text)
 
-    def leave_out(self, batches: list[dict[str, Any]], error: FloatingPointError) -> None:
+    def leave_out(self, batches: list[Batch], error: FloatingPointError) -> None:
         """Report a step whose numbers are not finite, and go on without it if that is still allowed.
 
         Raises:
@@ -240,10 +239,8 @@ class Run:
             return
         if metric not in numbers:
             self.save()
-            known = ", ".join(sorted(numbers))
-            raise faults.Stopped(
-                f"trainer.best_metric={metric}: choose one that an evaluation reports: {known}"
-            )
+            fix = f"choose one that an evaluation reports: {', '.join(sorted(numbers))}"
+            raise faults.Stopped(f"trainer.best_metric={metric}: {fix}")
         self.new_best = numbers[metric] > self.best
         self.best = max(numbers[metric], self.best)
 
