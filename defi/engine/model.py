@@ -125,9 +125,10 @@ class StageModel(nn.Module):
         Raises:
             UserError: a file is missing or damaged, or a tensor's name or shape does not fit.
         """
-        values = read_json(folder / CONFIG, COPY_AGAIN)
-        check_sizes(values, folder / CONFIG)
-        with reading(folder / CONFIG, COPY_AGAIN):
+        file = folder / CONFIG
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
+        with reading(file, f"{COPY_AGAIN}, or take the version of this code that wrote it"):
             model = cls(cls.config_class(**values))
         model.load_weights(folder)
         return model

@@ -1,5 +1,6 @@
 """The random generators that a model may draw from: read and put back."""
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def rng_state() -> dict[str, Any]:
@@ -20,16 +22,27 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators where `rng_state` found them; its tensors, arrays and tuples may be lists."""
+    """Put the generators where `rng_state` found them, as it returned them or as `as_json` wrote them."""
     version, words, gauss = state["python"]
     kind, keys, position, *rest = state["numpy"]
     if not 0 <= position <= len(keys):  # NumPy would read beyond the array
         raise ValueError("a position outside of the keys")
     random.setstate((version, tuple(words), gauss))
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, *rest))
-    torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
+    torch.set_rng_state(_tensor(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))
+        torch.cuda.set_rng_state(_tensor(state["cuda"]))
+
+
+def _tensor(state: Tensor | str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8) if isinstance(state, str) else state
+
+
+def as_json(states: list[dict[str, Any]]) -> str:
+    """The `rng_state` of several processes: torch's are bytes, NumPy's 624 numbers."""
+    return json.dumps(
+        states, default=lambda s: s.numpy().tobytes().hex() if torch.is_tensor(s) else s.tolist()
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from defi.engine.distributed import full_tensor
 from defi.engine.ema import EMA
 from defi.engine.log import SpikeDetector
 from defi.engine.model import StageModel
-from defi.engine.rng import preserved_rng, rng_state, set_rng_state
+from defi.engine.rng import as_json, preserved_rng, rng_state, set_rng_state
 from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
 from defi.errors import UserError, reading
 from defi.files import read_json
@@ -97,7 +97,7 @@ class TrainingState:
         (folder / PROGRESS).parent.mkdir()
         save_file({name: t.contiguous() for name, t in self.optimizer.items()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(self.progress), indent=1))
-        (folder / RNG).write_text(json.dumps(self.rng, default=lambda values: values.tolist()))
+        (folder / RNG).write_text(as_json(self.rng))
 
     def load(self, folder: Path, scaler: GradScaler | None) -> None:
         """Put tensors and loss scale where the checkpoint left them, as `progress` says (`read_progress`).
