@@ -189,7 +189,7 @@ def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Setting
     """Settings from YAML or JSON as the (nested) dataclass `cls`; `where` names the section in errors.
 
     Raises UserError for a key the dataclass does not have, for a value of another type, and for a plain value
-    that refers to something else, an environment variable say: files of others may not look around here.
+    that refers to something else, an environment variable say: files of others may not read these.
     """
     if isinstance(values, dict) and (reference := REFERENCE.search(str(values))):
         raise UserError(f"{where}: {reference[0]} refers to something outside; write the value itself")

@@ -355,7 +355,7 @@ def test_a_tracker_without_its_server(fails_at: str, tmp_path: Path, monkeypatch
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Unreachable)
     with pytest.warns(
-        UserWarning, match="no route to host; the run goes on without it, metrics.jsonl has all"
+        UserWarning, match="no route to host; the run continues without it, metrics.jsonl has all"
     ):
         train(toy(), Points(), trainer(), output=tmp_path, config=CONFIG, tracker={"name": "tensorboard"})
     assert len(records(tmp_path, "train")) == 10

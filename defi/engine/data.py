@@ -200,7 +200,7 @@ class Feed:
     Attributes:
         samples: position in the stream: samples that all processes have consumed.
         waited: seconds spent waiting for data since it was last set to 0.
-        parts: pieces that a loaded micro-batch is cut into, where the memory does not hold it.
+        parts: pieces that a loaded micro-batch is split into, where the memory does not hold it.
         faults: samples of this process that could not be read and were replaced, and why.
     """
 
@@ -299,7 +299,7 @@ class Feed:
 
 
 def leave_signals(worker: int) -> None:
-    """A signal to the whole run is for its main process to answer; a second SIGTERM ends this one too."""
+    """The main process answers a signal to the run; a second SIGTERM ends this loader worker too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

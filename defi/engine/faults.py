@@ -28,7 +28,7 @@ DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
 
 
 class Stopped(RuntimeError):
-    """A run that cannot go on as it is set up: one line, to which `explained` adds where to continue."""
+    """The run cannot continue as it is set up; `explained` adds from which checkpoint it may."""
 
 
 @contextmanager

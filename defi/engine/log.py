@@ -98,7 +98,7 @@ class Journal:
             action()
         except Exception as error:  # whatever its client raises
             self.accelerator.trackers.clear()
-            lost = f"the run goes on without it, {METRICS} has all numbers"
+            lost = f"the run continues without it, {METRICS} has all numbers"
             warnings.warn(f"tracker: {one_line(error)}; {lost}", stacklevel=3)
 
     @contextmanager
@@ -115,7 +115,7 @@ class Journal:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; a last line that was cut off is left out.
+    """Lines of a `metrics.jsonl`; an unfinished last line is left out.
 
     Raises:
         UserError: the file is missing or a line inside it is not JSON.

@@ -157,7 +157,7 @@ class Run:
             self.journal.write("spike", self.step, record, say=text)
 
     def leave_out(self, batches: list[Batch], error: FloatingPointError) -> None:
-        """Report a step whose numbers are not finite, and go on without it if that is still allowed.
+        """Report a step whose numbers are not finite, and continue without it if that is still allowed.
 
         Raises:
             Stopped: by `trainer.skip_nonfinite` it is not; a checkpoint from before the step is written.
