@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from defi.checkpoints.foreign import find_index, read_foreign
+from defi.checkpoints.files import find_index, read_foreign
 from defi.config import typed
 from defi.engine.rng import preserved_rng
 from defi.engine.weights import COPY_AGAIN, check_fit, load_strict

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from defi.errors import UserError, one_line
+from defi.errors import UserError, reading
 from defi.hub import local_only
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -73,13 +73,10 @@ class DinoPatches(nn.Module):
     def load(cls, source: Path | str, image_size: int) -> "DinoPatches":
         """From a Hugging Face folder or hub name."""
         local = local_only(source)
-        try:
+        with reading(f"gidm.dino.pretrained={source}", "give a folder or hub name of DINOv2 with registers"):
             model, report = Dinov2WithRegistersModel.from_pretrained(
                 str(source), output_loading_info=True, local_files_only=local
             )
-        except Exception as error:  # whatever damaged files make the library raise
-            where = source if "/" in str(source) else f"pretrained={source[:200]}"
-            raise UserError(f"{where}: no DINOv2 with registers here ({one_line(error)})") from error
         if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
             raise UserError(
                 f"{source}: {len(missing)} DINOv2 tensors are missing or of another shape, "

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from defi.engine.output import write_file
+from Step2_GIDM.code_evaluation import CodeEvaluation
 from Step2_GIDM.flow import BLOCK, GRID, SIDE, STRIDE, displacement, mean_displacement
-from Step2_GIDM.observe import Observed
 
 ROWS, EXAMPLES = 8, 3
 FEWEST = 3  # pairs of a code that is shown
@@ -34,7 +34,7 @@ def telling_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> t
     return best, shares[best]
 
 
-def draw_gallery(seen: Observed, codes: int, path: Path) -> None:
+def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
     """One row per frequent code of the most telling place: mean displacement, and pairs as overlays."""
     frames = seen.frames.float() / 255
     move, weight = displacement(frames)

@@ -36,7 +36,7 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.processes import processes
-from Step2_GIDM.data.build import Whole, read_section
+from Step2_GIDM.data.build import read_section
 from Step2_GIDM.data.pairs import Clip, Source
 from Step2_GIDM.data.resize import resize
 from Step2_GIDM.model import GIDM
@@ -92,7 +92,7 @@ def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels | UserE
     rounds = range(0, len(filled), state.num_processes)
     for first in track(rounds, description="clips", disable=not state.is_main_process):
         own = filled[first : first + state.num_processes][state.process_index :][:1]
-        for found in gather_object([_label_or_reason(model, source, source.clips[i], distance) for i in own]):
+        for found in gather_object([_label_or_reason(model, source, source.clip(i), distance) for i in own]):
             if isinstance(found, UserError):
                 unread.append(found)
             yield found
@@ -125,13 +125,13 @@ class Tally:
                 self.pairs, self.clips = self.pairs + len(part.pairs), self.clips + 1
                 yield part
 
-    def told(self, whole: Whole) -> str:
+    def told(self, source: Source) -> str:
         """What was labelled of a data set, and what was not."""
-        empty = len(whole.source.clips) - self.clips - self.unread
+        empty = len(source.lengths) - self.clips - self.unread
         left_out = [f"clips that cannot be read ({self.unread:,})"] if self.unread else []
         left_out += [f"clips without frames ({empty:,})"] if empty else []
-        left_out += whole.left_out
-        told = f"{self.pairs:,} pairs of {self.clips:,} clips of {whole.scope}"
+        left_out += source.left_out
+        told = f"{self.pairs:,} pairs of {self.clips:,} clips of {source.scope}"
         return f"{told}; left out: {', '.join(left_out)}" if left_out else told
 
 
@@ -198,8 +198,8 @@ def main(cfg: DictConfig) -> None:
     model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm")).to(state.device)
     codebook = model.tokenizer.quantizer.codebook.detach().cpu().numpy()
     section = read_section(cfg.data)
-    whole, tally = section.whole(), Tally()
-    labels = label(model, whole.source, section.distance[1])
+    source, tally = section.open("all"), Tally()
+    labels = label(model, source, section.distance[1])
     if not state.is_main_process:
         for _ in labels:  # the main process writes them
             pass
@@ -211,7 +211,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(
             f"{output}: cannot be written ({error.strerror}); make room and run it again"
         ) from None
-    print(f"{output}: {tally.told(whole)}")
+    print(f"{output}: {tally.told(source)}")
 
 
 if __name__ == "__main__":

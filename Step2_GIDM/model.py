@@ -32,8 +32,6 @@ from Step2_GIDM.latent_action import (
 )
 from Step2_GIDM.quantizer import perplexity
 
-__all__ = ["GIDM", "GIDMConfig", "LatentActionSizes", "LatentActionTokenizer", "LatentActions"]
-
 CHOICES = {
     "variant": ("language", "controllable"),
     "initial": ("default", "early_codes"),

@@ -32,9 +32,9 @@ from numpy.lib import format as npy_format
 
 from defi.archive import FolderFiles, open_files
 from defi.errors import UserError
-from defi.frames import stack_frames
 from defi.instructions import read_instruction
 from defi.npy import parse_npy, plain_array
+from defi.picture import stack_frames
 
 TRAINING, VALIDATION = "training", "validation"
 INDEX, LENGTHS, SCENES = "ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy"

@@ -131,14 +131,14 @@ def check_clone(calvin_root: str) -> Iterator[Finding]:
 
 def check_pictures(calvin_root: str, scene: str = "D") -> Iterator[Finding]:
     """What draws a rollout on CALVIN's assets, and how far the other renderers' pictures are from that."""
-    from defi.sim.portraits import difference, portraits
+    from defi.sim.compare_renderers import describe_difference, draw_with_each
 
-    (chosen, pictures), *others = portraits(calvin_root, scene).items()
+    (chosen, pictures), *others = draw_with_each(calvin_root, scene).items()
     yield Finding("CALVIN's renderer", "ok", f"a rollout takes {chosen}")
     for renderer, drawn in others:
         mend = "leave sim.renderer as it is: such a number compares with no published one"
         wrong = renderer.backend == "cpu"
-        detail = f"{renderer}: other pictures of scene {scene}: {difference(pictures, drawn)}"
+        detail = f"{renderer}: other pictures of scene {scene}: {describe_difference(pictures, drawn)}"
         yield Finding(
             f"sim.renderer={renderer.kind}", "note" if wrong else "ok", detail, mend if wrong else ""
         )

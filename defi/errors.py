@@ -33,7 +33,7 @@ def reading(file: Path | str, fix: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {fix}") from None
     except Exception as error:  # each library, and each kind of damage, has errors of its own
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)  # of the system, or of FFmpeg
         raise UserError(f"{file}: cannot be read ({reason}); {fix}") from None
 
 

@@ -29,7 +29,7 @@ from stages import build_vae
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
-from defi.checkpoints.inspect import look
+from defi.checkpoints.inspect import open_checkpoint
 from defi.engine import checkpoint, rng, state
 from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
@@ -273,7 +273,7 @@ def make_foreign(folder: Path) -> None:
 
 def read_foreigners(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
-        found = look(file)
+        found = open_checkpoint(file)
         for tensor in found.tensors.values():
             tensor.float().sum()
 

@@ -28,7 +28,7 @@ from defi.engine.data import SeededDataset
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.data import LATENTS, LatentClips
 from Step1_GFDM.model import GFDM
-from Step2_GIDM.data.build import training_pairs
+from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step2_GIDM.train import build_model
 from Step3_DeFI.config import FinetuneConfig, PolicyConfig
@@ -204,7 +204,7 @@ def test_stage_2_batch(demonstrations: Path) -> None:
     config = GIDMConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
     model = build_model(config, None).train()
-    pairs = training_pairs(cfg.data, config.dino.image_size)
+    pairs = build_pairs(cfg.data, config.dino.image_size)
     batch = batch_of(pairs, len(pairs))
     picked = [0, 1, len(pairs) - 1]  # of both spans
     batch = {

@@ -18,7 +18,7 @@ from defi.engine.log import read_metrics
 from defi.video import read_frames, write_mp4
 from Step2_GIDM import health, label, train
 from Step2_GIDM.data.resize import resize
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.videos import VideoClips
 from Step2_GIDM.model import GIDM
 
 SMALL = [

@@ -15,7 +15,7 @@ from defi.engine.data import SampleNoise, SeededDataset, seed_of, stream
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 from Step2_GIDM.data.augment import Augmentation
-from Step2_GIDM.data.pairs import Clip, PairDataset
+from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step3_DeFI.rollout.messages import Look
 from Step3_DeFI.rollout.policy import ModelPolicy
 
@@ -112,7 +112,7 @@ def test_stage_1_autoencoder(spies: list[Spy]) -> None:
 
 
 def test_stage_2(spies: list[Spy]) -> None:
-    class Noise:
+    class Noise(Source):
         clips, lengths = [Clip("clip", 0, 40)], np.array([40])
         fingerprint = ""
 

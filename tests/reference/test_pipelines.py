@@ -36,8 +36,8 @@ from Step1_GFDM.data import Clips, LatentClips, read_episodes
 from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.augment import Augmentation, Draw
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
-from Step2_GIDM.data.pairs import Clip, PairDataset
+from Step2_GIDM.data.build import build_pairs
+from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
@@ -284,7 +284,7 @@ def parts(sets: Recorded) -> list[tuple[str, bool, int, dict[str, Any]]]:
 
 def opened(section: dict[str, Any], name: str, side: int, *, held_out: bool = False) -> PairDataset:
     """One data set of a mixture, without augmentation."""
-    pairs = held_out_pairs(section, side) if held_out else training_pairs(section, side, augment=False)
+    pairs = build_pairs(section, side, "held_out") if held_out else build_pairs(section, side, augment=False)
     return pairs.sets[name]
 
 
@@ -297,7 +297,7 @@ def test_pipelines_stage2_pairs_and_texts(sets: Recorded, mixture) -> None:
         for index in range(len(data)):
             clip, now = data.locate(index)
             pair = [clip.start + position for position in clip.pair(now, window - 1)]
-            mine.setdefault(data.source.clips.number(clip), []).append((pair, clip.text(now)))
+            mine.setdefault(data.source.episode(clip), []).append((pair, clip.text(now)))
         assert list(mine) == [episode["episode"] for episode in found["episodes"]]
         assert data.source.dropped == len(found["dropped"]) and not set(mine) & set(found["dropped"])
         for episode in found["episodes"]:
@@ -337,18 +337,18 @@ def test_pipelines_stage2_sets_too_small_to_hold_out(sets: Recorded, mixture) ->
         if "raises" not in data["parts"].get("held_out", {}):
             continue
         with pytest.warns(UserWarning, match=f"{name}: too few episodes to hold any out"):
-            held_out = held_out_pairs(mixture({name: 1.0}), 28)
+            held_out = build_pairs(mixture({name: 1.0}), 28, "held_out")
         assert len(held_out) == len(opened(mixture({name: 1.0}), name, 28))
 
 
 def test_pipelines_stage2_sizes_and_shares(stage2: dict[str, Any], sets: Recorded, mixture) -> None:
     for name, data in sets.items():
-        assert len(training_pairs(mixture({name: 1.0}), 28)) == data["num_transitions"]
+        assert len(build_pairs(mixture({name: 1.0}), 28)) == data["num_transitions"]
     for name, run in stage2["whole_run"].items():
         if name not in sets:
             continue
         _, *shape, side = run["videos_shape"]
-        pairs = training_pairs(mixture({name: 1.0}), side)
+        pairs = build_pairs(mixture({name: 1.0}), side)
         sample = pairs.sample(len(pairs) // 2, np.random.default_rng(0))["frames"]
         assert list(sample.shape) == [*shape, side] and str(sample.dtype) == run["dtype"]
         levels = sample * 255
@@ -361,7 +361,7 @@ def test_pipelines_stage2_mixture(stage2: dict[str, Any], sets: Recorded, mixtur
     weights = dict(run["mixture"])
     if not weights.keys() <= sets.keys():
         pytest.skip(f"of the mixture {', '.join(weights)} only {', '.join(sets)} are there")
-    pairs = training_pairs(mixture(weights), 28)
+    pairs = build_pairs(mixture(weights), 28)
     assert abs(len(pairs) - run["dataset_length"]) <= len(weights)
     shares = pairs.shares()
     for name, expected in zip(weights, run["sample_weights"]):
@@ -408,7 +408,7 @@ def test_pipelines_stage2_augmentation(
         pytest.skip("no augmented pictures")
     picture = pictures["augmented_source"]
 
-    class Still:
+    class Still(Source):
         clips, lengths, fingerprint = [Clip("picture", 0, 2)], np.array([2]), "still"
 
         def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
