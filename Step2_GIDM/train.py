@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = build_model(config, cfg.first_stage)
 
-    def sample(model: GIDM, step: int, folder: Path) -> dict[str, float]:
+    def preview(model: GIDM, step: int, folder: Path) -> dict[str, float]:
         seen = evaluate_codes(model, held_out, cfg.shown)
         draw_gallery(seen, config.codes, folder / "gallery.png")
         return seen.numbers(config.codes)
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
         pairs,
         trainer,
         **run_settings(cfg),
-        sample=sample,
+        preview=preview,
     )
 
 

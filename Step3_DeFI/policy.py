@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
-from defi.engine.model import CONFIG, StageModel, settings_of
+from defi.engine.model import CONFIG, StageModel
+from defi.engine.weights import COPY_AGAIN
+from defi.errors import reading
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
 from Step2_GIDM.model import GIDM
@@ -327,7 +329,7 @@ class DeFI(StageModel):
         config = PolicyConfig.read(folder / CONFIG)
         sources = read_sources(folder, gfdm=gfdm, gidm=gidm)
         stages = load_sources(sources)
-        with settings_of(folder / CONFIG):
+        with reading(folder / CONFIG, COPY_AGAIN):
             policy = cls(config, **stages, sources=sources)
         policy.load_weights(folder)
         return policy

@@ -44,7 +44,7 @@ def train_policy(cfg: DictConfig) -> Path:
         samples["training"],
         trainer,
         **run_settings(cfg),
-        sample=action_previews(samples, cfg.data.shown, cfg.seed) if trainer.sample_every else None,
+        preview=action_previews(samples, cfg.data.shown, cfg.seed) if trainer.preview_every else None,
         evaluate=rollouts(cfg) if trainer.rollout_every else None,
     )
 

@@ -52,7 +52,7 @@ step 02_vae "Stage 1: train the video autoencoder" \
 step 03_latents "Stage 1: demonstrations to latents" \
     python -m Step1_GFDM.prepare data.root=$data data.every=5 vae=$ckpts/vae output=$output/latents $(again $output/latents)
 step 04_gfdm "Stage 1: train the forward dynamics model (GFDM)" \
-    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm trainer.sample_every=0 \
+    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm trainer.preview_every=0 \
     $(train_again $ckpts/gfdm)
 step 05_imagine "Stage 1: imagine scene D" \
     python -m Step1_GFDM.eval checkpoint=$ckpts/gfdm data.root=$output/latents output=$output/imagined overwrite=true

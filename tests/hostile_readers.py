@@ -30,7 +30,7 @@ from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import open_checkpoint
-from defi.engine import checkpoint, resume
+from defi.engine import checkpoint, rng, state
 from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
@@ -81,11 +81,11 @@ def read_run(folder: Path) -> None:
 def read_state(folder: Path) -> None:
     model = toy()
     optimizer = build_optimizer(model, trainer(), Accelerator())
-    file = folder / "state" / resume.OPTIMIZER
+    file = folder / state.OPTIMIZER
     load_strict(optimizer_tensors(optimizer, model), read_tensors(file), source=file)
-    _, generators = resume.read_progress(folder / "state")
-    with resume.preserved_rng():
-        resume.set_rng_state(generators[0])
+    _, generators = state.read_progress(folder)
+    with rng.preserved_rng():
+        rng.set_rng_state(generators[0])
         torch.rand(3), np.random.rand(3), random.random()
 
 
@@ -95,8 +95,8 @@ def make_state(folder: Path) -> None:
     model({"x": torch.ones(2, 3), "seed": torch.arange(2)})["loss"].backward()
     optimizer.step()
     tensors = optimizer_tensors(optimizer, model)
-    progress = resume.Progress(step=2, samples=8)
-    resume.ResumeState(progress, tensors, [resume.rng_state()]).write(folder / "state")
+    progress = state.Progress(step=2, samples=8)
+    state.TrainingState(model, None, tensors, progress, [rng.rng_state()]).write(folder)
 
 
 def make_calvin(folder: Path) -> None:

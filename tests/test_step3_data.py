@@ -56,7 +56,7 @@ def prepare_settings(place: Path, output: Path, **values: Any) -> DictConfig:
 
 def train_settings(place: Path, output: Path, store: Path, **values: Any) -> DictConfig:
     given = {"gfdm_checkpoint": place / "gfdm", "gidm_checkpoint": place / "gidm", "data.store": store}
-    trainer = {"global_batch": 4, "max_steps": 4, "save_every": 2, "sample_every": 2, "log_every": 1}
+    trainer = {"global_batch": 4, "max_steps": 4, "save_every": 2, "preview_every": 2, "log_every": 1}
     trainer |= {"schedule": "constant"}  # the same for any max_steps
     given |= {f"trainer.{key}": value for key, value in trainer.items()} | {"data.shown": 3}
     return settings("step3_train", output=output, **(given | values))
@@ -215,9 +215,9 @@ def test_train_from_a_store(place: Path, tmp_path: Path) -> None:
     prepare(prepare_settings(place, store))
     train_policy(train_settings(place, run, store, **{"data.held_out": store, "trainer.ema": 0.9}))
     assert read_manifest(run, "policy")["data"]["fingerprint"] == PolicyStore(store).fingerprint
-    records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "sample"]
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "preview"]
     assert {"training_action_error", "held_out_action_error", "training_gripper_right"} <= records[0].keys()
-    assert (run / "samples" / "step_00000002" / "training.png").stat().st_size > 1000
+    assert (run / "previews" / "step_00000002" / "training.png").stat().st_size > 1000
     policy = DeFI.from_pretrained(find_weights(run, "policy"))
     pictures = torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8)
     assert policy.act(pictures, ["open the drawer"], noise=policy.noise(torch.zeros(1).long())).shape == (

@@ -154,7 +154,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_settings(place: Path, output: Path, mode: str, *, store: str = "latents", **values: Any) -> Any:
     given = {"gfdm.finetune": mode, "gfdm.lora_rank": 2, "gfdm.video_loss": 0.1, "trainer.global_batch": 2}
-    return train_settings(place, output, place / store, **(given | {"trainer.sample_every": 0} | values))
+    return train_settings(place, output, place / store, **(given | {"trainer.preview_every": 0} | values))
 
 
 def test_a_store_keeps_the_frames_that_follow(place: Path) -> None:

@@ -76,7 +76,7 @@ def test_store_and_files_yield_the_same_samples(
 
 
 LEARNS_ALONG = {"gfdm.finetune": "lora", "gfdm.lora_rank": 2, "gfdm.video_loss": 0.5}
-PREVIEWED = {"trainer.sample_every": 4, "data.shown": 1}
+PREVIEWED = {"trainer.preview_every": 4, "data.shown": 1}
 NUMBERS = {"loss", "action_loss", "video_loss", "training_action_error", "held_out_action_error"}
 
 

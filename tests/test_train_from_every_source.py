@@ -28,7 +28,7 @@ from Step1_GFDM.vae import VAEConfig, VideoVAE
 from Step2_GIDM import adapter as gidm_adapter
 
 SHORT = ("preset=tiny", "trainer.global_batch=2", "trainer.max_steps=2", "trainer.log_every=1")
-SHORT = (*SHORT, "trainer.save_every=0", "trainer.sample_every=0")
+SHORT = (*SHORT, "trainer.save_every=0", "trainer.preview_every=0")
 
 
 def run(module: str, *settings: str) -> None:
