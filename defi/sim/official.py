@@ -3,7 +3,7 @@
 For those who want their number from the original code. It is driven as the official evaluation drives it,
 except that pictures are drawn only when the policy looks: the package draws all cameras at every step. Its
 scene comes from a clone of CALVIN, as the native simulator's does. The package is not a requirement;
-README, "Evaluate on CALVIN", says how to install it.
+docs/evaluation.md says how to install it.
 """
 
 import contextlib
