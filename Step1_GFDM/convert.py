@@ -10,7 +10,6 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from omegaconf import DictConfig
@@ -19,21 +18,14 @@ from safetensors.torch import save
 
 from defi.config import entry
 from defi.engine.output import write_file
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from Step1_GFDM.data import LATENTS, NotJSON, inside, read_episode
 
 
 def read_old(path: Path) -> torch.Tensor:
-    """The tensor [F, 4, h, w] of a `.pt` file; only tensors are unpickled.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds something else.
-    """
-    try:
+    """The tensor [F, 4, h, w] of a `.pt` file. Raises UserError where it holds something else, or code."""
+    with reading(path, "copy it again"):
         latents = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read ({reason}); copy it again") from None
     if not torch.is_tensor(latents) or latents.dim() != 4 or not latents.is_floating_point():
         raise UserError(f"{path}: holds no latents [frames, 4, h, w]; run Step1_GFDM.prepare again")
     return latents

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from defi.config import typed
 from defi.engine.weights import fingerprint
-from defi.errors import UserError
+from defi.errors import UserError, one_line, reading
 from defi.files import read_json
 from defi.instructions import read_instructions
 from defi.processes import print_once
@@ -36,11 +36,12 @@ SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
 LATENTS = "latents"  # the tensor's name in a .safetensors file
 MOST_FRAMES = 10**8  # of a video: more than a month
+AGAIN = "run Step1_GFDM.prepare again"
 
 
 @dataclass
-class ClipsConfig:
-    """How one data set is cut into clips; numbers of frames count those of the recording, stored or not.
+class LatentSetConfig:
+    """How clips are taken from one data set; numbers of frames count those of the recording, stored or not.
 
     weight: share of this set in a mixture. clips: `window`, F frames `stride` apart (None: the model's
     `frame_step`), a window every `every` frames (None: as `stride`), the last frame repeated past the end; or
@@ -105,43 +106,29 @@ def read_episode(root: Path, file: Path) -> Episode:
     Raises:
         UserError: names the file; `NotJSON` where that is all that is wrong.
     """
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise NotJSON(f"{file}: not JSON ({error}); copy it again, or remove it") from None
-    except (OSError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy it again, or remove it") from None
-    try:
+    with reading(file, "annotations are those of Step1_GFDM.prepare: copy it again, or remove it"):
+        try:
+            values = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise NotJSON(f"{file}: not JSON ({one_line(error)}); copy it again, or remove it") from None
         texts = read_instructions(as_list(values["texts"]), f"{file}: a text")
         if not texts:
             raise UserError(f"{file}: has no caption; stage 1 needs texts")
         frames = len(values["state"]) if "state" in values else values.get("video_length", 0)
         if not 0 <= frames <= MOST_FRAMES:
-            raise UserError(
-                f"{file}: video_length={frames}: no video is that long; give its number of frames"
-            )
+            raise UserError(f"{file}: video_length={frames}: no video is that long; give its frames")
+        latents, videos = as_list(values.get("latent_videos", [])), as_list(values["videos"])
         return Episode(
             str(values.get("episode_id", file.stem)),
             texts,
             int(frames) or None,
-            [
-                inside(root, latent["latent_video_path"])
-                for latent in as_list(values.get("latent_videos", []))
-            ],
-            [inside(root, video["video_path"]) for video in as_list(values["videos"])],
+            [inside(root, latent["latent_video_path"]) for latent in latents],
+            [inside(root, video["video_path"]) for video in videos],
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: not an annotation ({error!r}); run Step1_GFDM.prepare again") from error
 
 
 def annotation_files(root: Path, split: str) -> list[Path]:
-    """Of a split, by name.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Of a split, by name. Raises UserError if there are none."""
     of_calvin = root / "annotation_abc_13" / {"val": "val_d"}.get(split, split)
     folder = of_calvin if of_calvin.is_dir() else root / "annotation" / split
     files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
@@ -151,7 +138,7 @@ def annotation_files(root: Path, split: str) -> list[Path]:
 
 
 def read_episodes(root: str | Path, split: str) -> list[Episode]:
-    """All annotations of a split, by name; a printed line tells of those that are not JSON.
+    """All annotations of a split, by name; a printed line counts those that are not JSON.
 
     Raises:
         UserError: no such folder, nothing in it, or an annotation that lacks something.
@@ -181,13 +168,13 @@ def stored_step(root: Path) -> int:
     Raises:
         UserError: the manifest is damaged.
     """
-    file, mend = root / MANIFEST, "run Step1_GFDM.prepare again"
+    file = root / MANIFEST
     if not file.is_file():
         return 1
-    source = read_json(file, mend).get("data")
+    source = read_json(file, AGAIN).get("data")
     step = source.get("every") if isinstance(source, dict) else None
     if not isinstance(step, int) or step < 1:
-        raise UserError(f"{file}: data.every={step}: must be the step between stored frames; {mend}")
+        raise UserError(f"{file}: data.every={step}: must be the step between stored frames; {AGAIN}")
     return step
 
 
@@ -197,52 +184,42 @@ def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
     Raises:
         UserError: the file is missing, damaged, shorter than an index, or a `.pt` of PyTorch's old format.
     """
-    try:
-        first, last = int(indices.min()), int(indices.max())
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                part = file.get_slice(LATENTS)[first : last + 1]
-        else:
-            part = torch.load(path, weights_only=True, map_location="cpu", mmap=True)[first : last + 1]
+    first, last = int(indices.min()), int(indices.max())
+    if path.suffix == ".safetensors":
+        with reading(path, AGAIN), safe_open(path, framework="pt") as file:
+            part = file.get_slice(LATENTS)[first : last + 1]
+            return part[torch.from_numpy(indices - first)].float()
+    with reading(path, f"convert it with Step1_GFDM.convert, or {AGAIN}"):
+        part = torch.load(path, weights_only=True, map_location="cpu", mmap=True)[first : last + 1]
         return part[torch.from_numpy(indices - first)].float()
-    except Exception as error:  # whatever damaged bytes make the libraries raise
-        how = "convert it with Step1_GFDM.convert" if "mmap" in str(error) else "run Step1_GFDM.prepare again"
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot read latents ({reason}); {how}") from error
 
 
-class Clips:
+class LatentSet:
     """The clips of one data set: windows of every episode, or one clip of each."""
 
-    def __init__(self, config: ClipsConfig, *, frames: int, frame_step: int, split: str) -> None:
-        """frames, frame_step: of the model. Raises UserError for what cannot be cut as the config says."""
+    def __init__(self, config: LatentSetConfig, *, frames: int, frame_step: int, split: str) -> None:
+        """frames, frame_step: of the model. Raises UserError where clips cannot be as the config says."""
         self.config, self.frames, self.root = config, frames, Path(config.root)
-        self.stride, self.every = self._in_stored_frames(stored := stored_step(self.root), frame_step)
-        longest = config.longest or math.inf
-        episodes = read_episodes(config.root, split)
-        for episode in episodes:
-            self._check(episode)
-        self.episodes = [e for e in episodes if (e.frames - 1) * stored < longest]
-        if not self.episodes:
-            raise UserError(f"{config.root}: no video has at most {config.longest} frames; raise longest")
-        if longer := len(episodes) - len(self.episodes):
-            print_once(
-                f"{self.root}: left out {longer} of {len(episodes)} videos, longer than {longest} frames"
-            )
-        windows = config.clips == "window"
-        self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
-
-    def _in_stored_frames(self, stored: int, frame_step: int) -> tuple[int, int]:
-        """stride and every, of which the files hold one frame in `stored`."""
-        stride = self.config.stride or frame_step
-        every = self.config.every or stride
-        if self.config.clips == "window" and (stride % stored or every % stored):
+        windows, stored = config.clips == "window", stored_step(self.root)
+        stride = config.stride or frame_step
+        every = config.every or stride
+        if windows and (stride % stored or every % stored):
             raise UserError(
                 f"{self.root}: stores one frame in {stored} of its recordings, too few for stride={stride}, "
                 f"every={every} (frames of the recording; null: gfdm.frame_step); prepare it again with "
                 f"data.every={math.gcd(stride, every)}, or give multiples of {stored}"
             )
-        return stride // stored, every // stored
+        self.stride, self.every = stride // stored, every // stored
+        episodes, longest = read_episodes(config.root, split), config.longest or math.inf
+        for episode in episodes:
+            self._check(episode)
+        self.episodes = [e for e in episodes if (e.frames - 1) * stored < longest]
+        if not self.episodes:
+            raise UserError(f"{config.root}: no video has at most {longest} frames; raise longest")
+        if longer := len(episodes) - len(self.episodes):
+            total = f"{len(episodes)} videos, longer than {longest} frames"
+            print_once(f"{self.root}: left out {longer} of {total}")
+        self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
 
     def _check(self, episode: Episode) -> None:
         where = f"{self.root}: episode {episode.id}"
@@ -293,53 +270,52 @@ class Clips:
         return {"latents": self.latents(episode, start, camera), "text": episode.texts[0]}
 
 
-def open_sets(cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str) -> dict[str, Clips]:
+def open_sets(cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str) -> dict[str, LatentSet]:
     """The data sets of the `data` section of a configuration, by name."""
-    sets = {name: typed(ClipsConfig, section, f"data.sets.{name}") for name, section in cfg["sets"].items()}
-    return {n: Clips(c, frames=frames, frame_step=frame_step, split=split) for n, c in sets.items()}
+    sets = {n: typed(LatentSetConfig, section, f"data.sets.{n}") for n, section in cfg["sets"].items()}
+    return {n: LatentSet(c, frames=frames, frame_step=frame_step, split=split) for n, c in sets.items()}
 
 
-def made_by_another(sets: Iterable[Clips], vae: Path) -> str | None:
-    """Says so if latents are not this autoencoder's. Folders without a manifest are taken on trust.
+def check_latents(sets: Iterable[LatentSet], vae: Path, size: torch.Size, *, pretrained: bool) -> None:
+    """Whether a model with this autoencoder can learn from the latents; a folder without manifest is trusted.
+
+    Those that another file encoded are only noted where the model is pretrained: it brings its own file.
 
     Raises:
-        UserError: a manifest is damaged.
+        UserError: another autoencoder made them, or they are not of the `size` [4, h, w].
     """
     used = fingerprint(vae)
-    for clips in sets:
-        file = clips.root / MANIFEST
-        made = read_json(file, "run Step1_GFDM.prepare again").get("vae") if file.is_file() else used
+    for latents in sets:
+        file = latents.root / MANIFEST
+        made = read_json(file, AGAIN).get("vae") if file.is_file() else used
+        wrong = f"{file}: these latents were made by autoencoder {made}, {vae} is {used}"
+        if made != used and not pretrained:
+            raise UserError(f"{wrong}; give the data and the autoencoder that belong together, or {AGAIN}")
         if made != used:
-            return f"{file}: these latents were made by autoencoder {made}, {vae} is {used}"
-    return None
-
-
-def check_size(sets: Iterable[Clips], expected: torch.Size) -> None:
-    """Raises UserError if latents are not of the model's size [4, h, w]."""
-    for clips in sets:
-        found = clips.clip(0, np.random.default_rng(0))["latents"].shape[1:]
-        if found != expected:
+            print_once(f"note: {wrong}; these must be the same weights in another file")
+        found = latents.clip(0, np.random.default_rng(0))["latents"].shape[1:]
+        if found != size:
             raise UserError(
-                f"{clips.root}: its latents are {list(found)}, the model's {list(expected)}; "
-                "prepare them with the model's image_size="
+                f"{latents.root}: its latents are {list(found)}, the model's {list(size)}; prepare them with "
+                "the model's image_size="
             )
 
 
-class LatentClips(Dataset):
+class LatentMixture(Dataset):
     """A mixture of data sets by weight: sample i first draws its data set, then is its clip i, counted round.
 
     So a pass over the data is as long as the largest set, and small ones repeat.
     """
 
-    def __init__(self, sets: Mapping[str, Clips]) -> None:
+    def __init__(self, sets: Mapping[str, LatentSet]) -> None:
         self.sets = list(sets.values())
-        weights = np.array([clips.config.weight for clips in self.sets])
+        weights = np.array([latents.config.weight for latents in self.sets])
         self.weights = weights / weights.sum()
 
     @classmethod
     def from_config(
         cls, cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str
-    ) -> "LatentClips":
+    ) -> "LatentMixture":
         """From the `data` section of a configuration: `sets`, by name."""
         return cls(open_sets(cfg, frames=frames, frame_step=frame_step, split=split))
 
@@ -353,4 +329,4 @@ class LatentClips(Dataset):
 
     def texts(self) -> Iterator[str]:
         """The text of every episode."""
-        return (episode.texts[0] for clips in self.sets for episode in clips.episodes)
+        return (episode.texts[0] for latents in self.sets for episode in latents.episodes)

@@ -10,12 +10,12 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from jaxtyping import Float
 from torch import Tensor
 
-from defi.engine.data import SampleNoise
+from defi.engine.data import SampleNoise, sample_seeds
 from defi.engine.model import StageModel
 from defi.text import CLIPText
 from Step1_GFDM import pipeline
+from Step1_GFDM.build import build_scheduler, build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.parts import build_scheduler, build_unet, build_vae
 from Step1_GFDM.unet import up_block_features
 
 
@@ -70,12 +70,13 @@ class GFDM(StageModel):
         Raises:
             UserError: a file is missing or damaged, or a tensor does not fit its network.
         """
-        config = pipeline.read_config(Path(folder))
-        return cls(config, **pipeline.load_parts(Path(folder), config))
+        config, parts = pipeline.load(Path(folder))
+        return cls(config, **parts)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a diffusers folder with everything in it (`Step1_GFDM.pipeline`)."""
-        pipeline.save(self, folder)
+        parts = {name: getattr(self, name) for name in pipeline.NETWORKS}
+        pipeline.save(folder, self.config, self.clip, **parts)
 
     def load_weights(self, folder: Path) -> None:
         """Copy the UNet's weights from a saved folder into this model, in place and strictly."""
@@ -181,6 +182,21 @@ class GFDM(StageModel):
         )
         return {"loss": loss}
 
+    def predict(
+        self,
+        sample: Float[Tensor, "N F 4 h w"],
+        timestep: Tensor,
+        *,
+        image: Float[Tensor, "N F 4 h w"],
+        text: Float[Tensor, "N T D2"],
+        time_ids: Float[Tensor, "N 3"],
+    ) -> Float[Tensor, "N F 4 h w"]:
+        """The UNet's velocity for a sample at a step of the schedule; image: the unscaled condition."""
+        scaled = self.scheduler.scale_model_input(sample, timestep)
+        return self.unet(
+            torch.cat([scaled, image], dim=2), timestep, encoder_hidden_states=text, added_time_ids=time_ids
+        ).sample
+
     @torch.no_grad()
     def generate(
         self,
@@ -195,28 +211,35 @@ class GFDM(StageModel):
         latents: the scaled image condition. text: `encode_text`. Guidance rises linearly over the frames;
         the unconditional branch has zero text and a zero image latent.
         """
-        sampling = self.config.sampling
+        sampling, edm = self.config.sampling, self.config.diffusion
         image = (latents / self.scaling).unsqueeze(1).expand_as(noise)
         image = torch.cat([torch.zeros_like(image), image])
         text = torch.cat([torch.zeros_like(text), text])
-        edm = self.config.diffusion
         time_ids = self.time_ids(len(text), edm.fps, edm.motion_bucket, sampling.noise_aug)
         guidance = torch.linspace(sampling.min_guidance, sampling.max_guidance, noise.shape[1])
         guidance = guidance.to(noise.device)[:, None, None, None]
         self.scheduler.set_timesteps(steps or sampling.steps)
         sample = noise * self.scheduler.init_noise_sigma
         for timestep in self.scheduler.timesteps:
-            scaled = self.scheduler.scale_model_input(torch.cat([sample, sample]), timestep)
-            prediction = self.unet(
-                torch.cat([scaled, image], dim=2),
-                timestep,
-                encoder_hidden_states=text,
-                added_time_ids=time_ids,
-            ).sample
+            twice = torch.cat([sample, sample])
+            prediction = self.predict(twice, timestep, image=image, text=text, time_ids=time_ids)
             without, conditioned = prediction.chunk(2)
             guided = without + guidance * (conditioned - without)
             sample = self.scheduler.step(guided, timestep, sample).prev_sample
         return sample
+
+    @torch.inference_mode()
+    def imagine(
+        self, first: Float[Tensor, "N 4 h w"], texts: list[str], *, seed: int, steps: int | None = None
+    ) -> Float[Tensor, "N F 3 H W"]:
+        """Imagined frames in [-1, 1], on the CPU, from scaled latents of the first ones.
+
+        Each clip has noise of its own, which `seed` and its place among the clips decide.
+        """
+        device, size = self.unet.device, self.noise(1).shape[1:]
+        noise = SampleNoise(sample_seeds("imagined", seed, len(first)), device).normal("video", *size)
+        latents = self.generate(first.to(device), self.encode_text(texts), noise=noise, steps=steps)
+        return self.decode_latents(latents).cpu()
 
     def features(
         self,
@@ -244,23 +267,16 @@ class GFDM(StageModel):
         step: int = 1,
     ) -> Float[Tensor, "N F C h2 w2"]:
         """`features` as maps, at the `step`-th sampling step; those before it run in full, unguided."""
-        wanted = self.config.features
+        wanted, dtype = self.config.features, self.unet.dtype
         time_ids = self.time_ids(len(latents), wanted.fps, wanted.motion_bucket, 0.0)
         image = (latents / self.scaling).unsqueeze(1).expand_as(noise)
         self.scheduler.set_timesteps(wanted.steps)
         sample = noise * self.scheduler.init_noise_sigma
-        for timestep in self.scheduler.timesteps[: step - 1]:
-            scaled = self.scheduler.scale_model_input(sample, timestep)
-            prediction = self.unet(
-                torch.cat([scaled, image], dim=2),
-                timestep,
-                encoder_hidden_states=text,
-                added_time_ids=time_ids,
-            ).sample
-            sample = self.scheduler.step(prediction, timestep, sample).prev_sample
-        timestep = self.scheduler.timesteps[step - 1]
+        *earlier, timestep = self.scheduler.timesteps[:step]
+        for before in earlier:
+            prediction = self.predict(sample, before, image=image, text=text, time_ids=time_ids)
+            sample = self.scheduler.step(prediction, before, sample).prev_sample
         noisy = torch.cat([self.scheduler.scale_model_input(sample, timestep), image], dim=2)
-        dtype = self.unet.dtype
         return up_block_features(
             self.unet, noisy.to(dtype), timestep.expand(len(latents)), text.to(dtype), time_ids
         )

@@ -21,9 +21,9 @@ from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.video import to_uint8
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.eval import psnr
+from Step1_GFDM.evaluation.metrics import psnr
 from Step1_GFDM.frames import FrameClips
-from Step1_GFDM.principal import start_from_principal_components
+from Step1_GFDM.pca_init import start_from_principal_components
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 
 START_CLIPS = 100  # for the principal components
@@ -41,8 +41,8 @@ def main(cfg: DictConfig) -> None:
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     preset = GFDMConfig.from_preset(cfg)
-    clips = FrameClips.from_config(cfg.data, preset.image_size)
-    held_out = FrameClips.from_config(cfg.data, preset.image_size, held_out=True).spread(cfg.held_out)
+    clips = FrameClips(cfg.data, preset.image_size)
+    held_out = FrameClips(cfg.data, preset.image_size, held_out=True).spread(cfg.held_out)
     torch.manual_seed(cfg.seed)
     model = VideoVAE.from_config(VAEConfig(preset.image_size, preset.vae, cfg.kl))
     if not continues(cfg.output, cfg.resume):

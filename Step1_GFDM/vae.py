@@ -16,11 +16,11 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import StageModel, settings_of
 from defi.engine.weights import COPY_AGAIN
-from defi.errors import UserError
+from defi.errors import reading
 from defi.files import read_json
 from Step1_GFDM import pipeline
+from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
-from Step1_GFDM.parts import build_vae
 
 CONFIG = "vae.json"
 LATENTS = "latents.json"  # `Latents`, for an exact resume
@@ -49,6 +49,10 @@ class Latents:
 
     deviation: float
     measured: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deviation < 1e6:
+            raise ValueError(f"deviation={self.deviation} cannot be")
 
 
 class VideoVAE(StageModel):
@@ -88,21 +92,18 @@ class VideoVAE(StageModel):
         """Write the VAE as diffusers does, and `vae.json`."""
         self.vae.register_to_config(scaling_factor=1 / self.deviation.item())
         self.vae.save_pretrained(folder)
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
         latents = Latents(self.deviation.item(), int(self.measured))
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
         (folder / LATENTS).write_text(json.dumps(asdict(latents)))
 
     def load_weights(self, folder: Path) -> None:
         pipeline.load_network(self.vae, Path(folder))
         file = Path(folder) / LATENTS
         values = read_json(file, "give a checkpoint of this version of the code")
-        latents = typed(Latents, values, str(file))
-        if not (0 < latents.deviation < 1e6 and 0 <= latents.measured < 2**31):
-            raise UserError(
-                f"{file}: deviation={latents.deviation}, measured={latents.measured}: cannot be; {COPY_AGAIN}"
-            )
-        self.deviation.fill_(latents.deviation)
-        self.measured.fill_(latents.measured)
+        with reading(file, COPY_AGAIN):
+            latents = typed(Latents, values, str(file))
+            self.deviation.fill_(latents.deviation)
+            self.measured.fill_(latents.measured)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Loss of `frames` [B, F, 3, H, W] in [-1, 1]: short clips, so that the decoder learns time too."""
@@ -133,11 +134,8 @@ class VideoVAE(StageModel):
     def reconstruct(self, frames: Float[Tensor, "B F 3 H W"]) -> Float[Tensor, "B F 3 H W"]:
         """Frames through the latents' mode and back, in [-1, 1]."""
         codes = self.vae.encode(frames.flatten(0, 1)).latent_dist.mode()
-        return (
-            self.vae.decode(codes, num_frames=frames.shape[1])
-            .sample.clamp(-1, 1)
-            .unflatten(0, frames.shape[:2])
-        )
+        images = self.vae.decode(codes, num_frames=frames.shape[1]).sample
+        return images.clamp(-1, 1).unflatten(0, frames.shape[:2])
 
 
 def load_vae(path: Path | str) -> AutoencoderKLTemporalDecoder:

@@ -15,9 +15,9 @@ import torch
 
 from defi.config import compose_preset, typed
 from defi.text import CLIPText, T5Text, TextConfig
+from Step1_GFDM.build import build_scheduler, build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
-from Step1_GFDM.parts import build_scheduler, build_unet, build_vae
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
 

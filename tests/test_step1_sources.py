@@ -16,11 +16,11 @@ from benchmarks.rlds_writer import encode, write_videos
 from defi.errors import UserError
 from defi.video import frame_count, read_frames, read_video, write_mp4
 from Step1_GFDM import convert, prepare
+from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
-from Step1_GFDM.data import LATENTS, Clips, ClipsConfig, read_episodes, read_latents, stored_step
-from Step1_GFDM.parts import build_vae
+from Step1_GFDM.data import LATENTS, LatentSet, LatentSetConfig, read_episodes, read_latents, stored_step
+from Step1_GFDM.sources import read_source
 from Step1_GFDM.sources.recordings import Recording, distinct, file_name, part
-from Step1_GFDM.sources.settings import read_settings
 from Step1_GFDM.sources.videos import read_captions
 
 
@@ -98,8 +98,8 @@ def test_a_folder_of_videos_and_captions(
     assert manifest["data"]["root"] == str(videos) and manifest["data"]["every"] == 2
     assert manifest["videos"]["codec"] == "libx264" and manifest["image_size"] == 16
     assert len(manifest["vae"]) == 16
-    spread = ClipsConfig(str(output), clips="spread", cameras=[1.0])
-    clips = Clips(spread, frames=3, frame_step=2, split="train")
+    spread = LatentSetConfig(str(output), clips="spread", cameras=[1.0])
+    clips = LatentSet(spread, frames=3, frame_step=2, split="train")
     assert clips.clip(0, np.random.default_rng(0))["text"] == "open the drawer"
 
 
@@ -452,7 +452,7 @@ def test_settings_that_cannot_be(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"data\.cameras=\{\}: name at least one"):
-        read_settings({"source": "hdf5", "root": str(root), "splits": {}, "cameras": {}})
+        read_source({"source": "hdf5", "root": str(root), "splits": {}, "cameras": {}})
 
 
 def test_a_root_may_be_spelled_differently(
@@ -477,14 +477,14 @@ def test_a_root_may_be_spelled_differently(
             '{"video": "a.mp4", "text": "x"}\n{"video": "b.mp4"}',
             "line 2: a video or its caption",
         ),
-        ("captions.jsonl", '{"video": "a.mp4", "text": "x"}\n{"video": ', "line 2: not JSON"),
+        ("captions.jsonl", '{"video": "a.mp4", "text": "x"}\n{"video": ', "line 2: cannot be read"),
         ("captions.jsonl", '{"video": "../../etc/a.mp4", "text": "x"}', "outside the folder"),
         ("captions.jsonl", "", "no captions in it"),
         ("captions.csv", "file,words\na.mp4,x\n", "must name the columns video and text"),
-        ("captions.csv", "video,text\na.mp4,\n", "line 2: a video or its caption"),
-        ("labels.json", '[{"id": "1"}]', "not captions as expected"),
+        ("captions.csv", "video,text\na.mp4,\n", "no captions in it"),
+        ("labels.json", '[{"id": "1"}]', "labels.json: cannot be read ('label')"),
         ("labels.txt", "x", "captions are read from"),
-        (None, "", "no such file"),
+        (None, "", "none.csv: missing"),
     ],
 )
 def test_bad_captions_are_named(
@@ -501,7 +501,7 @@ def test_bad_captions_are_named(
 def test_names_of_recordings() -> None:
     assert file_name("a/b c:d.é") == "a_b_c_d.é" and file_name("../..") == "_"
     same = distinct([Recording("a", 1), Recording("b", 2), Recording("a", 3)])
-    assert [(r.id, r.place) for r in same] == [("a", 1), ("b", 2), ("a-2", 3)]
+    assert [(r.id, r.read) for r in same] == [("a", 1), ("b", 2), ("a-2", 3)]
     names = ["a", "a", "a-2", "A", "a", "a-2"]
     found = [r.id for r in distinct([Recording(name, None) for name in names])]
     assert found == ["a", "a-3", "a-2", "A", "a-4", "a-2-2"]
@@ -528,7 +528,7 @@ def test_old_latents_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture
         annotation = {"texts": ["go"], "videos": [], "latent_videos": [{"latent_video_path": path}]}
         file = tmp_path / "annotation" / split / "0.json"
         file.write_text(json.dumps(annotation | {"video_length": 7, "episode_id": 0}))
-    with pytest.raises(UserError, match=r"0\.pt: cannot read.*Step1_GFDM\.convert"):
+    with pytest.raises(UserError, match=r"0\.pt: cannot be read.*Step1_GFDM\.convert"):
         read_latents(tmp_path / "latent_videos/train/0.pt", np.array([1]))
     assert run(convert, f"root={tmp_path}", "workers=2") == 0
     for split in ("train", "val"):

@@ -9,6 +9,8 @@ features: mean square difference of the features under two draws of noise, over 
           0: the noise has no influence; 1: the features say no more of the episode than of the noise.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,18 +24,17 @@ def predict_once(
     model: GFDM, first: Float[Tensor, "N 4 h w"], texts: list[str], *, noise: Float[Tensor, "N F 4 h w"]
 ) -> Float[Tensor, "N F 4 h w"]:
     """Scaled clean latents as predicted by the pass of `GFDM.features`, run to its end."""
-    wanted = model.config.features
-    image = (first / model.scaling).unsqueeze(1).expand_as(noise)
-    model.scheduler.set_timesteps(wanted.steps)
-    timestep = model.scheduler.timesteps[0]
-    sample = noise * model.scheduler.init_noise_sigma
-    prediction = model.unet(
-        torch.cat([model.scheduler.scale_model_input(sample, timestep), image], dim=2),
+    wanted, scheduler = model.config.features, model.scheduler
+    scheduler.set_timesteps(wanted.steps)
+    timestep, sample = scheduler.timesteps[0], noise * scheduler.init_noise_sigma
+    velocity = model.predict(
+        sample,
         timestep,
-        encoder_hidden_states=model.encode_text(texts),
-        added_time_ids=model.time_ids(len(first), wanted.fps, wanted.motion_bucket, 0.0),
-    ).sample
-    return model.scheduler.step(prediction, timestep, sample).pred_original_sample
+        image=(first / model.scaling).unsqueeze(1).expand_as(noise),
+        text=model.encode_text(texts),
+        time_ids=model.time_ids(len(first), wanted.fps, wanted.motion_bucket, 0.0),
+    )
+    return scheduler.step(velocity, timestep, sample).pred_original_sample
 
 
 @torch.no_grad()
@@ -55,24 +56,23 @@ def one_step_error(
     first, still = latents[:1], latents[:1].expand_as(latents)
     noise = SampleNoise(torch.tensor([seed]), device).normal("one step", 2, *latents.shape)[0]
     predicted = predict_once(model, first, [text], noise=noise[:1])[0]
-    here, again, there = (
-        model.features(look, [words], noise=noise[draw : draw + 1])
-        for look, words, draw in ((first, text, 0), (first, text, 1), (other[0].to(device), other[1], 1))
-    )
+    here = model.features(first, [text], noise=noise[:1])
+    again = model.features(first, [text], noise=noise[1:])
+    there = model.features(other[0].to(device), [other[1]], noise=noise[1:])
     return {
-        "latents": (predicted - latents).square().mean((1, 2, 3)),
-        "latents_still": (still - latents).square().mean((1, 2, 3)),
-        "same": (here - again).square().mean(),
-        "different": (here - there).square().mean(),
+        "latents": (predicted - latents).square().mean((1, 2, 3)).cpu(),
+        "latents_still": (still - latents).square().mean((1, 2, 3)).cpu(),
+        "same": (here - again).square().mean().cpu(),
+        "different": (here - there).square().mean().cpu(),
     }
 
 
-def one_step_figures(parts: dict[str, list[Tensor]]) -> dict[str, list[float] | float | None]:
-    """latents and latents_still: [F]. features: None where there is one episode only."""
-    mean = {name: torch.stack(values).mean(0) for name, values in parts.items()}
-    alone = len(parts["same"]) == 1
+def one_step_figures(errors: dict[str, Float[Tensor, "E ..."]]) -> dict[str, Any]:
+    """Of all episodes' `one_step_error`, stacked: latents and latents_still [F]; features, None of one."""
+    mean = {name: values.mean(0) for name, values in errors.items()}
+    several = len(errors["same"]) > 1
     return {
         "latents": mean["latents"].sqrt().tolist(),
         "latents_still": mean["latents_still"].sqrt().tolist(),
-        "features": None if alone else (mean["same"] / mean["different"]).item(),
+        "features": (mean["same"] / mean["different"]).item() if several else None,
     }
