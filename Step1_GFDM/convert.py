@@ -34,8 +34,7 @@ def read_old(path: Path) -> torch.Tensor:
 def convert(root: Path, annotation: Path) -> int:
     """Convert an episode's `.pt` files; returns their number, 0 and says so where its annotation is no JSON.
 
-    Raises:
-        UserError: the annotation or a file is damaged, or the new file's name is that of another camera.
+    Raises UserError for damage, and if the new file's name is that of another camera.
     """
     try:
         named = read_episode(root, annotation).latents

@@ -31,6 +31,7 @@ from defi.errors import UserError, one_line, reading
 from defi.files import read_json
 from defi.instructions import read_instructions
 from defi.processes import print_once
+from Step1_GFDM.config import GFDMConfig
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
@@ -103,10 +104,9 @@ class NotJSON(UserError):
 def read_episode(root: Path, file: Path) -> Episode:
     """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
 
-    Raises:
-        UserError: names the file; `NotJSON` where that is all that is wrong.
+    Raises UserError that names the file; `NotJSON` where that is all that is wrong.
     """
-    with reading(file, "annotations are those of Step1_GFDM.prepare: copy it again, or remove it"):
+    with reading(file, "copy it again, or remove it"):
         try:
             values = json.loads(file.read_bytes())
         except ValueError as error:
@@ -140,39 +140,33 @@ def annotation_files(root: Path, split: str) -> list[Path]:
 def read_episodes(root: str | Path, split: str) -> list[Episode]:
     """All annotations of a split, by name; a printed line counts those that are not JSON.
 
-    Raises:
-        UserError: no such folder, nothing in it, or an annotation that lacks something.
+    Raises UserError if there are none, or one lacks something.
     """
-    root = Path(root)
-    files = annotation_files(root, split)
+    faults: list[NotJSON] = []
 
-    def read(file: Path) -> Episode | NotJSON:
+    def read(file: Path) -> list[Episode]:
         try:
-            return read_episode(root, file)
+            return [read_episode(Path(root), file)]
         except NotJSON as error:
-            return error
+            faults.append(error)
+            return []
 
+    files = annotation_files(Path(root), split)
     with ThreadPoolExecutor(8) as pool:  # a hundred thousand small files, perhaps over a network
-        found = list(pool.map(read, files))
-    damaged = [each for each in found if isinstance(each, NotJSON)]
-    if len(damaged) == len(found):
-        raise damaged[0]
-    if damaged:
-        print_once(f"{files[0].parent}: left out {len(damaged)} of {len(found)} annotations: {damaged[0]}")
-    return [each for each in found if isinstance(each, Episode)]
+        episodes = [episode for found in pool.map(read, files) for episode in found]
+    if faults and not episodes:
+        raise faults[0]
+    if faults:
+        print_once(f"{files[0].parent}: left out {len(faults)} of {len(files)} annotations: {faults[0]}")
+    return episodes
 
 
 def stored_step(root: Path) -> int:
-    """Steps of the recording from one stored frame to the next: 1 without a manifest, as in VPP's own sets.
-
-    Raises:
-        UserError: the manifest is damaged.
-    """
-    file = root / MANIFEST
-    if not file.is_file():
-        return 1
-    source = read_json(file, AGAIN).get("data")
-    step = source.get("every") if isinstance(source, dict) else None
+    """Steps of the recording from one stored frame to the next: 1 without a manifest, as in VPP's sets."""
+    file, step = root / MANIFEST, 1
+    if file.is_file():
+        with reading(file, AGAIN):
+            step = read_json(file, AGAIN)["data"]["every"]
     if not isinstance(step, int) or step < 1:
         raise UserError(f"{file}: data.every={step}: must be the step between stored frames; {AGAIN}")
     return step
@@ -181,27 +175,27 @@ def stored_step(root: Path) -> int:
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
     """Some frames of an episode's latents, as float32; only what lies between them is read.
 
-    Raises:
-        UserError: the file is missing, damaged, shorter than an index, or a `.pt` of PyTorch's old format.
+    Raises UserError for a missing, damaged or shorter file, or a `.pt` in PyTorch's old format.
     """
     first, last = int(indices.min()), int(indices.max())
-    if path.suffix == ".safetensors":
-        with reading(path, AGAIN), safe_open(path, framework="pt") as file:
-            part = file.get_slice(LATENTS)[first : last + 1]
-            return part[torch.from_numpy(indices - first)].float()
-    with reading(path, f"convert it with Step1_GFDM.convert, or {AGAIN}"):
-        part = torch.load(path, weights_only=True, map_location="cpu", mmap=True)[first : last + 1]
+    old = path.suffix == ".pt"
+    with reading(path, f"convert it with Step1_GFDM.convert, or {AGAIN}" if old else AGAIN):
+        if old:
+            part = torch.load(path, weights_only=True, map_location="cpu", mmap=True)[first : last + 1]
+        else:
+            with safe_open(path, framework="pt") as file:
+                part = file.get_slice(LATENTS)[first : last + 1]
         return part[torch.from_numpy(indices - first)].float()
 
 
 class LatentSet:
     """The clips of one data set: windows of every episode, or one clip of each."""
 
-    def __init__(self, config: LatentSetConfig, *, frames: int, frame_step: int, split: str) -> None:
-        """frames, frame_step: of the model. Raises UserError where clips cannot be as the config says."""
-        self.config, self.frames, self.root = config, frames, Path(config.root)
+    def __init__(self, config: LatentSetConfig, model: GFDMConfig, split: str) -> None:
+        """Raises UserError where the stored frames do not give such clips."""
+        self.config, self.frames, self.root = config, model.frames, Path(config.root)
         windows, stored = config.clips == "window", stored_step(self.root)
-        stride = config.stride or frame_step
+        stride = config.stride or model.frame_step
         every = config.every or stride
         if windows and (stride % stored or every % stored):
             raise UserError(
@@ -217,24 +211,20 @@ class LatentSet:
         if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {longest} frames; raise longest")
         if longer := len(episodes) - len(self.episodes):
-            total = f"{len(episodes)} videos, longer than {longest} frames"
-            print_once(f"{self.root}: left out {longer} of {total}")
+            of_all = f"{longer} of {len(episodes)} videos"
+            print_once(f"{self.root}: left out {of_all}, longer than {longest} frames")
         self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
 
     def _check(self, episode: Episode) -> None:
-        where = f"{self.root}: episode {episode.id}"
-        if not episode.latents or not episode.frames:
+        where, cameras = f"{self.root}: episode {episode.id}", len(episode.latents)
+        if not cameras or not episode.frames:
+            fix = "encode it with Step1_GFDM.prepare, source vpp"
+            raise UserError(f"{where} has no latents or no length; {fix}")
+        if not any(self.config.cameras[:cameras]):
             raise UserError(
-                f"{where} has no latents or no length; encode it with Step1_GFDM.prepare, source vpp"
+                f"{where}: cameras={self.config.cameras} gives none of its {cameras} cameras a share; give "
+                "one of them more than 0"
             )
-        if not any(self._camera_shares(episode)):
-            raise UserError(
-                f"{where}: cameras={self.config.cameras} gives none of its {len(episode.latents)} cameras a "
-                "share; give one of them more than 0"
-            )
-
-    def _camera_shares(self, episode: Episode) -> list[float]:
-        return self.config.cameras[: len(episode.latents)]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -265,24 +255,22 @@ class LatentSet:
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Latents [F, 4, h, w] of a randomly chosen camera, and the first of the texts."""
         episode, start = self.locate(index)
-        shares = np.array(self._camera_shares(episode))
+        shares = np.array(self.config.cameras[: len(episode.latents)])
         camera = int(rng.choice(len(shares), p=shares / shares.sum()))
         return {"latents": self.latents(episode, start, camera), "text": episode.texts[0]}
 
 
-def open_sets(cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str) -> dict[str, LatentSet]:
+def open_sets(cfg: Mapping[str, Any], model: GFDMConfig, split: str) -> dict[str, LatentSet]:
     """The data sets of the `data` section of a configuration, by name."""
     sets = {n: typed(LatentSetConfig, section, f"data.sets.{n}") for n, section in cfg["sets"].items()}
-    return {n: LatentSet(c, frames=frames, frame_step=frame_step, split=split) for n, c in sets.items()}
+    return {name: LatentSet(config, model, split) for name, config in sets.items()}
 
 
 def check_latents(sets: Iterable[LatentSet], vae: Path, size: torch.Size, *, pretrained: bool) -> None:
-    """Whether a model with this autoencoder can learn from the latents; a folder without manifest is trusted.
+    """Raises UserError if another autoencoder than the model's made the latents, or another `size` [4, h, w].
 
-    Those that another file encoded are only noted where the model is pretrained: it brings its own file.
-
-    Raises:
-        UserError: another autoencoder made them, or they are not of the `size` [4, h, w].
+    A folder without manifest is trusted; where the model is pretrained, with a file of its own, the first is
+    only noted.
     """
     used = fingerprint(vae)
     for latents in sets:
@@ -295,29 +283,20 @@ def check_latents(sets: Iterable[LatentSet], vae: Path, size: torch.Size, *, pre
             print_once(f"note: {wrong}; these must be the same weights in another file")
         found = latents.clip(0, np.random.default_rng(0))["latents"].shape[1:]
         if found != size:
-            raise UserError(
-                f"{latents.root}: its latents are {list(found)}, the model's {list(size)}; prepare them with "
-                "the model's image_size="
-            )
+            fix = "prepare them with the model's image_size="
+            raise UserError(f"{latents.root}: its latents are {list(found)}, the model's {list(size)}; {fix}")
 
 
 class LatentMixture(Dataset):
-    """A mixture of data sets by weight: sample i first draws its data set, then is its clip i, counted round.
+    """Data sets mixed by weight: sample i first draws its data set, then is its clip i, counted round.
 
     So a pass over the data is as long as the largest set, and small ones repeat.
     """
 
-    def __init__(self, sets: Mapping[str, LatentSet]) -> None:
-        self.sets = list(sets.values())
+    def __init__(self, sets: Iterable[LatentSet]) -> None:
+        self.sets = list(sets)
         weights = np.array([latents.config.weight for latents in self.sets])
         self.weights = weights / weights.sum()
-
-    @classmethod
-    def from_config(
-        cls, cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str
-    ) -> "LatentMixture":
-        """From the `data` section of a configuration: `sets`, by name."""
-        return cls(open_sets(cfg, frames=frames, frame_step=frame_step, split=split))
 
     def __len__(self) -> int:
         return max(map(len, self.sets))

@@ -32,15 +32,7 @@ from defi.video import prepare_frames, read_frames
 from Step1_GFDM.config import check_counts, check_rate
 from Step1_GFDM.data import Episode, LatentSet, check_latents, open_sets
 from Step1_GFDM.evaluation.i3d import FEWEST_FRAMES, I3D
-from Step1_GFDM.evaluation.metrics import (
-    Metric,
-    action_scores,
-    fvd_figures,
-    load_lpips,
-    per_frame,
-    psnr,
-    ssim,
-)
+from Step1_GFDM.evaluation.metrics import METRICS, Metric, action_scores, fvd_figures, load_lpips, per_frame
 from Step1_GFDM.evaluation.one_step import one_step_error, one_step_figures
 from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
 from Step1_GFDM.model import GFDM
@@ -48,54 +40,38 @@ from Step1_GFDM.model import GFDM
 
 @dataclass(frozen=True)
 class Case:
-    """An episode of one of the data sets, seen from one camera; `number` counts over all of them."""
+    """An episode of one of the data sets; `number` counts over all of them."""
 
     number: int
     data_set: str
-    latent_set: LatentSet
+    clips: LatentSet
     episode: Episode
-    camera: int
-
-    def latents(self) -> Float[Tensor, "F 4 h w"]:
-        """Of its first clip, scaled."""
-        return self.latent_set.latents(self.episode, 0, self.camera)
-
-    def frames(self, size: int) -> Float[Tensor, "F 3 S S"]:
-        """The same clip's pictures, in [-1, 1]."""
-        file = self.latent_set.root / self.episode.videos[self.camera]
-        return prepare_frames(read_frames(file, self.latent_set.indices(self.episode, 0)), size)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Judged:
-    """An episode: its film (the real future beside what each instruction leads to) and its figures."""
+    """A case's film and figures: `per_frame`, `one_step`, and `fvd`, I3D's scores, if it is measured."""
 
     number: int
     data_set: str
     film: Path
     caption: str
-    per_frame: dict[str, Float[Tensor, " F"]]
-    one_step: dict[str, Tensor]
-    actions: dict[str, Float[Tensor, "400"]] | None  # I3D's scores, for FVD
+    figures: dict[str, dict[str, Tensor]]
 
 
 def choose(sets: dict[str, LatentSet], count: int, camera: int) -> list[Case]:
-    """`count` episodes of each data set, spread evenly over it.
-
-    Raises:
-        UserError: an episode has no such camera.
-    """
+    """`count` episodes of each data set, spread evenly. Raises UserError if one has no such camera."""
     cases: list[Case] = []
-    for name, latent_set in sets.items():
-        last = len(latent_set.episodes) - 1
+    for name, clips in sets.items():
+        last = len(clips.episodes) - 1
         for i in np.linspace(0, last, min(count, last + 1)).round().astype(int):
-            episode = latent_set.episodes[i]
+            episode = clips.episodes[i]
             if camera >= min(len(episode.latents), len(episode.videos)):
                 raise UserError(
-                    f"camera={camera}: {latent_set.root}: episode {episode.id} has {len(episode.videos)} "
-                    f"videos and latents of {len(episode.latents)} cameras; they are counted from 0"
+                    f"camera={camera}: {clips.root}: episode {episode.id} has {len(episode.videos)} videos "
+                    f"and latents of {len(episode.latents)} cameras; they are counted from 0"
                 )
-            cases.append(Case(len(cases), name, latent_set, episode, camera))
+            cases.append(Case(len(cases), name, clips, episode))
     return cases
 
 
@@ -107,34 +83,28 @@ def other_than(case: Case, cases: Sequence[Case]) -> Case:
 
 
 def judge(
-    case: Case,
-    other: Case,
-    *,
-    model: GFDM,
-    metrics: dict[str, Metric],
-    i3d: I3D | None,
-    output: Path,
-    cfg: DictConfig,
+    case: Case, other: Case, model: GFDM, metrics: dict[str, Metric], i3d: I3D | None, cfg: DictConfig
 ) -> Judged:
     """Imagine an episode, film it and measure. other: another episode, for the one-step figures."""
-    seed, latents = seed_of("case", cfg.seed, case.number), case.latents()
-    real, own = case.frames(model.config.image_size), case.episode.texts[0]
-    texts = [own, *([] if cfg.instruction is None else [cfg.instruction])]
+    seed, own = seed_of("case", cfg.seed, case.number), case.episode.texts[0]
+    latents, there = (each.clips.latents(each.episode, 0, cfg.camera) for each in (case, other))
+    video = case.clips.root / case.episode.videos[cfg.camera]
+    frames = read_frames(video, case.clips.indices(case.episode, 0))
+    real = prepare_frames(frames, model.config.image_size)
+    texts = [own] if cfg.instruction is None else [own, cfg.instruction]
     imagined = {  # from the same noise: only the words differ
         text: model.imagine(latents[:1], [text], steps=cfg.steps, seed=seed)[0] for text in texts
     }
-    path = output / "clips" / case.data_set / f"{case.number:04d}.mp4"
+    path = Path(cfg.output, "clips", case.data_set, f"{case.number:04d}.mp4")
     film(path, real, imagined, cfg.fps)
-    there = other.latents()[:1], other.episode.texts[0]
-    return Judged(
-        case.number,
-        case.data_set,
-        path,
-        f"{case.episode.id}: {' | '.join(imagined)}",
-        per_frame(metrics, imagined[own], real),
-        one_step_error(model, latents, own, other=there, seed=seed),
-        None if i3d is None else action_scores(i3d, imagined[own], real),
-    )
+    figures = {
+        "per_frame": per_frame(metrics, imagined[own], real),
+        "one_step": one_step_error(model, latents, own, other=(there[:1], other.episode.texts[0]), seed=seed),
+    }
+    if i3d is not None:
+        figures["fvd"] = action_scores(i3d, imagined[own], real)
+    caption = f"{case.episode.id}: {' | '.join(imagined)}"
+    return Judged(case.number, case.data_set, path, caption, figures)
 
 
 def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, "E ..."]]:
@@ -144,14 +114,10 @@ def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, "E ...
 
 def summarise(judged: list[Judged]) -> dict[str, Any]:
     """The figures of some episodes: their number, means per frame, one-step error, FVD if it is measured."""
-    found: dict[str, Any] = {
-        "episodes": len(judged),
-        **{k: v.mean(0).tolist() for k, v in stacked([each.per_frame for each in judged]).items()},
-        "one_step": one_step_figures(stacked([each.one_step for each in judged])),
-    }
-    if judged[0].actions is not None:
-        found["fvd"] = fvd_figures(stacked([each.actions for each in judged]))
-    return found
+    parts = {part: stacked([each.figures[part] for each in judged]) for part in judged[0].figures}
+    means = {name: values.mean(0).tolist() for name, values in parts["per_frame"].items()}
+    found = {"episodes": len(judged), **means, "one_step": one_step_figures(parts["one_step"])}
+    return found | ({"fvd": fvd_figures(parts["fvd"])} if "fvd" in parts else {})
 
 
 def report(figures: dict[str, Any], title: str) -> None:
@@ -171,10 +137,8 @@ def report(figures: dict[str, Any], title: str) -> None:
         Console().print(describe_fvd(figures["fvd"]))
 
 
-def load_i3d(place: str | None, model: GFDM) -> I3D | None:
-    """For FVD, if its weights are given. Raises UserError if they do not fit, or the clips are too short."""
-    if place is None:
-        return None
+def load_i3d(place: str, model: GFDM) -> I3D:
+    """For FVD. Raises UserError if the weights do not fit, or the clips are too short."""
     if model.config.frames < FEWEST_FRAMES:
         raise UserError(
             f"fvd={place}: needs clips of at least {FEWEST_FRAMES} frames, this checkpoint imagines "
@@ -190,32 +154,22 @@ def main(cfg: DictConfig) -> None:
     output, state = check_output(cfg.output, overwrite=cfg.overwrite), processes()
     weights = find_weights(cfg.checkpoint, "gfdm")
     model = GFDM.from_pretrained(weights).to(state.device).eval()
-    config = model.config
-    metrics: dict[str, Metric] = {"psnr": psnr, "ssim": ssim}
-    if cfg.lpips is not None:
-        metrics["lpips"] = load_lpips(cfg.lpips)
-    i3d = load_i3d(cfg.fvd, model)
-    sets = open_sets(cfg.data, frames=config.frames, frame_step=config.frame_step, split=cfg.split)
+    metrics = METRICS if cfg.lpips is None else {**METRICS, "lpips": load_lpips(cfg.lpips)}
+    i3d = None if cfg.fvd is None else load_i3d(cfg.fvd, model)
+    sets = open_sets(cfg.data, model.config, cfg.split)
     cases = choose(sets, cfg.episodes, cfg.camera)
-    size, pretrained = model.noise(1).shape[2:], config.pretrained is not None
-    check_latents(sets.values(), weights / "vae", size, pretrained=pretrained)
+    pretrained = model.config.pretrained is not None
+    check_latents(sets.values(), weights / "vae", model.noise(1).shape[2:], pretrained=pretrained)
     state.wait_for_everyone()
     if state.is_main_process:
         prepare_output(output, overwrite=cfg.overwrite)
     state.wait_for_everyone()
 
-    given = {"model": model, "metrics": metrics, "i3d": i3d, "output": output, "cfg": cfg}
     shown = track(share(cases), "imagine", disable=not state.is_main_process)
-    mine = [judge(case, other_than(case, cases), **given) for case in shown]
+    mine = [judge(case, other_than(case, cases), model, metrics, i3d, cfg) for case in shown]
     judged = sorted(gather_object(mine), key=lambda each: each.number)
-    if state.is_main_process:
-        write_results(cfg, weights, sets, judged, output)
-
-
-def write_results(
-    cfg: DictConfig, weights: Path, sets: dict[str, LatentSet], judged: list[Judged], output: Path
-) -> None:
-    """metrics.json, gallery.html, and a table on the screen."""
+    if not state.is_main_process:
+        return
     by_set = {name: [each for each in judged if each.data_set == name] for name in sets}
     found = {
         "checkpoint": str(weights),

@@ -35,7 +35,7 @@ from Step1_GFDM.config import GFDMConfig
 CONFIG = "gfdm.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED_WEIGHTS = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
-NETWORKS = {
+PARTS = {
     "unet": UNetSpatioTemporalConditionModel,
     "vae": AutoencoderKLTemporalDecoder,
     "scheduler": EulerDiscreteScheduler,
@@ -63,12 +63,12 @@ def _image_encoder(width: int) -> CLIPVisionModelWithProjection:
     return tower
 
 
-def save(folder: Path, config: GFDMConfig, clip: CLIPText, **networks: Any) -> None:
-    """Write the model, frozen parts included: the folder stands on its own. networks: those of `NETWORKS`."""
+def save(folder: Path, config: GFDMConfig, clip: CLIPText, **parts: Any) -> None:
+    """Write the model, frozen parts included: the folder stands on its own. parts: those of `PARTS`."""
     StableVideoDiffusionPipeline(
-        image_encoder=_image_encoder(networks["unet"].config.cross_attention_dim),
+        image_encoder=_image_encoder(parts["unet"].config.cross_attention_dim),
         feature_extractor=CLIPImageProcessor(),
-        **networks,
+        **parts,
     ).save_pretrained(folder)
     if config.clip.pretrained is None:
         clip.save(folder / "text")
@@ -83,30 +83,29 @@ def load(folder: Path) -> tuple[GFDMConfig, dict[str, Any]]:
     config = typed(GFDMConfig, values, str(file))
     named = config.clip.pretrained is not None
     clip = CLIPText.from_config(config.clip) if named else CLIPText.load(folder / "text", config.clip)
-    return config, {**_load_networks(folder), "clip": clip}
+    return config, {**_load_parts(folder), "clip": clip}
 
 
 def load_foreign(folder: Path, clip: CLIPText) -> tuple[dict[str, Any], dict[str, Any]]:
     """UNet, VAE and scheduler of any Stable Video Diffusion folder, and the sizes they bring along.
 
-    Raises:
-        UserError: a part is missing, or the text tower's width does not fit the UNet.
+    Raises UserError if a part is missing, or the text tower's width does not fit the UNet.
     """
     if not folder.is_dir():
         raise UserError(f"gfdm.pretrained={folder}: no such folder; give a Stable Video Diffusion folder")
-    networks = _load_networks(folder)
-    width = networks["unet"].config.cross_attention_dim
+    parts = _load_parts(folder)
+    width = parts["unet"].config.cross_attention_dim
     if width != 2 * clip.width:
         raise UserError(
             f"{folder}/unet: attends to width {width}, text.clip gives 2 x {clip.width}; choose the text "
             "tower it was trained with"
         )
-    return networks, sizes_of(networks["unet"], networks["vae"])
+    return parts, sizes_of(parts["unet"], parts["vae"])
 
 
-def _load_networks(folder: Path) -> dict[str, Any]:
+def _load_parts(folder: Path) -> dict[str, Any]:
     loaders = {"scheduler": _build}
-    return {name: loaders.get(name, load_part)(cls, folder / name) for name, cls in NETWORKS.items()}
+    return {name: loaders.get(name, load_part)(cls, folder / name) for name, cls in PARTS.items()}
 
 
 def load_part(cls: type[Part], folder: Path) -> Part:

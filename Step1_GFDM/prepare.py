@@ -8,7 +8,7 @@ reported, noted in `skipped/` and left out; `resume=true` tries it again.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,19 +35,20 @@ from Step1_GFDM import pipeline
 from Step1_GFDM.config import check_counts
 from Step1_GFDM.data import LATENTS, MANIFEST, SPLITS
 from Step1_GFDM.sources import read_source
-from Step1_GFDM.sources.recordings import Recording, Scene
+from Step1_GFDM.sources.recordings import Recording, Recordings, Scene
 
 SKIPPED = "skipped"
 # Pixels a side that an autoencoder alone may ask for: SVD's says 768, and no preset works at that.
 LARGEST = 512
 Job = tuple[str, Recording]  # with its split
+Encode = Callable[[Float[Tensor, "F 3 H W"]], Float[Tensor, "F 4 h w"]]
 
 
-def check_begun_with(file: Path, manifest: dict[str, Any]) -> None:
+def check_same(file: Path, manifest: Mapping[str, Any]) -> None:
     """Raises UserError if the folder of a manifest was begun with something else."""
 
     def settings(data: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        """The source's under the names that the command line has for them."""
+        """Those of the source under the names that the command line has for them."""
         return {f"data.{key}": value for key, value in data.items()} | rest
 
     fix = "choose another output="
@@ -60,7 +61,7 @@ def check_begun_with(file: Path, manifest: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def encode(
+def encode_frames(
     vae: AutoencoderKLTemporalDecoder, batch: int, frames: Float[Tensor, "F 3 H W"]
 ) -> Float[Tensor, "F 4 h w"]:
     """Scaled latents (mode of the posterior) of frames in [-1, 1], `batch` at a time."""
@@ -78,13 +79,7 @@ def find_vae(path: Path | str) -> Path:
 
 
 def write_episode(
-    output: Path,
-    split: str,
-    name: str,
-    scene: Scene,
-    *,
-    encode: Callable[[Float[Tensor, "F 3 H W"]], Float[Tensor, "F 4 h w"]],
-    image_size: int,
+    output: Path, split: str, name: str, scene: Scene, *, encode: Encode, image_size: int
 ) -> None:
     """Latents and videos of all cameras, then the annotation that makes them count."""
     latents, videos = [], []
@@ -125,6 +120,35 @@ def read_ahead(jobs: Sequence[Job]) -> Iterator[tuple[Job, Scene | UserError]]:
             yield job, scene
 
 
+def write_episodes(output: Path, recordings: Mapping[str, Recordings], encode: Encode, size: int) -> None:
+    """This process's share of the episodes that are not there yet, or notes of why they are left out."""
+    every = [(split, recording) for split, found in recordings.items() for recording in found.items]
+    jobs = share([(s, r) for s, r in every if not (output / "annotation" / s / f"{r.id}.json").exists()])
+    quiet = not processes().is_local_main_process
+    for (split, recording), scene in track(read_ahead(jobs), "latents", total=len(jobs), disable=quiet):
+        note = output / SKIPPED / split / f"{recording.id}.txt"
+        with going_on(output, f"episode {split}/{recording.id}"):
+            if isinstance(scene, UserError):
+                print(f"left out: {scene}")
+                write_file(note, f"{scene}\n")
+            else:
+                note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
+                write_episode(output, split, recording.id, scene, encode=encode, image_size=size)
+
+
+def report(output: Path) -> None:
+    """Print what is there. Raises UserError if a split has no episode at all."""
+    counts, skipped = (
+        {split: len(list((output / folder / split).glob(f"*.{end}"))) for split in SPLITS}
+        for folder, end in (("annotation", "json"), (SKIPPED, "txt"))
+    )
+    left_out = f"; {sum(skipped.values())} left out, see {output / SKIPPED}" if any(skipped.values()) else ""
+    print(f"{output}: " + ", ".join(f"{n} episodes in {split}" for split, n in counts.items()) + left_out)
+    for split, count in counts.items():
+        if count == 0:
+            raise UserError(f"{output}: no episode of {split} could be read; see {output / SKIPPED / split}")
+
+
 @entry("step1_prepare")
 def main(cfg: DictConfig) -> None:
     state = processes()
@@ -150,52 +174,21 @@ def main(cfg: DictConfig) -> None:
         "videos": VIDEO_CODEC,
     }
     if cfg.resume and (output / MANIFEST).is_file():
-        check_begun_with(output / MANIFEST, manifest)
+        check_same(output / MANIFEST, manifest)
     state.wait_for_everyone()  # all have looked at the folder before it changes
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
         with going_on(output, MANIFEST):
-            for split in SPLITS:
-                for folder in ("annotation", SKIPPED):
-                    (output / folder / split).mkdir(parents=True, exist_ok=True)
+            for folder in (f"{kind}/{split}" for kind in ("annotation", SKIPPED) for split in SPLITS):
+                (output / folder).mkdir(parents=True, exist_ok=True)
             write_file(output / MANIFEST, json.dumps(manifest, indent=1))
     state.wait_for_everyone()
 
-    jobs = share(
-        [
-            (split, recording)
-            for split, found in recordings.items()
-            for recording in found.items
-            if not (output / "annotation" / split / f"{recording.id}.json").exists()
-        ]
-    )
-    sizes = {"encode": partial(encode, vae.to(state.device), cfg.batch), "image_size": manifest["image_size"]}
-    shown = track(read_ahead(jobs), "latents", total=len(jobs), disable=not state.is_local_main_process)
-    for (split, recording), scene in shown:
-        note = output / SKIPPED / split / f"{recording.id}.txt"
-        with going_on(output, f"episode {split}/{recording.id}"):
-            if isinstance(scene, UserError):
-                print(f"left out: {scene}")
-                write_file(note, f"{scene}\n")
-            else:
-                note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
-                write_episode(output, split, recording.id, scene, **sizes)
+    encode = partial(encode_frames, vae.to(state.device), cfg.batch)
+    write_episodes(output, recordings, encode, manifest["image_size"])
     state.wait_for_everyone()
     if state.is_main_process:
         report(output)
-
-
-def report(output: Path) -> None:
-    """Print what is there. Raises UserError if a split has no episode at all."""
-    counts, skipped = (
-        {split: len(list((output / folder / split).glob(f"*.{end}"))) for split in SPLITS}
-        for folder, end in (("annotation", "json"), (SKIPPED, "txt"))
-    )
-    left_out = f"; {sum(skipped.values())} left out, see {output / SKIPPED}" if any(skipped.values()) else ""
-    print(f"{output}: " + ", ".join(f"{n} episodes in {split}" for split, n in counts.items()) + left_out)
-    for split, count in counts.items():
-        if count == 0:
-            raise UserError(f"{output}: no episode of {split} could be read; see {output / SKIPPED / split}")
 
 
 if __name__ == "__main__":

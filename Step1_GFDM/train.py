@@ -20,7 +20,7 @@ from defi.engine.output import check_output
 from defi.processes import print_once
 from defi.video import draw_text, to_uint8, write_mp4
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import SPLITS, LatentMixture, check_latents
+from Step1_GFDM.data import SPLITS, LatentMixture, check_latents, open_sets
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.vae import load_vae
 
@@ -32,10 +32,7 @@ def main(cfg: DictConfig) -> None:
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = GFDMConfig.from_preset(cfg)
-    data, held_out = (
-        LatentMixture.from_config(cfg.data, frames=config.frames, frame_step=config.frame_step, split=split)
-        for split in SPLITS
-    )
+    data, held_out = (LatentMixture(open_sets(cfg.data, config, split).values()) for split in SPLITS)
     pretrained = config.pretrained is not None
     encoder = Path(config.pretrained, "vae") if pretrained else find_weights(cfg.vae, "vae")
     vae = None if pretrained else load_vae(cfg.vae)

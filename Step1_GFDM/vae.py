@@ -14,7 +14,7 @@ from torch import Tensor
 from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
-from defi.engine.model import StageModel, settings_of
+from defi.engine.model import StageModel
 from defi.engine.weights import COPY_AGAIN
 from defi.errors import reading
 from defi.files import read_json
@@ -23,7 +23,7 @@ from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
 
 CONFIG = "vae.json"
-LATENTS = "latents.json"  # `Latents`, for an exact resume
+MEASURED = "latents.json"  # their deviation, and in how many batches: for an exact resume
 MEMORY = 20  # batches over which the deviation of the latents is averaged
 
 
@@ -41,18 +41,6 @@ class VAEConfig:
         coarse = torch.rand(batch_size * frames, 3, 8, 8, generator=random) * 2 - 1
         images = F.interpolate(coarse, (self.image_size, self.image_size), mode="bilinear")
         return {"frames": images.unflatten(0, (batch_size, frames)), "seed": torch.arange(batch_size) + seed}
-
-
-@dataclass
-class Latents:
-    """What is measured while training: their deviation, and in how many batches."""
-
-    deviation: float
-    measured: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.deviation < 1e6:
-            raise ValueError(f"deviation={self.deviation} cannot be")
 
 
 class VideoVAE(StageModel):
@@ -85,25 +73,23 @@ class VideoVAE(StageModel):
         file = Path(folder) / CONFIG
         values = read_json(file, "give a checkpoint folder of Step1_GFDM.train_vae")
         config = typed(VAEConfig, values, str(file))
-        with settings_of(file):
-            return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
+        return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the VAE as diffusers does, and `vae.json`."""
+        """Write the VAE as diffusers does, and what else this model is made of."""
         self.vae.register_to_config(scaling_factor=1 / self.deviation.item())
         self.vae.save_pretrained(folder)
-        latents = Latents(self.deviation.item(), int(self.measured))
         (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
-        (folder / LATENTS).write_text(json.dumps(asdict(latents)))
+        measured = {"deviation": self.deviation.item(), "measured": int(self.measured)}
+        (folder / MEASURED).write_text(json.dumps(measured))
 
     def load_weights(self, folder: Path) -> None:
+        file = Path(folder) / MEASURED
         pipeline.load_network(self.vae, Path(folder))
-        file = Path(folder) / LATENTS
-        values = read_json(file, "give a checkpoint of this version of the code")
         with reading(file, COPY_AGAIN):
-            latents = typed(Latents, values, str(file))
-            self.deviation.fill_(latents.deviation)
-            self.measured.fill_(latents.measured)
+            values = read_json(file, COPY_AGAIN)
+            self.deviation.fill_(values["deviation"])
+            self.measured.fill_(values["measured"])
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Loss of `frames` [B, F, 3, H, W] in [-1, 1]: short clips, so that the decoder learns time too."""

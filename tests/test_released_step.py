@@ -26,7 +26,7 @@ from defi.engine import checkpoint
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SeededDataset
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LATENTS, LatentMixture
+from Step1_GFDM.data import LATENTS, LatentMixture, open_sets
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.data.build import training_pairs
 from Step2_GIDM.model import GIDM, GIDMConfig
@@ -132,9 +132,7 @@ def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[GFDM, LatentMixtur
     cfg = composed("step1_train", *SMALL, f"data.root={root}")
     config = GFDMConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
-    data = LatentMixture.from_config(
-        cfg.data, frames=config.frames, frame_step=config.frame_step, split="train"
-    )
+    data = LatentMixture(open_sets(cfg.data, config, "train").values())
     return GFDM.from_config(config).train(), data
 
 

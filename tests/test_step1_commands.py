@@ -32,7 +32,7 @@ from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 from Step1_GFDM.data import LATENTS, MANIFEST, open_sets, read_episodes, read_latents
 from Step1_GFDM.eval import stacked
 from Step1_GFDM.evaluation.metrics import BACKBONE, load_lpips
-from Step1_GFDM.evaluation.one_step import one_step_error, one_step_figures, predict_once
+from Step1_GFDM.evaluation.one_step import one_step_error, one_step_figures
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.pca_init import start_from_principal_components
 from Step1_GFDM.vae import VAEConfig, VideoVAE, load_vae
@@ -210,7 +210,7 @@ def test_calvin_as_it_is_prepared_gives_the_published_windows(
         cfg = compose("step1_train", given)
     OmegaConf.resolve(cfg)
     sets, model = {"sets": {"calvin": cfg.data.sets.calvin}}, GFDMConfig.from_preset(cfg)
-    (clips,) = open_sets(sets, frames=model.frames, frame_step=model.frame_step, split="train").values()
+    (clips,) = open_sets(sets, model, "train").values()
     assert len(clips) == 3 * 6
     for index in range(6):
         found = clips.indices(*clips.locate(index)).tolist()
@@ -268,7 +268,7 @@ def test_one_step_prediction_of_a_perfect_network_is_the_future() -> None:
     sigma = 700  # of the first step
     velocity = (noise - sigma * future) / (sigma**2 + 1) ** 0.5
     model.unet.forward = lambda *_, **__: SimpleNamespace(sample=velocity)
-    predicted = predict_once(model, future[:, 0], ["push"], noise=noise)
+    predicted = model.predict_once(future[:, 0], ["push"], noise=noise)
     torch.testing.assert_close(predicted, future, atol=0.01, rtol=0)
 
 

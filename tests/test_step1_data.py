@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from defi.errors import UserError
-from Step1_GFDM.data import LATENTS, MANIFEST, LatentMixture, read_episodes, read_latents
+from Step1_GFDM.config import GFDMConfig
+from Step1_GFDM.data import LATENTS, MANIFEST, LatentMixture, open_sets, read_episodes, read_latents
 from Step1_GFDM.evaluation.metrics import psnr, ssim
 
 
@@ -40,7 +41,8 @@ def write(
 
 
 def clips(frames: int = 3, frame_step: int = 2, **sets: dict) -> LatentMixture:
-    return LatentMixture.from_config({"sets": sets}, frames=frames, frame_step=frame_step, split="train")
+    model = GFDMConfig(frames=frames, frame_step=frame_step)
+    return LatentMixture(open_sets({"sets": sets}, model, "train").values())
 
 
 def numbers(data: LatentMixture, index: int, seed: int = 0) -> list[float]:

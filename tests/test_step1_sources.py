@@ -17,7 +17,7 @@ from defi.errors import UserError
 from defi.video import frame_count, read_frames, read_video, write_mp4
 from Step1_GFDM import convert, prepare
 from Step1_GFDM.build import build_vae
-from Step1_GFDM.config import VAESizes
+from Step1_GFDM.config import GFDMConfig, VAESizes
 from Step1_GFDM.data import LATENTS, LatentSet, LatentSetConfig, read_episodes, read_latents, stored_step
 from Step1_GFDM.sources import read_source
 from Step1_GFDM.sources.recordings import Recording, distinct, file_name, part
@@ -99,7 +99,7 @@ def test_a_folder_of_videos_and_captions(
     assert manifest["videos"]["codec"] == "libx264" and manifest["image_size"] == 16
     assert len(manifest["vae"]) == 16
     spread = LatentSetConfig(str(output), clips="spread", cameras=[1.0])
-    clips = LatentSet(spread, frames=3, frame_step=2, split="train")
+    clips = LatentSet(spread, GFDMConfig(frames=3), "train")
     assert clips.clip(0, np.random.default_rng(0))["text"] == "open the drawer"
 
 

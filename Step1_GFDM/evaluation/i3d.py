@@ -43,15 +43,11 @@ class Unit(nn.Module):
         return F.relu(self.bn(self.conv3d(padded)))
 
 
-class Pool(nn.Module):
+class Pool(nn.MaxPool3d):
     """The largest value of each window; padded zeros never win over rectified values."""
 
-    def __init__(self, kernel: Sizes, stride: Sizes) -> None:
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-
     def forward(self, x: Float[Tensor, "B C F H W"]) -> Float[Tensor, "B C F2 H2 W2"]:
-        return F.max_pool3d(pad_same(x, self.kernel, self.stride), self.kernel, self.stride)
+        return super().forward(pad_same(x, self.kernel_size, self.stride))
 
 
 class Mixed(nn.Module):
@@ -104,8 +100,7 @@ class I3D(nn.Sequential):
     def from_published(cls, place: Path | str) -> "I3D":
         """With the public weights: their file, or the folder that holds it under its published name.
 
-        Raises:
-            UserError: it is missing, damaged, or holds other tensors.
+        Raises UserError if it is missing, damaged, or holds other tensors.
         """
         file, model = Path(place), cls()
         if file.is_dir():

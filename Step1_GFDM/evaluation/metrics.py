@@ -1,9 +1,9 @@
-"""How close imagined frames [F, 3, H, W] in [-1, 1] come to the real ones.
+"""How close imagined frames come to the real ones.
 
-psnr, ssim, lpips   frame by frame; LPIPS (Zhang et al. 2018) needs torchvision's AlexNet in a file
-FVD                 how far imagined clips lie from real ones, as a crowd (Unterthiner et al. 2018, arXiv
-                    1812.01717): I3D's scores of either are taken for a normal distribution, and FVD is the
-                    squared Fréchet distance of the two. The fewer the clips, the larger, whatever they show.
+METRICS, LPIPS   frame by frame; LPIPS (Zhang et al. 2018) needs torchvision's AlexNet in a file
+FVD              how far imagined clips lie from real ones, as a crowd (Unterthiner et al. 2018, arXiv
+                 1812.01717): I3D's scores of either are taken for a normal distribution, and FVD is the
+                 squared Fréchet distance of the two. The fewer the clips, the larger, whatever they show.
 """
 
 from collections.abc import Callable
@@ -23,26 +23,29 @@ from Step1_GFDM.evaluation.i3d import I3D, SIDE
 
 FEW = 256  # clips below which FVD says more about their number than about the model
 BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's name
-Metric = Callable[[Tensor, Tensor], Tensor]
-"""Imagined and real frames -> a figure per frame [F]."""
+Frames = Float[Tensor, "F 3 H W"]  # in [-1, 1]
+PerFrame = Float[Tensor, " F"]
+Metric = Callable[[Frames, Frames], PerFrame]
 
 
-def psnr(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tensor, " F"]:
+def psnr(a: Frames, b: Frames) -> PerFrame:
     """Peak signal-to-noise ratio in dB; of equal frames 106."""
     return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
-def ssim(a: Float[Tensor, "F 3 H W"], b: Float[Tensor, "F 3 H W"]) -> Float[Tensor, " F"]:
+def ssim(a: Frames, b: Frames) -> PerFrame:
     """Structural similarity, Gaussian window of 11 pixels (Wang et al. 2004)."""
     _, similarity = structural_similarity_index_measure(a, b, data_range=2.0, return_full_image=True)
     return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # at the borders the library reflects the picture
 
 
-def load_lpips(folder: Path | str) -> Metric:
-    """LPIPS 0.1 with AlexNet. torchmetrics brings its linear weights; the backbone's lie in the folder.
+METRICS: dict[str, Metric] = {"psnr": psnr, "ssim": ssim}
 
-    Raises:
-        UserError: the file is missing, damaged, or holds other tensors.
+
+def load_lpips(folder: Path | str) -> Metric:
+    """LPIPS 0.1 with AlexNet, whose weights lie in the folder; torchmetrics brings the linear ones.
+
+    Raises UserError if the file is missing, damaged, or holds other tensors.
     """
     model, file = _LPIPS(net="alex", pnet_rand=True), Path(folder) / BACKBONE
     # The library's slices of AlexNet keep the numbers of its layers.
@@ -52,19 +55,14 @@ def load_lpips(folder: Path | str) -> Metric:
     return lambda a, b: model(a, b).flatten()
 
 
-def per_frame(
-    metrics: dict[str, Metric], imagined: Float[Tensor, "F 3 H W"], real: Float[Tensor, "F 3 H W"]
-) -> dict[str, Float[Tensor, " F"]]:
+def per_frame(metrics: dict[str, Metric], imagined: Frames, real: Frames) -> dict[str, PerFrame]:
     """Each metric of the imagined future, and of one that repeats the first frame (`…_still`)."""
-    still = real[:1].expand_as(real)
-    found = {name: metric(imagined, real) for name, metric in metrics.items()}
-    return found | {f"{name}_still": metric(still, real) for name, metric in metrics.items()}
+    futures = {"": imagined, "_still": real[:1].expand_as(real)}
+    return {f"{k}{end}": metric(a, real) for end, a in futures.items() for k, metric in metrics.items()}
 
 
 @torch.inference_mode()
-def action_scores(
-    i3d: I3D, imagined: Float[Tensor, "F 3 H W"], real: Float[Tensor, "F 3 H W"]
-) -> dict[str, Float[Tensor, "400"]]:
+def action_scores(i3d: I3D, imagined: Frames, real: Frames) -> dict[str, Float[Tensor, "400"]]:
     """I3D's scores of clips: `imagined`, `real`, and `still`, which repeats the first real frame.
 
     Resized without antialiasing, as the authors do.

@@ -18,33 +18,12 @@ from torch import Tensor
 from defi.engine.data import SampleNoise
 from Step1_GFDM.model import GFDM
 
-
-@torch.no_grad()
-def predict_once(
-    model: GFDM, first: Float[Tensor, "N 4 h w"], texts: list[str], *, noise: Float[Tensor, "N F 4 h w"]
-) -> Float[Tensor, "N F 4 h w"]:
-    """Scaled clean latents as predicted by the pass of `GFDM.features`, run to its end."""
-    wanted, scheduler = model.config.features, model.scheduler
-    scheduler.set_timesteps(wanted.steps)
-    timestep, sample = scheduler.timesteps[0], noise * scheduler.init_noise_sigma
-    velocity = model.predict(
-        sample,
-        timestep,
-        image=(first / model.scaling).unsqueeze(1).expand_as(noise),
-        text=model.encode_text(texts),
-        time_ids=model.time_ids(len(first), wanted.fps, wanted.motion_bucket, 0.0),
-    )
-    return scheduler.step(velocity, timestep, sample).pred_original_sample
+FirstAndText = tuple[Float[Tensor, "1 4 h w"], str]
 
 
 @torch.no_grad()
 def one_step_error(
-    model: GFDM,
-    latents: Float[Tensor, "F 4 h w"],
-    text: str,
-    *,
-    other: tuple[Float[Tensor, "1 4 h w"], str],
-    seed: int,
+    model: GFDM, latents: Float[Tensor, "F 4 h w"], text: str, *, other: FirstAndText, seed: int
 ) -> dict[str, Tensor]:
     """What one episode adds to the figures: squared errors `latents` and `latents_still` [F], and the
     features' squared differences under another noise (`same`) and from another episode (`different`).
@@ -53,22 +32,21 @@ def one_step_error(
     """
     device = model.unet.device
     latents = latents.to(device)
-    first, still = latents[:1], latents[:1].expand_as(latents)
     noise = SampleNoise(torch.tensor([seed]), device).normal("one step", 2, *latents.shape)[0]
-    predicted = predict_once(model, first, [text], noise=noise[:1])[0]
-    here = model.features(first, [text], noise=noise[:1])
-    again = model.features(first, [text], noise=noise[1:])
+    predicted = model.predict_once(latents[:1], [text], noise=noise[:1])[0]
+    here = model.features(latents[:1], [text], noise=noise[:1])
+    again = model.features(latents[:1], [text], noise=noise[1:])
     there = model.features(other[0].to(device), [other[1]], noise=noise[1:])
     return {
         "latents": (predicted - latents).square().mean((1, 2, 3)).cpu(),
-        "latents_still": (still - latents).square().mean((1, 2, 3)).cpu(),
+        "latents_still": (latents[:1] - latents).square().mean((1, 2, 3)).cpu(),
         "same": (here - again).square().mean().cpu(),
         "different": (here - there).square().mean().cpu(),
     }
 
 
 def one_step_figures(errors: dict[str, Float[Tensor, "E ..."]]) -> dict[str, Any]:
-    """Of all episodes' `one_step_error`, stacked: latents and latents_still [F]; features, None of one."""
+    """Of E episodes' errors: latents and latents_still [F], and features, which is None for one episode."""
     mean = {name: values.mean(0) for name, values in errors.items()}
     several = len(errors["same"]) > 1
     return {

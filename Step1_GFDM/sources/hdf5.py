@@ -18,15 +18,7 @@ from defi.frames import stack_frames
 from defi.hdf5 import read_hdf5
 from defi.picture import decode_picture
 from Step1_GFDM.config import check_rate
-from Step1_GFDM.sources.recordings import (
-    CaptionedSource,
-    Recording,
-    Recordings,
-    Scene,
-    distinct,
-    file_name,
-    part,
-)
+from Step1_GFDM.sources.recordings import CaptionedSource, Recording, Recordings, Scene, file_name, part
 
 SUFFIXES = (".hdf5", ".h5")
 
@@ -71,15 +63,13 @@ class Source(CaptionedSource):
         files = find_files(folder, SUFFIXES)
         if not files:
             raise UserError(f"{folder}: no HDF5 files here ({', '.join(SUFFIXES)}); check data.root")
-        found = [
-            Recording(
-                file_name("-".join([*file.relative_to(folder).with_suffix("").parts, *group])),
-                partial(self._read, file, "/".join(group)),
-            )
-            for file in files
-            for group in self._groups(file)
-        ]
-        return Recordings.named(distinct(part(found, held_out)), list(self.cameras))
+        found = []
+        for file in files:
+            parts = file.relative_to(folder).with_suffix("").parts
+            for group in self._groups(file):
+                name = file_name("-".join([*parts, *group]))
+                found.append(Recording(name, partial(self._read, file, "/".join(group))))
+        return Recordings.of_files(part(found, held_out), list(self.cameras))
 
     def _groups(self, file: Path) -> list[list[str]]:
         """Places of a file's episodes; of a damaged file the place where they would be."""

@@ -46,9 +46,10 @@ class Recordings:
     fingerprint: str
 
     @classmethod
-    def named(cls, items: list[Recording], cameras: list[str]) -> "Recordings":
-        """Of files, which are known by their names."""
-        return cls(items, cameras, digest("\n".join(item.id for item in items)))
+    def of_files(cls, items: list[Recording], cameras: list[str], known: str | None = None) -> "Recordings":
+        """With distinct names, by which they are known, or by the text `known`."""
+        items = distinct(items)
+        return cls(items, cameras, _digest("\n".join(item.id for item in items) if known is None else known))
 
 
 @dataclass
@@ -59,7 +60,7 @@ class CaptionedSource:
     `Step1_GFDM.data` finds it in the manifest.
     """
 
-    known_by_names: ClassVar[bool] = False  # the fingerprint: other files may have the same
+    known_by_names: ClassVar[bool] = False  # the fingerprint is of names alone: other files may have the same
 
     source: str
     root: str
@@ -75,7 +76,7 @@ class CaptionedSource:
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What decides how episodes look, for JSON; the place, where files are known by their names alone."""
+        """What decides how episodes look, for JSON; the place only where the fingerprint may not tell."""
         values = {key: value for key, value in asdict(self).items() if key not in ("root", "index")}
         return values | ({"root": str(Path(self.root).resolve())} if self.known_by_names else {})
 
@@ -86,10 +87,9 @@ class CaptionedSource:
         return name
 
     def place_and_part(self, split: str) -> tuple[Path, bool | None]:
-        """Where our split lies, and whether it is `part` of `train`: of files that know no splits, it may."""
-        if self.splits.get("val") is not None:
-            return Path(self.root, self.theirs(split)), None
-        return Path(self.root, self.theirs("train")), split == "val"
+        """Of files that may know no splits: where ours lies; which `part` of it, where `val` has no name."""
+        named = self.splits.get("val") is not None
+        return Path(self.root, self.theirs(split if named else "train")), None if named else split == "val"
 
 
 def part(items: Sequence[Item], held_out: bool | None) -> list[Item]:
@@ -103,8 +103,7 @@ def part(items: Sequence[Item], held_out: bool | None) -> list[Item]:
     return [item for number, item in enumerate(items) if (number in chosen) == held_out]
 
 
-def digest(text: str) -> str:
-    """A hash of a text."""
+def _digest(text: str) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
@@ -116,7 +115,7 @@ def file_name(text: str) -> str:
 def shortened(name: str) -> str:
     """Of a name that is too long for a file, or not UTF-8, the start is kept, and a hash of all of it."""
     start = os.fsencode(name)[:LONGEST_NAME].decode(errors="ignore")
-    return name if start == name else f"{start}-{digest(name)}"
+    return name if start == name else f"{start}-{_digest(name)}"
 
 
 def distinct(recordings: list[Recording]) -> list[Recording]:

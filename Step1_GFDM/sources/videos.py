@@ -16,16 +16,7 @@ from defi.errors import UserError, reading
 from defi.instructions import read_instructions
 from defi.video import frame_count, read_video
 from Step1_GFDM.data import as_list, inside
-from Step1_GFDM.sources.recordings import (
-    CaptionedSource,
-    Recording,
-    Recordings,
-    Scene,
-    digest,
-    distinct,
-    file_name,
-    part,
-)
+from Step1_GFDM.sources.recordings import CaptionedSource, Recording, Recordings, Scene, file_name, part
 
 SOMETHING_SUFFIX = ".webm"
 ENCODING = "utf-8-sig"  # spreadsheets begin their files with a mark, others do not
@@ -57,7 +48,7 @@ class Source(CaptionedSource):
             for name, file, texts in said
         ]
         known = json.dumps([(name, texts) for name, _, texts in said])
-        return Recordings(distinct(recordings), ["rgb"], digest(known))
+        return Recordings.of_files(recordings, ["rgb"], known)
 
     def _read(self, path: Path, texts: list[str]) -> Scene:
         if not texts:
@@ -71,17 +62,15 @@ class Source(CaptionedSource):
 def read_captions(file: Path) -> list[tuple[str, list[str]]]:
     """Name of each video, and its texts: none where they are blank.
 
-    Raises:
-        UserError: the file or a caption is missing or of another kind, or all are blank; the line is named.
+    Raises UserError that names the line where the file or a caption is missing or of another kind.
     """
     readers = {".jsonl": _lines, ".csv": _table, ".json": _something}
-    if file.suffix.lower() not in readers:
-        raise UserError(
-            f"{file}: captions are read from {', '.join(readers)}; give such a file as data.splits"
-        )
+    kinds = ", ".join(readers)
+    if (suffix := file.suffix.lower()) not in readers:
+        raise UserError(f"{file}: captions are read from {kinds}; give such a file as data.splits")
     found = []
     with reading(file, "give the captions of the videos, in UTF-8, as data.splits"):
-        for place, video, texts in readers[file.suffix.lower()](file):
+        for place, video, texts in readers[suffix](file):
             if not isinstance(video, str) or not video or not texts or None in texts:
                 raise UserError(f"{file}: {place}: a video or its caption is missing")
             worded = read_instructions(texts, f"{file}: {place}: the caption")
@@ -92,13 +81,12 @@ def read_captions(file: Path) -> list[tuple[str, list[str]]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    with file.open(encoding=ENCODING) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                with reading(f"{file}: line {number}", 'it must be JSON, {"video": …, "text": …}'):
-                    values = json.loads(line)
-                    texts = as_list(values.get("texts", values.get("text")))
-                yield f"line {number}", values.get("video"), texts
+    for number, line in enumerate(file.read_text(ENCODING).split("\n"), 1):
+        if line.strip():
+            with reading(f"{file}: line {number}", 'it must be JSON, {"video": …, "text": …}'):
+                values = json.loads(line)
+                texts = as_list(values.get("texts", values.get("text")))
+            yield f"line {number}", values.get("video"), texts
 
 
 def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -110,5 +98,5 @@ def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _something(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    for number, entry in enumerate(as_list(json.loads(file.read_text(encoding=ENCODING)))):
+    for number, entry in enumerate(as_list(json.loads(file.read_text(ENCODING)))):
         yield f"entry {number}", f"{entry['id']}{SOMETHING_SUFFIX}", [entry["label"]]

@@ -35,7 +35,7 @@ class Source(CaptionedSource):
         else:
             raise errors[0]
         recordings = [Recording(shortened(file.stem), partial(self._read, file, cameras)) for file in files]
-        return Recordings.named(recordings, cameras)
+        return Recordings.of_files(recordings, cameras)
 
     def _videos(self, file: Path) -> tuple[Episode, dict[str, Path]]:
         """An annotation, and its videos by camera. Raises UserError if there are none."""

@@ -32,7 +32,7 @@ from defi.engine.optimizer import build_optimizer
 from defi.text import CLIPText, TextConfig
 from Step1_GFDM import adapter as gfdm_adapter
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LatentMixture, LatentSet, read_episodes
+from Step1_GFDM.data import LatentMixture, LatentSet, open_sets, read_episodes
 from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.augment import Augmentation, Draw
@@ -121,10 +121,7 @@ class Recording:
         return {**section, "root": str(self.root / name)}
 
     def open(self, sets: dict[str, dict[str, Any]], split: str) -> LatentMixture:
-        step = self.model.frame_step
-        return LatentMixture.from_config(
-            {"sets": sets}, frames=self.model.frames, frame_step=step, split=split
-        )
+        return LatentMixture(open_sets({"sets": sets}, self.model, split).values())
 
 
 @pytest.fixture(scope="module")
