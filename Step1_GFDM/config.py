@@ -1,7 +1,7 @@
 """Sizes and constants of stage 1; the defaults are those of the published model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -106,10 +106,6 @@ class GFDMConfig:
     def from_preset(cls, cfg: Mapping[str, Any]) -> "GFDMConfig":
         """From a composed configuration: its sections `gfdm` and `text.clip`."""
         return typed(cls, {**cfg["gfdm"], "clip": cfg["text"]["clip"]}, "gfdm")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON; `typed(GFDMConfig, …)` reads them back."""
-        return asdict(self)
 
     @property
     def latent_size(self) -> int:

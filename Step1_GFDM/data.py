@@ -12,6 +12,7 @@ latent_videos_svd, which the annotations do not name.
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -61,9 +62,8 @@ class LatentSetConfig:
     def __post_init__(self) -> None:
         if self.clips not in ("window", "spread"):
             raise UserError(f"data.sets.clips={self.clips}: must be window or spread")
-        cameras_fit = all(0 <= share < math.inf for share in self.cameras)
-        steps_fit = all(steps is None or steps >= 1 for steps in (self.stride, self.every))
-        if not steps_fit or not 0 < self.weight < math.inf or not cameras_fit:
+        given = [n for n in (self.weight, self.stride, self.every) if n is not None]
+        if not all(0 < n < math.inf for n in given) or not all(0 <= n < math.inf for n in self.cameras):
             raise UserError(
                 f"{self.root}: stride={self.stride}, every={self.every}, weight={self.weight}, "
                 f"cameras={self.cameras}: must be positive numbers, a camera's share may be 0"
@@ -79,6 +79,10 @@ class Episode:
     frames: int | None  # None: the annotation does not say
     latents: list[str]
     videos: list[str]
+
+
+class NotJSON(UserError):
+    """An annotation that is none: left out, as the published code does."""
 
 
 def inside(root: Path, path: str) -> str:
@@ -97,34 +101,27 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-class NotJSON(UserError):
-    """An annotation that is none: left out, as the published code does."""
-
-
 def read_episode(root: Path, file: Path) -> Episode:
     """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
 
     Raises UserError that names the file; `NotJSON` where that is all that is wrong.
     """
-    with reading(file, "copy it again, or remove it"):
+    fix = "copy it again, or remove it"
+    with reading(file, fix):
         try:
             values = json.loads(file.read_bytes())
         except ValueError as error:
-            raise NotJSON(f"{file}: not JSON ({one_line(error)}); copy it again, or remove it") from None
+            raise NotJSON(f"{file}: not JSON ({one_line(error)}); {fix}") from None
         texts = read_instructions(as_list(values["texts"]), f"{file}: a text")
         if not texts:
             raise UserError(f"{file}: has no caption; stage 1 needs texts")
         frames = len(values["state"]) if "state" in values else values.get("video_length", 0)
         if not 0 <= frames <= MOST_FRAMES:
             raise UserError(f"{file}: video_length={frames}: no video is that long; give its frames")
-        latents, videos = as_list(values.get("latent_videos", [])), as_list(values["videos"])
-        return Episode(
-            str(values.get("episode_id", file.stem)),
-            texts,
-            int(frames) or None,
-            [inside(root, latent["latent_video_path"]) for latent in latents],
-            [inside(root, video["video_path"]) for video in videos],
-        )
+        latents = [each["latent_video_path"] for each in as_list(values.get("latent_videos", []))]
+        videos = [each["video_path"] for each in as_list(values["videos"])]
+        latents, videos = ([inside(root, path) for path in paths] for paths in (latents, videos))
+        return Episode(str(values.get("episode_id", file.stem)), texts, int(frames) or None, latents, videos)
 
 
 def annotation_files(root: Path, split: str) -> list[Path]:
@@ -161,30 +158,37 @@ def read_episodes(root: str | Path, split: str) -> list[Episode]:
     return episodes
 
 
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Of a prepared folder; of VPP's own sets, which have none, what may be taken for granted."""
+    file = root / MANIFEST
+    return read_json(file, AGAIN) if file.is_file() else {"data": {"every": 1}}
+
+
 def stored_step(root: Path) -> int:
-    """Steps of the recording from one stored frame to the next: 1 without a manifest, as in VPP's sets."""
-    file, step = root / MANIFEST, 1
-    if file.is_file():
-        with reading(file, AGAIN):
-            step = read_json(file, AGAIN)["data"]["every"]
+    """Steps of the recording from one stored frame to the next."""
+    source = read_manifest(root).get("data")
+    step = source.get("every") if isinstance(source, dict) else None
     if not isinstance(step, int) or step < 1:
-        raise UserError(f"{file}: data.every={step}: must be the step between stored frames; {AGAIN}")
+        raise UserError(f"{root / MANIFEST}: data.every={step}: must be the step between frames; {AGAIN}")
     return step
 
 
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
-    """Some frames of an episode's latents, as float32; only what lies between them is read.
+    """Some frames of an episode's latents, as float32; only what lies between them is read, but of a `.pt` in
+    PyTorch's old format, which cannot be mapped into memory.
 
-    Raises UserError for a missing, damaged or shorter file, or a `.pt` in PyTorch's old format.
+    Raises UserError for a missing, damaged or shorter file.
     """
-    first, last = int(indices.min()), int(indices.max())
-    old = path.suffix == ".pt"
-    with reading(path, f"convert it with Step1_GFDM.convert, or {AGAIN}" if old else AGAIN):
-        if old:
-            part = torch.load(path, weights_only=True, map_location="cpu", mmap=True)[first : last + 1]
-        else:
+    with reading(path, f"copy it again, or {AGAIN}"):
+        first, last = int(indices.min()), int(indices.max())
+        if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 part = file.get_slice(LATENTS)[first : last + 1]
+        else:
+            mapped = zipfile.is_zipfile(path)
+            part = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)[first : last + 1]
+        if part.dim() != 4:
+            raise ValueError(f"holds {list(part.shape)}, not latents [frames, 4, h, w]")
         return part[torch.from_numpy(indices - first)].float()
 
 
@@ -204,27 +208,26 @@ class LatentSet:
                 f"data.every={math.gcd(stride, every)}, or give multiples of {stored}"
             )
         self.stride, self.every = stride // stored, every // stored
-        episodes, longest = read_episodes(config.root, split), config.longest or math.inf
-        for episode in episodes:
+        found, longest = read_episodes(config.root, split), config.longest or math.inf
+        for episode in found:
             self._check(episode)
-        self.episodes = [e for e in episodes if (e.frames - 1) * stored < longest]
+        self.episodes = [e for e in found if (e.frames - 1) * stored < longest]
         if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {longest} frames; raise longest")
-        if longer := len(episodes) - len(self.episodes):
-            of_all = f"{longer} of {len(episodes)} videos"
-            print_once(f"{self.root}: left out {of_all}, longer than {longest} frames")
+        if longer := len(found) - len(self.episodes):
+            print_once(f"{self.root}: left out {longer} of {len(found)} videos, longer than {longest} frames")
         self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
 
     def _check(self, episode: Episode) -> None:
-        where, cameras = f"{self.root}: episode {episode.id}", len(episode.latents)
-        if not cameras or not episode.frames:
-            fix = "encode it with Step1_GFDM.prepare, source vpp"
-            raise UserError(f"{where} has no latents or no length; {fix}")
-        if not any(self.config.cameras[:cameras]):
-            raise UserError(
-                f"{where}: cameras={self.config.cameras} gives none of its {cameras} cameras a share; give "
-                "one of them more than 0"
+        fault = ""
+        if not episode.latents or not episode.frames:
+            fault = " has no latents or no length; encode it with Step1_GFDM.prepare, source vpp"
+        elif not any(self.config.cameras[: len(episode.latents)]):
+            fault = (
+                f": cameras={self.config.cameras} gives none of its {len(episode.latents)} cameras a share"
             )
+        if fault:
+            raise UserError(f"{self.root}: episode {episode.id}{fault}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -269,22 +272,20 @@ def open_sets(cfg: Mapping[str, Any], model: GFDMConfig, split: str) -> dict[str
 def check_latents(sets: Iterable[LatentSet], vae: Path, size: torch.Size, *, pretrained: bool) -> None:
     """Raises UserError if another autoencoder than the model's made the latents, or another `size` [4, h, w].
 
-    A folder without manifest is trusted; where the model is pretrained, with a file of its own, the first is
-    only noted.
+    A pretrained model has a file of its own: another fingerprint is only noted then.
     """
     used = fingerprint(vae)
     for latents in sets:
-        file = latents.root / MANIFEST
-        made = read_json(file, AGAIN).get("vae") if file.is_file() else used
-        wrong = f"{file}: these latents were made by autoencoder {made}, {vae} is {used}"
+        made = read_manifest(latents.root).get("vae", used)
+        wrong = f"{latents.root / MANIFEST}: these latents were made by autoencoder {made}, {vae} is {used}"
         if made != used and not pretrained:
             raise UserError(f"{wrong}; give the data and the autoencoder that belong together, or {AGAIN}")
         if made != used:
             print_once(f"note: {wrong}; these must be the same weights in another file")
         found = latents.clip(0, np.random.default_rng(0))["latents"].shape[1:]
         if found != size:
-            fix = "prepare them with the model's image_size="
-            raise UserError(f"{latents.root}: its latents are {list(found)}, the model's {list(size)}; {fix}")
+            wrong = f"its latents are {list(found)}, the model's {list(size)}"
+            raise UserError(f"{latents.root}: {wrong}; prepare them with the model's image_size=")
 
 
 class LatentMixture(Dataset):

@@ -17,9 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from jaxtyping import Float
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from defi.config import entry
@@ -120,21 +118,15 @@ def summarise(judged: list[Judged]) -> dict[str, Any]:
     return found | ({"fvd": fvd_figures(parts["fvd"])} if "fvd" in parts else {})
 
 
-def report(figures: dict[str, Any], title: str) -> None:
-    """Print the figures per frame, and FVD."""
-
-    def short(value: float) -> str:
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
+def describe(figures: dict[str, Any], title: str) -> str:
+    """The figures in a few words: means over the frames after the given one."""
     shown = {label: (figures, name) for name, label in TITLES.items() if name in figures}
     shown["one-step error"] = (figures["one_step"], "latents")
-    table = Table("frame", *shown, title=f"{title} (in brackets: the first frame repeated)")
-    pairs = [zip(part[name], part[f"{name}_still"]) for part, name in shown.values()]
-    for frame, cells in enumerate(zip(*pairs)):
-        table.add_row(str(frame), *(f"{short(value)} ({short(still)})" for value, still in cells))
-    Console().print(table)
-    if figures.get("fvd"):
-        Console().print(describe_fvd(figures["fvd"]))
+    words = [f"{title}, {figures['episodes']} episodes"]
+    for label, (part, name) in shown.items():
+        own, still = (np.mean(part[key][1:]) for key in (name, f"{name}_still"))
+        words.append(f"{label} {own:.4g} (first frame repeated {still:.4g})")
+    return "; ".join([*words, *([describe_fvd(figures["fvd"])] if figures.get("fvd") else [])])
 
 
 def load_i3d(place: str, model: GFDM) -> I3D:
@@ -165,8 +157,8 @@ def main(cfg: DictConfig) -> None:
         prepare_output(output, overwrite=cfg.overwrite)
     state.wait_for_everyone()
 
-    shown = track(share(cases), "imagine", disable=not state.is_main_process)
-    mine = [judge(case, other_than(case, cases), model, metrics, i3d, cfg) for case in shown]
+    own = track(share(cases), "imagine", disable=not state.is_main_process)
+    mine = [judge(case, other_than(case, cases), model, metrics, i3d, cfg) for case in own]
     judged = sorted(gather_object(mine), key=lambda each: each.number)
     if not state.is_main_process:
         return
@@ -181,10 +173,8 @@ def main(cfg: DictConfig) -> None:
     write_file(output / "metrics.json", json.dumps(found, indent=1))
     films = {name: {each.film: each.caption for each in part} for name, part in by_set.items()}
     write_gallery(output / "gallery.html", films, found)
-    for name, figures in found["sets"].items():
-        report(figures, f"{name}, {figures['episodes']} episodes")
-    if len(sets) > 1:
-        report(found, f"all data sets, {len(judged)} episodes")
+    shown = found["sets"] | ({"all data sets": found} if len(sets) > 1 else {})
+    print(*(describe(figures, name) for name, figures in shown.items()), sep="\n")
     print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(judged)} clips, real beside imagined")
 
 

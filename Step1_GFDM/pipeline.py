@@ -7,6 +7,7 @@ gfdm.json                                  GFDMConfig: frames, image size, fps, 
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,44 +36,31 @@ from Step1_GFDM.config import GFDMConfig
 CONFIG = "gfdm.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED_WEIGHTS = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
-PARTS = {
-    "unet": UNetSpatioTemporalConditionModel,
-    "vae": AutoencoderKLTemporalDecoder,
-    "scheduler": EulerDiscreteScheduler,
-}
 Part = TypeVar("Part", bound=ConfigMixin)
 
 diffusers_logging.disable_progress_bar()
 
 
-def _image_encoder(width: int) -> CLIPVisionModelWithProjection:
-    """The smallest image tower of the right output width: unused, but the class opens nothing without."""
-    sizes = CLIPVisionConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        patch_size=112,
-        projection_dim=width,
-    )
-    with torch.device("meta"):  # its weights are zeros: a thread writes this while the training draws numbers
-        tower = CLIPVisionModelWithProjection(sizes)
+def save(folder: Path, config: GFDMConfig, clip: CLIPText, **parts: Any) -> None:
+    """Write the model, frozen parts included, so that the folder stands on its own.
+
+    parts: unet, vae, scheduler.
+    """
+    # The class opens nothing without an image tower: the smallest of the right width, of zeros, for a thread
+    # writes this while the training draws random numbers.
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    width = parts["unet"].config.cross_attention_dim
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, patch_size=112, projection_dim=width))
     tower.to_empty(device="cpu")
     for parameter in tower.parameters():
         nn.init.zeros_(parameter)
-    return tower
-
-
-def save(folder: Path, config: GFDMConfig, clip: CLIPText, **parts: Any) -> None:
-    """Write the model, frozen parts included: the folder stands on its own. parts: those of `PARTS`."""
     StableVideoDiffusionPipeline(
-        image_encoder=_image_encoder(parts["unet"].config.cross_attention_dim),
-        feature_extractor=CLIPImageProcessor(),
-        **parts,
+        image_encoder=tower, feature_extractor=CLIPImageProcessor(), **parts
     ).save_pretrained(folder)
     if config.clip.pretrained is None:
         clip.save(folder / "text")
-    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1))
+    (folder / CONFIG).write_text(json.dumps(asdict(config), indent=1))
 
 
 def load(folder: Path) -> tuple[GFDMConfig, dict[str, Any]]:
@@ -104,8 +92,11 @@ def load_foreign(folder: Path, clip: CLIPText) -> tuple[dict[str, Any], dict[str
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
-    loaders = {"scheduler": _build}
-    return {name: loaders.get(name, load_part)(cls, folder / name) for name, cls in PARTS.items()}
+    return {
+        "unet": load_part(UNetSpatioTemporalConditionModel, folder / "unet"),
+        "vae": load_part(AutoencoderKLTemporalDecoder, folder / "vae"),
+        "scheduler": _build(EulerDiscreteScheduler, folder / "scheduler"),
+    }
 
 
 def load_part(cls: type[Part], folder: Path) -> Part:

@@ -21,6 +21,7 @@ from Step1_GFDM.config import check_rate
 from Step1_GFDM.sources.recordings import CaptionedSource, Recording, Recordings, Scene, file_name, part
 
 SUFFIXES = (".hdf5", ".h5")
+Frames = UInt8[np.ndarray, "F H W 3"]
 
 
 @dataclass
@@ -90,35 +91,24 @@ class Source(CaptionedSource):
         lengths = {camera: len(pictures) for camera, pictures in found.pictures.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise UserError(f"{path}: cameras of different or no length: {lengths}")
-        views = {c: self._shaped(path, c, decoded(path, c, each)) for c, each in found.pictures.items()}
+        views = {camera: self._view(path, camera, pictures) for camera, pictures in found.pictures.items()}
         return Scene(views, [text], self.fps / self.every)
 
-    def _shaped(
-        self, path: Path, camera: str, frames: UInt8[np.ndarray, "F H W 3"]
-    ) -> UInt8[np.ndarray, "F H2 W2 3"]:
-        """Cut out and padded as the settings say. Raises UserError for a crop that leaves the pictures."""
+    def _view(self, path: Path, camera: str, pictures: Frames | list[bytes]) -> Frames:
+        """Decoded, cut out and padded. Raises UserError for damage, and a crop that leaves the pictures."""
+        if isinstance(pictures, list):
+            places = [f"{path}: picture {number} of {camera}" for number in range(len(pictures))]
+            with reading(f"{path}: {camera}", "copy it again"):
+                pictures = stack_frames([decode_picture(coded) for coded in pictures], places)
         if box := (self.crop or {}).get(camera):
             top, left, height, width = box
-            if top + height > frames.shape[1] or left + width > frames.shape[2]:
-                raise UserError(
-                    f"{path}: data.crop.{camera}={box} leaves its pictures of {frames.shape[1]} x "
-                    f"{frames.shape[2]} pixels (height x width); give [top, left, height, width] within them"
-                )
-            frames = frames[:, top : top + height, left : left + width]
+            if top + height > pictures.shape[1] or left + width > pictures.shape[2]:
+                size = f"{pictures.shape[1]} x {pictures.shape[2]} pixels (height x width)"
+                where = f"{path}: data.crop.{camera}={box} leaves its pictures of {size}"
+                raise UserError(f"{where}; give [top, left, height, width] within them")
+            pictures = pictures[:, top : top + height, left : left + width]
         if self.pad:
-            missing = [max(frames.shape[1:3]) - side for side in frames.shape[1:3]]
+            missing = [max(pictures.shape[1:3]) - side for side in pictures.shape[1:3]]
             borders = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
-            frames = np.pad(frames, [(0, 0), *borders, (0, 0)])
-        return frames
-
-
-def decoded(path: Path, camera: str, pictures: np.ndarray | list[bytes]) -> UInt8[np.ndarray, "F H W 3"]:
-    """Pictures as they are, or decoded where they are JPEG or PNG."""
-    if not isinstance(pictures, list):
+            pictures = np.pad(pictures, [(0, 0), *borders, (0, 0)])
         return pictures
-    places = [f"{path}: picture {number} of {camera}" for number in range(len(pictures))]
-    frames = []
-    for place, coded in zip(places, pictures):
-        with reading(place, "copy the file again"):
-            frames.append(decode_picture(coded))
-    return stack_frames(frames, places)
