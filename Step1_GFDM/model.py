@@ -18,9 +18,9 @@ from Step1_GFDM.build import build_scheduler, build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.unet import up_block_features
 
-LatentVideo = Float[Tensor, "N F 4 h w"]  # latents of F frames
-LatentImage = Float[Tensor, "N 4 h w"]  # latents of one
-TextStates = Float[Tensor, "N T D2"]  # CLIP's token states, twice
+Video = Float[Tensor, "N F 4 h w"]  # latents of F frames
+Picture = Float[Tensor, "N 4 h w"]  # latents of one
+Text = Float[Tensor, "N T D2"]  # CLIP token states, twice
 
 
 class GFDM(StageModel):
@@ -97,25 +97,25 @@ class GFDM(StageModel):
         """L of `features`: positions of up block 1, which ends two doublings above the lowest level."""
         return (self.config.latent_size // 2 ** (len(self.unet.config.block_out_channels) - 3)) ** 2
 
-    def noise(self, count: int, generator: torch.Generator | None = None) -> LatentVideo:
+    def noise(self, count: int, generator: torch.Generator | None = None) -> Video:
         """Standard normal noise for `count` clips, drawn on the generator's device."""
         size = self.config.latent_size
         shape = (count, self.config.frames, self.config.vae.latent_channels, size, size)
         device = generator.device if generator is not None else self.unet.device
         return torch.randn(shape, generator=generator, device=device).to(self.unet.device)
 
-    def encode_text(self, texts: list[str]) -> TextStates:
+    def encode_text(self, texts: list[str]) -> Text:
         """CLIP token states concatenated with themselves."""
         states = self.clip.tokens(texts)
         return torch.cat([states, states], dim=-1)
 
     @torch.no_grad()
-    def encode_images(self, images: Float[Tensor, "N 3 H W"]) -> LatentImage:
+    def encode_images(self, images: Float[Tensor, "N 3 H W"]) -> Picture:
         """Scaled latents (mode of the posterior) of images in [-1, 1]; float32, as the VAE may not be."""
         return self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float() * self.scaling
 
     @torch.no_grad()
-    def decode_latents(self, latents: LatentVideo) -> Float[Tensor, "N F 3 H W"]:
+    def decode_latents(self, latents: Video) -> Float[Tensor, "N F 3 H W"]:
         """Frames in [-1, 1] of scaled latents."""
         clips, frames = latents.shape[:2]
         images = self.vae.decode(latents.flatten(0, 1) / self.scaling, num_frames=frames).sample
@@ -129,31 +129,25 @@ class GFDM(StageModel):
         ids[:, 2] = noise_aug
         return ids
 
-    def beside_image(self, noisy: LatentVideo, image: LatentImage) -> Float[Tensor, "N F 8 h w"]:
+    def beside_image(self, noisy: Video, image: Picture) -> Float[Tensor, "N F 8 h w"]:
         """What the UNet sees: noisy latents, and on further channels the scaled image condition, unscaled."""
         return torch.cat([noisy, (image / self.scaling).unsqueeze(1).expand_as(noisy)], dim=2)
 
     def velocity(
-        self,
-        noisy: LatentVideo,
-        time: Tensor,
-        *,
-        image: LatentImage,
-        text: TextStates,
-        time_ids: Float[Tensor, "N 3"],
-    ) -> LatentVideo:
+        self, noisy: Video, time: Tensor, *, image: Picture, text: Text, time_ids: Float[Tensor, "N 3"]
+    ) -> Video:
         """The UNet's prediction. noisy: of unit deviation. time: ln(sigma)/4. image: scaled."""
         given = self.beside_image(noisy, image)
         return self.unet(given, time, encoder_hidden_states=text, added_time_ids=time_ids).sample
 
     def denoising_loss(
         self,
-        latents: LatentVideo,
-        text: TextStates,
+        latents: Video,
+        text: Text,
         *,
-        condition: LatentImage,
+        condition: Picture,
         noise_aug: float | Float[Tensor, " N"] = 0.0,
-        noise: LatentVideo,
+        noise: Video,
         normal: Float[Tensor, "N 1 1 1 1"],
     ) -> Float[Tensor, ""]:
         """EDM loss with sigma_data 1 (Karras et al. 2022, table 1), v-prediction preconditioning as in SVD.
@@ -200,9 +194,7 @@ class GFDM(StageModel):
         return {"loss": loss}
 
     @torch.no_grad()
-    def generate(
-        self, latents: LatentImage, text: TextStates, *, noise: LatentVideo, steps: int | None = None
-    ) -> LatentVideo:
+    def generate(self, latents: Picture, text: Text, *, noise: Video, steps: int | None = None) -> Video:
         """Scaled latents of the imagined clips, by Euler steps with classifier-free guidance.
 
         latents: the scaled image condition. text: `encode_text`. Guidance rises linearly over the frames;
@@ -225,7 +217,7 @@ class GFDM(StageModel):
 
     @torch.inference_mode()
     def imagine(
-        self, first: LatentImage, texts: list[str], *, seed: int, steps: int | None = None
+        self, first: Picture, texts: list[str], *, seed: int, steps: int | None = None
     ) -> Float[Tensor, "N F 3 H W"]:
         """Imagined frames in [-1, 1], on the CPU, from scaled latents of the first ones; a clip's noise
         depends on `seed` and on its place among the clips."""
@@ -236,10 +228,10 @@ class GFDM(StageModel):
 
     def features(
         self,
-        latents: LatentImage,
+        latents: Picture,
         texts: list[str],
         *,
-        noise: LatentVideo | None = None,
+        noise: Video | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "N F L C"]:
         """Features of the imagined future of each image: one partial UNet pass at the first sampling step.
@@ -252,31 +244,32 @@ class GFDM(StageModel):
         return maps.flatten(3).transpose(2, 3)
 
     def feature_maps(
-        self, latents: LatentImage, text: TextStates, *, noise: LatentVideo, step: int = 1
+        self, latents: Picture, text: Text, *, noise: Video, step: int = 1
     ) -> Float[Tensor, "N F C h2 w2"]:
         """`features` as maps, at the `step`-th sampling step; those before it run in full, unguided."""
-        wanted, dtype = self.config.features, self.unet.dtype
-        time_ids = self.time_ids(len(latents), wanted.fps, wanted.motion_bucket, 0.0)
-        self.scheduler.set_timesteps(wanted.steps)
-        sample = noise * self.scheduler.init_noise_sigma
+        dtype = self.unet.dtype
+        sample, time_ids = self._start(noise)
         *earlier, timestep = self.scheduler.timesteps[:step]
         for before in earlier:
             noisy = self.scheduler.scale_model_input(sample, before)
             velocity = self.velocity(noisy, before, image=latents, text=text, time_ids=time_ids)
             sample = self.scheduler.step(velocity, before, sample).prev_sample
-        given = self.beside_image(self.scheduler.scale_model_input(sample, timestep), latents)
-        return up_block_features(
-            self.unet, given.to(dtype), timestep.expand(len(latents)), text.to(dtype), time_ids
-        )
+        given = self.beside_image(self.scheduler.scale_model_input(sample, timestep), latents).to(dtype)
+        time = timestep.expand(len(latents))
+        return up_block_features(self.unet, given, time, text.to(dtype), time_ids)
 
     @torch.no_grad()
-    def predict_once(self, latents: LatentImage, texts: list[str], *, noise: LatentVideo) -> LatentVideo:
+    def predict_once(self, latents: Picture, texts: list[str], *, noise: Video) -> Video:
         """Scaled clean latents as predicted by the pass of `features`, run to its end."""
-        wanted = self.config.features
-        self.scheduler.set_timesteps(wanted.steps)
-        timestep, sample = self.scheduler.timesteps[0], noise * self.scheduler.init_noise_sigma
+        sample, time_ids = self._start(noise)
+        timestep, text = self.scheduler.timesteps[0], self.encode_text(texts)
         noisy = self.scheduler.scale_model_input(sample, timestep)
-        time_ids = self.time_ids(len(latents), wanted.fps, wanted.motion_bucket, 0.0)
-        text = self.encode_text(texts)
         velocity = self.velocity(noisy, timestep, image=latents, text=text, time_ids=time_ids)
         return self.scheduler.step(velocity, timestep, sample).pred_original_sample
+
+    def _start(self, noise: Video) -> tuple[Video, Float[Tensor, "N 3"]]:
+        """Of the schedule that features are read from: the first sample, and the time ids."""
+        wanted = self.config.features
+        self.scheduler.set_timesteps(wanted.steps)
+        time_ids = self.time_ids(len(noise), wanted.fps, wanted.motion_bucket, 0.0)
+        return noise * self.scheduler.init_noise_sigma, time_ids

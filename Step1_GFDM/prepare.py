@@ -47,8 +47,7 @@ Encode = Callable[[Float[Tensor, "F 3 H W"]], Float[Tensor, "F 4 h w"]]
 def check_same(file: Path, manifest: Mapping[str, Any]) -> None:
     """Raises UserError if the folder of a manifest was begun with something else."""
 
-    def settings(data: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        """Those of the source under the names that the command line has for them."""
+    def settings(data: dict[str, Any], **rest: Any) -> dict[str, Any]:  # as the command line names them
         return {f"data.{key}": value for key, value in data.items()} | rest
 
     fix = "choose another output="
@@ -113,10 +112,10 @@ def read_ahead(jobs: Sequence[Job]) -> Iterator[tuple[Job, Scene | UserError]]:
             return error
 
     with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(read, job) for job in jobs[:1]]
-        for number, job in enumerate(jobs):
-            scene = coming.pop().result()
-            coming = [pool.submit(read, later) for later in jobs[number + 1 : number + 2]]
+        scenes = (pool.submit(read, job) for job in jobs)
+        following = next(scenes, None)
+        for job in jobs:
+            scene, following = following.result(), next(scenes, None)
             yield job, scene
 
 
@@ -138,15 +137,15 @@ def write_episodes(output: Path, recordings: Mapping[str, Recordings], encode: E
 
 def report(output: Path) -> None:
     """Print what is there. Raises UserError if a split has no episode at all."""
-    counts, skipped = (
-        {split: len(list((output / folder / split).glob(f"*.{end}"))) for split in SPLITS}
-        for folder, end in (("annotation", "json"), (SKIPPED, "txt"))
-    )
-    left_out = f"; {sum(skipped.values())} left out, see {output / SKIPPED}" if any(skipped.values()) else ""
-    print(f"{output}: " + ", ".join(f"{n} episodes in {split}" for split, n in counts.items()) + left_out)
-    for split, count in counts.items():
-        if count == 0:
-            raise UserError(f"{output}: no episode of {split} could be read; see {output / SKIPPED / split}")
+    for split in SPLITS:
+        count, skipped = (len(list((output / f / split).glob("[!.]*"))) for f in ("annotation", SKIPPED))
+        notes = output / SKIPPED / split
+        print(
+            f"{output}: {count} episodes in {split}"
+            + (f"; {skipped} left out, see {notes}" if skipped else "")
+        )
+        if not count:
+            raise UserError(f"{output}: no episode of {split} could be read; see {notes}")
 
 
 @entry("step1_prepare")

@@ -83,7 +83,8 @@ def test_a_folder_of_videos_and_captions(
     printed = capsys.readouterr().out
     assert (
         "broken.mp4: cannot be read" in printed
-        and "1 episodes in train, 1 episodes in val; 1 left out" in printed
+        and "1 episodes in train; 1 left out" in printed
+        and "1 episodes in val\n" in printed
     )
     (train,), (val,) = read_episodes(output, "train"), read_episodes(output, "val")
     assert (train.id, train.texts, train.frames) == ("kitchen_1", ["open the drawer"], 3)
