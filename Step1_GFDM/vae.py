@@ -1,7 +1,7 @@
 """The temporal VAE of presets without pretrained weights: trained first, by a job of its own."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,7 +11,6 @@ from diffusers import AutoencoderKLTemporalDecoder
 from jaxtyping import Float
 from torch import Tensor
 
-from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import StageModel
@@ -22,7 +21,6 @@ from Step1_GFDM import pipeline
 from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
 
-CONFIG = "vae.json"
 MEASURED = "latents.json"  # their deviation, and in how many batches: for an exact resume
 MEMORY = 20  # batches over which the deviation of the latents is averaged
 
@@ -67,19 +65,10 @@ class VideoVAE(StageModel):
         """A VAE with random weights."""
         return cls(config, build_vae(config.sizes, config.image_size))
 
-    @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "VideoVAE":
-        """What `save_pretrained` wrote. Raises UserError for a missing or damaged file."""
-        file = Path(folder) / CONFIG
-        values = read_json(file, "give a checkpoint folder of Step1_GFDM.train_vae")
-        config = typed(VAEConfig, values, str(file))
-        return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
-
     def save_pretrained(self, folder: Path) -> None:
-        """Write the VAE as diffusers does, and what else this model is made of."""
+        """Write the VAE as diffusers does (`load_vae`), and what an exact resume needs besides."""
         self.vae.register_to_config(scaling_factor=1 / self.deviation.item())
         self.vae.save_pretrained(folder)
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
         measured = {"deviation": self.deviation.item(), "measured": int(self.measured)}
         (folder / MEASURED).write_text(json.dumps(measured))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from checkpoint_fakes import PLAIN_HEAD, OpenAICLIP, small_clip, write_gidm, write_policy
+from diffusers import AutoencoderKLTemporalDecoder
 from engine_toy import Points, Toy, toy, trainer
 from policy_fakes import (
     PRESET,
@@ -40,8 +41,8 @@ from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents
 from Step1_GFDM.model import GFDM
+from Step1_GFDM.pipeline import load_part
 from Step1_GFDM.sources import read_source
-from Step1_GFDM.vae import VideoVAE
 from Step2_GIDM.model import GIDM
 from Step3_DeFI.compare import compare
 from Step3_DeFI.data import PolicyStore, StoreManifest
@@ -299,6 +300,11 @@ def make_policy(folder: Path) -> None:
     DeFI.from_stages(policy_config(), gfdm=gfdm, gidm=gidm).save_pretrained(folder / "policy")
 
 
+def read_autoencoder(folder: Path) -> None:
+    load_part(AutoencoderKLTemporalDecoder, folder)
+    build_vae().load_weights(folder)
+
+
 READERS: dict[str, Reader] = {
     "run": Reader(
         make_run,
@@ -330,7 +336,7 @@ READERS: dict[str, Reader] = {
     "autoencoder": Reader(
         lambda folder: build_vae().save_pretrained(folder),
         ("*",),
-        lambda folder: VideoVAE.from_pretrained(folder).load_weights(folder),
+        read_autoencoder,
         0.3,
     ),
     "sources": Reader(make_sources, ("policy/sources.json",), read_sources, 0.3),
