@@ -47,7 +47,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Result:
     """A case's film and figures: `per_frame`, `one_step`, and `fvd`, I3D's scores, if it is measured."""
 
     number: int
@@ -80,9 +80,9 @@ def other_than(case: Case, cases: Sequence[Case]) -> Case:
     return others[others.index(case) - 1]
 
 
-def judge(
+def evaluate(
     case: Case, other: Case, model: GFDM, metrics: dict[str, Metric], i3d: I3D | None, cfg: DictConfig
-) -> Judged:
+) -> Result:
     """Imagine an episode, film it and measure. other: another episode, for the one-step figures."""
     seed, own = seed_of("case", cfg.seed, case.number), case.episode.texts[0]
     latents, there = (each.clips.latents(each.episode, 0, cfg.camera) for each in (case, other))
@@ -102,7 +102,7 @@ def judge(
     if i3d is not None:
         figures["fvd"] = action_scores(i3d, imagined[own], real)
     caption = f"{case.episode.id}: {' | '.join(imagined)}"
-    return Judged(case.number, case.data_set, path, caption, figures)
+    return Result(case.number, case.data_set, path, caption, figures)
 
 
 def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, "E ..."]]:
@@ -110,11 +110,11 @@ def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, "E ...
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def summarise(judged: list[Judged]) -> dict[str, Any]:
+def summarise(results: list[Result]) -> dict[str, Any]:
     """The figures of some episodes: their number, means per frame, one-step error, FVD if it is measured."""
-    parts = {part: stacked([each.figures[part] for each in judged]) for part in judged[0].figures}
+    parts = {part: stacked([each.figures[part] for each in results]) for part in results[0].figures}
     means = {name: values.mean(0).tolist() for name, values in parts["per_frame"].items()}
-    found = {"episodes": len(judged), **means, "one_step": one_step_figures(parts["one_step"])}
+    found = {"episodes": len(results), **means, "one_step": one_step_figures(parts["one_step"])}
     return found | ({"fvd": fvd_figures(parts["fvd"])} if "fvd" in parts else {})
 
 
@@ -158,16 +158,16 @@ def main(cfg: DictConfig) -> None:
     state.wait_for_everyone()
 
     own = track(share(cases), "imagine", disable=not state.is_main_process)
-    mine = [judge(case, other_than(case, cases), model, metrics, i3d, cfg) for case in own]
-    judged = sorted(gather_object(mine), key=lambda each: each.number)
+    mine = [evaluate(case, other_than(case, cases), model, metrics, i3d, cfg) for case in own]
+    results = sorted(gather_object(mine), key=lambda each: each.number)
     if not state.is_main_process:
         return
-    by_set = {name: [each for each in judged if each.data_set == name] for name in sets}
+    by_set = {name: [each for each in results if each.data_set == name] for name in sets}
     found = {
         "checkpoint": str(weights),
         "split": cfg.split,
         "instruction": cfg.instruction,
-        **summarise(judged),
+        **summarise(results),
         "sets": {name: {"root": str(sets[name].root), **summarise(part)} for name, part in by_set.items()},
     }
     write_file(output / "metrics.json", json.dumps(found, indent=1))
@@ -175,7 +175,7 @@ def main(cfg: DictConfig) -> None:
     write_gallery(output / "gallery.html", films, found)
     shown = found["sets"] | ({"all data sets": found} if len(sets) > 1 else {})
     print(*(describe(figures, name) for name, figures in shown.items()), sep="\n")
-    print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(judged)} clips, real beside imagined")
+    print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(results)} clips, real beside imagined")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from defi.checkpoints.foreign import find_index, read_foreign
 from defi.config import typed
 from defi.engine.resume import preserved_rng
-from defi.engine.weights import COPY_AGAIN, check_fit, load_strict
+from defi.engine.weights import COPY_AGAIN, COPY_FOLDER, check_fit, load_strict
 from defi.errors import UserError, reading
 from defi.files import check_sizes, read_json
 from defi.text import CLIPText
@@ -112,7 +112,7 @@ def load_part(cls: type[Part], folder: Path) -> Part:
 def _build(cls: type[Part], folder: Path) -> Part:
     """A part as its configuration describes it."""
     file = folder / cls.config_name
-    values = read_json(file, "copy the checkpoint folder as a whole")
+    values = read_json(file, COPY_FOLDER)
     check_sizes(values, file)
     if values.get("_class_name") != cls.__name__:
         raise UserError(f"{folder}: holds a {values.get('_class_name')}, expected {cls.__name__}")

@@ -174,7 +174,7 @@ def main(cfg: DictConfig) -> None:
     }
     if cfg.resume and (output / MANIFEST).is_file():
         check_same(output / MANIFEST, manifest)
-    state.wait_for_everyone()  # all have looked at the folder before it changes
+    state.wait_for_everyone()  # before the folder changes, all have checked it
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
         with going_on(output, MANIFEST):

@@ -475,12 +475,16 @@ def test_a_root_may_be_spelled_differently(
         (
             "captions.jsonl",
             '{"video": "a.mp4", "text": "x"}\n{"video": "b.mp4"}',
-            "line 2: a video or its caption",
+            "entry 2: a video or its caption",
         ),
         ("captions.jsonl", '{"video": "a.mp4", "text": "x"}\n{"video": ', "line 2: cannot be read"),
         ("captions.jsonl", '{"video": "../../etc/a.mp4", "text": "x"}', "outside the folder"),
         ("captions.jsonl", "", "no captions in it"),
-        ("captions.csv", "file,words\na.mp4,x\n", "must name the columns video and text"),
+        (
+            "captions.csv",
+            "file,words\na.mp4,x\n",
+            "entry 1: a video or its caption is missing; give each as video and text",
+        ),
         ("captions.csv", "video,text\na.mp4,\n", "no captions in it"),
         ("labels.json", '[{"id": "1"}]', "labels.json: cannot be read ('label')"),
         ("labels.txt", "x", "captions are read from"),

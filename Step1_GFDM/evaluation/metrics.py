@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.functional.image.lpips import _LPIPS
 
 from defi.checkpoints.foreign import read_foreign
 from defi.engine.weights import load_strict
@@ -35,6 +33,8 @@ def psnr(a: Frames, b: Frames) -> PerFrame:
 
 def ssim(a: Frames, b: Frames) -> PerFrame:
     """Structural similarity, Gaussian window of 11 pixels (Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+
     _, similarity = structural_similarity_index_measure(a, b, data_range=2.0, return_full_image=True)
     return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # at the borders the library reflects the picture
 
@@ -47,6 +47,8 @@ def load_lpips(folder: Path | str) -> Metric:
 
     Raises UserError if the file is missing, damaged, or holds other tensors.
     """
+    from torchmetrics.functional.image.lpips import _LPIPS
+
     model, file = _LPIPS(net="alex", pnet_rand=True), Path(folder) / BACKBONE
     # The library's slices of AlexNet keep the numbers of its layers.
     own = {f"features.{name.split('.', 1)[1]}": tensor for name, tensor in model.net.state_dict().items()}

@@ -6,11 +6,12 @@ labels.json      Something-Something's: [{"id": "78687", "label": "holding potat
 """
 
 import csv
+import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from defi.errors import UserError, reading
 from defi.instructions import read_instructions
@@ -62,41 +63,39 @@ class Source(CaptionedSource):
 def read_captions(file: Path) -> list[tuple[str, list[str]]]:
     """Name of each video, and its texts: none where they are blank.
 
-    Raises UserError that names the line where the file or a caption is missing or of another kind.
+    Raises UserError that names the entry where the file or a caption is missing or of another kind.
     """
-    readers = {".jsonl": _lines, ".csv": _table, ".json": _something}
-    kinds = ", ".join(readers)
-    if (suffix := file.suffix.lower()) not in readers:
-        raise UserError(f"{file}: captions are read from {kinds}; give such a file as data.splits")
     found = []
     with reading(file, "give the captions of the videos, in UTF-8, as data.splits"):
-        for place, video, texts in readers[suffix](file):
+        for number, entry in enumerate(_entries(file), 1):
+            place, video = f"{file}: entry {number}", entry.get("video")
+            texts = as_list(entry.get("texts", entry.get("text")))
             if not isinstance(video, str) or not video or not texts or None in texts:
-                raise UserError(f"{file}: {place}: a video or its caption is missing")
-            worded = read_instructions(texts, f"{file}: {place}: the caption")
-            found.append((video, [text.strip() for text in worded]))
+                raise UserError(f"{place}: a video or its caption is missing; give each as video and text")
+            found.append(
+                (video, [text.strip() for text in read_instructions(texts, f"{place}: the caption")])
+            )
     if not any(texts for _, texts in found):
         raise UserError(f"{file}: no captions in it; one line per video is expected")
     return found
 
 
-def _lines(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    for number, line in enumerate(file.read_text(ENCODING).split("\n"), 1):
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """With `video` and `text`, or `texts`."""
+    kind = file.suffix.lower()
+    if kind not in (".jsonl", ".csv", ".json"):
+        raise UserError(
+            f"{file}: captions are read from .jsonl, .csv, .json; give such a file as data.splits"
+        )
+    content = file.read_text(ENCODING)
+    if kind == ".csv":
+        return list(csv.DictReader(io.StringIO(content)))
+    if kind == ".json":
+        labels = as_list(json.loads(content))
+        return [{"video": f"{each['id']}{SOMETHING_SUFFIX}", "text": each["label"]} for each in labels]
+    entries = []
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             with reading(f"{file}: line {number}", 'it must be JSON, {"video": …, "text": …}'):
-                values = json.loads(line)
-                texts = as_list(values.get("texts", values.get("text")))
-            yield f"line {number}", values.get("video"), texts
-
-
-def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    with file.open(encoding=ENCODING, newline="") as lines:
-        for row in (table := csv.DictReader(lines)):
-            if not {"video", "text"} <= row.keys():
-                raise UserError(f"{file}: its first line must name the columns video and text")
-            yield f"line {table.line_num}", row["video"], [row["text"]]
-
-
-def _something(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    for number, entry in enumerate(as_list(json.loads(file.read_text(ENCODING)))):
-        yield f"entry {number}", f"{entry['id']}{SOMETHING_SUFFIX}", [entry["label"]]
+                entries.append(json.loads(line))
+    return entries
