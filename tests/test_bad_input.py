@@ -311,7 +311,7 @@ def test_hidden_files_and_marks_of_encoding(inputs: Path, tmp_path: Path) -> Non
             '{"video": "a.mp4", "text": "Tür"}'.encode("utf-16"),
             "cannot be read ('utf-8' codec can't decode byte 0xff in position 0",
         ),
-        (b'{"video": "a.mp4", "text": 3}', "line 1: the caption is 3; expected is one text in UTF-8"),
+        (b'{"video": "a.mp4", "text": 3}', "entry 1: the caption is 3; expected is one text in UTF-8"),
         (b'{"video": "a.mp4", "text": "T\\udcfcr"}', "entry 1: the caption is not UTF-8"),
     ],
 )
