@@ -45,16 +45,14 @@ class Case:
     clips: LatentSet
     episode: Episode
 
+    def texts(self, instruction: str | None) -> list[str]:
+        """What it is imagined under: its own instruction, and another one if there is one."""
+        other = [] if instruction is None else [instruction]
+        return list(dict.fromkeys([self.episode.texts[0], *other]))
 
-@dataclass(frozen=True)
-class Result:
-    """A case's film and figures: `per_frame`, `one_step`, and `fvd`, I3D's scores, if it is measured."""
-
-    number: int
-    data_set: str
-    film: Path
-    caption: str
-    figures: dict[str, dict[str, Tensor]]
+    def film(self, output: Path) -> Path:
+        """Where its film lies: the real future beside what each instruction leads to."""
+        return output / "clips" / self.data_set / f"{self.number:04d}.mp4"
 
 
 def choose(sets: dict[str, LatentSet], count: int, camera: int) -> list[Case]:
@@ -82,27 +80,26 @@ def other_than(case: Case, cases: Sequence[Case]) -> Case:
 
 def evaluate(
     case: Case, other: Case, model: GFDM, metrics: dict[str, Metric], i3d: I3D | None, cfg: DictConfig
-) -> Result:
-    """Imagine an episode, film it and measure. other: another episode, for the one-step figures."""
-    seed, own = seed_of("case", cfg.seed, case.number), case.episode.texts[0]
+) -> dict[str, dict[str, Tensor]]:
+    """Imagine an episode, film it and measure: `per_frame`, `one_step`, and `fvd`, if I3D is given.
+
+    other: another episode, for the one-step figures.
+    """
+    seed, texts = seed_of("case", cfg.seed, case.number), case.texts(cfg.instruction)
     latents, there = (each.clips.latents(each.episode, 0, cfg.camera) for each in (case, other))
     video = case.clips.root / case.episode.videos[cfg.camera]
     frames = read_frames(video, case.clips.indices(case.episode, 0))
     real = prepare_frames(frames, model.config.image_size)
-    texts = [own] if cfg.instruction is None else [own, cfg.instruction]
     imagined = {  # from the same noise: only the words differ
         text: model.imagine(latents[:1], [text], steps=cfg.steps, seed=seed)[0] for text in texts
     }
-    path = Path(cfg.output, "clips", case.data_set, f"{case.number:04d}.mp4")
-    film(path, real, imagined, cfg.fps)
+    film(case.film(Path(cfg.output)), real, imagined, cfg.fps)
+    own, elsewhere = imagined[texts[0]], (there[:1], other.episode.texts[0])
     figures = {
-        "per_frame": per_frame(metrics, imagined[own], real),
-        "one_step": one_step_error(model, latents, own, other=(there[:1], other.episode.texts[0]), seed=seed),
+        "per_frame": per_frame(metrics, own, real),
+        "one_step": one_step_error(model, latents, texts[0], other=elsewhere, seed=seed),
     }
-    if i3d is not None:
-        figures["fvd"] = action_scores(i3d, imagined[own], real)
-    caption = f"{case.episode.id}: {' | '.join(imagined)}"
-    return Result(case.number, case.data_set, path, caption, figures)
+    return figures | ({} if i3d is None else {"fvd": action_scores(i3d, own, real)})
 
 
 def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, "E ..."]]:
@@ -110,11 +107,11 @@ def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, "E ...
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def summarise(results: list[Result]) -> dict[str, Any]:
+def summarise(episodes: list[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
     """The figures of some episodes: their number, means per frame, one-step error, FVD if it is measured."""
-    parts = {part: stacked([each.figures[part] for each in results]) for part in results[0].figures}
+    parts = {part: stacked([figures[part] for figures in episodes]) for part in episodes[0]}
     means = {name: values.mean(0).tolist() for name, values in parts["per_frame"].items()}
-    found = {"episodes": len(results), **means, "one_step": one_step_figures(parts["one_step"])}
+    found = {"episodes": len(episodes), **means, "one_step": one_step_figures(parts["one_step"])}
     return found | ({"fvd": fvd_figures(parts["fvd"])} if "fvd" in parts else {})
 
 
@@ -158,24 +155,26 @@ def main(cfg: DictConfig) -> None:
     state.wait_for_everyone()
 
     own = track(share(cases), "imagine", disable=not state.is_main_process)
-    mine = [evaluate(case, other_than(case, cases), model, metrics, i3d, cfg) for case in own]
-    results = sorted(gather_object(mine), key=lambda each: each.number)
+    mine = [(c.number, evaluate(c, other_than(c, cases), model, metrics, i3d, cfg)) for c in own]
+    figures = dict(gather_object(mine))
     if not state.is_main_process:
         return
-    by_set = {name: [each for each in results if each.data_set == name] for name in sets}
+    by_set = {name: [case for case in cases if case.data_set == name] for name in sets}
+    summaries = {name: summarise([figures[c.number] for c in part]) for name, part in by_set.items()}
     found = {
         "checkpoint": str(weights),
         "split": cfg.split,
         "instruction": cfg.instruction,
-        **summarise(results),
-        "sets": {name: {"root": str(sets[name].root), **summarise(part)} for name, part in by_set.items()},
+        **summarise([figures[case.number] for case in cases]),
+        "sets": {name: {"root": str(sets[name].root), **part} for name, part in summaries.items()},
     }
     write_file(output / "metrics.json", json.dumps(found, indent=1))
-    films = {name: {each.film: each.caption for each in part} for name, part in by_set.items()}
+    captions = {c.number: f"{c.episode.id}: {' | '.join(c.texts(cfg.instruction))}" for c in cases}
+    films = {name: {c.film(output): captions[c.number] for c in part} for name, part in by_set.items()}
     write_gallery(output / "gallery.html", films, found)
     shown = found["sets"] | ({"all data sets": found} if len(sets) > 1 else {})
-    print(*(describe(figures, name) for name, figures in shown.items()), sep="\n")
-    print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(results)} clips, real beside imagined")
+    print(*(describe(part, name) for name, part in shown.items()), sep="\n")
+    print(f"{output / 'metrics.json'}\n{output / 'gallery.html'}: {len(cases)} clips, real beside imagined")
 
 
 if __name__ == "__main__":
