@@ -139,18 +139,18 @@ def read_episodes(root: str | Path, split: str) -> list[Episode]:
 
     Raises UserError if there are none, or one lacks something.
     """
-    faults: list[NotJSON] = []
 
-    def read(file: Path) -> list[Episode]:
+    def read(file: Path) -> Episode | NotJSON:
         try:
-            return [read_episode(Path(root), file)]
+            return read_episode(Path(root), file)
         except NotJSON as error:
-            faults.append(error)
-            return []
+            return error
 
     files = annotation_files(Path(root), split)
     with ThreadPoolExecutor(8) as pool:  # a hundred thousand small files, perhaps over a network
-        episodes = [episode for found in pool.map(read, files) for episode in found]
+        found = list(pool.map(read, files))
+    episodes = [each for each in found if isinstance(each, Episode)]
+    faults = [each for each in found if isinstance(each, NotJSON)]
     if faults and not episodes:
         raise faults[0]
     if faults:
