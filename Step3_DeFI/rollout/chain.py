@@ -63,11 +63,11 @@ class ExpertAgent:
         self.looks, self.task = 0, None
 
     def act(self, world: Any, task: str, instruction: str) -> Actions:
-        from defi.sim.experts import Expert
+        from defi.sim.scripted import ScriptedPolicy
 
         self.looks += 1
         if self.task != task:
-            self.task, self.expert = task, Expert(task, world)
+            self.task, self.expert = task, ScriptedPolicy(task, world)
         action = self.expert.act(world)
         if action is None:  # done, by its own judgement: wait
             action = np.array([0, 0, 0, 0, 0, 0, world.arm.gripper_action])

@@ -1,0 +1,132 @@
+"""Collect demonstrations in CALVIN's format: `python -m defi.sim.collect output=data/demos`."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+
+from defi import __version__
+from defi.calvin import CalvinFolder
+from defi.config import entry, typed
+from defi.engine.output import check_output, prepare_output, write_file
+from defi.errors import UserError, going_on
+from defi.files import read_json
+from defi.sim.collect.config import CollectConfig
+from defi.sim.collect.sessions import SESSIONS, Record, Session, assemble, plan, run
+from defi.sim.scenes import builtin
+from defi.sim.scripted.rates import rate_table
+
+SETTINGS, MANIFEST = "settings.json", "manifest.json"
+
+
+def start_folder(config: CollectConfig) -> Path:
+    """The output folder, checked before anything is written, with the settings it is collected under."""
+    output = check_output(config.output, resume=config.resume, overwrite=config.overwrite)
+    written = output / SETTINGS
+    if config.resume and output.is_dir() and any(output.iterdir()):
+        before = read_json(written, "choose another output=, or overwrite=true")
+        changed = [key for key, value in config.identity().items() if before.get(key) != value]
+        if changed:
+            raise UserError(
+                f"{written}: this collection was started with other settings ({', '.join(changed)}); "
+                f"give the same ones, or overwrite=true"
+            )
+    prepare_output(output, resume=config.resume, overwrite=config.overwrite)
+    write_file(written, json.dumps(config.identity(), indent=1))
+    return output
+
+
+def collect(config: CollectConfig, output: Path, console: Console) -> list[Record]:
+    """Collect what is missing, number the frames, write the index files."""
+    sessions = plan(config)
+    with going_on(output, "the demonstrations"):
+        finished = run(sessions, config, output)
+        records = dict(track(finished, "collecting sessions", total=len(sessions), console=console))
+        for name, split in config.splits.items():
+            assemble(sessions, name, output)
+            merged_config = output / name / ".hydra" / "merged_config.yaml"
+            merged_config.parent.mkdir(exist_ok=True)
+            write_file(merged_config, simulator_config(split.scenes[0], config))
+    return [records[session] for session in sessions]
+
+
+def simulator_config(scene_name: str, config: CollectConfig) -> str:
+    """The simulator's settings as YAML, under the names that CALVIN's merged_config.yaml uses."""
+    scene = builtin(scene_name)
+    cameras = {
+        name: {"name": name, "fov": camera.fov, "nearval": camera.near, "farval": camera.far}
+        | {"width": size, "height": size, "look_from": camera.look_from, "look_at": camera.look_at}
+        | {"up_vector": camera.up}
+        for (name, camera), size in zip(scene.cameras.items(), (config.static_size, config.gripper_size))
+    }
+    values = {
+        "cameras": cameras,
+        "env": {"control_freq": 30, "bullet_time_step": 240.0, "seed": scene.seed},
+        "scene": {
+            "name": scene.name,
+            "global_scaling": scene.scale,
+            "euler_obs": True,
+            "surfaces": scene.surfaces,
+            "movable_objects": [block.name for block in scene.blocks],
+        },
+        "robot": {
+            "base_position": scene.arm.base_position,
+            "base_orientation": scene.arm.base_euler,
+            "initial_joint_positions": scene.arm.rest_joints,
+            "max_joint_force": scene.arm.max_force,
+            "gripper_force": scene.arm.gripper_force,
+        },
+        "seed": config.seed,
+    }
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(values))))
+
+
+def write_manifest(
+    output: Path, config: CollectConfig, sessions: Sequence[Session], records: Sequence[Record]
+) -> None:
+    """What was collected, and how; written last."""
+    splits = {
+        split: {"frames": len(data.frame_ids), "spans": len(data.spans), "fingerprint": data.fingerprint}
+        for split in config.splits
+        for data in [CalvinFolder(output / split)]
+    }
+    manifest = {
+        "version": __version__,
+        "settings": config.identity(),
+        "splits": splits,
+        "sessions": [
+            {"split": session.split, "scene": session.scene, "variation": session.variation}
+            | {"frames": record.frames, "attempts": record.attempts}
+            for session, record in zip(sessions, records)
+        ],
+    }
+    write_file(output / MANIFEST, json.dumps(manifest, indent=1))
+
+
+@entry("collect")
+def main(cfg: DictConfig) -> None:
+    """Collect demonstrations; see configs/collect.yaml."""
+    config = typed(CollectConfig, cfg, "collect")
+    output, console = start_folder(config), Console()
+    if (output / MANIFEST).is_file():
+        shutil.rmtree(output / SESSIONS, ignore_errors=True)  # left by a run killed at its last step
+        console.print(f"{output}: already complete")
+        return
+    start = time.perf_counter()
+    records = collect(config, output, console)
+    seconds = time.perf_counter() - start
+    write_manifest(output, config, plan(config), records)
+    shutil.rmtree(output / SESSIONS)
+    attempts = [attempt for record in records for attempt in record.attempts]
+    console.print(rate_table("Demonstrations", attempts))
+    frames = sum(record.frames for record in records)
+    console.print(f"{output}: {frames} frames in {seconds:.0f} s ({frames / seconds:.0f} per second)")
+
+
+if __name__ == "__main__":
+    main()

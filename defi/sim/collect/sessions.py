@@ -1,0 +1,190 @@
+"""Collection in sessions, so that any number of processes gives the same data and a killed run can go on.
+
+A session is a stretch of play in one world, with a random generator of its own. It is written to
+`.sessions/<split>-<index>/` (with `.part` added until it is complete); once all are there, the frames get
+their numbers in the order of the sessions, and the index files are written.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from defi.calvin import Span, encode_frame, frame_name, index_files
+from defi.engine.output import write_file
+from defi.errors import UserError
+from defi.files import read_json
+from defi.sim import scenes
+from defi.sim.collect.config import CollectConfig
+from defi.sim.collect.play import Attempt, Player
+from defi.sim.world import World
+
+SESSIONS, RECORD = ".sessions", "record.json"
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A stretch of play: `variation` None is the scene itself."""
+
+    split: str
+    index: int
+    scene: str
+    variation: int | None
+    tasks: tuple[str, ...]
+
+    def folder(self, output: Path) -> Path:
+        return output / SESSIONS / f"{self.split}-{self.index:05d}"
+
+
+@dataclass
+class Record:
+    """A session's `record.json`: number of frames, recordings [first, last], `Span`s, every attempt."""
+
+    frames: int = 0
+    episodes: list[list[int]] = field(default_factory=list)
+    spans: list[dict] = field(default_factory=list)
+    attempts: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        return cls(**read_json(folder / RECORD, "delete this folder, then continue with resume=true"))
+
+
+def plan(config: CollectConfig) -> list[Session]:
+    """The sessions of all splits. Tasks are dealt out in rounds: every scene sees about as many of each."""
+    sessions = []
+    for name, split in config.splits.items():
+        rng = np.random.default_rng([config.seed, *name.encode()])
+        dealt = np.concatenate([rng.permutation(config.tasks) for _ in range(split.demos_per_task)])
+        hands = np.array_split(dealt, -(-len(dealt) // config.demos_per_session))
+        number = itertools.count()
+        # Scene by scene: scene_info.npy holds one range of frames per scene.
+        for s, scene in enumerate(split.scenes):
+            for i, tasks in enumerate(hands[s :: len(split.scenes)]):
+                variation = i % (split.variations + 1) or None
+                sessions.append(Session(name, next(number), scene, variation, tuple(tasks.tolist())))
+    return sessions
+
+
+def collect_session(session: Session, config: CollectConfig, output: Path) -> Record:
+    """Play one session and write it; one that is already there is only read."""
+    folder = session.folder(output)
+    if folder.is_dir():
+        return Record.read(folder)
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    rng = np.random.default_rng([config.seed, *session.split.encode(), session.index])
+    scene = scenes.builtin(session.scene)
+    if session.variation is not None:
+        scene = scenes.variation(session.scene, config.seed * 100_000 + session.variation)
+    with World(scene, static_size=config.static_size, gripper_size=config.gripper_size) as world:
+        attempts = Player(world, config.play, rng).play(session.tasks)
+        record = write_attempts(attempts, part, config.phrasings(session.split), rng)
+    write_file(part / RECORD, json.dumps(asdict(record)))
+    os.replace(part, folder)
+    return record
+
+
+def write_attempts(
+    attempts: Iterable[Attempt],
+    folder: Path,
+    phrasings: dict[str, Sequence[str]],
+    rng: np.random.Generator,
+) -> Record:
+    """Write the frames of solved attempts as `000000.npz`, …; tasks with phrasings get a span with one."""
+    record = Record()
+    for attempt in attempts:
+        record.attempts.append(attempt.summary())
+        if attempt.solved_after is None:
+            continue
+        first, last = record.frames, record.frames + len(attempt.frames) - 1
+        for number, frame in enumerate(attempt.frames, first):
+            (folder / session_frame(number)).write_bytes(encode_frame(frame))
+        record.frames = last + 1
+        if attempt.continues:
+            record.episodes[-1][1] = last
+        else:
+            record.episodes.append([first, last])
+        if attempt.task in phrasings:
+            instruction = str(rng.choice(phrasings[attempt.task]))
+            record.spans.append(asdict(Span(first, last, instruction, attempt.task)))
+    return record
+
+
+def session_frame(index: int) -> str:
+    return f"{index:06d}.npz"
+
+
+def run(sessions: Sequence[Session], config: CollectConfig, output: Path) -> Iterator[tuple[Session, Record]]:
+    """Collect all sessions; yields each as it is finished."""
+    work = partial(collect_session, config=config, output=output)
+    return in_processes(work, sessions, config.workers)
+
+
+def in_processes(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with the result of its work, as they are finished, over `workers` processes."""
+    if workers == 1:
+        yield from ((item, work(item)) for item in items)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+    try:
+        futures = {pool.submit(work, item): item for item in items}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"workers={workers}: one died (out of memory?); use fewer, with resume=true if it was collecting"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Make this worker end when the main process is killed: a run that resumes must find nobody writing."""
+
+    def watch() -> None:
+        wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def assemble(sessions: Sequence[Session], split: str, output: Path) -> None:
+    """Number a split's frames in the order of the sessions, write its index files. A kill does no harm."""
+    folder = output / split
+    folder.mkdir(exist_ok=True)
+    first, episodes, spans, scene_frames = 0, [], [], {}
+    for session in sessions:
+        if session.split != split:
+            continue
+        source = session.folder(output)
+        record = Record.read(source)
+        for i in range(record.frames):
+            if (source / session_frame(i)).exists():  # else a killed run had already moved it
+                os.replace(source / session_frame(i), folder / frame_name(first + i))
+        episodes += [(first + start, first + end) for start, end in record.episodes]
+        for span in record.spans:
+            spans.append(Span(**span | {key: first + span[key] for key in ("start", "end")}))
+        if record.frames:
+            start, _ = scene_frames.get(session.scene, (first, 0))
+            first += record.frames
+            scene_frames[session.scene] = (start, first - 1)
+    for name, content in index_files(episodes, spans, scene_frames).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_file(folder / name, content)
