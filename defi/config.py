@@ -34,6 +34,7 @@ RETIRED = {
     "policy.action_head.action_positions": (
         "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
     ),
+    "demos_per_unit": "use demos_per_session=",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
     "store.video_stride": "replaced by store.videos=true; frames are as far apart as the video model's",
 }

@@ -94,36 +94,32 @@ def _feasible_draws(state: Situation, count: int, seed: int) -> list[tuple[str, 
     rng = np.random.RandomState(seed)
     found: list[tuple[str, ...]] = []
     while len(found) < count:
-        swaps = _draw_swaps(rng)
+        drawn = _draw_chains(rng)
         situation = np.full(DRAWS, number[tuple(state.values())])
-        used = np.zeros(DRAWS, dtype=np.int64)
-        chain = np.empty((DRAWS, 0), dtype=np.int64)
-        for place in range(CHAIN_LENGTH):
-            task = _undo(swaps, place)
-            after, bit = leads_to[situation, task], category_bit[task]
-            good = np.flatnonzero((after >= 0) & (used & bit == 0))
-            swaps, situation, used = swaps[:, good], after[good], (used | bit)[good]
-            chain = np.column_stack([chain[good], task[good]])
-        found += [tuple(TASKS[task] for task in row) for row in chain]
+        feasible, used = np.ones(DRAWS, dtype=bool), np.zeros(DRAWS, dtype=np.int64)
+        for task in drawn.T:
+            situation = leads_to[situation, task]  # after a −1 it no longer matters
+            feasible &= (situation >= 0) & (used & category_bit[task] == 0)
+            used |= category_bit[task]
+        found += [tuple(TASKS[task] for task in chain) for chain in drawn[feasible]]
     return found[:count]
 
 
-def _draw_swaps(rng: np.random.RandomState) -> UInt8[np.ndarray, "S N"]:
-    """The random numbers of N calls of `rng.choice(TASKS, 5, replace=False)`, in one call.
+def _draw_chains(rng: np.random.RandomState) -> UInt8[np.ndarray, "N L"]:
+    """The results of N calls of `rng.choice(len(TASKS), CHAIN_LENGTH, replace=False)`, at once.
 
-    NumPy shuffles from the back: for i = len(TASKS) − 1 … 1, item i changes places with item swaps[−i], which
-    is uniform in 0 … i; the chain is what then comes first.
+    NumPy shuffles from the back: for i = len(TASKS) − 1 … 1, item i changes places with one of 0 … i; then it
+    takes what comes first.
     """
-    bounds = np.arange(len(TASKS), 1, -1)
-    return rng.randint(0, bounds, size=(DRAWS, len(bounds))).T.astype(np.uint8)
-
-
-def _undo(swaps: UInt8[np.ndarray, "S N"], place: int) -> UInt8[np.ndarray, " N"]:
-    """The task that each shuffle brings to `place`, found by undoing the swaps from the last to the first."""
-    item = np.full(swaps.shape[1], place, dtype=np.uint8)
-    for i in range(1, len(TASKS)):
-        item = np.where(item == i, swaps[-i], np.where(item == swaps[-i], np.uint8(i), item))
-    return item
+    last = np.arange(len(TASKS) - 1, 0, -1)
+    swaps = rng.randint(0, last + 1, size=(DRAWS, len(last)))
+    order = np.repeat(np.arange(len(TASKS), dtype=np.uint8)[:, None], DRAWS, axis=1)
+    draws = np.arange(DRAWS)
+    for i, j in zip(last, swaps.T):
+        moved = order[i].copy()
+        order[i] = order[j, draws]
+        order[j, draws] = moved
+    return order[:CHAIN_LENGTH].T
 
 
 def shortest_path(

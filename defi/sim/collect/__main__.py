@@ -3,12 +3,15 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from defi import __version__
 from defi.calvin import CalvinFolder
@@ -17,9 +20,9 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
 from defi.files import read_json
 from defi.sim.collect.config import CollectConfig
-from defi.sim.collect.sessions import SESSIONS, Record, Session, assemble, plan, run
+from defi.sim.collect.sessions import SESSIONS, Record, Session, assemble, collect_session, in_processes, plan
 from defi.sim.scenes import builtin
-from defi.sim.scripted.rates import rate_table
+from defi.sim.tasks import TASKS
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 
@@ -41,70 +44,89 @@ def start_folder(config: CollectConfig) -> Path:
     return output
 
 
-def collect(config: CollectConfig, output: Path, console: Console) -> list[Record]:
+def collect(config: CollectConfig, output: Path, console: Console) -> dict[Session, Record]:
     """Collect what is missing, number the frames, write the index files."""
     sessions = plan(config)
+    work = partial(collect_session, config=config, output=output)
     with going_on(output, "the demonstrations"):
-        finished = run(sessions, config, output)
-        records = dict(track(finished, "collecting sessions", total=len(sessions), console=console))
-        for name, split in config.splits.items():
-            assemble(sessions, name, output)
+        finished = in_processes(work, sessions, config.workers)
+        records = dict(track(finished, "sessions", total=len(sessions), console=console))
+        for name, split in config.splits.items() if config.record else ():
+            assemble([session for session in sessions if session.split == name], output)
             merged_config = output / name / ".hydra" / "merged_config.yaml"
             merged_config.parent.mkdir(exist_ok=True)
             write_file(merged_config, simulator_config(split.scenes[0], config))
-    return [records[session] for session in sessions]
+    return {session: records[session] for session in sessions}
 
 
 def simulator_config(scene_name: str, config: CollectConfig) -> str:
     """The simulator's settings as YAML, under the names that CALVIN's merged_config.yaml uses."""
     scene = builtin(scene_name)
-    cameras = {
-        name: {"name": name, "fov": camera.fov, "nearval": camera.near, "farval": camera.far}
-        | {"width": size, "height": size, "look_from": camera.look_from, "look_at": camera.look_at}
-        | {"up_vector": camera.up}
-        for (name, camera), size in zip(scene.cameras.items(), (config.static_size, config.gripper_size))
-    }
+    arm, sizes = scene.arm, (config.static_size, config.gripper_size)
     values = {
-        "cameras": cameras,
+        "cameras": {
+            name: {"name": name, "fov": camera.fov, "nearval": camera.near, "farval": camera.far}
+            | {"width": size, "height": size, "look_from": camera.look_from, "look_at": camera.look_at}
+            | {"up_vector": camera.up}
+            for (name, camera), size in zip(scene.cameras.items(), sizes)
+        },
         "env": {"control_freq": 30, "bullet_time_step": 240.0, "seed": scene.seed},
-        "scene": {
-            "name": scene.name,
-            "global_scaling": scene.scale,
-            "euler_obs": True,
-            "surfaces": scene.surfaces,
-            "movable_objects": [block.name for block in scene.blocks],
-        },
-        "robot": {
-            "base_position": scene.arm.base_position,
-            "base_orientation": scene.arm.base_euler,
-            "initial_joint_positions": scene.arm.rest_joints,
-            "max_joint_force": scene.arm.max_force,
-            "gripper_force": scene.arm.gripper_force,
-        },
+        "scene": {"name": scene.name, "global_scaling": scene.scale, "euler_obs": True}
+        | {"surfaces": scene.surfaces, "movable_objects": [block.name for block in scene.blocks]},
+        "robot": {"base_position": arm.base_position, "base_orientation": arm.base_euler}
+        | {"initial_joint_positions": arm.rest_joints, "max_joint_force": arm.max_force}
+        | {"gripper_force": arm.gripper_force},
         "seed": config.seed,
     }
     return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(values))))
 
 
-def write_manifest(
-    output: Path, config: CollectConfig, sessions: Sequence[Session], records: Sequence[Record]
-) -> None:
+def success_rates(records: Iterable[Record]) -> dict[str, dict[str, float | int | None]]:
+    """Per task that was tried: attempts, how many were solved, and the steps that took."""
+    steps: dict[str, list[int | None]] = {task: [] for task in TASKS}
+    for record in records:
+        for attempt in record.attempts:
+            steps[attempt["task"]].append(attempt["solved_after"])
+    rates = {}
+    for task in filter(steps.get, TASKS):
+        solved = [count for count in steps[task] if count is not None]
+        rates[task] = {
+            "attempts": len(steps[task]),
+            "solved": len(solved),
+            "rate": len(solved) / len(steps[task]),
+            "median_steps": float(np.median(solved)) if solved else None,
+            "max_steps": max(solved, default=None),
+        }
+    return rates
+
+
+def success_table(rates: Mapping[str, Mapping[str, float | int | None]]) -> Table:
+    """`success_rates` to be printed; green from 90 % on."""
+    table = Table("task", title="Success of the scripted policies")
+    for column in ("attempts", "solved", "rate", "median steps"):
+        table.add_column(column, justify="right")
+    for task, of in rates.items():
+        rate = f"[{'green' if of['rate'] >= 0.9 else 'red'}]{of['rate']:.0%}[/]"
+        steps = f"{of['median_steps']:.0f}" if of["solved"] else "–"
+        table.add_row(task, str(of["attempts"]), str(of["solved"]), rate, steps)
+    return table
+
+
+def write_manifest(output: Path, config: CollectConfig, records: Mapping[Session, Record]) -> None:
     """What was collected, and how; written last."""
     splits = {
         split: {"frames": len(data.frame_ids), "spans": len(data.spans), "fingerprint": data.fingerprint}
         for split in config.splits
+        if config.record
         for data in [CalvinFolder(output / split)]
     }
-    manifest = {
-        "version": __version__,
-        "settings": config.identity(),
-        "splits": splits,
-        "sessions": [
-            {"split": session.split, "scene": session.scene, "variation": session.variation}
-            | {"frames": record.frames, "attempts": record.attempts}
-            for session, record in zip(sessions, records)
-        ],
-    }
+    sessions = [
+        {"split": session.split, "scene": session.scene, "variation": session.variation}
+        | {"frames": record.frames, "attempts": record.attempts}
+        for session, record in records.items()
+    ]
+    manifest = {"version": __version__, "settings": config.identity(), "splits": splits}
+    manifest |= {"success": success_rates(records.values()), "sessions": sessions}
     write_file(output / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -120,11 +142,10 @@ def main(cfg: DictConfig) -> None:
     start = time.perf_counter()
     records = collect(config, output, console)
     seconds = time.perf_counter() - start
-    write_manifest(output, config, plan(config), records)
+    write_manifest(output, config, records)
     shutil.rmtree(output / SESSIONS)
-    attempts = [attempt for record in records for attempt in record.attempts]
-    console.print(rate_table("Demonstrations", attempts))
-    frames = sum(record.frames for record in records)
+    console.print(success_table(success_rates(records.values())))
+    frames = sum(record.frames for record in records.values())
     console.print(f"{output}: {frames} frames in {seconds:.0f} s ({frames / seconds:.0f} per second)")
 
 

@@ -48,6 +48,7 @@ class CollectConfig:
     output: str
     resume: bool
     overwrite: bool
+    record: bool
     workers: int
     tasks: Any
     scenes: Any

@@ -10,11 +10,10 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -58,6 +57,18 @@ class Record:
     spans: list[dict] = field(default_factory=list)
     attempts: list[dict] = field(default_factory=list)
 
+    def add(
+        self, attempt: Attempt, folder: Path, phrasings: Sequence[str] | None, rng: np.random.Generator
+    ) -> None:
+        """Write a demonstration's frames; with phrasings to choose from, it gets a span."""
+        first, self.frames = self.frames, self.frames + len(attempt.frames)
+        for number, frame in enumerate(attempt.frames, first):
+            (folder / session_frame(number)).write_bytes(encode_frame(frame))
+        start = self.episodes.pop()[0] if attempt.continues else first
+        self.episodes.append([start, self.frames - 1])
+        if phrasings:
+            self.spans.append(asdict(Span(first, self.frames - 1, str(rng.choice(phrasings)), attempt.task)))
+
     @classmethod
     def read(cls, folder: Path) -> "Record":
         return cls(**read_json(folder / RECORD, "delete this folder, then continue with resume=true"))
@@ -91,48 +102,21 @@ def collect_session(session: Session, config: CollectConfig, output: Path) -> Re
     scene = scenes.builtin(session.scene)
     if session.variation is not None:
         scene = scenes.variation(session.scene, config.seed * 100_000 + session.variation)
-    with World(scene, static_size=config.static_size, gripper_size=config.gripper_size) as world:
+    sizes = {"static_size": config.static_size, "gripper_size": config.gripper_size}
+    with World(scene, cameras=("static", "gripper") if config.record else (), **sizes) as world:
         attempts = Player(world, config.play, rng).play(session.tasks)
-        record = write_attempts(attempts, part, config.phrasings(session.split), rng)
+        record = Record()
+        for attempt in attempts:
+            record.attempts.append(attempt.summary())
+            if config.record and attempt.solved_after is not None:
+                record.add(attempt, part, config.phrasings(session.split).get(attempt.task), rng)
     write_file(part / RECORD, json.dumps(asdict(record)))
     os.replace(part, folder)
     return record
 
 
-def write_attempts(
-    attempts: Iterable[Attempt],
-    folder: Path,
-    phrasings: dict[str, Sequence[str]],
-    rng: np.random.Generator,
-) -> Record:
-    """Write the frames of solved attempts as `000000.npz`, …; tasks with phrasings get a span with one."""
-    record = Record()
-    for attempt in attempts:
-        record.attempts.append(attempt.summary())
-        if attempt.solved_after is None:
-            continue
-        first, last = record.frames, record.frames + len(attempt.frames) - 1
-        for number, frame in enumerate(attempt.frames, first):
-            (folder / session_frame(number)).write_bytes(encode_frame(frame))
-        record.frames = last + 1
-        if attempt.continues:
-            record.episodes[-1][1] = last
-        else:
-            record.episodes.append([first, last])
-        if attempt.task in phrasings:
-            instruction = str(rng.choice(phrasings[attempt.task]))
-            record.spans.append(asdict(Span(first, last, instruction, attempt.task)))
-    return record
-
-
 def session_frame(index: int) -> str:
     return f"{index:06d}.npz"
-
-
-def run(sessions: Sequence[Session], config: CollectConfig, output: Path) -> Iterator[tuple[Session, Record]]:
-    """Collect all sessions; yields each as it is finished."""
-    work = partial(collect_session, config=config, output=output)
-    return in_processes(work, sessions, config.workers)
 
 
 def in_processes(
@@ -165,14 +149,12 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def assemble(sessions: Sequence[Session], split: str, output: Path) -> None:
-    """Number a split's frames in the order of the sessions, write its index files. A kill does no harm."""
-    folder = output / split
+def assemble(sessions: Sequence[Session], output: Path) -> None:
+    """Number a split's frames in the order of its sessions, write its index files. A kill does no harm."""
+    folder = output / sessions[0].split
     folder.mkdir(exist_ok=True)
     first, episodes, spans, scene_frames = 0, [], [], {}
     for session in sessions:
-        if session.split != split:
-            continue
         source = session.folder(output)
         record = Record.read(source)
         for i in range(record.frames):

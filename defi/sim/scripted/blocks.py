@@ -1,4 +1,4 @@
-"""Skills for the blocks: push, lift, turn, place, stack, unstack, and push into the drawer."""
+"""Skills for the blocks, made for the situation at their start: which block is held, how a block lay."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +9,7 @@ from jaxtyping import Float
 from defi.sim.panda import FINGER_WIDTH
 from defi.sim.scene import BLOCKS, Vector
 from defi.sim.scripted.motion import (
-    CLOSED,
-    HELD,
+    DOWN,
     OPEN,
     OVER_DOOR,
     TIP,
@@ -23,7 +22,6 @@ from defi.sim.scripted.motion import (
     wrap,
 )
 from defi.sim.table import BLOCK_HEIGHT, HANDLE_TOP, TOP
-from defi.sim.tasks import COLORS
 
 CLOSED_FINGERS = 0.02  # metres from the TCP to the outside of closed fingers
 OPEN_FINGERS = 0.065  # … of open ones, with some margin
@@ -31,7 +29,6 @@ BEFORE_KNOB = -0.058  # y up to which the hand can come down over the table
 OVER_TABLE = 0.535  # height of the TCP that clears blocks on the table
 OVER_BLOCKS = 0.55  # height of a carried block's middle that clears others
 OVER_DRAWER = HANDLE_TOP + 0.05
-STRAIGHT = float(np.pi / 2)  # the hand's yaw with the fingers apart along x
 PUSHED, TURNED = 0.104, np.radians(68)  # just past what the judge asks for
 # Where to put a block in each half of the shelf: its middle; if a block is there, nearer to the other half.
 SHELF_PLACES = {"left": ((-0.24, 0.092), (-0.13, 0.092)), "right": ((0.07, 0.092), (-0.04, 0.092))}
@@ -73,12 +70,11 @@ def grip_yaw(view: View, name: str) -> float:
     A cube may be taken the other way, if another block is in the way of the first.
     """
     block = view.blocks[name]
-    first, second = (
-        float(STRAIGHT + wrap(2 * (yaw - STRAIGHT)) / 2) for yaw in (block.yaw, block.yaw + np.pi / 2)
-    )
+    both_ways = np.array([block.yaw, block.yaw + np.pi / 2])
+    first, second = (DOWN[2] + wrap(2 * (both_ways - DOWN[2])) / 2).tolist()
     if block.length > BLOCK_HEIGHT:
         return first
-    near, far = sorted((first, second), key=lambda yaw: abs(yaw - STRAIGHT))
+    near, far = sorted((first, second), key=lambda yaw: abs(yaw - DOWN[2]))
     return far if crowded(view, name, near) and not crowded(view, name, far) else near
 
 
@@ -89,7 +85,7 @@ def grasp(view: View, name: str) -> Move:
     turned = abs(float(wrap(view.euler[2] - yaw)))
     aligned = np.linalg.norm((place - view.tcp)[:2]) < 0.012 and abs(place[2] - view.tcp[2]) < 0.012
     if view.holds(name) or aligned:
-        return Move(view.tcp, gripper=CLOSED, yaw=yaw)
+        return Move(view.tcp, yaw=yaw)
     if place[1] < 0 and place[2] < TOP + 0.03 and crowded(view, name, yaw):
         return push(view, name, np.array([0.0, 1.0]))
     goal = np.array([*place[:2], place[2] + 0.002])
@@ -126,7 +122,7 @@ def push(view: View, name: str, direction: Float[np.ndarray, "2"]) -> Move:
 def let_go(view: View, name: str) -> Move:
     """Put a block in the hand that the task does not ask for on the table, open, rise."""
     place = view.blocks[name].place
-    if view.width > HELD:
+    if view.is_open:
         return Move(view.tcp + Skill.leave, gripper=OPEN)
     if place[2] < TOP + 0.03:
         return Move(view.tcp, gripper=OPEN, yaw=view.yaw)
@@ -135,12 +131,9 @@ def let_go(view: View, name: str) -> Move:
 
 def free_spot(view: View, name: str) -> Point:
     """Where to put a block on the table: far from the others there, just above it."""
-    others = [
-        block.place[0]
-        for other, block in view.blocks.items()
-        if other != name and block.place[1] < 0 and block.place[2] < TOP + 0.03
-    ]
-    spot = max((0.05, 0.14, 0.23), key=lambda x: min((abs(x - other) for other in others), default=0))
+    others = [block.place for other, block in view.blocks.items() if other != name]
+    taken = [x for x, y, z in others if y < 0 and z < TOP + 0.03]
+    spot = max((0.05, 0.14, 0.23), key=lambda x: min((abs(x - other) for other in taken), default=0))
     return np.array([spot, -0.11, TOP + 0.025])
 
 
@@ -169,13 +162,11 @@ def lift(start: View, name: str, rise: float) -> Skill:
 
 def rotate(start: View, name: str, side: int) -> Skill:
     """Grasp the block, turn it with the hand where it lies (`side` +1: counterclockwise), let go."""
-    before = start.blocks[name]
-    middle = (
-        before.place[1] - 0.025
-    )  # y to which it is drawn meanwhile, for the hand to clear the door's knob
+    yaw, y = start.blocks[name].yaw, start.blocks[name].place[1]
+    middle = y - 0.025  # to which it is drawn meanwhile, for the hand to clear the door's knob
 
     def turned(view: View) -> bool:
-        return side * float(wrap(view.blocks[name].yaw - before.yaw)) > TURNED
+        return side * float(wrap(view.blocks[name].yaw - yaw)) > TURNED
 
     def move(view: View) -> Move:
         if turned(view):
@@ -185,7 +176,7 @@ def rotate(start: View, name: str, side: int) -> Skill:
             return Move(goal, yaw=view.yaw + side * 0.15, turn=True)
         return grasp(view, name)
 
-    return Skill(move, lambda view: turned(view) and view.width > HELD, leave_gripper=OPEN, block=name)
+    return Skill(move, lambda view: turned(view) and view.is_open, leave_gripper=OPEN, block=name)
 
 
 def place(name: str, where: Callable[[View], Point], clear: float, leave: Vector = Skill.leave) -> Skill:
@@ -194,7 +185,7 @@ def place(name: str, where: Callable[[View], Point], clear: float, leave: Vector
     def done(view: View) -> bool:
         offset = view.blocks[name].place - where(view)
         there = np.hypot(*offset[:2]) < 0.06 and offset[2] < 0.02
-        return bool(there and view.width > HELD)
+        return bool(there and view.is_open)
 
     def move(view: View) -> Move:
         block, goal = view.blocks[name].place, where(view)
@@ -203,7 +194,7 @@ def place(name: str, where: Callable[[View], Point], clear: float, leave: Vector
         if not view.holds(name):
             return grasp(view, name)
         carried = descend(block, goal, clear, near=0.015, travel=clear)
-        return Move(view.tcp + carried - block, yaw=STRAIGHT)
+        return Move(view.tcp + carried - block)
 
     return Skill(move, done, leave, leave_gripper=OPEN, block=name)
 
@@ -232,12 +223,9 @@ def place_on_shelf(start: View) -> Skill:
 
 def stack(start: View) -> Skill:
     name = nearest_block(start)
-    low = {
-        other: block.place
-        for other, block in start.blocks.items()
-        if other != name and block.place[1] < 0 < block.place[2] - TOP
-    }
-    below = min(low, key=lambda other: np.linalg.norm(low[other] - start.tcp))
+    others = {other: block.place for other, block in start.blocks.items() if other != name}
+    on_table = [other for other, (_, y, z) in others.items() if y < 0 and z > TOP]
+    below = min(on_table, key=lambda other: np.linalg.norm(others[other] - start.tcp))
     return place(name, lambda view: view.blocks[below].place + (0, 0, 0.043), clear=OVER_BLOCKS)
 
 
@@ -264,24 +252,17 @@ def push_into_drawer(start: View) -> Skill:
     return Skill(move, lambda view: view.blocks[name].place[2] < TOP - 0.04)
 
 
-BOTH_WAYS = [(color, side, sign) for color in COLORS for side, sign in (("right", 1), ("left", -1))]
 BLOCK_SKILLS: dict[str, Callable[[View], Skill]] = {
-    **{
-        f"push_{c}_block_{side}": partial(push_aside, name=f"block_{c}", side=sign)
-        for c, side, sign in BOTH_WAYS
-    },
-    **{
-        f"rotate_{c}_block_{side}": partial(rotate, name=f"block_{c}", side=-sign)
-        for c, side, sign in BOTH_WAYS
-    },
-    **{
-        f"lift_{c}_block_{where}": partial(lift, name=f"block_{c}", rise=rise)
-        for c in COLORS
-        for where, rise in (("table", 0.06), ("slider", 0.04), ("drawer", 0.07))
-    },
     "place_in_drawer": place_in_drawer,
     "place_in_slider": place_on_shelf,
     "stack_block": stack,
     "unstack_block": unstack,
     "push_into_drawer": push_into_drawer,
 }
+for name in BLOCKS:
+    color = name.removeprefix("block_")
+    for side, sign in (("right", 1), ("left", -1)):
+        BLOCK_SKILLS[f"push_{color}_block_{side}"] = partial(push_aside, name=name, side=sign)
+        BLOCK_SKILLS[f"rotate_{color}_block_{side}"] = partial(rotate, name=name, side=-sign)
+    for shelf, rise in (("table", 0.06), ("slider", 0.04), ("drawer", 0.07)):
+        BLOCK_SKILLS[f"lift_{color}_block_{shelf}"] = partial(lift, name=name, rise=rise)

@@ -86,7 +86,7 @@ def button(*, on: bool) -> Skill:
             return Move(view.tcp + (0, 0, 0.05))
         return Move(descend(view.tcp, np.array([x, y, z - 0.04]), clear=z + TIP + 0.03))
 
-    return Skill(move, lambda view: view.lights["led"] == on, leave=(0.0, 0.0, 0.12))
+    return Skill(move, lambda view: view.led == on, leave=(0.0, 0.0, 0.12))
 
 
 FIXTURE_SKILLS = {

@@ -53,14 +53,14 @@ class Block:
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees: the hand, the joints and the point to work each of them, lights, blocks."""
+    """What a policy sees: the hand, the joints and the point to work each of them, the LED, the blocks."""
 
     tcp: Point
     euler: Float[np.ndarray, "3"]
     width: float
     joints: dict[str, float]
     grips: dict[str, Point]
-    lights: dict[str, int]
+    led: int
     blocks: dict[str, Block]
 
     @classmethod
@@ -75,7 +75,7 @@ class View:
             width=float(robot[6]),
             joints=joints,
             grips={name: np.array(grips[name]) + joints[name] * JOINT_AXES[name] for name in grips},
-            lights={"lightbulb": int(scene[4]), "led": int(scene[5])},
+            led=int(scene[5]),
             blocks={
                 block.name: Block(pose[:3], float(pose[5]), block.length)
                 for block, pose in zip(world.scene.blocks, poses)
@@ -93,6 +93,11 @@ class View:
 
     def holds(self, name: str) -> bool:
         return self.between(name) and self.width < HELD
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the fingers hold no block."""
+        return self.width > HELD
 
 
 @dataclass(frozen=True)
