@@ -260,7 +260,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_success_is_measured_without_recording(tmp_path: Path) -> None:
-    """The same play as in a collection, whatever the number of workers, but no frames."""
+    """Play without pictures: no frames, and the same numbers whatever the number of workers."""
     manifests = []
     for workers in (1, 2):
         output = tmp_path / f"{workers}"

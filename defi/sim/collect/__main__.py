@@ -4,7 +4,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, going_on
 from defi.files import read_json
 from defi.sim.collect.config import CollectConfig
-from defi.sim.collect.sessions import SESSIONS, Record, Session, assemble, collect_session, in_processes, plan
+from defi.sim.collect.sessions import SESSIONS, Record, Session, assemble, collect_sessions, plan
 from defi.sim.scenes import builtin
 from defi.sim.tasks import TASKS
 
@@ -47,9 +46,8 @@ def start_folder(config: CollectConfig) -> Path:
 def collect(config: CollectConfig, output: Path, console: Console) -> dict[Session, Record]:
     """Collect what is missing, number the frames, write the index files."""
     sessions = plan(config)
-    work = partial(collect_session, config=config, output=output)
     with going_on(output, "the demonstrations"):
-        finished = in_processes(work, sessions, config.workers)
+        finished = collect_sessions(sessions, config, output)
         records = dict(track(finished, "sessions", total=len(sessions), console=console))
         for name, split in config.splits.items() if config.record else ():
             assemble([session for session in sessions if session.split == name], output)
@@ -83,32 +81,25 @@ def simulator_config(scene_name: str, config: CollectConfig) -> str:
 
 def success_rates(records: Iterable[Record]) -> dict[str, dict[str, float | int | None]]:
     """Per task that was tried: attempts, how many were solved, and the steps that took."""
-    steps: dict[str, list[int | None]] = {task: [] for task in TASKS}
-    for record in records:
-        for attempt in record.attempts:
-            steps[attempt["task"]].append(attempt["solved_after"])
+    attempts = [attempt for record in records for attempt in record.attempts]
     rates = {}
-    for task in filter(steps.get, TASKS):
-        solved = [count for count in steps[task] if count is not None]
-        rates[task] = {
-            "attempts": len(steps[task]),
-            "solved": len(solved),
-            "rate": len(solved) / len(steps[task]),
-            "median_steps": float(np.median(solved)) if solved else None,
-            "max_steps": max(solved, default=None),
-        }
+    for task in TASKS:
+        steps = [attempt["solved_after"] for attempt in attempts if attempt["task"] == task]
+        solved = [count for count in steps if count is not None]
+        if steps:
+            median, longest = (float(np.median(solved)), max(solved)) if solved else (None, None)
+            rates[task] = {"attempts": len(steps), "solved": len(solved), "rate": len(solved) / len(steps)}
+            rates[task] |= {"median_steps": median, "max_steps": longest}
     return rates
 
 
 def success_table(rates: Mapping[str, Mapping[str, float | int | None]]) -> Table:
-    """`success_rates` to be printed; green from 90 % on."""
-    table = Table("task", title="Success of the scripted policies")
-    for column in ("attempts", "solved", "rate", "median steps"):
-        table.add_column(column, justify="right")
-    for task, of in rates.items():
-        rate = f"[{'green' if of['rate'] >= 0.9 else 'red'}]{of['rate']:.0%}[/]"
-        steps = f"{of['median_steps']:.0f}" if of["solved"] else "–"
-        table.add_row(task, str(of["attempts"]), str(of["solved"]), rate, steps)
+    """`success_rates`, to be printed."""
+    table = Table(
+        "task", "attempts", "solved", "rate", "median steps", "most", title="Success of the policies"
+    )
+    for task, numbers in rates.items():
+        table.add_row(task, *("–" if number is None else f"{number:.3g}" for number in numbers.values()))
     return table
 
 

@@ -10,14 +10,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -31,7 +31,6 @@ from defi.sim.collect.play import Attempt, Player
 from defi.sim.world import World
 
 SESSIONS, RECORD = ".sessions", "record.json"
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,8 @@ def collect_session(session: Session, config: CollectConfig, output: Path) -> Re
         scene = scenes.variation(session.scene, config.seed * 100_000 + session.variation)
     sizes = {"static_size": config.static_size, "gripper_size": config.gripper_size}
     with World(scene, cameras=("static", "gripper") if config.record else (), **sizes) as world:
-        attempts = Player(world, config.play, rng).play(session.tasks)
         record = Record()
-        for attempt in attempts:
+        for attempt in Player(world, config.play, rng).play(session.tasks):
             record.attempts.append(attempt.summary())
             if config.record and attempt.solved_after is not None:
                 record.add(attempt, part, config.phrasings(session.split).get(attempt.task), rng)
@@ -119,21 +117,22 @@ def session_frame(index: int) -> str:
     return f"{index:06d}.npz"
 
 
-def in_processes(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int
-) -> Iterator[tuple[Item, Result]]:
-    """Each item with the result of its work, as they are finished, over `workers` processes."""
-    if workers == 1:
-        yield from ((item, work(item)) for item in items)
+def collect_sessions(
+    sessions: Sequence[Session], config: CollectConfig, output: Path
+) -> Iterator[tuple[Session, Record]]:
+    """Collect over `config.workers` processes; yields each session as it is finished."""
+    work = partial(collect_session, config=config, output=output)
+    if config.workers == 1:
+        yield from ((session, work(session)) for session in sessions)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(config.workers, get_context("spawn"), initializer=_end_with_parent)
     try:
-        futures = {pool.submit(work, item): item for item in items}
+        futures = {pool.submit(work, session): session for session in sessions}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise UserError(
-            f"workers={workers}: one died (out of memory?); use fewer, with resume=true if it was collecting"
+            f"{output}: a worker died (out of memory?); continue with resume=true and fewer workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

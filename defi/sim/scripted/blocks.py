@@ -8,19 +8,7 @@ from jaxtyping import Float
 
 from defi.sim.panda import FINGER_WIDTH
 from defi.sim.scene import BLOCKS, Vector
-from defi.sim.scripted.motion import (
-    DOWN,
-    OPEN,
-    OVER_DOOR,
-    TIP,
-    Block,
-    Move,
-    Point,
-    Skill,
-    View,
-    descend,
-    wrap,
-)
+from defi.sim.scripted.motion import OPEN, OVER_DOOR, TIP, Block, Move, Point, Skill, View, descend, wrap
 from defi.sim.table import BLOCK_HEIGHT, HANDLE_TOP, TOP
 
 CLOSED_FINGERS = 0.02  # metres from the TCP to the outside of closed fingers
@@ -65,16 +53,16 @@ def crowded(view: View, name: str, yaw: float) -> bool:
 
 
 def grip_yaw(view: View, name: str) -> float:
-    """The hand's yaw that puts the fingers on the block's long sides, nearest to straight.
+    """The hand's yaw that puts the fingers on the block's long sides, nearest to π/2: fingers apart along x.
 
     A cube may be taken the other way, if another block is in the way of the first.
     """
     block = view.blocks[name]
     both_ways = np.array([block.yaw, block.yaw + np.pi / 2])
-    first, second = (DOWN[2] + wrap(2 * (both_ways - DOWN[2])) / 2).tolist()
+    first, second = (np.pi / 2 + wrap(2 * (both_ways - np.pi / 2)) / 2).tolist()
     if block.length > BLOCK_HEIGHT:
         return first
-    near, far = sorted((first, second), key=lambda yaw: abs(yaw - DOWN[2]))
+    near, far = sorted((first, second), key=lambda yaw: abs(yaw - np.pi / 2))
     return far if crowded(view, name, near) and not crowded(view, name, far) else near
 
 
