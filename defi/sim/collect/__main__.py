@@ -136,8 +136,9 @@ def main(cfg: DictConfig) -> None:
     write_manifest(output, config, records)
     shutil.rmtree(output / SESSIONS)
     console.print(success_table(success_rates(records.values())))
+    attempts = sum(len(record.attempts) for record in records.values())
     frames = sum(record.frames for record in records.values())
-    console.print(f"{output}: {frames} frames in {seconds:.0f} s ({frames / seconds:.0f} per second)")
+    console.print(f"{output}: {attempts} attempts, {frames} frames recorded in {seconds:.0f} s")
 
 
 if __name__ == "__main__":
