@@ -4,7 +4,6 @@ Stable Video Diffusion, and models finetuned from it: VPP's and DeFI's, whose UN
 tokens. Some folders hold that text tower (`text_encoder/`, `tokenizer/`); for the others it is the preset's.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from defi.checkpoints.account import Report, Shapes, account, shapes
+from defi.checkpoints.loading_report import LoadingReport, compare
+from defi.checkpoints.names import under
 from defi.errors import UserError
 from defi.text import CLIPText
 from Step1_GFDM import pipeline
@@ -21,17 +21,13 @@ from Step1_GFDM.model import GFDM
 from Step1_GFDM.parts import build_unet, build_vae
 
 TITLE = "published video model (diffusers folder)"
+MARK = "unet.conv_in.weight"
 PARTS = ("unet", "vae")
-SPARE = {
+UNNEEDED = {
     "image_encoder": "CLIP's image tower, whose place text takes",
     "feature_extractor": "the image tower's input settings",
     "safety_checker": "not used",
 }
-
-
-def recognises(names: Iterable[str]) -> bool:
-    """Whether tensors of these names, as `read` gives them, are a video model."""
-    return "unet.conv_in.weight" in names
 
 
 def build(cfg: DictConfig) -> GFDM:
@@ -49,32 +45,26 @@ def read(folder: Path) -> dict[str, Tensor]:
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder}: has no {missing[0]}/; give the folder of a Stable Video Diffusion model")
-    return {
-        f"{part}.{name}": tensor
-        for part in PARTS
-        for name, tensor in pipeline.read_weights(folder / part).items()
-    }
+    return under("unet.", pipeline.read_weights(folder / "unet")) | under(
+        "vae.", pipeline.read_weights(folder / "vae")
+    )
 
 
-def expected(config: GFDMConfig, text_width: int) -> Shapes:
-    """What `read` must give for a preset."""
+def expected(config: GFDMConfig, text_width: int) -> dict[str, Tensor]:
+    """What `read` must give for a preset, on the meta device."""
     with torch.device("meta"):
-        parts = (build_unet(config, text_width), build_vae(config.vae, config.image_size))
-    return {
-        f"{part}.{name}": shape
-        for part, network in zip(PARTS, parts)
-        for name, shape in shapes(network.state_dict()).items()
-    }
+        unet, vae = build_unet(config, text_width), build_vae(config.vae, config.image_size)
+    return under("unet.", unet.state_dict()) | under("vae.", vae.state_dict())
 
 
-def convert(cfg: DictConfig) -> tuple[GFDM, Report]:
+def convert(cfg: DictConfig) -> tuple[GFDM, LoadingReport]:
     """The GFDM in the diffusers folder `cfg.source`, at the sizes of a preset, its text tower included."""
     folder, config = Path(cfg.source), GFDMConfig.from_preset(cfg)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a Stable Video Diffusion model")
     clip = _text_tower(folder, config)
-    report = account(read(folder), expected(config, clip.width), source=folder).demand()
-    report.spare = {why: [f"{part}/"] for part, why in SPARE.items() if (folder / part).exists()}
+    report = compare(read(folder), expected(config, clip.width), source=folder).check()
+    report.left_over = {why: [f"{part}/"] for part, why in UNNEEDED.items() if (folder / part).exists()}
     parts, sizes = pipeline.load_foreign(folder, clip)
     config = replace(config, **sizes, pretrained=None, clip=replace(config.clip, pretrained=None))
     return GFDM(config, **parts, clip=clip), report

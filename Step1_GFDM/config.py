@@ -112,6 +112,11 @@ class GFDMConfig:
         return asdict(self)
 
     @property
+    def clip_frames(self) -> range:
+        """Steps of the recording at which the F frames of a clip lie, counted from its first."""
+        return range(0, self.frames * self.frame_step, self.frame_step)
+
+    @property
     def latent_size(self) -> int:
         """h = w in latent pixels."""
         return self.image_size // 2 ** (len(self.vae.block_out_channels) - 1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from defi.checkpoints.foreign import read_foreign
+from defi.checkpoints.files import read_foreign
 from defi.engine.weights import load_strict
 
 PUBLISHED = ("rgb_imagenet.pt", "i3d_pretrained_400.pt")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models import alexnet
 
-from defi.checkpoints.foreign import read_foreign
+from defi.checkpoints.files import read_foreign
 from defi.engine.weights import load_strict
 
 BACKBONE, LINEAR = "alexnet-owt-7be5be79.pth", "alex.pth"

@@ -22,9 +22,9 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from defi.checkpoints.foreign import find_index, read_foreign
+from defi.checkpoints.files import find_index, read_foreign
 from defi.config import typed
-from defi.engine.resume import preserved_rng
+from defi.engine.rng import preserved_rng
 from defi.engine.weights import COPY_AGAIN, check_fit, load_strict
 from defi.errors import UserError, one_line
 from defi.files import check_sizes, read_json

@@ -27,7 +27,7 @@ from defi.engine.checkpoint import MANIFEST as CHECKPOINT
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
-from defi.errors import UserError, going_on
+from defi.errors import UserError, writing
 from defi.files import read_json
 from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
@@ -179,7 +179,7 @@ def main(cfg: DictConfig) -> None:
     state.wait_for_everyone()  # all have looked at the folder before it changes
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
-        with going_on(output, MANIFEST):
+        with writing(output, MANIFEST):
             for split in sources:
                 for folder in ("annotation", SKIPPED):
                     (output / folder / split).mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def finish(output: Path, job: Job, scene: Scene | UserError, *, encode: Encoder,
     """Write an episode, or note why it is left out."""
     name = job.recording.id
     note = output / SKIPPED / job.split / f"{name}.txt"
-    with going_on(output, f"episode {job.split}/{name}"):
+    with writing(output, f"episode {job.split}/{name}"):
         if isinstance(scene, UserError):
             print(f"left out: {scene}")
             write_file(note, f"{scene}\n")

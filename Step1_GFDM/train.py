@@ -48,13 +48,13 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
     check_size([*data.sets, *held_out.sets], model.noise(1).shape[2:])
-    print_once(model.clip.told(text for part in (data, held_out) for text in part.texts()))
+    print_once(model.clip.truncation_note(text for part in (data, held_out) for text in part.texts()))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     picks = np.linspace(0, len(held_out) - 1, SHOWN).astype(int)
     shown = [held_out.sample(int(i), np.random.default_rng(0)) for i in picks]
 
-    def sample(model: GFDM, step: int, folder: Path) -> dict[str, float]:
+    def preview(model: GFDM, step: int, folder: Path) -> dict[str, float]:
         """Real clips beside imagined ones, and the held-out loss."""
         latents = torch.stack([clip["latents"] for clip in shown]).to(model.unet.device)
         texts = [clip["text"] for clip in shown]
@@ -72,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         data,
         trainer,
         **run_settings(cfg),
-        sample=sample,
+        preview=preview,
     )
 
 

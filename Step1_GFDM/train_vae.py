@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     if not continues(cfg.output, cfg.resume):
         start_from_principal_components(model.vae, clips.spread(START_CLIPS).flatten(0, 1))
 
-    def sample(model: VideoVAE, step: int, folder: Path) -> dict[str, float]:
+    def preview(model: VideoVAE, step: int, folder: Path) -> dict[str, float]:
         back = model.reconstruct(held_out.to(model.deviation.device)).cpu()
         save_rows(folder / "reconstructed.png", held_out[:SHOWN, 0], back[:SHOWN, 0])
         return {"held_out_psnr": psnr(back.flatten(0, 1), held_out.flatten(0, 1)).mean().item()}
@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
         clips,
         trainer,
         **run_settings(cfg),
-        sample=sample,
+        preview=preview,
     )
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
-from defi.engine.model import StageModel, settings_of
+from defi.engine.model import StageModel
 from defi.engine.weights import COPY_AGAIN
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.files import read_json
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import VAESizes
@@ -81,7 +81,7 @@ class VideoVAE(StageModel):
         file = Path(folder) / CONFIG
         values = read_json(file, "give a checkpoint folder of Step1_GFDM.train_vae")
         config = typed(VAEConfig, values, str(file))
-        with settings_of(file):
+        with reading(file, COPY_AGAIN):
             return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
 
     def save_pretrained(self, folder: Path) -> None:

@@ -5,30 +5,149 @@ torch.hub's names (`lam.dino_encoder.*`) and T5 (`lam.text_encoder.*`). UniVLA's
 no text, is read with gidm.variant=controllable.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Dinov2WithRegistersModel
 
-from defi.checkpoints.account import Report, account, shapes
-from defi.checkpoints.foreign import read_foreign
-from defi.checkpoints.names import join, split
+from defi.checkpoints.files import read_published
+from defi.checkpoints.loading_report import LoadingReport, compare
+from defi.checkpoints.names import Names, below, under
 from defi.errors import UserError
 from defi.text import T5Text
-from Step2_GIDM.dino import DinoPatches
-from Step2_GIDM.dino_hub import hub_image_size, hub_names
+from Step2_GIDM.dino import DinoConfig, DinoPatches
+from Step2_GIDM.latent_action import LatentActionTokenizer
 from Step2_GIDM.model import GIDM, GIDMConfig
-from Step2_GIDM.published import copy_published, model_names, to_published
 
 TITLE = "published GIDM (Lightning)"
 MARK = "lam.patch_up.weight"
-CORE, DINO, T5 = "lam.", "lam.dino_encoder.", "lam.text_encoder."
+LATENT, DINO, T5 = "lam.", "lam.dino_encoder.", "lam.text_encoder."
+
+# ---------------------------------------------------------------- the latent action model: ours → published
 
 
-def recognises(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a published GIDM."""
-    return MARK in names
+def _block(ours: str, theirs: str, *, temporal: bool) -> dict[str, str | tuple[str, ...]]:
+    norms = ("spatial_norm", "temporal_norm", "ffn_norm") if temporal else ("spatial_norm", "ffn_norm")
+    table: dict[str, str | tuple[str, ...]] = {
+        f"{ours}.{norm}": f"{theirs}.norm{i}" for i, norm in enumerate(norms, start=1)
+    }
+    for kind in ("spatial", "temporal") if temporal else ("spatial",):
+        table[f"{ours}.{kind}.qkv"] = tuple(f"{theirs}.{kind}_attn.to_{part}" for part in "qkv")
+        table[f"{ours}.{kind}.out"] = f"{theirs}.{kind}_attn.to_out.0"
+    return table | {f"{ours}.ffn.0": f"{theirs}.ffn.0", f"{ours}.ffn.2": f"{theirs}.ffn.3"}
+
+
+_TOKENIZER = {
+    "encoder.embed": "encoder.ffn",
+    **_block("encoder.blocks.*", "encoder.transformer_blocks.*", temporal=True),
+    "encoder.embed_text": "lang_proj",
+    "encoder.to_code.0": "to_codebook",
+    "from_code": "action_up",
+}
+_LANGUAGE = {"encoder.queries.0": "action_latent", "quantizer.codebook": "vq.codebook.weight"}
+_CONTROLLABLE = {
+    "encoder.to_code.1": "to_codebook_uncontrol",
+    "from_frozen_code": "action_up_uncontrol",
+    "encoder.queries.0": "action_latent_controllable",
+    "encoder.queries.1": "action_latent",
+    "quantizer.codebook": "vq_action.codebook.weight",
+    "frozen_quantizer.codebook": "vq.codebook.weight",
+}
+_DECODER = {
+    "decoder.embed_patches": "patch_up",
+    "decoder.embed": "decoder.ffn",
+    **_block("decoder.blocks.*", "decoder.transformer_blocks.*", temporal=False),
+    "decoder.out": "decoder.out",
+}
+# By whether the model has a second, frozen codebook.
+_TABLES = {False: _TOKENIZER | _LANGUAGE, True: _TOKENIZER | _CONTROLLABLE}
+TOKENIZER_NAMES = {frozen: Names(table) for frozen, table in _TABLES.items()}
+MODEL_NAMES = {
+    frozen: Names({f"tokenizer.{ours}": theirs for ours, theirs in table.items()} | _DECODER)
+    for frozen, table in _TABLES.items()
+}
+# Counters of the quantizer: state of a training run, not weights.
+COUNTERS = ("usage", "recent", "restarts")
+
+
+def names_of(module: nn.Module) -> Names:
+    """The table for a `LatentActionModel` or a `LatentActionTokenizer`."""
+    alone = isinstance(module, LatentActionTokenizer)
+    sizes = module.sizes if alone else module.tokenizer.sizes
+    return (TOKENIZER_NAMES if alone else MODEL_NAMES)[sizes.frozen_codes is not None]
+
+
+def to_published(module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A latent action model's or tokenizer's tensors (or gradients, by name) under the published names."""
+    split = names_of(module).split(module.state_dict() if tensors is None else tensors)
+    return {name: t[None, None] if name.startswith("action_latent") else t for name, t in split.items()}
+
+
+def copy_published(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy published tensors, which must be complete, into `module`; its counters stay as they are."""
+    own = module.state_dict()
+    counters = {name: tensor for name, tensor in own.items() if name.rsplit(".", 1)[-1] in COUNTERS}
+    weights = names_of(module).join(tensors)
+    module.load_state_dict(counters | {name: t.reshape(own[name].shape) for name, t in weights.items()})
+
+
+def load_published(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
+    """Load published tensors into `module`, strictly: a name or shape that does not fit is a `UserError`."""
+    report = compare(tensors, to_published(module), source=source).check()
+    copy_published(module, tensors)
+    return report
+
+
+# ---------------------------------------------------------------- DINOv2: torch.hub's names → transformers'
+
+POSITIONS = "pos_embed"
+_SCALES = {f"ls{scale}.gamma": f"layer_scale{scale}.lambda1" for scale in (1, 2)}
+# Of the attention layers in transformers, (q, k, v), out: since version 5, and before.
+_ATTENTION = (
+    (tuple(f"attention.{part}_proj" for part in "qkv"), "attention.o_proj"),
+    (tuple(f"attention.attention.{part}" for part in ("query", "key", "value")), "attention.output.dense"),
+)
+_DINO = {
+    "cls_token": "embeddings.cls_token",
+    POSITIONS: "embeddings.position_embeddings",
+    "register_tokens": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    **{f"blocks.*.{layer}": f"encoder.layer.*.{layer}" for layer in ("norm1", "norm2", "mlp")},
+    **{f"blocks.*.ls{scale}.gamma": f"encoder.layer.*.layer_scale{scale}.lambda1" for scale in (1, 2)},
+}
+
+
+def dino_names(model: Dinov2WithRegistersModel) -> Names:
+    """torch.hub's names (`dinov2_vitb14_reg`), and those of transformers' model."""
+    present = model.state_dict().keys()
+    qkv, out = next(names for names in _ATTENTION if f"encoder.layer.0.{names[1]}.weight" in present)
+    attention = {
+        "blocks.*.attn.qkv": tuple(f"encoder.layer.*.{part}" for part in qkv),
+        "blocks.*.attn.proj": f"encoder.layer.*.{out}",
+    }
+    return Names(_DINO | attention)
+
+
+def dino_image_size(tensors: Mapping[str, Tensor], config: DinoConfig, *, source: object) -> int:
+    """Side of the images, in pixels, that the position embeddings were made for (518 as published).
+
+    Raises:
+        UserError: they are missing or belong to no square of patches.
+    """
+    if POSITIONS not in tensors:
+        raise UserError(f"{source}: holds no DINOv2 ({POSITIONS} is missing); give the complete checkpoint")
+    shape = tuple(tensors[POSITIONS].shape)
+    if math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
+        raise UserError(f"{source}: {POSITIONS} has shape {shape}, expected 1 + n² positions; give DINOv2's")
+    return math.isqrt(shape[1] - 1) * config.patch
+
+
+# ---------------------------------------------------------------- the checkpoint
 
 
 def build(cfg: DictConfig) -> GIDM:
@@ -38,62 +157,44 @@ def build(cfg: DictConfig) -> GIDM:
 
 def publish(model: GIDM) -> dict[str, Tensor]:
     """The trained part under the published names."""
-    return {
-        CORE + name: tensor for name, tensor in to_published(model.core.state_dict(), _core(model)).items()
-    }
+    return under(LATENT, to_published(model.core))
 
 
 def publish_towers(model: GIDM) -> dict[str, Tensor]:
     """The frozen encoders that a published file holds besides."""
-    dino = join(model.dino.model.state_dict(), hub_names(model.dino.model))
-    towers = {DINO + name: tensor for name, tensor in dino.items()}
+    dino = model.dino.model
+    towers = under(DINO, dino_names(dino).join(dino.state_dict()))
     if model.config.variant == "language":
-        towers |= {T5 + name: tensor for name, tensor in model.text.model.state_dict().items()}
+        towers |= under(T5, model.text.model.state_dict())
     return towers
 
 
-def adopt(model: GIDM, tensors: Mapping[str, Tensor], *, source: object) -> Report:
+def adopt(model: GIDM, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
     """Load a published checkpoint into `model`, encoders included.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape.
     """
-    expected = shapes(publish(model) | publish_towers(model))
-    report = account(tensors, expected, source=source).demand()
-    dino, text = _below(tensors, DINO), _below(tensors, T5)
-    core = {n: t for n, t in _below(tensors, CORE).items() if not (CORE + n).startswith((DINO, T5))}
-    copy_published(model.core, core, _core(model))
-    model.dino.model.load_state_dict(split(dino, hub_names(model.dino.model)))
-    if text:
+    trained = publish(model)
+    report = compare(tensors, trained | publish_towers(model), source=source).check()
+    copy_published(model.core, below({name: tensors[name] for name in trained}, LATENT))
+    dino = model.dino.model
+    dino.load_state_dict(dino_names(dino).split(below(tensors, DINO)))
+    if text := below(tensors, T5):
         model.text.model.load_state_dict(text)
     return report
 
 
-def convert(cfg: DictConfig) -> tuple[GIDM, Report]:
+def convert(cfg: DictConfig) -> tuple[GIDM, LoadingReport]:
     """The GIDM in the file `cfg.source`, at the sizes of a preset; its encoders are saved with it.
 
     T5's tokenizer, which the file does not hold, comes from `text.t5.pretrained`.
     """
-    tensors = read_foreign(cfg.source)
-    if not recognises(tensors):
-        raise UserError(
-            f"{cfg.source}: no published GIDM (no {MARK}); give its checkpoint, or another stage="
-        )
-    config = GIDMConfig.from_preset(cfg)
-    own = replace(
-        config,
-        dino=replace(config.dino, pretrained=None),
-        text=replace(config.text, pretrained=None),
-    )
-    positions = hub_image_size(_below(tensors, DINO), own.dino, source=cfg.source)
-    dino = DinoPatches.random(own.dino, positions=positions)
-    model = GIDM(own, dino=dino, text=T5Text.from_config(config.text))
+    tensors = read_published(cfg.source, MARK, TITLE)
+    preset = GIDMConfig.from_preset(cfg)
+    parts = {name: replace(getattr(preset, name), pretrained=None) for name in ("dino", "text")}
+    config = replace(preset, **parts)
+    positions = dino_image_size(below(tensors, DINO), config.dino, source=cfg.source)
+    dino = DinoPatches.random(config.dino, positions=positions)
+    model = GIDM(config, dino=dino, text=T5Text.from_config(preset.text))
     return model, adopt(model, tensors, source=cfg.source)
-
-
-def _core(model: GIDM) -> dict[str, tuple[str, ...]]:
-    return model_names(model.tokenizer.sizes, decoder_blocks=model.config.decoder_blocks)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from defi.errors import UserError, one_line
-from defi.hub import local_only
+from defi.errors import UserError
+from defi.hub import load_model
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -72,20 +72,7 @@ class DinoPatches(nn.Module):
     @classmethod
     def load(cls, source: Path | str, image_size: int) -> "DinoPatches":
         """From a Hugging Face folder or hub name."""
-        local = local_only(source)
-        try:
-            model, report = Dinov2WithRegistersModel.from_pretrained(
-                str(source), output_loading_info=True, local_files_only=local
-            )
-        except Exception as error:  # whatever damaged files make the library raise
-            where = source if "/" in str(source) else f"pretrained={source[:200]}"
-            raise UserError(f"{where}: no DINOv2 with registers here ({one_line(error)})") from error
-        if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-            raise UserError(
-                f"{source}: {len(missing)} DINOv2 tensors are missing or of another shape, "
-                f"the first is {missing[0]}; give a complete folder"
-            )
-        return cls(model, image_size)
+        return cls(load_model(Dinov2WithRegistersModel, source), image_size)
 
     @property
     def width(self) -> int:

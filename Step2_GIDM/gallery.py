@@ -3,26 +3,22 @@
 import io
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from defi.engine.output import write_file
+from Step2_GIDM.code_evaluation import CodeEvaluation
 from Step2_GIDM.flow import BLOCK, GRID, SIDE, STRIDE, displacement, mean_displacement
-from Step2_GIDM.observe import Observed
 
 ROWS, EXAMPLES = 8, 3
 FEWEST = 3  # pairs of a code that is shown
 
 
-def telling_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> tuple[int, float]:
+def most_informative_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> tuple[int, float]:
     """The place among the Q whose code says most about the motion, and the share of variance it explains."""
     total = (moves - moves.mean(0)).square().sum().clamp(min=1e-12)
     shares = []
@@ -34,39 +30,37 @@ def telling_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> t
     return best, shares[best]
 
 
-def draw_gallery(seen: Observed, codes: int, path: Path) -> None:
-    """One row per frequent code of the most telling place: mean displacement, and pairs as overlays."""
+def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
+    """One row per frequent code of the most informative place: mean displacement, and pairs as overlays."""
     frames = seen.frames.float() / 255
     move, weight = displacement(frames)
     moves = mean_displacement(move, weight)
-    place, share = telling_place(seen.indices, moves)
+    place, share = most_informative_place(seen.indices, moves)
     assigned = seen.indices[:, place]
     counts = torch.bincount(assigned, minlength=codes)
     shown = [int(code) for code in counts.argsort(descending=True)[:ROWS] if counts[code] >= FEWEST]
     rows = max(1, len(shown))
-    figure, axes = plt.subplots(
-        rows + 1, EXAMPLES + 1, figsize=(8, 1.2 + 2.1 * rows), squeeze=False, layout="constrained",
-        height_ratios=[0.7] + [1] * rows,
-    )  # fmt: skip
-    for axis in axes.flat:
-        axis.axis("off")
-    _draw_usage(figure.add_subplot(axes[0, 0].get_gridspec()[0, :]), seen.indices, codes)
+    figure = Figure((8, 1.2 + 2.1 * rows), layout="constrained")
     figure.suptitle(
         f"Code at place {place + 1}: explains {share:.0%} of the motion's variance. "
         "Red: before, cyan: after. Examples are evenly spaced, not chosen.",
         fontsize=9,
     )
-    for row, code in zip(axes[1:], shown):
+    grid = figure.add_gridspec(rows + 1, EXAMPLES + 1, height_ratios=[0.7] + [1] * rows)
+    _draw_usage(figure.add_subplot(grid[0, :]), seen.indices, codes)
+    for row, code in enumerate(shown, start=1):
         members = (assigned == code).nonzero().flatten()
-        dx, dy = moves[members].mean(0).tolist()
-        _draw_field(row[0], frames[members, 0], move[members], weight[members])
-        row[0].set_title(f"code {code} ({len(members)} pairs): {direction(dx, dy)}", fontsize=8)
+        field, *examples = (figure.add_subplot(grid[row, column]) for column in range(EXAMPLES + 1))
+        _draw_field(field, frames[members, 0], move[members], weight[members])
+        words = direction(*moves[members].mean(0).tolist())
+        field.set_title(f"code {code} ({len(members)} pairs): {words}", fontsize=8)
         picks = members[torch.linspace(0, len(members) - 1, EXAMPLES).round().long()]
-        for axis, pick in zip(row[1:], picks):
+        for axis, pick in zip(examples, picks):
             axis.imshow(overlay(frames[pick]))
+        for axis in (field, *examples):
+            axis.axis("off")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
     write_file(path, buffer.getvalue())
 
 
@@ -75,10 +69,8 @@ def direction(dx: float, dy: float) -> str:
     size = (dx * dx + dy * dy) ** 0.5
     if size < 0.005:
         return "little motion"
-    words = [
-        word for part, word in ((-dy, "up"), (dy, "down"), (-dx, "left"), (dx, "right")) if part > 0.38 * size
-    ]
-    return f"{' '.join(words)} {size:.0%}"
+    parts = ((-dy, "up"), (dy, "down"), (-dx, "left"), (dx, "right"))
+    return f"{' '.join(word for part, word in parts if part > 0.38 * size)} {size:.0%}"
 
 
 def overlay(pair: Float[Tensor, "2 3 H W"]) -> Float[np.ndarray, "H W 3"]:
@@ -97,10 +89,8 @@ def _draw_field(
     centres = (torch.arange(GRID) * STRIDE + BLOCK / 2) * side / SIDE
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     strong = total > 0.25 * total.max().clamp(min=1e-6)
-    axis.quiver(
-        x[strong], y[strong], field[0][strong], field[1][strong],
-        angles="xy", scale_units="xy", scale=1, color="crimson", width=0.012,
-    )  # fmt: skip
+    arrows = (x[strong], y[strong], field[0][strong], field[1][strong])
+    axis.quiver(*arrows, angles="xy", scale_units="xy", scale=1, color="crimson", width=0.012)
 
 
 def _draw_usage(axis: Axes, indices: Int[Tensor, "N Q"], codes: int) -> None:

@@ -21,12 +21,12 @@ from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
-from Step2_GIDM.data.calvin import CalvinClips
+from Step2_GIDM.code_evaluation import CodeEvaluation, evaluate_codes
+from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.sources.calvin import CalvinClips
 from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM
-from Step2_GIDM.observe import Observed, observe
 from Step2_GIDM.probe import fit_and_predict, one_hot, r2
 from Step2_GIDM.transfer import draw_transfer, transfer
 
@@ -38,12 +38,12 @@ STILL = 0.1  # an action whose sums deviate less than this (2 mm, 0.3 degrees) d
 class Probed:
     """Pairs with what the robot did between their frames."""
 
-    seen: Observed
+    seen: CodeEvaluation
     clips: Int[np.ndarray, " N"]
     actions: Float[np.ndarray, "N 7"]
 
     @classmethod
-    def of(cls, data: PairDataset, seen: Observed) -> "Probed":
+    def of(cls, data: PairDataset, seen: CodeEvaluation) -> "Probed":
         """Summed relative motion and mean gripper command between the frames of each pair."""
         source = data.source
         assert isinstance(source, CalvinClips)
@@ -69,16 +69,21 @@ def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, 
     varies = (fit.actions.std(0) > STILL) & (test.actions.std(0) > STILL)
     names = [name for name, kept in zip(ACTIONS, varies) if kept]
     draw = np.random.default_rng(seed)
-    inputs = {
-        "codes": [one_hot(part.seen.indices.numpy(), codes) for part in (fit, test)],
-        "random codes": [
-            one_hot(draw.integers(codes, size=p.seen.indices.shape), codes) for p in (fit, test)
-        ],
-        "feature differences": [part.seen.difference.double().numpy() for part in (fit, test)],
-    }
+
+    def inputs(part: Probed) -> dict[str, np.ndarray]:
+        indices = part.seen.indices.numpy()
+        return {
+            "codes": one_hot(indices, codes),
+            "random codes": one_hot(draw.integers(codes, size=indices.shape), codes),
+            "feature differences": part.seen.difference.double().numpy(),
+        }
+
+    found, new = inputs(fit), inputs(test)
+    if not names:
+        return {name: {"all": None} for name in found}
     result = {}
-    for name, (x, new) in inputs.items():
-        guess = fit_and_predict(x, fit.actions[:, varies], new, groups=fit.clips)
+    for name, x in found.items():
+        guess = fit_and_predict(x, fit.actions[:, varies], new[name], groups=fit.clips)
         each, together = r2(test.actions[:, varies], guess)
         result[name] = dict(zip(names, each)) | {"all": together}
     return result
@@ -112,14 +117,14 @@ def main(cfg: DictConfig) -> None:
     output = check_output(cfg.output, overwrite=cfg.overwrite)
     model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm"))
     codes, side = model.config.codes, model.config.dino.image_size
-    data = held_out_pairs(cfg.data, side)
-    seen = observe(model, data, cfg.pairs)
+    data = build_pairs(cfg.data, side, "held_out")
+    seen = evaluate_codes(model, data, cfg.pairs)
     numbers: dict[str, Any] = seen.numbers(codes)
     if isinstance(data, PairDataset) and isinstance(data.source, CalvinClips):
         if cfg.data.split == cfg.data.held_out:
             raise UserError(f"data.held_out={cfg.data.held_out}: is the training split; name another")
-        training = training_pairs(cfg.data, side, augment=False)
-        fit = Probed.of(training, observe(model, training, cfg.pairs))
+        training = build_pairs(cfg.data, side, augment=False)
+        fit = Probed.of(training, evaluate_codes(model, training, cfg.pairs))
         numbers["probe"] = probe(fit, Probed.of(data, seen), codes, seed=cfg.seed)
     prepare_output(output, overwrite=cfg.overwrite)
     if isinstance(data, PairDataset):

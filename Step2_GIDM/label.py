@@ -10,10 +10,10 @@ the last), `indices` [Q] (codes). The codes' vectors are the rows of the `codebo
 
 All of a data set is labelled where its section does not ask for less: RLDS' whole `train`, all of CALVIN's
 recordings (`data.language=true`: the annotated spans, with their instructions). A clip that cannot be read is
-left out; the last line tells what was labelled, and what was not.
+left out; the last line says what was labelled, and what was not.
 
-The processes of `accelerate launch` take clips in turn. The file appears when it is whole; it is the same for
-any number of processes, and after a run that was killed.
+The processes of `accelerate launch` take clips in turn. The file appears when it is complete; it is the same
+for any number of processes, and after a run that was killed.
 """
 
 import io
@@ -35,8 +35,8 @@ from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import write_file
 from defi.errors import UserError
-from defi.processes import processes
-from Step2_GIDM.data.build import Whole, read_section
+from defi.processes import print_once, processes
+from Step2_GIDM.data.build import read_section
 from Step2_GIDM.data.pairs import Clip, Source
 from Step2_GIDM.data.resize import resize
 from Step2_GIDM.model import GIDM
@@ -54,17 +54,12 @@ class Labels:
     indices: Int[np.ndarray, "N Q"]
 
 
-def pairs_of(clip: Clip, distance: int) -> Int[np.ndarray, "N 2"]:
-    """Positions (now, later) of all pairs of a clip."""
-    return np.array([clip.pair(now, distance) for now in range(clip.length)])
-
-
 @torch.no_grad()
 def label_clip(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels:
     """A clip of at least one frame; every frame of a chunk of pairs is read and goes through DINO once."""
     device = next(model.core.parameters()).device
-    pairs, indices = pairs_of(clip, distance), []
-    texts = [clip.text(now) for now in range(clip.length)]
+    pairs = np.array([clip.pair(now, distance) for now in range(clip.length)])
+    texts, indices = [clip.text(now) for now in range(clip.length)], []
     for first in range(0, len(pairs), CHUNK):
         chunk = pairs[first : first + CHUNK]
         positions = np.unique(chunk)
@@ -76,63 +71,52 @@ def label_clip(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels
     return Labels(clip, pairs, texts, np.concatenate(indices).astype(np.int16))
 
 
-def label(model: GIDM, source: Source, distance: int) -> Iterator[Labels | UserError]:
-    """All clips that are not empty, in order, in every process; each labels its share of them.
+class Labelling:
+    """The labels of all clips that have frames, in order, in every process; each computes its share.
 
-    Of a clip that cannot be read comes the reason.
+    Iterating once counts what was labelled; a line says why a clip could not be read.
 
     Raises:
-        UserError: there is none, or none can be read.
+        UserError: no clip has a frame, or none can be read.
     """
-    model.eval()
-    filled = source.lengths.nonzero()[0].tolist()
-    if not filled:
-        raise UserError("data: no clip has a frame; give longer videos")
-    state, unread = processes(), []
-    rounds = range(0, len(filled), state.num_processes)
-    for first in track(rounds, description="clips", disable=not state.is_main_process):
-        own = filled[first : first + state.num_processes][state.process_index :][:1]
-        for found in gather_object([_label_or_reason(model, source, source.clips[i], distance) for i in own]):
-            if isinstance(found, UserError):
-                unread.append(found)
-            yield found
-    if len(unread) == len(filled):
-        raise UserError(f"data: none of {len(filled)} clips can be read; the first: {unread[0]}")
 
+    def __init__(self, model: GIDM, source: Source, distance: int) -> None:
+        self.model, self.source, self.distance = model.eval(), source, distance
+        self.pairs, self.clips, self.unread = 0, 0, 0
 
-def _label_or_reason(model: GIDM, source: Source, clip: Clip, distance: int) -> Labels | UserError:
-    try:
-        return label_clip(model, source, clip, distance)
-    except UserError as error:
-        return error
+    def __iter__(self) -> Iterator[Labels]:
+        state, first_error = processes(), None
+        filled = self.source.lengths.nonzero()[0].tolist()
+        rounds = range(0, len(filled), state.num_processes)
+        for first in track(rounds, description="clips", disable=not state.is_main_process):
+            own = filled[first : first + state.num_processes][state.process_index :][:1]
+            for found in gather_object([self._label(self.source.clip(i)) for i in own]):
+                if isinstance(found, UserError):
+                    self.unread += 1
+                    first_error = first_error or found
+                    print_once(f"left out: {found}")
+                else:
+                    self.pairs, self.clips = self.pairs + len(found.pairs), self.clips + 1
+                    yield found
+        if not self.clips:
+            if first_error is None:
+                raise UserError("data: no clip has a frame; give longer videos")
+            raise UserError(f"data: none of {len(filled)} clips can be read; the first: {first_error}")
 
+    def _label(self, clip: Clip) -> Labels | UserError:
+        try:
+            return label_clip(self.model, self.source, clip, self.distance)
+        except UserError as error:
+            return error
 
-@dataclass
-class Tally:
-    """What was labelled, and how many clips could not be read."""
-
-    pairs: int = 0
-    clips: int = 0
-    unread: int = 0
-
-    def count(self, found: Iterable[Labels | UserError]) -> Iterator[Labels]:
-        """The labels in what was found; a line tells of each clip that could not be read."""
-        for part in found:
-            if isinstance(part, UserError):
-                print(f"left out: {part}")
-                self.unread += 1
-            else:
-                self.pairs, self.clips = self.pairs + len(part.pairs), self.clips + 1
-                yield part
-
-    def told(self, whole: Whole) -> str:
-        """What was labelled of a data set, and what was not."""
-        empty = len(whole.source.clips) - self.clips - self.unread
+    def summary(self) -> str:
+        """What was labelled of the data set, and what was not."""
+        empty = len(self.source.lengths) - self.clips - self.unread
         left_out = [f"clips that cannot be read ({self.unread:,})"] if self.unread else []
         left_out += [f"clips without frames ({empty:,})"] if empty else []
-        left_out += whole.left_out
-        told = f"{self.pairs:,} pairs of {self.clips:,} clips of {whole.scope}"
-        return f"{told}; left out: {', '.join(left_out)}" if left_out else told
+        left_out += self.source.left_out
+        labelled = f"{self.pairs:,} pairs of {self.clips:,} clips of {self.source.scope}"
+        return f"{labelled}; left out: {', '.join(left_out)}" if left_out else labelled
 
 
 def write_npz(path: Path, labels: Iterable[Labels], codebook: np.ndarray) -> None:
@@ -157,7 +141,7 @@ def write_npz(path: Path, labels: Iterable[Labels], codebook: np.ndarray) -> Non
 
 
 def write_parquet(path: Path, labels: Iterable[Labels], codebook: np.ndarray) -> None:
-    """Write a table, clip by clip; it appears when it is whole, and an error leaves nothing."""
+    """Write a table, clip by clip; it appears when it is complete; an error leaves nothing."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -198,20 +182,19 @@ def main(cfg: DictConfig) -> None:
     model = GIDM.from_pretrained(find_weights(Path(cfg.checkpoint), stage="gidm")).to(state.device)
     codebook = model.tokenizer.quantizer.codebook.detach().cpu().numpy()
     section = read_section(cfg.data)
-    whole, tally = section.whole(), Tally()
-    labels = label(model, whole.source, section.distance[1])
+    labels = Labelling(model, section.open("all"), section.distance[1])
     if not state.is_main_process:
         for _ in labels:  # the main process writes them
             pass
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        WRITERS[output.suffix](output, tally.count(labels), codebook)
+        WRITERS[output.suffix](output, labels, codebook)
     except OSError as error:
         raise UserError(
-            f"{output}: cannot be written ({error.strerror}); make room and run it again"
+            f"{output}: cannot be written ({error.strerror}); free some space, run it again"
         ) from None
-    print(f"{output}: {tally.told(whole)}")
+    print(f"{output}: {labels.summary()}")
 
 
 if __name__ == "__main__":

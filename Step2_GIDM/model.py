@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from defi.config import typed
-from defi.engine.model import CONFIG, StageModel, settings_of
-from defi.errors import UserError
+from defi.engine.model import CONFIG, StageModel
+from defi.errors import UserError, reading
 from defi.files import check_sizes, read_json
 from defi.text import T5Text, TextConfig
 from Step2_GIDM.blocks import SpatialBlock, SpatioTemporalBlock
@@ -31,8 +31,6 @@ from Step2_GIDM.latent_action import (
     LatentActionTokenizer,
 )
 from Step2_GIDM.quantizer import perplexity
-
-__all__ = ["GIDM", "GIDMConfig", "LatentActionSizes", "LatentActionTokenizer", "LatentActions"]
 
 CHOICES = {
     "variant": ("language", "controllable"),
@@ -226,7 +224,7 @@ class GIDM(StageModel):
         check_sizes(values, file)
         config = typed(cls.config_class, values, str(file))
         dino, text = config.dino, config.text
-        with settings_of(file):
+        with reading(file, "copy the checkpoint again"):
             model = cls(
                 config,
                 dino=None if dino.pretrained else DinoPatches.load(folder / "dino", dino.image_size),

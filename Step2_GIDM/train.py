@@ -12,10 +12,10 @@ from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.errors import UserError
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
+from Step2_GIDM.code_evaluation import evaluate_codes
+from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.gallery import draw_gallery
 from Step2_GIDM.model import GIDM, GIDMConfig
-from Step2_GIDM.observe import observe
 
 
 def build_model(config: GIDMConfig, first_stage: str | None) -> GIDM:
@@ -37,13 +37,13 @@ def main(cfg: DictConfig) -> None:
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = GIDMConfig.from_preset(cfg)
-    pairs = training_pairs(cfg.data, config.dino.image_size)
-    held_out = held_out_pairs(cfg.data, config.dino.image_size)
+    pairs = build_pairs(cfg.data, config.dino.image_size)
+    held_out = build_pairs(cfg.data, config.dino.image_size, "held_out")
     torch.manual_seed(cfg.seed)
     model = build_model(config, cfg.first_stage)
 
-    def sample(model: GIDM, step: int, folder: Path) -> dict[str, float]:
-        seen = observe(model, held_out, cfg.shown)
+    def preview(model: GIDM, step: int, folder: Path) -> dict[str, float]:
+        seen = evaluate_codes(model, held_out, cfg.shown)
         draw_gallery(seen, config.codes, folder / "gallery.png")
         return seen.numbers(config.codes)
 
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
         pairs,
         trainer,
         **run_settings(cfg),
-        sample=sample,
+        preview=preview,
     )
 
 

@@ -19,12 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from defi.engine.output import write_file
+from Step2_GIDM.code_evaluation import PICTURE
 from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.data.resize import resize
 from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import overlay
 from Step2_GIDM.model import GIDM
-from Step2_GIDM.observe import PICTURE
 
 STARTS, ACTIONS = 8, 12  # clips that actions are applied in, and actions, each from a clip of its own
 CANDIDATES = 24  # frames of a clip that a prediction may turn out to be
@@ -48,8 +48,8 @@ class Transfer:
         """
         a = mean_displacement(*displacement(self.given))[:, None].expand(-1, self.reached.shape[1], -1)
         b = mean_displacement(*displacement(self.reached.flatten(0, 1))).unflatten(0, self.reached.shape[:2])
-        moving = (a.norm(dim=-1) > MOVES) & (b.norm(dim=-1) > MOVES)
-        return float(F.cosine_similarity(a, b, dim=-1)[moving].mean()) if moving.any() else None
+        both_move = (a.norm(dim=-1) > MOVES) & (b.norm(dim=-1) > MOVES)
+        return float(F.cosine_similarity(a, b, dim=-1)[both_move].mean()) if both_move.any() else None
 
 
 @torch.no_grad()
@@ -63,18 +63,18 @@ def transfer(model: GIDM, data: PairDataset) -> Transfer:
     texts = [clip.text(now) for clip, now in map(data.locate, pairs.tolist())]
     language = model.language(texts)
     actions = model.tokenizer(model.patches(frames.to(device)), *language)
-    tokens, mask = actions.all_tokens(), language[1] if language else None
+    tokens, text = actions.all_tokens(), (actions.text, *language[1:])
     reached = []
     long = (data.source.lengths > 1).nonzero()[0].tolist()
     for number in np.unique(np.linspace(0, len(long) - 1, STARTS).round().astype(int)):
-        clip = data.source.clips[long[number]]
+        clip = data.source.clip(long[number])
         positions = np.unique(np.linspace(0, clip.length - 1, CANDIDATES).round().astype(int)).tolist()
         pixels = torch.from_numpy(data.source.read(clip, positions)).permute(0, 3, 1, 2)
         candidates = resize(pixels, data.image_size)
         patches = model.dino(candidates.to(device))
         middle = len(positions) // 2  # a start from which the clip goes both ways
         start = patches[middle : middle + 1].expand(len(pairs), -1, -1)
-        predicted = model.core.decoder(start, tokens, actions.text, mask)
+        predicted = model.core.decoder(start, tokens, *text)
         errors = (predicted[:, None] - patches[None]).square().mean((2, 3))
         closest = candidates[errors.argmin(1).cpu()]
         reached.append(torch.stack([candidates[middle].expand_as(closest), closest], dim=1))

@@ -5,31 +5,22 @@ A file of `torch.save`: under `model` the policy, in it the frozen towers: T5 (`
 OpenAI's names, for the sentence embedding (`language_goal.clip_rn50.*`). The video model is not in it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from defi.checkpoints.account import Report, account, shapes
-from defi.checkpoints.clip import IMAGE_TOWER, OTHER, to_openai
-from defi.checkpoints.foreign import read_foreign
+from defi.checkpoints import clip
+from defi.checkpoints.files import read_published
+from defi.checkpoints.loading_report import LoadingReport, compare
+from defi.checkpoints.names import Names, below, under
 from defi.errors import UserError
 from Step1_GFDM import adapter as gfdm_adapter
 from Step2_GIDM import adapter as gidm_adapter
-from Step2_GIDM.published import to_published, tokenizer_names
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.published import (
-    ACTION_DENOISER,
-    ACTION_DENOISER_UNUSED,
-    GIDM_BRANCH,
-    VIDEO_FORMER,
-    inverse,
-    load_published_branch,
-    rename,
-)
 
 TITLE = "published policy (DeFI stage 3)"
 MARK = "Video_Former.latents"
@@ -37,25 +28,73 @@ FORMER, HEAD, LATENT = "Video_Former.", "model.inner_model.", "lam."
 T5, CLIP, SENTENCE = "lam.text_encoder.", "TVP_encoder.text_encoder.", "language_goal.clip_rn50."
 ROUNDING = 2e-3  # relative: OpenAI's towers are published in float16
 
-SPARE = {
+# Published names → ours.
+VIDEO_FORMER = Names(
+    {
+        "goal_emb": "project",
+        "latents": "queries",
+        "time_pos_emb": "frame_embedding",
+        "layers.*.0.norm_media": "layers.*.cross.feature_norm",
+        "layers.*.0.norm_latents": "layers.*.cross.query_norm",
+        "layers.*.0.to_q": "layers.*.cross.to_query",
+        "layers.*.0.to_k": "layers.*.cross.to_key",
+        "layers.*.0.to_v": "layers.*.cross.to_value",
+        "layers.*.0.to_out": "layers.*.cross.to_out",
+        "layers.*.1.qkv": "layers.*.temporal.qkv",
+        "layers.*.1.proj": "layers.*.temporal.to_out",
+        "layers.*.2": "layers.*.feed_forward",
+        "norm": "norm",
+    }
+)
+
+_ATTENTION = {"query": "query", "key": "key", "value": "value", "c_proj": "out"}
+_BLOCK = {
+    "ln_1": "attention_norm",
+    "ln_2": "feed_forward_norm",
+    "mlp.c_fc": "feed_forward.0",
+    "mlp.c_proj": "feed_forward.2",
+    **{f"attn.{theirs}": f"attention.{ours}" for theirs, ours in _ATTENTION.items()},
+}
+_DECODER_BLOCK = {
+    **_BLOCK,
+    "adaLN_zero.modulation": "modulation",
+    "ln3": "cross_norm",
+    **{f"cross_att.{theirs}": f"cross_attention.{ours}" for theirs, ours in _ATTENTION.items()},
+}
+ACTION_DENOISER = Names(
+    {
+        "lang_emb": "embed_sentence",
+        "tok_emb": "embed_video",
+        "tok_emb_token": "embed_latent_action",
+        "sigma_emb.1": "embed_sigma.mlp.0",
+        "sigma_emb.3": "embed_sigma.mlp.2",
+        "action_emb": "embed_action",
+        "action_pred": "predict",
+        "encoder.ln": "encoder_norm",
+        "decoder.ln": "decoder_norm",
+        **{f"encoder.blocks.*.{theirs}": f"encoder.*.{ours}" for theirs, ours in _BLOCK.items()},
+        **{f"decoder.blocks.*.{theirs}": f"decoder.*.{ours}" for theirs, ours in _DECODER_BLOCK.items()},
+    }
+)
+ACTION_DENOISER_UNUSED = ("pos_emb", "goal_emb", "proprio_emb")
+"""Published but never read in the forward pass: positions, image goals, robot state."""
+
+GIDM_BRANCH = Names({"goal_emb": "project", "time_pos_emb": "frame_embedding"})
+"""Without `lam.*`, which are stage 2's."""
+
+UNNEEDED = {
     **{f"{HEAD}{name}": "published, but never read in the forward pass" for name in ACTION_DENOISER_UNUSED},
     "lam.dino_encoder.": "stage 2's image encoder; a policy reads features of the imagined video",
     "lam.decoder.": "stage 2's decoder; a policy keeps the encoder",
     "lam.patch_up.": "stage 2's decoder; a policy keeps the encoder",
-    **{f"{SENTENCE}{name}": "CLIP's image tower; instructions are text" for name in IMAGE_TOWER},
-    **{f"{SENTENCE}{name}": "numbers of CLIP's training" for name in OTHER},
+    **{f"{SENTENCE}{name}": why for name, why in clip.UNNEEDED.items()},
 }
-
-
-def recognises(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a published policy."""
-    return MARK in names
 
 
 def build(cfg: DictConfig) -> DeFI:
     """The policy of a preset, new, on a new video model and text tower."""
     gfdm, gidm = gfdm_adapter.build(cfg), gidm_adapter.build(cfg)
-    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, t5=gidm.text)
+    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=gidm)
 
 
 def publish(policy: DeFI) -> dict[str, Tensor]:
@@ -74,28 +113,24 @@ def publish(policy: DeFI) -> dict[str, Tensor]:
             f"gfdm.finetune={policy.config.finetune.mode}: a published file cannot hold a finetuned video "
             "model; use this project's checkpoint"
         )
-    former = rename(policy.video_former.state_dict(), inverse(VIDEO_FORMER))
-    head = rename(policy.action_head.state_dict(), inverse(ACTION_DENOISER))
-    branch, latent = _branch_state(policy.gidm_branch)
     return {
-        **{FORMER + name: tensor for name, tensor in former.items()},
-        **rename(branch, inverse(GIDM_BRANCH)),
-        **{LATENT + name: tensor for name, tensor in latent.items()},
-        **{HEAD + name: tensor for name, tensor in head.items()},
+        **under(FORMER, VIDEO_FORMER.join(policy.video_former.state_dict())),
+        **branch_to_published(policy.gidm_branch),
+        **under(HEAD, ACTION_DENOISER.join(policy.action_head.state_dict())),
     }
 
 
 def publish_towers(policy: DeFI) -> dict[str, Tensor]:
     """The frozen text towers that a published file holds besides."""
-    clip = policy.gfdm.clip.model
+    tower = policy.gfdm.clip.model
     return {
-        **{T5 + name: tensor for name, tensor in policy.t5.model.state_dict().items()},
-        **{CLIP + name: tensor for name, tensor in clip.state_dict().items()},
-        **{SENTENCE + name: tensor for name, tensor in to_openai(clip).items()},
+        **under(T5, policy.t5.model.state_dict()),
+        **under(CLIP, tower.state_dict()),
+        **under(SENTENCE, clip.to_openai(tower)),
     }
 
 
-def adopt(policy: DeFI, tensors: Mapping[str, Tensor], *, source: object) -> Report:
+def adopt(policy: DeFI, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
     """Load a published policy into `policy`, whose frozen towers must be the ones it was trained with: where
     the file holds them too, they are compared.
 
@@ -104,70 +139,54 @@ def adopt(policy: DeFI, tensors: Mapping[str, Tensor], *, source: object) -> Rep
     """
     towers = publish_towers(policy)
     same = {T5: "frozen T5, equal to stage 2's", CLIP: "frozen CLIP, equal to stage 1's"}
-    reasons = {**SPARE, **same, SENTENCE: "frozen CLIP once more, equal to stage 1's"}
-    own = shapes(publish(policy))
-    report = account(tensors, own, source=source, spare=reasons).demand()
-    _compare(tensors, towers, source=source)
-    _load(policy, {name: tensors[name] for name in own})
+    reasons = {**UNNEEDED, **same, SENTENCE: "frozen CLIP once more, equal to stage 1's"}
+    report = compare(tensors, publish(policy), source=source, unneeded=reasons).check()
+    _check_towers(tensors, towers, source=source)
+    policy.video_former.load_state_dict(VIDEO_FORMER.split(below(tensors, FORMER)))
+    policy.action_head.load_state_dict(ACTION_DENOISER.split(below(tensors, HEAD)))
+    load_branch(policy.gidm_branch, {name: tensors[name] for name in branch_to_published(policy.gidm_branch)})
     return report
 
 
-def convert(cfg: DictConfig) -> tuple[DeFI, Report]:
+def convert(cfg: DictConfig) -> tuple[DeFI, LoadingReport]:
     """The policy in the file `cfg.source`, on `cfg.gfdm_checkpoint` and `cfg.gidm_checkpoint`."""
-    tensors = read_foreign(cfg.source)
-    if not recognises(tensors):
-        raise UserError(
-            f"{cfg.source}: no published policy (no {MARK}); give its checkpoint, or another stage="
-        )
+    tensors = read_published(cfg.source, MARK, TITLE)
     config = PolicyConfig.from_preset(cfg)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     return policy, adopt(policy, tensors, source=cfg.source)
 
 
-def _load(policy: DeFI, published: dict[str, Tensor]) -> None:
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in published.items() if n.startswith(prefix)}
-
-    policy.video_former.load_state_dict(rename(below(FORMER), VIDEO_FORMER))
-    policy.action_head.load_state_dict(rename(below(HEAD), ACTION_DENOISER))
-    branch = {n: t for n, t in published.items() if not n.startswith((FORMER, HEAD))}
-    load_published_branch(policy.gidm_branch, branch)
+def branch_to_published(branch: GIDMBranch) -> dict[str, Tensor]:
+    """The branch's tensors, stage 2's tokenizer included, under the published names."""
+    own = GIDM_BRANCH.join(branch.state_dict())
+    return own | under(LATENT, gidm_adapter.to_published(branch.tokenizer))
 
 
-def _branch_state(branch: GIDMBranch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The branch's own tensors under our names, and the tokenizer's under the published ones."""
-    own = {n: t for n, t in branch.state_dict().items() if not n.startswith("tokenizer.")}
-    names = tokenizer_names(branch.tokenizer.sizes)
-    return own, to_published(branch.tokenizer.state_dict(), names)
+def load_branch(branch: GIDMBranch, tensors: Mapping[str, Tensor]) -> None:
+    """Load `goal_emb`, `time_pos_emb` and `lam.*` (stage 2's encoder and codebook), strictly."""
+    gidm_adapter.load_published(branch.tokenizer, below(tensors, LATENT), source="the policy")
+    branch.load_state_dict(GIDM_BRANCH.split(tensors) | under("tokenizer.", branch.tokenizer.state_dict()))
 
 
-def _compare(tensors: Mapping[str, Tensor], towers: Mapping[str, Tensor], *, source: object) -> None:
+def _check_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Tensor], *, source: object) -> None:
     """Refuse a policy whose frozen text towers are others than those it is put on."""
     ours = {_plain(name): tensor for name, tensor in towers.items()}
     for name, tensor in tensors.items():
-        if not name.startswith((T5, CLIP, SENTENCE)) or name.startswith(tuple(SPARE)):
+        if not name.startswith((T5, CLIP, SENTENCE)) or name.startswith(tuple(UNNEEDED)):
             continue
-        wanted = ours.get(_plain(name))
-        if wanted is None and name.endswith("position_ids"):
-            continue  # a buffer that older versions of transformers save
-        if wanted is None:
+        stage, wanted = "gidm" if name.startswith(T5) else "gfdm", ours.get(_plain(name))
+        if wanted is None and not name.endswith("position_ids"):  # a buffer of older versions of transformers
             raise UserError(f"{source}: {name} is not of its text tower; give the checkpoint of this stage")
-        if tensor.shape != wanted.shape:
-            found, expected = tuple(tensor.shape), tuple(wanted.shape)
+        if wanted is not None and not _close(tensor, wanted):
             raise UserError(
-                f"{source}: {name} has shape {found}, the text tower it is put on {expected}; "
-                "give the stage-1 and stage-2 checkpoints it was trained on"
-            )
-        if not _close(tensor, wanted):
-            stage = "gidm_checkpoint" if name.startswith(T5) else "gfdm_checkpoint"
-            raise UserError(
-                f"{source}: {name} differs from the text tower of {stage}; give the one it was trained on"
+                f"{source}: {name} differs from the text tower of {stage}_checkpoint; give the one that the "
+                "policy was trained on"
             )
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
-    if found.is_meta or wanted.is_meta:
-        return True
+    if found.shape != wanted.shape or found.is_meta or wanted.is_meta:
+        return found.shape == wanted.shape
     difference = torch.linalg.vector_norm(found.float() - wanted.float())
     return bool(difference <= ROUNDING * torch.linalg.vector_norm(wanted.float()))
 

@@ -13,67 +13,56 @@ from rich.table import Table
 
 from defi.config import one_line_errors
 from defi.errors import UserError
-from Step3_DeFI.rollout.protocol import Protocol
-from Step3_DeFI.rollout.results import Results, read_results
-from Step3_DeFI.rollout.statistics import lengths, paired_difference
+from Step3_DeFI.rollout.results import Results, lengths, paired_difference, read_results
 
-REMARKED = ("seed", "chunk", "batch", "sampler", "sampler_steps", "guidance", "precision", "sim")
+NOTED = ("seed", "chunk", "batch", "sampler", "sampler_steps", "guidance", "precision", "sim")
 FEW = 20  # chains; with fewer, a bootstrap knows little of what others would bring
 
 
 def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
-    """`statistics.paired_difference` of b − a at every limit that both have.
+    """`results.paired_difference` of b − a at every limit that both have.
 
     Raises:
         UserError: the two were not measured under the same protocol.
     """
-    differences = Protocol(**a.protocol).differences(Protocol(**b.protocol))
-    if differences:
-        key, (first, second) = next(iter(differences.items()))
-        raise UserError(
-            f"{key}: {first} in the first result, {second} in the second: different protocols cannot be "
-            "compared; evaluate both with the same settings"
-        )
     shared = sorted(set(a.protocol["max_steps"]) & set(b.protocol["max_steps"]))
+    for key, first in a.protocol.items():
+        if first != b.protocol[key] and not (key == "max_steps" and shared):
+            raise UserError(
+                f"{key}: {first} in the first result, {b.protocol[key]} in the second: different protocols "
+                "cannot be compared; evaluate both with the same settings"
+            )
     return {
         str(limit): paired_difference(lengths(a.chains, limit), lengths(b.chains, limit)) for limit in shared
     }
 
 
 def comparison_table(a: Results, b: Results) -> Table:
-    table = Table(
-        title=f"{len(a.chains)} chains, paired; average lengths, b − a with its 95 % interval",
-        title_justify="left",
-        box=SIMPLE,
-    )
+    title = f"{len(a.chains)} chains, paired; average lengths, b − a with its 95 % interval"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for column in ("steps", "a", "b", "b − a", "p", "beyond chance"):
         table.add_column(column, justify="right", no_wrap=True)
     for limit, found in compare(a, b).items():
-        low, high = found["interval"]
-        table.add_row(
-            limit,
-            f"{a.limits[limit]['average']:.2f}",
-            f"{b.limits[limit]['average']:.2f}",
-            f"{found['difference']:+.2f} [{low:+.2f}, {high:+.2f}]",
-            f"{found['p']:.2g}" if found["p"] >= 0.001 else "< 0.001",
-            "yes" if found["differs"] else "no",
-        )
+        averages = (f"{side.limits[limit]['average']:.2f}" for side in (a, b))
+        change = "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["difference"], *found["interval"])
+        p = f"{found['p']:.2g}" if found["p"] >= 0.001 else "< 0.001"
+        table.add_row(limit, *averages, change, p, "yes" if found["differs"] else "no")
     return table
 
 
 def remarks(a: Results, b: Results) -> list[str]:
     """What weakens the comparison without forbidding it: few chains, conditions that differ."""
-    pairs = [(key, a.run["settings"].get(key), b.run["settings"].get(key)) for key in REMARKED]
-    pairs += [(key, version, b.run["versions"].get(key)) for key, version in a.run["versions"].items()]
     found = []
     if len(a.chains) < FEW:
         found.append(f"{len(a.chains)} chains only: intervals of so few say little; run {FEW} or more")
-    drawn = a.run["renderer"], b.run["renderer"]
+    drawn = a.run.get("renderer"), b.run.get("renderer")
     if drawn[0] != drawn[1]:
         found.append(f"renderer differs: {drawn[0]} | {drawn[1]}: they saw other pictures of the same scenes")
     found += [
-        f"{name}: {caveat}" for name, side in (("a", a), ("b", b)) if (caveat := side.run.get("caveat"))
+        f"{name}: {side.run['caveat']}" for name, side in (("a", a), ("b", b)) if side.run.get("caveat")
     ]
+    pairs = [(key, a.run["settings"].get(key), b.run["settings"].get(key)) for key in NOTED]
+    pairs += [(key, version, b.run["versions"].get(key)) for key, version in a.run["versions"].items()]
     found += [f"{key} differs: {first} | {second}" for key, first, second in pairs if first != second]
     if a.policy.get("fingerprint") == b.policy.get("fingerprint") is not None:
         found.append("both results are of the same weights")
@@ -90,10 +79,8 @@ def main() -> None:
         table = comparison_table(a, b)
     console = Console(highlight=False)
     console.print(table)
-    for name, path in (("a", paths.a), ("b", paths.b)):
-        console.print(f"{name}: {path}", markup=False, soft_wrap=True)
-    for remark in remarks(a, b):
-        console.print(remark, markup=False, soft_wrap=True)
+    for line in (f"a: {paths.a}", f"b: {paths.b}", *remarks(a, b)):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Sizes and constants of stage 3; the defaults are those of the published model."""
+"""The policy's choices; the defaults are those of the published model. Sizes come from stages 1 and 2."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,37 @@ import torch
 from torch import Tensor
 
 from defi.config import typed
-from defi.errors import UserError
+from defi.engine.weights import COPY_AGAIN
+from defi.errors import UserError, reading
+from defi.files import check_sizes, read_json
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check(setting: str, value: object, fine: bool, rule: str) -> None:
+    """Raises UserError, with the `rule`, if the value of a setting is not `fine`."""
+    if not fine:
+        raise UserError(f"{setting}={value}: {rule}")
+
+
+def check_choice(setting: str, value: str, choices: Collection[str]) -> None:
+    check(setting, value, value in choices, f"choose one of {', '.join(choices)}")
+
+
+@dataclass
+class StageSizes:
+    """What a policy takes over from its stage-1 and stage-2 checkpoints; never typed.
+
+    frames, feature_tokens, feature_channels, sentence_width: F, L, C of stage 1's features, P of its CLIP.
+    """
+
+    frames: int
+    feature_tokens: int
+    feature_channels: int
+    sentence_width: int
+    latent_action: LatentActionSizes
 
 
 @dataclass
@@ -30,9 +56,7 @@ class VideoFormerConfig:
 
 @dataclass
 class ActionHeadConfig:
-    """Sizes of the action head.
-
-    cross_attention: `full`, with a learned position per action, or `causal` as in the published weights:
+    """cross_attention: `full`, with a learned position per action, or `causal` as in the published weights:
         action i sees the first i + 1 tokens, which is then the only sign of which action it is.
     identity_modulation: begin with plain layers, AdaLN's scale and gate 1 (published: 0, nearly closed).
     """
@@ -48,10 +72,7 @@ class ActionHeadConfig:
     identity_modulation: bool = False
 
     def __post_init__(self) -> None:
-        if self.cross_attention not in ("full", "causal"):
-            raise UserError(
-                f"policy.action_head.cross_attention={self.cross_attention}: must be full or causal"
-            )
+        check_choice("policy.action_head.cross_attention", self.cross_attention, ("full", "causal"))
 
 
 @dataclass
@@ -76,33 +97,22 @@ class ActionDiffusionConfig:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"policy.diffusion.sampler={self.sampler}: choose one of {', '.join(SAMPLERS)}")
-        if self.steps < 1:
-            raise UserError(f"policy.diffusion.steps={self.steps}: must be 1 or more")
-        if not 0 <= self.text_dropout < 1:
-            raise UserError(f"policy.diffusion.text_dropout={self.text_dropout}: must lie in [0, 1)")
-        if self.guidance != 1 and self.text_dropout == 0:
-            raise UserError(
-                f"policy.diffusion.guidance={self.guidance}: the policy never saw a dropped text; "
-                "train it with policy.diffusion.text_dropout=0.1, or leave guidance at 1"
-            )
+        check_choice("policy.diffusion.sampler", self.sampler, SAMPLERS)
+        check("policy.diffusion.steps", self.steps, self.steps >= 1, "must be 1 or more")
+        dropout, guidance = self.text_dropout, self.guidance
+        check("policy.diffusion.text_dropout", dropout, 0 <= dropout < 1, "must lie in [0, 1)")
+        rule = "the policy never saw a dropped text; set 1, or train with policy.diffusion.text_dropout=0.1"
+        check("policy.diffusion.guidance", guidance, guidance == 1 or dropout > 0, rule)
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise levels of training from uniform u in [0, 1]."""
-        return log_logistic(
-            u,
-            loc=math.log(self.sigma_data),
-            scale=self.density_scale,
-            minimum=self.sigma_min,
-            maximum=self.sigma_max,
-        )
+        bounds = {"minimum": self.sigma_min, "maximum": self.sigma_max}
+        return log_logistic(u, loc=math.log(self.sigma_data), scale=self.density_scale, **bounds)
 
     def schedule(self, device: torch.device | str = "cpu") -> Tensor:
         """Noise levels of sampling, descending, 0 at the end."""
-        return exponential_schedule(
-            self.steps, sigma_max=self.sigma_max, sigma_min=self.last_sigma, device=device
-        )
+        levels = {"sigma_max": self.sigma_max, "sigma_min": self.last_sigma}
+        return exponential_schedule(self.steps, **levels, device=device)
 
 
 @dataclass
@@ -119,25 +129,21 @@ class FinetuneConfig:
     video_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("none", "lora", "full"):
-            raise UserError(f"gfdm.finetune={self.mode}: must be none, lora or full")
-        if self.rank < 1:
-            raise UserError(f"gfdm.lora_rank={self.rank}: must be 1 or more")
-        if self.video_loss < 0 or (self.video_loss and self.mode == "none"):
-            raise UserError(
-                f"gfdm.video_loss={self.video_loss}: must be 0, or positive with gfdm.finetune=lora or full"
-            )
+        check_choice("gfdm.finetune", self.mode, ("none", "lora", "full"))
+        check("gfdm.lora_rank", self.rank, self.rank >= 1, "must be 1 or more")
+        fine = self.video_loss == 0 or (self.video_loss > 0 and self.mode != "none")
+        rule = "must be 0, or positive with gfdm.finetune=lora or full"
+        check("gfdm.video_loss", self.video_loss, fine, rule)
 
 
 @dataclass
 class PolicyConfig:
-    """What the policy expects of the checkpoints it is built on, and its own sizes.
+    """What the policy is; `stages` is filled in by `DeFI` and kept in checkpoints.
 
     views: V, cameras: static and gripper. chunk: K, actions predicted at once. action_dim: A; an action is
     [dx, dy, dz] / 0.02 m, [droll, dpitch, dyaw] / 0.05 rad, gripper +1 open, −1 closed.
-    frames, feature_tokens, feature_channels, sentence_width: F, L, C of stage 1's features, P of its CLIP.
-    latent_action, latent_action_frames: stage 2's tokenizer and the two imagined frames it looks at.
-    feature_noise: `fresh` noise per look, or the same (`fixed`) noise for all, which makes features a
+    latent_action_frames: the two imagined frames that stage 2's tokenizer looks at.
+    feature_noise: `fresh` noise per observation, or the same (`fixed`) noise for all, which makes features a
     function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
     merge: side of the squares of neighbouring feature tokens that are joined into one (published: 1).
     restart_codes: codes that no sample of an epoch used are restarted (published: no).
@@ -149,11 +155,6 @@ class PolicyConfig:
     """
 
     views: int = 2
-    frames: int = 16
-    feature_tokens: int = 256
-    feature_channels: int = 2560
-    sentence_width: int = 512
-    latent_action: LatentActionSizes = field(default_factory=LatentActionSizes)
     latent_action_frames: list[int] = field(default_factory=lambda: [0, 5])
     feature_noise: str = "fresh"
     standardise: bool = False
@@ -170,18 +171,18 @@ class PolicyConfig:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    stages: StageSizes | None = None
 
     def __post_init__(self) -> None:
-        if self.feature_noise not in ("fresh", "fixed"):
-            raise UserError(f"policy.feature_noise={self.feature_noise}: must be fresh or fixed")
-        if self.gfdm_precision not in PRECISIONS:
-            raise UserError(
-                f"policy.gfdm_precision={self.gfdm_precision}: choose one of {', '.join(PRECISIONS)}"
-            )
-        if max(self.latent_action_frames) >= self.frames:
-            raise UserError(
-                f"policy.latent_action_frames={self.latent_action_frames}: beyond policy.frames={self.frames}"
-            )
+        check_choice("policy.feature_noise", self.feature_noise, ("fresh", "fixed"))
+        check_choice("policy.gfdm_precision", self.gfdm_precision, PRECISIONS)
+        if self.stages is not None:
+            seen, last = self.latent_action_frames, self.stages.frames - 1
+            rule = f"the last frame that the stage-1 checkpoint imagines is {last}"
+            check("policy.latent_action_frames", seen, 0 <= min(seen) <= max(seen) <= last, rule)
+            side = math.isqrt(self.stages.feature_tokens)
+            fine, rule = self.merge >= 1 and side % self.merge == 0, f"must divide {side}, the features' side"
+            check("policy.merge", self.merge, fine, rule)
 
     @property
     def video_precision(self) -> str:
@@ -194,30 +195,30 @@ class PolicyConfig:
         return typed(cls, cfg["policy"], "policy")
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
-        """From the content of a checkpoint's `file`; in older ones positions were a setting of their own.
+    def read(cls, file: Path) -> "PolicyConfig":
+        """From a checkpoint's file; in older ones stage sizes and positions were settings beside the others.
 
         Raises:
-            UserError: a setting that there is not, or positions that do not go with the cross-attention.
+            UserError: the file is damaged, or has positions that do not go with the cross-attention.
         """
-        head = values.get("action_head")
-        if isinstance(head, dict) and "action_positions" in head:
-            has, kind = head.pop("action_positions"), head.get("cross_attention", "full")
-            if has != (kind == "full"):
-                raise UserError(
-                    f"{file}: cross_attention={kind} with action_positions={has} is no longer possible (full "
-                    "cannot tell actions apart without positions, causal has none); train it again"
-                )
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
+        if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
+            values["stages"] = older
+        with reading(file, COPY_AGAIN):
+            head = values.get("action_head", {})
+            has, kind = head.pop("action_positions", None), head.get("cross_attention", "full")
+        if has is not None and has != (kind == "full"):
+            raise UserError(
+                f"{file}: cross_attention={kind} with action_positions={has} is no longer possible (full "
+                "cannot tell actions apart without positions, causal has none); train it again"
+            )
         return typed(cls, values, str(file))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON; `from_json` reads them back."""
-        return asdict(self)
 
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Valid training input from stored features."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch_size, self.views, self.frames, self.feature_tokens, self.feature_channels)
+        generator, of = torch.Generator().manual_seed(seed), self.stages
+        shape = (batch_size, self.views, of.frames, of.feature_tokens, of.feature_channels)
         return {
             "features": torch.randn(shape, generator=generator),
             "text": [f"push block number {i} to the left" for i in range(batch_size)],

@@ -1,153 +1,69 @@
-"""Training data of the policy: what samples are, and a packed store of them, made by `Step3_DeFI.prepare`.
+"""The policy's training data: a store, checked against the policy, or the recordings as they are."""
 
-<store>/manifest.json   written last: what is in it, from which data, with which stage-1 checkpoint
-        inputs.npy      one of three `kind`s, a row per distinct look:
-                            features  float16 [rows, draws, V, F, L, C]  of the frozen GFDM
-                            latents   float16 [rows, V, 4, h, w]         scaled VAE mode
-                            images    uint8   [rows, V, 3, H, W]
-        actions.npy     float32 [N, K, 7]
-        index.npy       int64 [N, 2]: row of inputs, number of the instruction
-        video.npy       int64 [N, F]: rows of inputs, the frames that really follow (only with `store.videos`)
-        robot_obs.npy   float32 [N, 15] at the sample's frame, and
-        spans.npy       int64 [N, 2]: annotated span (-1: none), frame in the source; training reads neither
-"""
+from omegaconf import DictConfig
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch.utils.data import Dataset
-
-from defi.config import typed
+from defi.calvin import TRAINING, VALIDATION
+from defi.engine.weights import fingerprint
 from defi.errors import UserError
-from defi.files import read_json
-from defi.npy import map_npy
-
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
-INPUTS, ACTIONS, INDEX, VIDEO = "inputs.npy", "actions.npy", "index.npy", "video.npy"
-ROBOT, SPANS = "robot_obs.npy", "spans.npy"
-KINDS = ("features", "latents", "images")
+from Step3_DeFI.plan import SampleRules
+from Step3_DeFI.policy import DeFI
+from Step3_DeFI.samples import CalvinSamples, PolicySamples
+from Step3_DeFI.store import PolicyStore
 
 
-class PolicySamples(Protocol):
-    """A data set of the policy's, packed (`PolicyStore`) or straight from recordings (`CalvinSamples`).
-
-    Samples are {features | latents | images, text, actions [K, A]} and, where wanted, `video` [V, F, ...].
-    texts: the distinct instructions.
-    """
-
-    texts: list[str]
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the data, for the checkpoints' manifests."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> dict[str, Any]: ...
-
-
-@dataclass
-class StoreManifest:
-    """What a store holds. look: shape of one row less its draws. gfdm: fingerprint of the stage-1 weights.
-
-    video_stride: frames between the frames of the kept videos; None: no videos. spans: annotated or all.
-    gfdm_precision: what UNet and VAE computed in.
-    """
-
-    kind: str
-    samples: int
-    rows: int
-    draws: int
-    look: list[int]
-    chunk: int
-    image_size: int
-    texts: list[str]
-    source: str
-    fingerprint: str
-    tail: int
-    stride: int
-    seed: int
-    gfdm: str | None = None
-    feature_noise: str | None = None
-    video_stride: int | None = None
-    spans: str = "annotated"
-    gfdm_precision: str = "no"
-    tasks: dict[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-
-def read_manifest(folder: Path) -> StoreManifest:
-    """The manifest of a complete store.
+def open_samples(section: DictConfig, policy: DeFI) -> dict[str, PolicySamples]:
+    """`training`, and `held_out` where the section `data` names some.
 
     Raises:
-        UserError: there is no store, it is not complete, or its manifest is damaged.
+        UserError: the section names both kinds of data or none, or they are missing, damaged or do not fit.
     """
-    file = folder / MANIFEST
-    if not file.is_file():
-        if (folder / PROGRESS).exists():
-            raise UserError(
-                f"{folder}: preparation was not finished; run Step3_DeFI.prepare again with resume=true"
-            )
+    if (section.store is None) == (section.root is None):
         raise UserError(
-            f"{folder}: no prepared data here; make it with Step3_DeFI.prepare, or give demonstrations as "
-            "data.root"
+            f"data.store={section.store}, data.root={section.root}: give one of them, a store made by "
+            "Step3_DeFI.prepare or demonstrations in CALVIN's format"
         )
-    manifest = typed(StoreManifest, read_json(file, "prepare the data again"), str(file))
-    whole = manifest.kind in KINDS and (manifest.kind == "features" or manifest.draws == 1)
-    if not whole or not all(isinstance(text, str) for text in manifest.texts):
-        raise UserError(f"{file}: not that of a policy's store; prepare the data again")
-    return manifest
+    places = {"training": section.store or f"{section.root}/{section.split}"}
+    if section.held_out is not None:
+        of_root = section.root is not None and section.held_out in (TRAINING, VALIDATION)
+        places["held_out"] = f"{section.root}/{section.held_out}" if of_root else section.held_out
+    # For the video loss the frames that follow a sample, of what is trained on.
+    clips = {"training": policy.gfdm.config.clip_frames} if policy.config.finetune.video_loss else {}
+    if section.store is not None:
+        return {name: open_store(place, policy, clips.get(name)) for name, place in places.items()}
+    rules, size = SampleRules.of(section, policy.config.chunk), policy.image_size
+    return {
+        name: CalvinSamples(place, rules, image_size=size, clip=clips.get(name))
+        for name, place in places.items()
+    }
 
 
-class PolicyStore(Dataset):
-    """Samples of a store; of features in several draws, a sample per draw."""
+def open_store(folder: str, policy: DeFI, clip: range | None) -> PolicyStore:
+    """A store that this policy can learn from, with a video `clip` of each sample where one is wanted.
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        m = self.manifest
-        self.texts = m.texts
-        draws = (m.draws,) if m.kind == "features" else ()
-        self.inputs = self._array(INPUTS, (m.rows, *draws, *m.look))
-        self.actions = self._array(ACTIONS, (m.samples, m.chunk, None))
-        self.index = self._array(INDEX, (m.samples, 2))
-        if m.samples and not (self.index.min() >= 0 and (self.index.max(0) < (m.rows, len(m.texts))).all()):
+    Raises:
+        UserError: it was made for another policy or stage-1 checkpoint; what differs is named.
+    """
+    store, config = PolicyStore(folder), policy.config
+    made, finetune = store.manifest, config.finetune.mode
+    if made.kind == "features" and finetune != "none":
+        raise UserError(
+            f"{folder}: stored features have no gradient for gfdm.finetune={finetune}; prepare a store with "
+            "store.kind=latents, or leave finetune at none"
+        )
+    wanted: dict[str, object] = {"chunk": config.chunk, "image_size": policy.image_size}
+    if made.kind == "features":
+        wanted |= {"feature_noise": config.feature_noise, "gfdm_precision": config.video_precision}
+    if made.kind != "images":
+        wanted["stage1_weights"] = fingerprint(policy.sources["gfdm"])
+    for name, value in wanted.items():
+        if (found := getattr(made, name)) != value:
             raise UserError(
-                f"{self.folder / INDEX}: names rows or texts that are not there; prepare it again"
+                f"{folder}: prepared with {name}={found}, the policy has {value}; prepare it again"
             )
-        self.video = None if m.video_stride is None else self._array(VIDEO, (m.samples, None))
-
-    def _array(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        file = self.folder / name
-        array = map_npy(file)
-        if len(array.shape) != len(shape) or any(e not in (None, n) for n, e in zip(array.shape, shape)):
-            raise UserError(f"{file}: has shape {array.shape}, the manifest says {shape}; prepare it again")
-        return array
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the data, for the checkpoints' manifests."""
-        return f"{self.manifest.fingerprint}-{self.manifest.kind}-{self.manifest.samples}"
-
-    def __len__(self) -> int:
-        return self.manifest.samples * self.manifest.draws
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        sample, draw = divmod(i, self.manifest.draws)
-        row, text = self.index[sample]
-        look = self.inputs[row, draw] if self.manifest.kind == "features" else self.inputs[row]
-        found = {
-            self.manifest.kind: torch.from_numpy(np.array(look)),
-            "text": self.manifest.texts[text],
-            "actions": torch.from_numpy(np.array(self.actions[sample])),
-        }
-        if self.video is not None:
-            found["video"] = torch.from_numpy(self.inputs[self.video[sample]]).transpose(0, 1)
-        return found
+    kept = None if store.video is None else (store.video.shape[1], made.video_stride)
+    if clip is not None and kept != (len(clip), clip.step):
+        raise UserError(
+            f"{folder}: holds no videos of {len(clip)} frames, {clip.step} apart, for gfdm.video_loss; "
+            f"prepare it with store.videos=true gfdm.frame_step={clip.step}, or leave video_loss at 0"
+        )
+    return store

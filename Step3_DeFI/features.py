@@ -72,9 +72,8 @@ class Standardise(nn.Module):
     a policy trained for minutes hardly sees the rest. The figures are buffers: they belong to the weights.
     """
 
-    def __init__(self, look: tuple[int, int, int]) -> None:
+    def __init__(self, views: int, tokens: int, channels: int) -> None:
         super().__init__()
-        views, tokens, channels = look
         self.register_buffer("mean", torch.zeros(views, 1, tokens, channels))
         self.register_buffer("deviation", torch.ones(views, 1, tokens, channels))
 

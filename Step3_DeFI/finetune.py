@@ -26,16 +26,13 @@ def open_for_finetuning(gfdm: GFDM, config: FinetuneConfig) -> None:
         for part in parts:
             gfdm.unet.get_submodule(part).requires_grad_(True)
     else:
-        _add_adapters(gfdm.unet, parts, config.rank)
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import, and only wanted here
+
+        # arXiv 2106.09685, on the attention's projections; the first output is that of the bare UNet.
+        names = [n for n, _ in gfdm.unet.named_modules() if n.startswith(parts) and n.endswith(ATTENTION)]
+        adapters = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=names)
+        inject_adapter_in_model(adapters, gfdm.unet, ADAPTER)
     gfdm.unet.enable_gradient_checkpointing()
-
-
-def _add_adapters(unet: nn.Module, parts: tuple[str, ...], rank: int) -> None:
-    """LoRA (arXiv 2106.09685) on the attention's projections; the first output is that of the bare UNet."""
-    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and only wanted here
-
-    names = [name for name, _ in unet.named_modules() if name.startswith(parts) and name.endswith(ATTENTION)]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), unet, ADAPTER)
 
 
 def idle(module: nn.Module, name: str) -> Iterator[str]:

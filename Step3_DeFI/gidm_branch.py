@@ -18,13 +18,7 @@ class GIDMBranch(nn.Module):
     `frames` are the two frame numbers.
     """
 
-    def __init__(
-        self,
-        sizes: LatentActionSizes,
-        *,
-        feature_channels: int,
-        frames: Sequence[int],
-    ):
+    def __init__(self, sizes: LatentActionSizes, *, feature_channels: int, frames: Sequence[int]) -> None:
         super().__init__()
         width = sizes.patch_width
         self.frames = list(frames)

@@ -3,11 +3,10 @@
 DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictures to context.
 """
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
-from defi.engine.model import CONFIG, StageModel, settings_of
+from defi.engine.model import CONFIG, StageModel
 from defi.engine.weights import COPY_AGAIN
-from defi.files import check_sizes, read_json
-from defi.text import T5Text
+from defi.errors import reading
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
 from Step2_GIDM.model import GIDM
@@ -29,13 +27,13 @@ from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, prec
 from Step3_DeFI.features import Standardise, encode_views, imagine, keep_in, merge_tokens, video_noise
 from Step3_DeFI.finetune import idle, open_for_finetuning
 from Step3_DeFI.gidm_branch import GIDMBranch
-from Step3_DeFI.sources import Sources, check_gfdm, check_gidm
+from Step3_DeFI.sources import Sources, load_sources, read_sources, stage_sizes, write_sources
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
 
 
 @dataclass
 class PolicyNoise:
-    """All randomness of one look: standard normal numbers per sample."""
+    """All randomness of one chunk: standard normal numbers per sample."""
 
     video: Float[Tensor, "B V F 4 h w"]
     actions: Float[Tensor, "B K A"]
@@ -71,50 +69,38 @@ class DeFI(StageModel):
     trained, averaged and saved with the rest, and the stage-1 checkpoint is loaded below it.
     """
 
-    stage: ClassVar[str] = "policy"
-    config_class: ClassVar[type] = PolicyConfig
+    stage = "policy"
+    config_class = PolicyConfig
     # Not the action decoder's layers: `encode` computes their keys and values ahead.
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (
-        *GFDM.blocks,
-        SpatioTemporalBlock,
-        VideoFormerLayer,
-        EncoderLayer,
-    )
+    blocks = (*GFDM.blocks, SpatioTemporalBlock, VideoFormerLayer, EncoderLayer)
     config: PolicyConfig
 
     def __init__(
-        self, config: PolicyConfig, *, gfdm: GFDM, t5: T5Text, sources: Sources | None = None
+        self, config: PolicyConfig, *, gfdm: GFDM, gidm: GIDM, sources: Sources | None = None
     ) -> None:
+        """Of `gidm` its text tower and the sizes of its tokenizer are taken. sources: where both lie."""
         super().__init__()
-        check_gfdm(config, gfdm)
-        self.config, self.sources = config, sources
-        self.gfdm, self.t5 = gfdm, t5
+        stages = stage_sizes(gfdm, gidm)
+        self.config, self.sources = replace(config, stages=stages), sources
+        self.gfdm, self.t5 = gfdm, gidm.text
         keep_in(config.video_precision, gfdm)
         open_for_finetuning(gfdm, config.finetune)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
-        former = config.video_former
+        former, merged_channels = config.video_former, stages.feature_channels * config.merge**2
         self.video_former = VideoFormer(
-            feature_channels=config.feature_channels * config.merge**2,
-            dim=former.dim,
-            depth=former.depth,
-            heads=former.heads,
-            head_dim=former.head_dim,
-            frames=config.frames,
-            queries=former.queries,
+            feature_channels=merged_channels, frames=stages.frames, **vars(former)
         )
-        look = (config.views, config.feature_tokens, config.feature_channels)
-        self.standardise = Standardise(look) if config.standardise else nn.Identity()
+        shape = (config.views, stages.feature_tokens, stages.feature_channels)
+        self.standardise = Standardise(*shape) if config.standardise else nn.Identity()
         self.gidm_branch = GIDMBranch(
-            config.latent_action,
-            feature_channels=config.feature_channels * config.merge**2,
-            frames=config.latent_action_frames,
+            stages.latent_action, feature_channels=merged_channels, frames=config.latent_action_frames
         )
         self.gidm_branch.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
         self.action_head = ActionDenoiser(
             config.action_head,
-            sentence_dim=config.sentence_width,
+            sentence_dim=stages.sentence_width,
             video_dim=former.dim,
-            latent_action_dim=config.latent_action.width,
+            latent_action_dim=stages.latent_action.width,
             action_dim=config.action_dim,
             chunk=config.chunk,
         )
@@ -246,11 +232,11 @@ class DeFI(StageModel):
     # ------------------------------------------------------------ acting
 
     def noise(self, seeds: Int[Tensor, " B"]) -> PolicyNoise:
-        """The noise of B looks, one seed each: the same whatever else is in the batch."""
+        """The noise of B observations, one seed each: the same whatever else is in the batch."""
         return PolicyNoise(video=self.video_noise(seeds), actions=self.action_noise(seeds))
 
     def action_noise(self, seeds: Int[Tensor, " B"]) -> Float[Tensor, "B K A"]:
-        """Noise that the sampling of a chunk starts from, a function of each look's seed."""
+        """Noise that the sampling of a chunk starts from, a function of each observation's seed."""
         return SampleNoise(seeds, self.device).normal("actions", self.config.chunk, self.config.action_dim)
 
     @torch.no_grad()
@@ -316,21 +302,19 @@ class DeFI(StageModel):
         """A new policy on a stage-1 and a stage-2 checkpoint (run or checkpoint folders).
 
         Raises:
-            UserError: a checkpoint is missing, of another stage, or of other sizes than `config` says.
+            UserError: a checkpoint is missing, of another stage, or knows no language.
         """
-        sources = Sources.at(gfdm=find_weights(gfdm, "gfdm"), gidm=find_weights(gidm, "gidm"))
-        stage2 = GIDM.from_pretrained(sources.gidm)
-        check_gidm(config, stage2, sources.gidm)
-        policy = cls(config, gfdm=sources.load_gfdm(config), t5=stage2.text, sources=sources)
-        policy.gidm_branch.tokenizer.load_state_dict(stage2.tokenizer.state_dict())
+        sources = {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")}
+        stages = load_sources(sources)
+        policy = cls(config, **stages, sources=sources)
+        policy.gidm_branch.tokenizer.load_state_dict(stages["gidm"].tokenizer.state_dict())
         return policy
 
     def save_pretrained(self, folder: Path) -> None:
         """Trained weights, config, and where stage 1 and 2 lie (relative paths and fingerprints)."""
         super().save_pretrained(folder)
-        (folder / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=1))
         if self.sources is not None:
-            self.sources.write(folder)
+            write_sources(folder, self.sources)
 
     @classmethod
     def from_pretrained(
@@ -342,12 +326,10 @@ class DeFI(StageModel):
             UserError: a file is missing or damaged, or a stage's checkpoint is not the one it was trained on.
         """
         folder = Path(folder)
-        file = folder / CONFIG
-        values = read_json(file, COPY_AGAIN)
-        check_sizes(values, file)
-        config = PolicyConfig.from_json(values, file)
-        sources = Sources.read(folder, gfdm=gfdm, gidm=gidm)
-        with settings_of(file):
-            policy = cls(config, gfdm=sources.load_gfdm(config), t5=sources.load_t5(), sources=sources)
+        config = PolicyConfig.read(folder / CONFIG)
+        sources = read_sources(folder, gfdm=gfdm, gidm=gidm)
+        stages = load_sources(sources)
+        with reading(folder / CONFIG, COPY_AGAIN):
+            policy = cls(config, **stages, sources=sources)
         policy.load_weights(folder)
         return policy

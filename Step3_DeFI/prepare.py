@@ -1,4 +1,4 @@
-"""CALVIN-format demonstrations → the policy's packed store (see `Step3_DeFI.data`).
+"""CALVIN-format demonstrations → the policy's packed store (see `Step3_DeFI.store`).
 
     python -m Step3_DeFI.prepare data.root=<folder> output=<store> gfdm_checkpoint=<run> [key=value …]
 
@@ -11,16 +11,13 @@ with `resume=true`, on any number of processes.
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from omegaconf import DictConfig
 from rich.progress import track
-from torch import Tensor
 
 from defi.calvin import CalvinFolder
 from defi.config import entry, typed
@@ -28,102 +25,78 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.data import seed_of
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
-from defi.errors import UserError, going_on
-from defi.files import read_json
+from defi.errors import UserError, writing
 from defi.processes import print_once, processes, share
 from defi.text import CLIPText, TextConfig
+from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
-from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import (
-    ACTIONS,
-    INDEX,
-    INPUTS,
-    KINDS,
-    MANIFEST,
-    PROGRESS,
-    ROBOT,
-    SPANS,
-    VIDEO,
-    StoreManifest,
-)
+from Step3_DeFI.config import PolicyConfig, check, check_choice
 from Step3_DeFI.features import encode_views, imagine, keep_in, video_noise
-from Step3_DeFI.observation import CAMERAS
-from Step3_DeFI.samples import Plan, following, plan_samples, read_looks
-from Step3_DeFI.sources import check_gfdm
+from Step3_DeFI.plan import Plan, SampleRules, plan_samples
+from Step3_DeFI.samples import Pictures
+from Step3_DeFI.store import DONE, INPUT_DIMENSIONS, INPUTS, MANIFEST, PROGRESS, StoreManifest, write_plan
 
-DONE = "done.npy"
-RESULTS = ("samples", "rows", "look", "texts", "tasks")  # of a store: what follows from data and settings
+FOLLOWS = {"source", "samples", "rows", "texts", "tasks"}  # of a manifest: from data and settings
 
 
 @dataclass
 class Encoder:
-    """Pictures of looks → rows of `inputs.npy`. `gfdm` is None for `images`."""
+    """Pictures of observations → rows of `inputs.npy`.
+
+    `stage1`: the sizes of the video model `gfdm`, which is None for `images`.
+    """
 
     kind: str
     draws: int
     seed: int
-    gfdm: GFDM | None
-    feature_noise: str
-    device: torch.device
+    policy: PolicyConfig
+    stage1: GFDMConfig
+    gfdm: GFDM | None = None
 
-    def row_shape(self, policy: PolicyConfig, image_size: int) -> tuple[int, ...]:
-        """Of one look, draws included."""
+    @classmethod
+    def from_config(cls, cfg: DictConfig, policy: PolicyConfig) -> "Encoder":
+        """Raises UserError if settings exclude each other, or there is no such checkpoint."""
+        kind, draws = cfg.store.kind, cfg.store.draws
+        check_choice("store.kind", kind, INPUT_DIMENSIONS)
+        fine = draws == 1 or (draws > 1 and kind == "features" and policy.feature_noise == "fresh")
+        check("store.draws", draws, fine, "only features with fresh noise come in several draws; set it to 1")
+        fine = not cfg.store.videos or kind != "features"
+        check("store.videos", "true", fine, "videos are kept with store.kind=latents or images")
+        if kind == "images":
+            return cls(kind, draws, cfg.seed, policy, GFDMConfig.from_preset(cfg))
+        gfdm = GFDM.from_pretrained(find_weights(cfg.gfdm_checkpoint, "gfdm")).to(processes().device).eval()
+        keep_in(policy.video_precision, gfdm)
+        return cls(kind, draws, cfg.seed, policy, gfdm.config, gfdm)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one observation, draws included."""
+        sizes, views = self.stage1, self.policy.views
         if self.kind == "images":
-            return policy.views, 3, image_size, image_size
-        config = self.gfdm.config
+            return views, 3, sizes.image_size, sizes.image_size
         if self.kind == "latents":
-            size = config.latent_size
-            return policy.views, config.vae.latent_channels, size, size
-        tokens = policy.frames, policy.feature_tokens, policy.feature_channels
-        return self.draws, policy.views, *tokens
+            return views, sizes.vae.latent_channels, sizes.latent_size, sizes.latent_size
+        return self.draws, views, sizes.frames, self.gfdm.feature_tokens, self.gfdm.feature_channels
 
     @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "N V 3 H W"], texts: list[str], first_row: int) -> np.ndarray:
+    def __call__(
+        self, images: UInt8[np.ndarray, "N V 3 H W"], texts: list[str], first_row: int
+    ) -> np.ndarray:
         """Rows `first_row` … of the store; their noise depends on row, draw and seed alone."""
         if self.kind == "images":
-            return images.numpy()
-        latents = encode_views(self.gfdm, images.to(self.device))
+            return images
+        device, views = processes().device, self.policy.views
+        latents = encode_views(self.gfdm, torch.from_numpy(images).to(device))
         if self.kind == "latents":
             return latents.half().cpu().numpy()
-        draws = [
-            imagine(self.gfdm, latents, texts, noise=self._noise(first_row, len(images), draw))
-            for draw in range(self.draws)
-        ]
-        return torch.stack(draws, dim=1).half().cpu().numpy()
-
-    def _noise(self, first_row: int, rows: int, draw: int) -> Float[Tensor, "N V F 4 h w"]:
-        seeds = [seed_of("store", self.seed, row, draw) for row in range(first_row, first_row + rows)]
-        noise = partial(video_noise, self.gfdm, kind=self.feature_noise, device=self.device)
-        return noise(torch.tensor(seeds), views=len(CAMERAS))
-
-
-class Progress:
-    """Which batches of rows are on disk, whichever process wrote them: a byte for each, in a file."""
-
-    def __init__(self, output: Path, rows: int) -> None:
-        self.rows, self.batch = rows, json.loads((output / PROGRESS).read_text())["batch"]
-        self.done = np.load(output / DONE, mmap_mode="r+")
-
-    @staticmethod
-    def begin(output: Path, manifest: StoreManifest, batch: int) -> None:
-        """Nothing is done yet. Written when the store's other files are there."""
-        np.save(output / DONE, np.zeros(-(-manifest.rows // batch), np.uint8))
-        write_file(output / PROGRESS, json.dumps(json.loads(manifest.to_json()) | {"batch": batch}))
-
-    @staticmethod
-    def end(output: Path) -> None:
-        """Forget it: the store is complete."""
-        for file in (PROGRESS, DONE):
-            (output / file).unlink(missing_ok=True)
-
-    def missing(self) -> list[range]:
-        """Rows of the batches that are left, shared among the processes."""
-        left = np.flatnonzero(self.done == 0).tolist()
-        return [range(b * self.batch, min((b + 1) * self.batch, self.rows)) for b in share(left)]
-
-    def note(self, rows: range) -> None:
-        self.done[rows.start // self.batch] = 1
-        self.done.flush()
+        versions = []
+        for draw in range(self.draws):
+            rows = range(first_row, first_row + len(images))
+            seeds = torch.tensor([seed_of("store", self.seed, row, draw) for row in rows])
+            kind = self.policy.feature_noise
+            noise = video_noise(self.gfdm, seeds, views=views, kind=kind, device=device)
+            versions.append(imagine(self.gfdm, latents, texts, noise=noise))
+        return torch.stack(versions, dim=1).half().cpu().numpy()
 
 
 def prepare(cfg: DictConfig) -> Path:
@@ -131,166 +104,106 @@ def prepare(cfg: DictConfig) -> Path:
     output = check_output(Path(cfg.output), resume=cfg.resume, overwrite=cfg.overwrite)
     policy = PolicyConfig.from_preset(cfg)
     data = CalvinFolder(Path(cfg.data.root) / cfg.data.split)
-    encoder, image_size = build_encoder(cfg, policy)
-    frame_step = encoder.gfdm.config.frame_step if encoder.gfdm else cfg.gfdm.frame_step
-    apart = frame_step if cfg.store.videos else None
-    plan = plan_samples(
-        data,
-        chunk=policy.chunk,
-        tail=cfg.data.tail,
-        stride=cfg.data.stride,
-        by_text=encoder.kind == "features",
-        video=following(policy.frames, apart),
-        spans=cfg.data.spans,
-    )
-    print_once(told_of_texts(cfg, encoder.gfdm, plan.texts))
-    shape = encoder.row_shape(policy, image_size)
+    encoder = Encoder.from_config(cfg, policy)
+    clip = encoder.stage1.clip_frames if cfg.store.videos else None
+    rules = SampleRules.of(cfg.data, policy.chunk)
+    plan = plan_samples(data, rules, by_text=encoder.kind == "features", clip=clip)
+    print_once(truncation_note(cfg, encoder.gfdm, plan.texts))
     manifest = StoreManifest(
         kind=encoder.kind,
         samples=len(plan.index),
-        rows=len(plan.looks),
+        rows=len(plan.observations),
         draws=encoder.draws,
-        look=list(shape[1:] if encoder.kind == "features" else shape),
-        chunk=policy.chunk,
-        image_size=image_size,
+        image_size=encoder.stage1.image_size,
         texts=plan.texts,
         source=str(data.folder),
         fingerprint=data.fingerprint,
-        tail=cfg.data.tail,
-        stride=cfg.data.stride,
         seed=cfg.seed,
-        gfdm=None if encoder.gfdm is None else fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
+        stage1_weights=encoder.gfdm and fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
         feature_noise=policy.feature_noise if encoder.kind == "features" else None,
-        video_stride=apart,
-        spans=cfg.data.spans,
+        video_stride=clip and clip.step,
         gfdm_precision="no" if encoder.kind == "images" else policy.video_precision,
         tasks=plan.tasks,
+        **asdict(rules),
     )
     state = processes()
-    goes_on = cfg.resume and is_begun(output, manifest)
-    state.wait_for_everyone()
+    begun = cfg.resume and is_begun(output, manifest)
+    state.wait_for_everyone()  # all have looked at the folder before it changes
     if state.is_main_process:
         prepare_output(output, resume=cfg.resume, overwrite=cfg.overwrite)
+        if not begun:
+            begin(output, manifest, plan, encoder.row_shape, batch=cfg.store.batch)
     state.wait_for_everyone()
-    if (output / MANIFEST).exists():
+    if not (output / MANIFEST).exists():
+        fill(output, Pictures(data, plan.observations[:, 0], manifest.image_size), plan, encoder)
+        state.wait_for_everyone()
         if state.is_main_process:
-            Progress.end(output)  # of a run that was killed at its last step
-            print(f"{output}: complete already, {manifest.samples} samples")
-        return output
-    dtype = np.dtype(np.uint8 if encoder.kind == "images" else np.float16)
-    if state.is_main_process and not goes_on:
-        with going_on(output, "the samples' list"):
-            write_plan(output, plan)
-            allocate(output / INPUTS, dtype, (len(plan.looks), *shape))
-            Progress.begin(output, manifest, cfg.store.batch)
-    state.wait_for_everyone()
-    inputs = np.load(output / INPUTS, mmap_mode="r+")
-    write_rows(inputs, plan, data, encoder, Progress(output, manifest.rows), image_size)
-    state.wait_for_everyone()
+            with writing(output, MANIFEST):
+                write_file(output / MANIFEST, manifest.to_json())
     if state.is_main_process:
-        with going_on(output, MANIFEST):
-            write_file(output / MANIFEST, manifest.to_json())
-        Progress.end(output)
-        print(
-            f"{output}: {manifest.samples} samples of {len(plan.tasks)} tasks, {inputs.nbytes / 1e6:.0f} MB"
-        )
+        for file in (PROGRESS, DONE):
+            (output / file).unlink(missing_ok=True)
+        size = (output / INPUTS).stat().st_size / 1e6
+        print(f"{output}: {manifest.samples} samples of {len(plan.tasks)} tasks, {size:.0f} MB")
     return output
 
 
-def write_plan(output: Path, plan: Plan) -> None:
-    """The arrays that do not come from pictures."""
-    arrays = {INDEX: plan.index, ACTIONS: plan.actions, ROBOT: plan.robot_obs, SPANS: plan.spans}
-    if plan.video is not None:
-        arrays[VIDEO] = plan.video
-    for name, array in arrays.items():
-        np.save(output / name, array)
-
-
-def allocate(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """An `.npy` file of this size. Its room is taken at once: writing to mapped memory cannot fail later.
-
-    Raises:
-        UserError: the disk has not that much room.
-    """
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-    size = array.offset + array.nbytes
-    del array
-    try:
-        with file.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, size)
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot take {size / 1e9:.1f} GB ({error.strerror}); make room or choose another output="
-        ) from None
-
-
-def build_encoder(cfg: DictConfig, policy: PolicyConfig) -> tuple[Encoder, int]:
-    """What turns pictures into rows, and the size of the pictures."""
-    kind, draws = cfg.store.kind, cfg.store.draws
-    if kind not in KINDS:
-        raise UserError(f"store.kind={kind}: choose one of {', '.join(KINDS)}")
-    if draws < 1 or (draws > 1 and (kind != "features" or policy.feature_noise == "fixed")):
-        raise UserError(
-            f"store.draws={draws}: only features with fresh noise come in several draws; set it to 1"
-        )
-    if cfg.store.videos and kind == "features":
-        raise UserError("store.videos=true: videos are kept with store.kind=latents or images")
-    device = processes().device
-    gfdm, image_size = None, cfg.gfdm.image_size
-    if kind != "images":
-        weights = find_weights(cfg.gfdm_checkpoint, "gfdm")
-        gfdm = GFDM.from_pretrained(weights).to(device).eval()
-        keep_in(policy.video_precision, gfdm)
-        check_gfdm(policy, gfdm, weights)
-        image_size = gfdm.config.image_size
-    return Encoder(kind, draws, cfg.seed, gfdm, policy.feature_noise, device), image_size
-
-
-def told_of_texts(cfg: DictConfig, gfdm: GFDM | None, texts: list[str]) -> str:
-    """What to tell of texts that CLIP cuts: the video model's; without one the preset's, if it is there."""
-    try:
-        clip = gfdm.clip if gfdm else CLIPText.from_config(typed(TextConfig, cfg.text.clip, "text.clip"))
-    except UserError:
-        return ""
-    return clip.told(texts)
-
-
 def is_begun(output: Path, manifest: StoreManifest) -> bool:
-    """Whether the folder holds this store, complete or not.
-
-    `source` may be another path: the data are known by their fingerprint, wherever they lie.
+    """Whether the folder holds this store, complete or not; data are known by their fingerprint.
 
     Raises:
         UserError: it holds another store; what differs is named.
     """
-    for file in (output / MANIFEST, output / PROGRESS):
-        if file.exists():
-            record: dict[str, Any] = read_json(file, "make it anew with overwrite=true")
-            record.pop("batch", None)
-            begun, wanted = asdict(typed(StoreManifest, record, str(file))), asdict(manifest)
-            differ = [name for name in wanted if name != "source" and begun[name] != wanted[name]]
-            if differ:
-                told = [f"{name} {begun[name]}, not {wanted[name]}" for name in differ if name not in RESULTS]
-                raise UserError(
-                    f"{output}: was begun with other data or settings ({'; '.join(told or differ)}); "
-                    "give those, choose another output=, or replace it with overwrite=true"
-                )
-            return True
-    return False
+    file = next((output / name for name in (MANIFEST, PROGRESS) if (output / name).exists()), None)
+    if file is None:
+        return False
+    found, wanted = vars(StoreManifest.read(file, "make it anew with overwrite=true")), vars(manifest)
+    unequal = [name for name in wanted if name not in FOLLOWS and found[name] != wanted[name]]
+    if differ := [f"{name} {found[name]}, not {wanted[name]}" for name in unequal]:
+        raise UserError(
+            f"{output}: was begun with other data or settings ({'; '.join(differ)}); "
+            "give those, choose another output=, or replace it with overwrite=true"
+        )
+    return True
 
 
-def write_rows(
-    inputs: np.ndarray, plan: Plan, data: CalvinFolder, encoder: Encoder, progress: Progress, image_size: int
+def begin(
+    output: Path, manifest: StoreManifest, plan: Plan, row_shape: tuple[int, ...], *, batch: int
 ) -> None:
-    """Fill this process's share of the missing rows, noting every batch that is on disk."""
-    quiet = not processes().is_local_main_process
-    for rows in track(progress.missing(), f"{encoder.kind} of {len(plan.looks)} looks", disable=quiet):
-        looks = plan.looks[rows.start : rows.stop]
-        images = read_looks(data, [frame for frame, _ in looks], image_size)
-        texts = [plan.texts[text] for _, text in looks]
-        inputs[rows.start : rows.stop] = encoder(images, texts, rows.start)
+    """All files of a store, of whose rows none is done yet; the record of progress comes last."""
+    dtype = np.dtype(np.uint8 if manifest.kind == "images" else np.float16)
+    size = manifest.rows * int(np.prod(row_shape)) * dtype.itemsize
+    with writing(output, f"a store of {size / 1e9:.1f} GB"):
+        write_plan(output, plan)
+        shape = (manifest.rows, *row_shape)
+        inputs = np.lib.format.open_memmap(output / INPUTS, mode="w+", dtype=dtype, shape=shape)
+        with (output / INPUTS).open("r+b") as file:  # takes the space: writing to mapped memory cannot fail
+            os.posix_fallocate(file.fileno(), 0, inputs.offset + inputs.nbytes)
+        np.save(output / DONE, np.zeros(-(-manifest.rows // batch), np.uint8))
+        write_file(output / PROGRESS, manifest.to_json(batch=batch))
+
+
+def fill(output: Path, pictures: Pictures, plan: Plan, encoder: Encoder) -> None:
+    """Encode this process's share of the batches that are not done, whichever process did the others."""
+    batch = json.loads((output / PROGRESS).read_text())["batch"]
+    inputs, done = (np.load(output / name, mmap_mode="r+") for name in (INPUTS, DONE))
+    left, quiet = share(np.flatnonzero(done == 0).tolist()), not processes().is_local_main_process
+    for number in track(left, f"{encoder.kind} of {len(inputs)} observations", disable=quiet):
+        rows = slice(number * batch, (number + 1) * batch)
+        texts = [plan.texts[text] for text in plan.observations[rows, 1]]
+        inputs[rows] = encoder(pictures[rows], texts, rows.start)
         inputs.flush()
-        progress.note(rows)
+        done[number] = 1
+        done.flush()
+
+
+def truncation_note(cfg: DictConfig, gfdm: GFDM | None, texts: list[str]) -> str:
+    """On texts that CLIP cuts: the video model's; without one the preset's, if it is there."""
+    try:
+        clip = gfdm.clip if gfdm else CLIPText.from_config(typed(TextConfig, cfg.text.clip, "text.clip"))
+    except UserError:
+        return ""
+    return clip.truncation_note(texts)
 
 
 @entry("step3_prepare")

@@ -1,115 +1,71 @@
-"""The stage-1 and stage-2 checkpoints a policy stands on: where they lie, and whether they fit."""
+"""The stage-1 and stage-2 checkpoints a policy stands on: where they lie, what sizes they have."""
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from defi.engine.checkpoint import find_weights
 from defi.engine.weights import COPY_AGAIN, fingerprint
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.files import read_json
-from defi.text import T5Text
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.model import GIDM
-
-if TYPE_CHECKING:
-    from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.config import StageSizes
 
 SOURCES = "sources.json"
-STAGES = ("gfdm", "gidm")
+Sources = dict[str, Path]  # "gfdm", "gidm" → folder of its weights
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Folders of weights that a policy was built on."""
-
-    gfdm: Path
-    gidm: Path
-
-    @classmethod
-    def at(cls, *, gfdm: Path, gidm: Path) -> "Sources":
-        return cls(gfdm.resolve(), gidm.resolve())
-
-    def load_gfdm(self, config: "PolicyConfig") -> GFDM:
-        """The frozen video model, checked against what the policy expects."""
-        gfdm = GFDM.from_pretrained(self.gfdm)
-        check_gfdm(config, gfdm, self.gfdm)
-        return gfdm
-
-    def load_t5(self) -> T5Text:
-        """Stage 2's text tower."""
-        return GIDM.from_pretrained(self.gidm).text
-
-    def write(self, folder: Path) -> None:
-        """Record both beside a policy: paths relative to it, so that both can be moved together."""
-        record = {
-            name: {"path": os.path.relpath(path, folder.resolve()), "fingerprint": fingerprint(path)}
-            for name, path in (("gfdm", self.gfdm), ("gidm", self.gidm))
-        }
-        (folder / SOURCES).write_text(json.dumps(record, indent=1))
-
-    @classmethod
-    def read(cls, folder: Path, *, gfdm: Path | str | None, gidm: Path | str | None) -> "Sources":
-        """What `write` recorded, or the given places instead; the weights there must be the recorded ones."""
-        file = folder / SOURCES
-        record = read_json(file, COPY_AGAIN)
-        try:
-            recorded = {
-                name: (str(record[name]["path"]), record[name]["fingerprint"]) for name in ("gfdm", "gidm")
-            }
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{file}: names no weights of stages 1 and 2 ({error!r}); {COPY_AGAIN}") from None
-        found = {}
-        for name, given in (("gfdm", gfdm), ("gidm", gidm)):
-            path, expected = recorded[name]
-            found[name] = _locate(folder / path, given, name)
-            actual = fingerprint(found[name])
-            if actual != expected:
-                raise UserError(
-                    f"{found[name]}: not the {name} checkpoint that {folder} was trained on "
-                    f"(fingerprint {actual}, expected {expected}); give that one with {name}="
-                )
-        return cls.at(**found)
-
-
-def _locate(recorded: Path, given: Path | str | None, stage: str) -> Path:
-    if given is not None:
-        return find_weights(given, stage)
-    try:
-        there = recorded.is_dir()
-    except (OSError, ValueError):  # a path that cannot be
-        there = False
-    if not there:
+def stage_sizes(gfdm: GFDM, gidm: GIDM) -> StageSizes:
+    """Raises UserError if the stage-2 model has no language."""
+    if gidm.config.variant != "language":
         raise UserError(
-            f"{os.path.abspath(recorded)}: the {stage} checkpoint of this policy is gone; "
-            f"give its place with {stage}="
+            f"gidm.variant={gidm.config.variant}: a policy needs a stage-2 checkpoint of variant language"
         )
-    return recorded
+    return StageSizes(
+        frames=gfdm.config.frames,
+        feature_tokens=gfdm.feature_tokens,
+        feature_channels=gfdm.feature_channels,
+        sentence_width=gfdm.clip.projection,
+        latent_action=gidm.tokenizer.sizes,
+    )
 
 
-def check_gfdm(config: "PolicyConfig", gfdm: GFDM, place: Path | str = "the stage-1 model") -> None:
-    """Refuse a stage-1 model whose features have other sizes than the policy expects."""
-    sizes = {
-        "frames": (gfdm.config.frames, config.frames),
-        "feature_tokens": (gfdm.feature_tokens, config.feature_tokens),
-        "feature_channels": (gfdm.feature_channels, config.feature_channels),
-        "sentence_width": (gfdm.clip.projection, config.sentence_width),
+def load_sources(sources: Sources) -> dict[str, GFDM | GIDM]:
+    """Both models, by stage."""
+    gidm = GIDM.from_pretrained(sources["gidm"])
+    return {"gfdm": GFDM.from_pretrained(sources["gfdm"]), "gidm": gidm}
+
+
+def write_sources(folder: Path, sources: Sources) -> None:
+    """Record both beside a policy: paths relative to it, so that both can be moved together."""
+    record = {
+        stage: {"path": os.path.relpath(path.resolve(), folder.resolve()), "fingerprint": fingerprint(path)}
+        for stage, path in sources.items()
     }
-    _check(sizes, place, prefix="policy.")
+    (folder / SOURCES).write_text(json.dumps(record, indent=1))
 
 
-def check_gidm(config: "PolicyConfig", gidm: GIDM, place: Path | str = "the stage-2 model") -> None:
-    """Refuse a stage-2 model whose tokenizer has other sizes than the policy expects."""
-    found, wanted = vars(gidm.tokenizer.sizes), vars(config.latent_action)
-    _check({name: (found[name], wanted[name]) for name in wanted}, place, prefix="policy.latent_action.")
+def read_sources(folder: Path, **given: Path | str | None) -> Sources:
+    """What `write_sources` recorded, or the places `given`; the weights there must be the recorded ones.
 
-
-def _check(sizes: dict[str, tuple[object, object]], place: Path | str, *, prefix: str) -> None:
-    for name, (found, wanted) in sizes.items():
-        if found != wanted:
+    Raises:
+        UserError: the record is damaged, or a checkpoint is missing or another one.
+    """
+    record, found = read_json(folder / SOURCES, COPY_AGAIN), {}
+    for stage, place in given.items():
+        with reading(folder / SOURCES, COPY_AGAIN):
+            recorded, expected = folder / str(record[stage]["path"]), record[stage]["fingerprint"]
+            gone = place is None and not recorded.is_dir()
+        if gone:
             raise UserError(
-                f"{place}: has {name} {found}, the policy expects {prefix}{name}={wanted}; "
-                f"choose the preset it was trained with, or another checkpoint"
+                f"{os.path.abspath(recorded)}: the {stage} checkpoint of this policy is gone; "
+                f"give its place with {stage}="
             )
+        found[stage] = recorded if place is None else find_weights(place, stage)
+        if (actual := fingerprint(found[stage])) != expected:
+            raise UserError(
+                f"{found[stage]}: not the {stage} checkpoint that {folder} was trained on "
+                f"(fingerprint {actual}, expected {expected}); give that one with {stage}="
+            )
+    return found

@@ -1,1 +1,1 @@
-"""Benchmarks: each prints figures measured side by side in one run. Results: README.md here."""
+"""Benchmarks: each prints figures measured side by side in one run. Results: docs/benchmarks.md."""

@@ -15,9 +15,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.action_head import ActionDenoiser
-from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.config import PolicyConfig, StageSizes
 from Step3_DeFI.diffusion import Denoiser, ddim, guide, precondition
+
+PUBLISHED = PolicyConfig(
+    stages=StageSizes(
+        frames=16,
+        feature_tokens=256,
+        feature_channels=2560,
+        sentence_width=512,
+        latent_action=LatentActionSizes(),
+    )
+)
 
 
 def build_head(config: PolicyConfig) -> ActionDenoiser:
@@ -25,9 +36,9 @@ def build_head(config: PolicyConfig) -> ActionDenoiser:
     torch.manual_seed(0)
     return ActionDenoiser(
         config.action_head,
-        sentence_dim=config.sentence_width,
+        sentence_dim=config.stages.sentence_width,
         video_dim=config.video_former.dim,
-        latent_action_dim=config.latent_action.width,
+        latent_action_dim=config.stages.latent_action.width,
         action_dim=config.action_dim,
         chunk=config.chunk,
     ).eval()
@@ -35,11 +46,11 @@ def build_head(config: PolicyConfig) -> ActionDenoiser:
 
 def fake_context(config: PolicyConfig, rows: int, device: str) -> dict[str, Tensor]:
     """What the head encodes: 1 + 224 + 4 tokens at the published sizes."""
-    former, action = config.video_former, config.latent_action
+    former, action = config.video_former, config.stages.latent_action
     generator = torch.Generator().manual_seed(0)
     shapes = {
-        "sentence": (config.sentence_width,),
-        "video_tokens": (config.frames * former.queries, former.dim),
+        "sentence": (config.stages.sentence_width,),
+        "video_tokens": (config.stages.frames * former.queries, former.dim),
         "latent_actions": (action.queries, action.width),
     }
     return {
@@ -98,7 +109,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    ways = samplers(PolicyConfig(), given.device)
+    ways = samplers(PUBLISHED, given.device)
     with torch.no_grad():
         torch.testing.assert_close(ways["once"](), ways["each step"]())
     found = measure(ways, given.repeats)

@@ -28,17 +28,17 @@ from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
-from Step3_DeFI.data import PolicyStore
+from Step3_DeFI.plan import SampleRules
 from Step3_DeFI.prepare import prepare
 from Step3_DeFI.samples import CalvinSamples
+from Step3_DeFI.store import PolicyStore
 
-CHUNK, TAIL, BATCH, SIDE = 10, 21, 32, 256
+CHUNK, MIN_REMAINING, BATCH, SIDE = 10, 21, 32, 256
 KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
 # An autoencoder whose latents have Stable Video Diffusion's shape, with few channels within: it is not timed.
 SIZES = [
     f"gfdm.image_size={SIDE}",
     "gfdm.vae={block_out_channels: [32, 32, 32, 32], layers_per_block: 1, latent_channels: 4}",
-    "policy.feature_tokens=256",
 ]
 
 
@@ -47,7 +47,7 @@ def settings(folder: Path, output: Path, kind: str, gfdm: Path) -> Any:
     given = [
         f"data.root={folder.parent}",
         f"data.split={folder.name}",
-        f"data.tail={TAIL}",
+        f"data.min_remaining={MIN_REMAINING}",
         f"output={output}",
     ]
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
@@ -101,13 +101,12 @@ def main() -> None:
             kind: PolicyStore(prepare(settings(folder, work / kind, kind, work / "gfdm")))
             for kind in ("images", "latents")
         }
-        raw = CalvinSamples(folder, image_size=SIDE, chunk=CHUNK, tail=TAIL)
-        archive = CalvinSamples(
-            make_zip(folder, work / "calvin.zip"), image_size=SIDE, chunk=CHUNK, tail=TAIL
-        )
-        starts = [raw.plan.looks[look][0] for look, _ in raw.plan.index]
+        rules = SampleRules.of(cfg.data, CHUNK)
+        raw = CalvinSamples(folder, rules, image_size=SIDE)
+        archive = CalvinSamples(make_zip(folder, work / "calvin.zip"), rules, image_size=SIDE)
+        starts = raw.plan.observations[raw.plan.index[:, 0], 0].tolist()
         sources = {
-            "published": lambda i: published(raw.data, starts, i),
+            "published": lambda i: published(raw.inputs.data, starts, i),
             "folder": raw.__getitem__,
             "zip": archive.__getitem__,
             **{kind: store.__getitem__ for kind, store in stores.items()},

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from defi.engine import checkpoint
-from defi.engine.checkpoint import CheckpointWriter, training_tensors
-from defi.engine.config import TrainerConfig
+from defi.engine.checkpoint import CheckpointWriter
 from defi.engine.ema import EMA
 from defi.engine.model import StageModel
 from defi.engine.optimizer import optimizer_tensors
-from defi.engine.resume import Progress, ResumeState, rng_state
+from defi.engine.rng import rng_state
+from defi.engine.state import TrainingState
 
 WIDTH = 1024
 
@@ -59,6 +60,7 @@ class Training:
         self.ema = EMA(self.model, 0.99)
         self.optimizer = AdamW(self.model.parameters(), fused=True)
         self.step()
+        self.state = TrainingState(self.model, self.ema, optimizer_tensors(self.optimizer, self.model))
 
     def step(self) -> float:
         """Seconds of one step."""
@@ -70,19 +72,22 @@ class Training:
         return time.perf_counter() - start
 
 
+def write(run: Path, state: TrainingState) -> None:
+    checkpoint.save(state.model, run, step=state.progress.step, config={}, state=state)
+    checkpoint.rotate(run, keep=1)
+
+
 def save_plainly(training: Training, run: Path, step: int) -> None:
     """Everything on the disk before it returns."""
-    state = ResumeState(
-        Progress(step=step), optimizer_tensors(training.optimizer, training.model), [rng_state()]
-    )
-    checkpoint.save(training.model, run, step=step, config={}, ema=training.ema, state=state)
-    checkpoint.rotate(run, keep=1)
+    training.state.progress.step, training.state.rng = step, [rng_state()]
+    write(run, training.state)
 
 
 def save_in_background(training: Training, writer: CheckpointWriter, step: int) -> None:
     """Returns when the state is copied."""
-    tensors = training_tensors(training.model, training.ema, training.optimizer)
-    writer.save(tensors, Progress(step=step), [rng_state()], metrics={})
+    training.state.progress.step = step
+    training.state.rng = [rng_state()]
+    writer.save()
 
 
 def timed(action: Callable[[], None]) -> float:
@@ -108,8 +113,7 @@ def main() -> None:
         memory = [peak()]
         plain = [timed(lambda: save_plainly(training, run, 1)) for _ in range(2)]
         memory.append(peak())
-        trainer = TrainerConfig(ema=training.ema.decay, keep=1)
-        writer = CheckpointWriter(training.model, trainer, run, config={}, data={})
+        writer = CheckpointWriter(training.state, training.model.copied_to("cpu"), partial(write, run))
         pauses, writing, busy = [], [], []
         for step in range(2, options.rounds + 3):  # by turns, as the disk's speed changes
             plain.append(timed(lambda: save_plainly(training, run, step)))  # noqa: B023

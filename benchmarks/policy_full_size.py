@@ -13,11 +13,12 @@ from contextlib import contextmanager
 
 import torch
 
-from defi.config import compose_preset, typed
-from defi.text import CLIPText, T5Text, TextConfig
+from defi.config import compose_preset
+from defi.text import CLIPText
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.parts import build_scheduler, build_unet, build_vae
+from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
 
@@ -44,8 +45,8 @@ def build(preset: str, *, unet_dtype: torch.dtype) -> DeFI:
         unet = build_unet(config, clip.width)
     vae = build_vae(config.vae, config.image_size)
     gfdm = GFDM(config, unet=unet, vae=vae, scheduler=build_scheduler(), clip=clip)
-    t5 = T5Text.from_config(typed(TextConfig, cfg.text.t5, "text.t5"))
-    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, t5=t5).eval()
+    gidm = GIDM(GIDMConfig.from_preset(cfg))
+    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=gidm).eval()
 
 
 def parameters(policy: DeFI) -> dict[str, int]:

@@ -84,7 +84,7 @@ def ours(root: Path, pairs: int) -> dict[str, float]:
     import torch
 
     from defi.engine.data import StepOrder
-    from Step2_GIDM.data.build import training_pairs
+    from Step2_GIDM.data.build import build_pairs
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def ours(root: Path, pairs: int) -> dict[str, float]:
     section |= {"root": str(root), "split": "train", "index": str(root.parent / "index")}
     section["distance"] = [SETTINGS["distance"]] * 2
     began = time.perf_counter()
-    data = training_pairs(section, SETTINGS["side"])
+    data = build_pairs(section, SETTINGS["side"])
     opened = time.perf_counter() - began
     order = iter(StepOrder(len(data), seed=0, start=0, global_batch=1, micro_batch=1, process=(0, 1)))
 

@@ -32,8 +32,8 @@ from defi.sim.judge import solved
 from defi.sim.renderers import KINDS, Renderer, egl_devices, find_renderer
 from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, run_chains
-from Step3_DeFI.rollout.messages import Look
-from Step3_DeFI.rollout.protocol import build_scene, build_trials, world_maker
+from Step3_DeFI.rollout.protocol import build_chains, build_scene, world_maker
+from Step3_DeFI.rollout.simulator import Observation
 
 PROCESSORS = len(os.sched_getaffinity(0))
 CHUNK = 10
@@ -65,18 +65,18 @@ def stopwatch() -> Iterator[Callable[[int], Rate]]:
 class StubPolicy:
     """Random small motions, at once."""
 
-    def act(self, looks: Sequence[Look]) -> np.ndarray:
-        chunks = [np.random.default_rng(look.seed).uniform(-SMALL, SMALL, (CHUNK, 7)) for look in looks]
-        return np.stack(chunks)
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
+        rngs = [np.random.default_rng(observation.seed) for observation in observations]
+        return np.stack([rng.uniform(-SMALL, SMALL, (CHUNK, 7)) for rng in rngs])
 
 
 def plain_loop(sim: SimConfig, scene: str, steps: int, drawn_by: str) -> Rate:
     """One process that draws and judges at every step."""
     os.environ["LP_NUM_THREADS"] = str(PROCESSORS)  # Mesa's default: this process is the only one
     config = RolloutConfig(chains=1, scene=scene, sim=sim)
-    _, (trial,) = build_trials(config, build_scene(sim, scene))
+    _, (chain,) = build_chains(config, build_scene(sim, scene))
     world = world_maker(sim, build_scene(sim, scene), drawn_by)()
-    world.reset(trial.robot_obs, trial.scene_obs)
+    world.reset(chain.robot_obs, chain.scene_obs)
     start = world.state()
     rng = np.random.default_rng(0)
     with stopwatch() as rate:

@@ -22,11 +22,10 @@ from torch import Tensor
 from defi.config import one_line_errors
 from defi.engine.data import SampleNoise
 from Step3_DeFI.config import ActionDiffusionConfig
-from Step3_DeFI.data import PolicyStore
 from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.policy import Context, DeFI
 from Step3_DeFI.rollout.policy import load_policy
-from Step3_DeFI.train import spread
+from Step3_DeFI.store import PolicyStore
 
 REFERENCE = ("heun", 100)
 
@@ -108,7 +107,7 @@ def main() -> None:
     with one_line_errors():
         policy = load_policy(given.checkpoint, device=device).eval()
         policy.config.diffusion = replace(policy.config.diffusion, guidance=given.guidance)
-        batch = spread(PolicyStore(given.store), given.samples)
+        batch = PolicyStore(given.store).spread(given.samples)
     for last_sigma in given.last_sigma or [policy.config.diffusion.last_sigma]:
         rows = measure(policy, batch, steps=given.steps, last_sigma=last_sigma)
         title = f"σ {policy.config.diffusion.sigma_max:g} … {last_sigma:g}, 0; {given.samples} chunks"

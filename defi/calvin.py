@@ -9,37 +9,36 @@ A data set is a folder with the splits `training` and `validation`; a split hold
     lang_annotations/auto_lang_ann.npy   {"language": {"ann", "task", "emb"}, "info": {"indx", "episodes"}}
     .hydra/merged_config.yaml        the simulator's settings
 
-The folder may be one within a zip (`task_ABC_D.zip/training`), which is read without unpacking it.
+The folder may lie within a zip (`task_ABC_D.zip/training`), which is read without unpacking it.
 
-Reading never runs code from a file: pictures and states are plain arrays, the pickled dicts go through
-`defi.npy`. Every fault of a file is a `UserError` that names the file.
+Reading never runs code from a file: the pickled dicts go through `defi.npy`. Every fault of a file is a
+`UserError` that names the file.
 """
 
+import contextlib
 import hashlib
 import io
 import re
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from numpy.lib import format as npy_format
 
-from defi.archive import FolderFiles, open_files
-from defi.errors import UserError
-from defi.frames import stack_frames
+from defi.archive import COPY_AGAIN, FolderFiles, open_files
+from defi.errors import UserError, reading
 from defi.instructions import read_instruction
-from defi.npy import parse_npy, plain_array
+from defi.npy import load_npy, plain_array
+from defi.picture import stack_frames
 
 TRAINING, VALIDATION = "training", "validation"
 INDEX, LENGTHS, SCENES = "ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy"
-FRAME_FILE = re.compile(r"episode_\d{7}\.npz")
 ANNOTATIONS = "lang_annotations/auto_lang_ann.npy"
+FRAME_FILE = re.compile(r"episode_(\d{7})\.npz")
 LARGEST_MEMBER = 64 * 2**20  # bytes of one array of a frame; a camera of 4000² pixels has 48 MB
 EMBEDDING = (1, 384)  # CALVIN's sentence embedding of one annotation
 
@@ -52,22 +51,17 @@ FRAME: dict[str, tuple[type, tuple[int | None, ...]]] = {
     "robot_obs": (np.float64, (15,)),
     "scene_obs": (np.float64, (24,)),
 }
-# Largest values. CALVIN clips relative actions to [-1, 1], 1 % is room for rounding; a table top is in reach.
-STATES = ("actions", "robot_obs", "scene_obs")
-LARGEST = dict.fromkeys(STATES, 100.0) | {"rel_actions": 1.01}
-UNITS = dict.fromkeys(STATES, "metres and radians") | {
-    "rel_actions": "shares of 0.02 m and 0.05 rad, clipped to [-1, 1], and the gripper's 1 or -1"
-}
-
-_ARRAY_FAULTS = (ValueError, TypeError, LookupError, EOFError, OSError, SyntaxError, NotImplementedError)
-_FRAME_FAULTS = (*_ARRAY_FAULTS, zipfile.BadZipFile, zlib.error)
+# Key -> (largest absolute value, unit). CALVIN clips relative actions to [-1, 1]; 1 % allows for rounding.
+STATE = (100.0, "metres and radians")
+RELATIVE = (1.01, "shares of 0.02 m and 0.05 rad, clipped to [-1, 1], and the gripper's 1 or -1")
+LIMITS = {"actions": STATE, "robot_obs": STATE, "scene_obs": STATE, "rel_actions": RELATIVE}
 
 
 @dataclass(frozen=True)
 class Span:
-    """A demonstration: frames `start` to `end` (both included), what it shows in words, the task's name.
+    """A demonstration: frames `start` to `end` (both included), its instruction, the task's name.
 
-    fault: why there are no words ("" if there are).
+    fault: why there is no instruction ("" if there is one).
     """
 
     start: int
@@ -82,58 +76,50 @@ def frame_name(frame: int) -> str:
 
 
 def read_frame(
-    path: Path, keys: Iterable[str] = tuple(FRAME), *, content: bytes | None = None
+    path: Path, keys: Iterable[str] = tuple(FRAME), *, file: Path | BinaryIO | None = None
 ) -> dict[str, np.ndarray]:
-    """The arrays `keys` of one frame's file; the file's other members are not decompressed.
+    """The arrays `keys` of one frame's file; its other members are not decompressed.
 
-    content: the file's bytes where they do not lie at `path`, in a zip say.
+    file: what to read instead where the bytes do not lie at `path`, but in a zip, say.
 
     Raises:
         UserError: the file is missing or damaged, or holds no frame in CALVIN's format.
     """
-    try:
-        with zipfile.ZipFile(path if content is None else io.BytesIO(content)) as archive:
-            arrays = {key: plain_array(_member(archive, f"{key}.npy")) for key in keys}
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing, though the index counts it; copy the data set again") from None
-    except _FRAME_FAULTS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: truncated or damaged frame ({reason}); copy or collect it again") from None
+    with (
+        reading(path, "copy or collect it again"),
+        zipfile.ZipFile(path if file is None else file) as archive,
+    ):
+        arrays = {key: plain_array(_member(archive, f"{key}.npy")) for key in keys}
     for key, array in arrays.items():
         dtype, shape = FRAME.get(key, (array.dtype, array.shape))
-        alike = array.dtype == np.uint8 if dtype is np.uint8 else array.dtype.kind == np.dtype(dtype).kind
-        if not (_fits(array.shape, shape) and alike):
-            raise UserError(
-                f"{path}: {key} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
-                f"this is no frame in CALVIN's format"
-            )
-        if key in LARGEST and (wrong := ~(np.abs(array) <= LARGEST[key])).any():
+        kind_fits = array.dtype == np.uint8 if dtype is np.uint8 else array.dtype.kind == np.dtype(dtype).kind
+        if not (kind_fits and _fits(array.shape, shape)):
+            expected = f"expected {np.dtype(dtype)} {shape}; give frames in CALVIN's format"
+            raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, {expected}")
+        limit, unit = LIMITS.get(key, (np.inf, ""))
+        if unit and (wrong := ~(np.abs(array) <= limit)).any():
             raise UserError(
                 f"{path}: {key} holds {array[wrong][0]:g} at place {wrong.argmax()}, expected are numbers of "
-                f"at most {LARGEST[key]:g} ({UNITS[key]}); mend the frame, or leave its recording out"
+                f"at most {limit:g} ({unit}); correct the frame, or leave its recording out"
             )
     return arrays
 
 
 def check_gripper(path: Path, action: Float64[np.ndarray, "7"]) -> None:
     """Raises UserError if an action neither opens nor closes the gripper: CALVIN's robot takes no other."""
-    if abs(abs(action[6]) - 1) > LARGEST["rel_actions"] - 1:
-        raise UserError(
-            f"{path}: rel_actions holds the gripper's action {action[6]:g}, expected is 1 (open) or -1 "
-            "(closed); write one of them"
-        )
+    if abs(abs(action[6]) - 1) > RELATIVE[0] - 1:
+        value = f"rel_actions holds the gripper's action {action[6]:g}"
+        raise UserError(f"{path}: {value}, expected is 1 (open) or -1 (closed); write one of them")
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member of a frame's archive; a small file may hold gigabytes of zeros."""
-    size = archive.getinfo(name).file_size
-    if size > LARGEST_MEMBER:
+    if (size := archive.getinfo(name).file_size) > LARGEST_MEMBER:  # zeros take a thousandth of their size
         raise ValueError(f"{name} has {size:,} bytes")
     return archive.read(name)
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(expected) and all(e is None or n == e for n, e in zip(shape, expected))
+    return len(shape) == len(expected) and all(e in (None, n) for n, e in zip(shape, expected))
 
 
 def _items(value: Any) -> list[Any]:
@@ -145,14 +131,13 @@ def _items(value: Any) -> list[Any]:
 def _span(path: Path, number: int, bounds: Sequence[int], text: Any, task: Any) -> Span:
     where = f"{path}: the text of span {number} (frames {bounds[0]} to {bounds[1]})"
     try:
-        words, fault = read_instruction(text, where), f"{where} is blank"
+        instruction = read_instruction(text, where)
+        fault = "" if instruction else f"{where} is blank"
     except UserError as error:
-        words, fault = "", str(error)
-    try:
-        task = read_instruction(task, where)
-    except UserError:  # it only names the span in counts
-        task = ""
-    return Span(*bounds, words, task, fault="" if words else fault)
+        instruction, fault = "", str(error)
+    with contextlib.suppress(UserError):  # the task only names the span in counts
+        return Span(*bounds, instruction, read_instruction(task, where), fault)
+    return Span(*bounds, instruction, "", fault)
 
 
 class CalvinFolder:
@@ -166,32 +151,27 @@ class CalvinFolder:
         self.folder = Path(folder)
         self._files = open_files(self.folder)
         if isinstance(self._files, FolderFiles) and not self.folder.is_dir():
-            raise UserError(
-                f"{self.folder}: no such folder; give the data set in CALVIN's format that holds it, "
-                f"or collect one with `python -m defi.sim.collect`"
-            )
+            hint = "give a data set in CALVIN's format, or collect one: python -m defi.sim.collect"
+            raise UserError(f"{self.folder}: no such folder; {hint}")
         index = self._files.path(INDEX)
         if INDEX not in self._files:
             raise UserError(f"{index}: missing, so this is no split of a CALVIN data set; check the path")
-        ids = self._load(INDEX)
-        if isinstance(ids, np.ndarray) and ids.shape == (2,):  # of a single recording
-            ids = ids[None]
-        if not (isinstance(ids, np.ndarray) and ids.shape[1:] == (2,) and ids.dtype.kind in "iu"):
-            found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-            raise UserError(
-                f"{index}: not an integer array of shape [N, 2] but {found}; copy the data set again"
-            )
-        if len(ids) == 0:
-            raise UserError(f"{index}: no frames in this split; collect or copy the data set again")
-        if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
-            raise UserError(f"{index}: a recording ends before it starts; copy the data set again")
+        ids = np.asarray(self._load(INDEX))
+        ids = ids[None] if ids.shape == (2,) else ids  # of a single recording
+        with reading(index, COPY_AGAIN):
+            if ids.shape[1:] != (2,) or ids.dtype.kind not in "iu":
+                raise ValueError(f"not an integer array of shape [N, 2] but {ids.dtype} {ids.shape}")
+            if len(ids) == 0:
+                raise ValueError("no frames in this split")
+            if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
+                raise ValueError("a recording ends before it starts")
         self.episodes: list[tuple[int, int]] = [(int(start), int(end)) for start, end in ids]
         lengths = ids[:, 1] - ids[:, 0] + 1
         if LENGTHS in self._files and not np.array_equal(np.ravel(self._load(LENGTHS)), lengths):
-            raise UserError(f"{self._files.path(LENGTHS)}: contradicts {INDEX}; copy the data set again")
+            raise UserError(f"{self._files.path(LENGTHS)}: contradicts {INDEX}; {COPY_AGAIN}")
 
     def _load(self, name: str) -> Any:
-        return parse_npy(self._files.read(name), self._files.path(name))
+        return load_npy(self._files.path(name), self._files.read(name))
 
     def __repr__(self) -> str:
         return f"CalvinFolder({str(self.folder)!r})"
@@ -208,32 +188,26 @@ class CalvinFolder:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The annotated demonstrations, in the file's order, with and without words."""
+        """The annotated demonstrations, in the file's order, with and without instruction."""
         path = self._files.path(ANNOTATIONS)
-        if ANNOTATIONS not in self._files:
-            raise UserError(
-                f"{path}: missing annotation, so there are no instructions; copy it too, or do without them "
-                "(data.language=false in stage 2, data.spans=all in stage 3)"
-            )
+        if not self.is_annotated:
+            without = "data.language=false in stage 2, data.spans=all in stage 3"
+            raise UserError(f"{path}: missing annotation of instructions; copy it, or do without ({without})")
         annotation = self._load(ANNOTATIONS)
-        try:
+        with reading(path, "not CALVIN's annotation (language.ann, language.task, info.indx)"):
             texts, tasks = (_items(annotation["language"][key]) for key in ("ann", "task"))
             bounds = np.array(annotation["info"]["indx"], np.int64).reshape(-1, 2).tolist()
-        except (TypeError, KeyError, ValueError, IndexError, OverflowError):
-            texts, tasks, bounds = [], [], None
-        if not (bounds is not None and len(bounds) == len(texts) == len(tasks)):
-            raise UserError(f"{path}: not CALVIN's annotation (language.ann, language.task, info.indx)")
+            if not len(bounds) == len(texts) == len(tasks):
+                raise ValueError(f"{len(bounds)} spans, {len(texts)} texts, {len(tasks)} tasks")
         spans = [_span(path, n, *each) for n, each in enumerate(zip(bounds, texts, tasks))]
         for span in spans:
             if not any(start <= span.start <= span.end <= end for start, end in self.episodes):
-                raise UserError(
-                    f"{path}: span ({span.start}, {span.end}) lies outside the recordings of "
-                    f"ep_start_end_ids.npy; the two files belong to different data sets"
-                )
+                outside = f"span ({span.start}, {span.end}) lies outside the recordings of {INDEX}"
+                raise UserError(f"{path}: {outside}; give both files of the same data set")
         return spans
 
-    def without_words(self, *, fate: str) -> str:
-        """What to tell of annotated spans without instruction, and of their `fate`; "" if there are none."""
+    def missing_text_note(self, *, fate: str) -> str:
+        """A note on annotated spans without instruction and their `fate`; "" if there are none."""
         faults = [span.fault for span in self.spans if span.fault]
         if not faults:
             return ""
@@ -243,24 +217,18 @@ class CalvinFolder:
     @cached_property
     def scenes(self) -> dict[str, tuple[int, int]]:
         """Scene name ("A") -> its first and last frame; empty where the data set does not say."""
-        path = self._files.path(SCENES)
         if SCENES not in self._files:
             return {}
         info = self._load(SCENES)
-        try:
+        with reading(self._files.path(SCENES), "not a dict of scene -> [first frame, last frame]"):
             return {str(k).rpartition("_")[2]: (int(first), int(last)) for k, (first, last) in info.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise UserError(f"{path}: not a dict of scene -> [first frame, last frame]") from None
 
     def path(self, frame: int) -> Path:
         return self._files.path(frame_name(frame))
 
     def frame(self, frame: int, keys: Iterable[str] = tuple(FRAME)) -> dict[str, np.ndarray]:
         """Arrays of one frame, as stored (pictures uint8 [H, W, 3], states float64)."""
-        path = self.path(frame)
-        if isinstance(self._files, FolderFiles):  # only the parts of the file that hold the keys are read
-            return read_frame(path, keys)
-        return read_frame(path, keys, content=self._files.read(frame_name(frame)))
+        return read_frame(self.path(frame), keys, file=self._files.open(frame_name(frame)))
 
     def stack(self, key: str, frames: Iterable[int]) -> np.ndarray:
         """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7].
@@ -277,13 +245,11 @@ class CalvinFolder:
         Raises:
             UserError: frames are missing; their number and the first are named.
         """
-        there = np.array([int(name[8:-4]) for name in self._files if FRAME_FILE.fullmatch(name)], np.int64)
-        missing = np.setdiff1d(frames, there)
+        found = [int(match[1]) for name in self._files if (match := FRAME_FILE.fullmatch(name))]
+        missing = np.setdiff1d(frames, np.array(found, np.int64))
         if len(missing):
-            raise UserError(
-                f"{self.path(int(missing[0]))}: missing, and {len(missing) - 1:,} more of the "
-                f"{len(frames):,} frames that are needed; copy the data set again"
-            )
+            more = f"{len(missing) - 1:,} more of the {len(frames):,} frames that are needed"
+            raise UserError(f"{self.path(int(missing[0]))}: missing, and {more}; {COPY_AGAIN}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -310,16 +276,7 @@ def encode_frame(frame: Mapping[str, np.ndarray]) -> bytes:
             array = np.ascontiguousarray(frame[key], dtype)
             assert _fits(array.shape, shape), f"{key}: shape {array.shape}, expected {shape}"
             method = zipfile.ZIP_DEFLATED if array.ndim == 3 else zipfile.ZIP_STORED
-            member = _npy_header(array.dtype, array.shape) + array.tobytes()
-            archive.writestr(zipfile.ZipInfo(f"{key}.npy"), member, method, compresslevel=1)
-    return buffer.getvalue()
-
-
-@lru_cache(maxsize=32)
-def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    described = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    npy_format.write_array_header_1_0(buffer, described)
+            archive.writestr(zipfile.ZipInfo(f"{key}.npy"), _npy(array), method, compresslevel=1)
     return buffer.getvalue()
 
 

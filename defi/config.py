@@ -28,14 +28,21 @@ TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "va
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 
+REFERENCE = re.compile(r"[^'\"]*\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
+
 Settings = TypeVar("Settings")
 
 RETIRED = {
-    "policy.action_head.action_positions": (
-        "positions come with policy.action_head.cross_attention=full, and only with it; leave this out"
-    ),
-    "demos_per_unit": "use demos_per_session=",
+    "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
+    "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "data.tail": "use data.min_remaining instead",
+    "demos_per_unit": "use demos_per_session instead",
+    **dict.fromkeys(
+        (f"policy.{size}" for size in ("frames", "feature_tokens", "feature_channels", "sentence_width")),
+        "it is read from the stage-1 checkpoint; leave this out",
+    ),
+    "policy.latent_action": "its sizes are read from the stage-2 checkpoint; leave this out",
     "store.video_stride": "replaced by store.videos=true; frames are as far apart as the video model's",
 }
 """Settings that there were once, and what to do instead."""
@@ -49,32 +56,23 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)
+        @one_line_errors()  # before Hydra adds lines of its own
         @functools.wraps(main)
-        def body(cfg: DictConfig) -> None:
-            with one_line_errors():
-                check_given(cfg)
-                try:
-                    OmegaConf.resolve(cfg)
-                except OmegaConfBaseException as error:
-                    raise UserError(f"{one_line(error)}; a text with ${{ is written with \\${{") from None
-                check_texts(cfg, sys.argv[1:])
-                check_overwrite(cfg)
-                main(cfg)
+        def command(cfg: DictConfig) -> None:
+            check_settings(cfg, sys.argv[1:])
+            main(cfg)
 
+        @one_line_errors()
         @functools.wraps(main)
         def run() -> None:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised, not printed by Hydra
-            command = hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(
-                body
-            )
             if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may not be UTF-8
                 sys.stdout.reconfigure(errors="backslashreplace")
-            with one_line_errors():
-                check_preset(sys.argv[1:])
-                try:
-                    command()
-                except CompactHydraException as error:
-                    raise UserError(explain(error)) from None
+            try:
+                command()
+            except CompactHydraException as error:
+                raise UserError(explain(error)) from None
 
         return run
 
@@ -111,7 +109,7 @@ def explain(error: CompactHydraException) -> str:
     section = cause.full_key.rpartition(".")[0]
     known = sorted(str(key) for key in cause.parent_node if key != "hydra")
     close = difflib.get_close_matches(str(cause.key), known)
-    names = " ".join(f"{section}.{key}=" if section else f"{key}=" for key in close or known)
+    names = " ".join(f"{section}.{key}=".lstrip(".") for key in close or known)
     ask = f"did you mean {names}?" if close else f"there are {names};"
     return f"{cause.full_key}=: no such setting; {ask} --cfg job prints all"
 
@@ -135,43 +133,37 @@ def quoted(key: str, text: str) -> str:
     return shlex.quote(f'{key}="{inner}"')
 
 
-def check_texts(cfg: DictConfig, arguments: Sequence[str]) -> None:
-    """Raises UserError if a place or an instruction was read as a list, a dict or a number.
+def check_settings(cfg: DictConfig, arguments: Sequence[str]) -> None:
+    """Resolve a composed configuration; `arguments` of the command line are as they were written.
 
-    arguments: of the command line, as they were written.
+    Raises:
+        UserError: a setting without default (`???`) was not given, an interpolation leads nowhere, a place or
+            an instruction was read as a list, a dict or a number, or `overwrite=true` would delete something
+            that the same command reads.
     """
+    values = flatten(OmegaConf.to_container(cfg))
+    if missing := sorted(key for key, value in values.items() if value == MISSING):
+        needed = ", ".join(f"{key}=" for key in missing)
+        raise UserError(f"{missing[0]}=: not given; this command needs {needed}")
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{one_line(error)}; a text with ${{ is written with \\${{") from None
     written = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in arguments)}
     for key, value in written.items():
         read = OmegaConf.select(cfg, key, default=None) if key in TEXTS else None
         if read is not None and not isinstance(read, str):
             kind = {ListConfig: "list", DictConfig: "dict"}.get(type(read), type(read).__name__)
             raise UserError(f"{key}={value}: is read as {kind}; quote a text: {quoted(key, value)}")
+    if cfg.get("overwrite"):
+        for key, value in flatten(OmegaConf.to_container(cfg)).items():
+            if key != "output" and isinstance(value, str) and value and _is_within(value, cfg.output):
+                lost = f"overwrite=true would delete {key}={value}, which is in it"
+                raise UserError(f"output={cfg.output}: {lost}; choose another output=")
 
 
-def check_given(cfg: DictConfig) -> None:
-    """Raises UserError if a setting without default (`???`) was not given."""
-    values = flatten(OmegaConf.to_container(cfg))
-    if missing := sorted(key for key, value in values.items() if value == MISSING):
-        needed = ", ".join(f"{key}=" for key in missing)
-        raise UserError(f"{missing[0]}=: not given; this command needs {needed}")
-
-
-def check_overwrite(cfg: DictConfig) -> None:
-    """Raises UserError if `overwrite=true` would delete something that the same command reads."""
-    if not cfg.get("overwrite"):
-        return
-    output = Path(cfg.output).resolve()
-    for key, value in flatten(OmegaConf.to_container(cfg)).items():
-        if (
-            key != "output"
-            and isinstance(value, str)
-            and value
-            and Path(value).resolve().is_relative_to(output)
-        ):
-            raise UserError(
-                f"output={cfg.output}: overwrite=true would delete {key}={value}, which is in it; "
-                "choose another output="
-            )
+def _is_within(path: str, folder: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,15 +175,6 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def check_preset(arguments: Sequence[str]) -> None:
-    """Raises UserError if `preset=` names none; Hydra would complain of a recipe that depends on it."""
-    known = presets()
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name == "preset" and not set(value.split(",")) <= set(known):
-            raise UserError(f"preset={value}: no such preset; choose from {', '.join(known)}")
 
 
 def presets() -> list[str]:
@@ -213,10 +196,10 @@ def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Setting
     """Settings from YAML or JSON as the (nested) dataclass `cls`; `where` names the section in errors.
 
     Raises UserError for a key the dataclass does not have, for a value of another type, and for a plain value
-    that refers to something else, an environment variable say: files of others may not look around here.
+    that refers to something else, an environment variable say: files of others may not read these.
     """
-    if (reference := _find_reference(values)) is not None:
-        raise UserError(f"{where}: {reference} refers to something outside; write the value itself")
+    if isinstance(values, dict) and (reference := REFERENCE.search(str(values))):
+        raise UserError(f"{where}: {reference[0]} refers to something outside; write the value itself")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
@@ -228,11 +211,3 @@ def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Setting
         if hint := RETIRED.get(f"{where}.{error.full_key}"):
             raise UserError(f"{key}: no longer a setting; {hint}") from error
         raise UserError(f"{key}: {reason}; see {cls.__name__} in {cls.__module__}") from error
-
-
-def _find_reference(values: Any) -> str | None:
-    """An interpolation of OmegaConf in plain containers; those of configurations are resolved by Hydra."""
-    if isinstance(values, str):
-        return values if "${" in values else None
-    parts = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
-    return next((found for part in parts if (found := _find_reference(part)) is not None), None)

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception that is meant for the person at the keyboard, and where it is made of a library's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from pathlib import Path
 class UserError(ValueError):
     """Something the user can fix. The message is one line: what was wrong (file or value), and what to do.
 
-    Entry points print it without a traceback and leave with exit code 2 (`defi.config.entry`).
+    Entry points print it without a traceback and exit with code 2 (`defi.config.entry`).
     """
 
 
@@ -17,14 +17,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)  # of the system, or of FFmpeg
+
+
 @contextmanager
 def reading(file: Path | str, fix: str) -> Iterator[None]:
-    """Around the library call that opens or decodes somebody else's file: all that it raises is one line.
+    """Around a library call that opens or decodes a file from others: whatever it raises becomes one line.
 
     The one place where a library's complaint about damage becomes a message; see docs/security.md.
 
     Raises:
-        UserError: names the file, what the library said of it, and the `fix`.
+        UserError: names the file, what the library said, and the `fix`.
     """
     try:
         yield
@@ -33,13 +37,12 @@ def reading(file: Path | str, fix: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {fix}") from None
     except Exception as error:  # each library, and each kind of damage, has errors of its own
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise UserError(f"{file}: cannot be read ({reason}); {fix}") from None
+        raise UserError(f"{file}: cannot be read ({_reason(error)}); {fix}") from None
 
 
 @contextmanager
-def going_on(output: Path, what: str) -> Iterator[None]:
-    """Writes of a command that goes on with `resume=true`: a disk that is full, say, is one line.
+def writing(output: Path, what: str) -> Iterator[None]:
+    """Around writes of a command that can be resumed: a full disk, say, becomes one line.
 
     Raises:
         UserError: names the output folder and what could not be written.
@@ -47,8 +50,5 @@ def going_on(output: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(
-            f"{output}: cannot write {what} ({reason}); what is finished stays: make room, then go on with "
-            "resume=true"
-        ) from None
+        fix = "free some space, then continue with resume=true"
+        raise UserError(f"{output}: cannot write {what} ({_reason(error)}); {fix}") from None

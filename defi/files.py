@@ -1,84 +1,67 @@
-"""Small text files that strangers may have written: read as plain data, whatever is in them."""
+"""Files from others: small texts, read as plain data whatever is in them, and what lies below a folder."""
 
 import json
+import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from defi.errors import UserError, one_line
+from defi.errors import UserError, reading
+from defi.instructions import is_utf8
 
+LARGEST = 64 * 2**20  # bytes; the text files of a checkpoint or a data set are far smaller
 DEEPEST = 50  # levels of YAML
 MOST_LAYERS, LARGEST_SIZE = 200, 10**6  # in a network's configuration
 LAYERS = re.compile(r"(layers|blocks|depth)($|_per)")
-LARGEST = 64 * 2**20  # bytes; the text files of a checkpoint or a data set are far smaller
-
-
-def read_json(file: Path, fix: str, kind: type = dict) -> Any:
-    """What a JSON file holds: an object, or a list where that is the `kind`.
-
-    Raises:
-        UserError: the file is missing, damaged, too large or holds something else; it ends with `fix`.
-    """
-    text = read_text(file, fix)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({one_line(error)}); {fix}") from None
-    if not isinstance(values, kind):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not a {kind.__name__}; {fix}")
-    return values
-
-
-def read_yaml(file: Path, fix: str) -> dict[str, Any]:
-    """The mapping in a YAML file, interpolations left as they are.
-
-    Tags that name code are refused, and aliases, with which a short file can fill the memory.
-
-    Raises:
-        UserError: as `read_json`.
-    """
-    text = read_text(file, fix)
-    try:
-        _refuse_tricks(text)
-        values = OmegaConf.to_container(OmegaConf.create(text))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"{file}: not YAML that is read here ({one_line(error)}); {fix}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not a dict; {fix}")
-    return values
-
-
-def _refuse_tricks(text: str) -> None:
-    """Raise ValueError for YAML with aliases, or nested so deep that its parser takes long."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has an alias (*name)")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} deep")
 
 
 def read_text(file: Path, fix: str) -> str:
-    """The text of a file. Raises UserError as `read_json` does."""
-    try:
-        if file.stat().st_size > LARGEST:
-            raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than any file of its kind; {fix}")
-        return file.read_text(encoding="utf-8-sig")  # some programs begin their files with a mark
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; {fix}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not text in UTF-8 ({error.reason}); {fix}") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); {fix}") from None
+    """The text of a UTF-8 file.
+
+    Raises:
+        UserError: the file is missing, damaged or too large; the message ends with `fix`.
+    """
+    with reading(file, fix):
+        if (size := file.stat().st_size) > LARGEST:
+            raise ValueError(f"{size:,} bytes, more than any file of its kind")
+        return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+
+
+def read_json(file: Path, fix: str, kind: type = dict) -> Any:
+    """What a JSON file holds: an object, or a list where that is the `kind`. Errors as `read_text`."""
+    with reading(file, fix):
+        return _checked(json.loads(read_text(file, fix)), kind)
+
+
+def read_yaml(file: Path, fix: str) -> dict[str, Any]:
+    """The mapping in a YAML file, its interpolations not resolved. Errors as `read_text`.
+
+    Refused: tags that name code, and aliases, with which a short file can fill the memory.
+    """
+    with reading(file, fix):
+        text, depth = read_text(file, fix), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("has an alias (*name)")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} deep")
+        return _checked(OmegaConf.to_container(OmegaConf.create(text)), dict)
+
+
+def _checked(values: Any, kind: type) -> Any:
+    if not isinstance(values, kind):
+        raise ValueError(f"holds a {type(values).__name__}, not a {kind.__name__}")
+    return values
 
 
 def check_sizes(values: Any, file: Path, name: str = "") -> None:
-    """Refuse sizes that no network has, before one is built from them.
+    """Refuse a network's configuration with sizes that no network has, before one is built from it.
 
     Raises:
         UserError: so many layers, or a number so large, that building would not end.
@@ -91,3 +74,32 @@ def check_sizes(values: Any, file: Path, name: str = "") -> None:
             check_sizes(value, file, name)
     elif isinstance(values, int) and values > (MOST_LAYERS if LAYERS.search(name) else LARGEST_SIZE):
         raise UserError(f"{file}: {name}={values} is beyond all reason; copy the checkpoint again")
+
+
+def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files below a folder with one of the suffixes (given in lower case, matched in any), sorted by path.
+
+    Linked folders are followed, since large data sets are spread over disks, but none is entered twice.
+    Hidden files and folders are skipped (macOS puts `._a.mp4` beside `a.mp4`).
+
+    Raises:
+        UserError: a file's path is not UTF-8.
+    """
+    found: list[Path] = []
+    entered: set[str] = set()
+    waiting = [str(folder)]
+    for start in waiting:
+        for place, folders, files in os.walk(start):
+            if (real := os.path.realpath(place)) in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            folders[:] = [name for name in folders if name[0] != "."]
+            # Links come last, so that a folder keeps its own name.
+            waiting += sorted(link for name in folders if os.path.islink(link := os.path.join(place, name)))
+            visible = (Path(place, name) for name in files if name[0] != ".")
+            found += [file for file in visible if file.suffix.lower() in suffixes]
+    for file in found:
+        if not is_utf8(str(file)):
+            raise UserError(f"{file}: its name is not UTF-8, which not every library can open; rename it")
+    return sorted(found)

@@ -1,26 +1,51 @@
-"""Hugging Face's server, which may be out of reach."""
+"""Models and tokenizers from Hugging Face's folders or its server, which may be out of reach."""
 
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_session
 
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.files import check_sizes, read_json
 
 PATIENCE = 3.0  # seconds; the library itself would try for most of a minute, file by file
 
 
+def from_pretrained(cls: Any, source: Path | str, **settings: Any) -> Any:
+    """`cls.from_pretrained` of a folder or hub name, which runs no code from there.
+
+    Raises:
+        UserError: nothing of this kind is there, or it is damaged.
+    """
+    where = source if "/" in str(source) else f"pretrained={str(source)[:200]}"
+    with reading(where, f"give the folder or hub name of a {cls.__name__}"):
+        safe = {"local_files_only": local_only(source), "trust_remote_code": False}
+        return cls.from_pretrained(str(source), **safe, **settings)
+
+
+def load_model(cls: Any, source: Path | str) -> Any:
+    """A model of the class `cls` from a folder or hub name; every one of its tensors must be there.
+
+    Raises:
+        UserError: as `from_pretrained`, or tensors are missing or of another shape.
+    """
+    model, report = from_pretrained(cls, source, output_loading_info=True)
+    if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        what = f"{len(missing)} tensors of {cls.__name__} are missing or of another shape, first {missing[0]}"
+        raise UserError(f"{source}: {what}; give a complete folder")
+    return model
+
+
 def local_only(source: Path | str) -> bool:
     """Whether to load `source` from the disk alone: it is a folder, or the server does not answer.
 
-    A folder's files may name other places, and code there; a model that was once downloaded is found without
-    a server.
+    A model that was downloaded before is found without a server.
 
     Raises:
-        UserError: it is a path, and nothing is there: a stranger's repository may have that name; or the
-            folder's config.json describes a network that would not fit any memory.
+        UserError: it is a path where nothing is (a repository of anybody's may have that name), or the
+            folder's config.json describes a network that fits no memory.
     """
     path = Path(source)
     if os.path.isdir(path):  # unlike Path.is_dir for any name, too long ones as well
@@ -29,19 +54,15 @@ def local_only(source: Path | str) -> bool:
         return True
     beside = len(path.parts) > 1 and os.path.isdir(path.parent)
     if path.is_absolute() or path.parts[:1] in (("ckpts",), ("..",)) or beside:
-        raise UserError(
-            f"{source}: no such folder; python -m defi.download preset=paper fetches what the presets start "
-            "from, weights=random does without"
-        )
+        fix = "python -m defi.download preset=paper fetches what the presets need, weights=random needs none"
+        raise UserError(f"{source}: no such folder; {fix}")
     return not _answers()
 
 
 @functools.cache
 def _answers() -> bool:
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception:  # whatever its client raises
+    except Exception:  # whatever its client raises, in offline mode too
         return False
     return True

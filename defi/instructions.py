@@ -9,9 +9,9 @@ import numpy as np
 
 from defi.errors import UserError
 
-UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})  # kinds of signs without ink: controls, marks, blanks
-FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols without ink
-MARK = "\ufeff"  # with which some programs begin their texts
+UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})  # Unicode's controls, marks, blanks
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
+BYTE_ORDER_MARK = "\ufeff"  # with which some programs begin their texts
 
 
 def read_instruction(value: Any, where: str) -> str:
@@ -26,9 +26,10 @@ def read_instruction(value: Any, where: str) -> str:
     """
     try:
         text = _text(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is {error}; expected is one text in UTF-8") from None
-    return "" if _is_blank(text) else text
+    blank = all(unicodedata.category(sign) in UNSEEN or sign in FILLERS for sign in text)
+    return "" if blank else text
 
 
 def read_instructions(values: Iterable[Any], where: str) -> list[str]:
@@ -50,7 +51,7 @@ def read_instructions(values: Iterable[Any], where: str) -> list[str]:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text of strangers, a file's name say, was UTF-8: of other bytes Python makes surrogates."""
+    """Whether a text, a file's name say, was UTF-8: of other bytes Python makes surrogates."""
     return not re.search("[\ud800-\udfff]", text)
 
 
@@ -64,17 +65,10 @@ def _text(value: Any) -> str:
             raise ValueError(f"a list of {len(texts)} texts")
         (value,) = texts
     if isinstance(value, bytes):
-        try:
-            value = value.rstrip(b"\0").decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"not UTF-8 ({value[:40]!r})") from None
+        value = value.rstrip(b"\0").decode(errors="surrogateescape")
     if not isinstance(value, str):
         known = value is None or isinstance(value, (int, float))
         raise ValueError(f"{value!r}" if known else f"a {type(value).__name__}")
     if not is_utf8(value):
         raise ValueError(f"not UTF-8 ({value[:40]!r})")
-    return value.removeprefix(MARK)
-
-
-def _is_blank(text: str) -> bool:
-    return all(unicodedata.category(sign) in UNSEEN or sign in FILLERS for sign in text)
+    return value.removeprefix(BYTE_ORDER_MARK)

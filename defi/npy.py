@@ -1,180 +1,114 @@
-"""Read `.npy` files that hold pickled dictionaries, without giving the file a way to run code.
+"""NumPy's `.npy` files from others: plain arrays, and the pickled dictionaries that CALVIN keeps in them.
 
-CALVIN keeps its language annotations as a pickled dict in a `.npy` file. `numpy.load(allow_pickle=True)`
-calls whatever the pickle names. Here every global that a pickle may name is an inert stand-in: NumPy's
-constructors only record their arguments, arrays are then built by `numpy.frombuffer` from checked types and
-sizes, and any other global is refused by name, without being imported.
+`numpy.load(allow_pickle=True)` calls whatever the pickle names. The unpickler here lets it name only NumPy's
+constructors, and replaces these by stand-ins that record their arguments: NumPy itself would trust a pickled
+type or shape. Arrays are then made by `numpy.frombuffer` from checked types and sizes.
 """
 
 import io
 import math
 import pickle
-import pickletools
-import tokenize
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy_format
 
-from defi.errors import UserError
+from defi.errors import reading
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_NUMERIC = frozenset("biufcSU")
-_MULTIARRAY = frozenset({"numpy.core.multiarray", "numpy._core.multiarray"})
-# What pickle and NumPy raise on bytes that are not what they should be.
-_DAMAGE = (
-    *(ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError),
-    *(MemoryError, RecursionError, ImportError, SyntaxError, pickle.UnpicklingError, tokenize.TokenError),
-)
+FIX = "copy or write it again"
+NUMERIC = frozenset("biufcSU")
+GLOBALS = re.compile(r"numpy\.(ndarray|dtype|_?core\.multiarray\.(_reconstruct|scalar))|_codecs\.encode")
+SPARE_VALUES = 100_000  # that a pickle may repeat, besides one for each of its bytes
 
 
-class _Refused(Exception):
-    """The pickle asks for something that is not plain data."""
+class _Recorded:
+    """Stands for a global of NumPy, or for a call of it. state: what the pickle sets afterwards."""
 
-
-class _Global:
-    """Stands for one permitted global; calling it records the arguments, nothing else."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, args: tuple = ()) -> None:
+        self.name, self.args, self.state = name, args, ()
 
     def __call__(self, *args: Any) -> Any:
-        if self.name == "encode":  # how protocol 2 spells bytes
-            text, encoding = args
-            if type(text) is not str or encoding not in ("latin1", "latin-1"):
-                raise _Refused("_codecs.encode with something else than Latin-1 text")
-            return text.encode("latin-1")
-        if self.name == "ndarray":
-            raise _Refused("a direct call of numpy.ndarray")
-        return _Record(self.name, args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise _Refused(f"a new state for the global {self.name}")
-
-
-class _Record:
-    """A call seen in the pickle: `dtype`, `_reconstruct` (an array) or `scalar`, with its later state."""
-
-    __slots__ = ("args", "kind", "state")
-
-    def __init__(self, kind: str, args: tuple) -> None:
-        self.kind, self.args, self.state = kind, args, None
+        if self.name == "encode" and args[1:] == ("latin1",):  # how protocol 2 spells bytes
+            return args[0].encode("latin1")
+        return _Recorded(self.name, args)
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> _Global:
-        if module in _MULTIARRAY and name in ("_reconstruct", "scalar"):
-            return _Global(name)
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return _Global(name)
-        if module == "_codecs" and name == "encode":
-            return _Global(name)
-        raise _Refused(f"the global {module}.{name}")
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: the one in C takes as much memory as the largest number of a memo entry asks for."""
 
-
-def _dtype(record: Any) -> np.dtype:
-    name = record.args[0] if type(record) is _Record and record.kind == "dtype" and record.args else None
-    if type(name) is not str:
-        raise _Refused("something else than a NumPy type where one belongs")
-    if name in ("O", "O8"):
-        return np.dtype(object)
-    if name[:1] not in _NUMERIC or not name[1:].isdigit():
-        raise _Refused(f"arrays of type {name!r}")
-    dtype = np.dtype(name)
-    order = record.state[1] if record.state else "|"
-    if dtype.itemsize == 0 or order not in ("<", ">", "=", "|"):
-        raise _Refused(f"arrays of type {name!r} in byte order {order!r}")
-    return dtype if order == "|" else dtype.newbyteorder(order)
+    def find_class(self, module: str, name: str) -> _Recorded:
+        if not GLOBALS.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
+        return _Recorded(name)
 
 
 class _Builder:
-    """Turns the unpickled records into arrays. Shared objects are visited once; cycles are refused."""
+    """Makes plain values of what was unpickled, at most `most`: a shared list can stand for any number."""
 
-    def __init__(self) -> None:
-        self.done: dict[int, Any] = {}
-        self.open: set[int] = set()
+    def __init__(self, most: int) -> None:
+        self.left = most
 
     def build(self, value: Any) -> Any:
-        if type(value) in _PLAIN:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it repeats its values too often")
+        if value is None or type(value) in (bool, int, float, complex, str, bytes):
             return value
-        key = id(value)
-        if key in self.done:
-            return self.done[key]
-        if key in self.open:
-            raise _Refused("a container that holds itself")
-        self.open.add(key)
-        self.done[key] = built = self._new(value)
-        self.open.discard(key)
-        return built
-
-    def _new(self, value: Any) -> Any:
         if type(value) is dict:
-            return {self.build(k): self.build(v) for k, v in value.items()}
+            return {self.build(key): self.build(item) for key, item in value.items()}
         if type(value) in (list, tuple, set, frozenset):
-            return type(value)(self.build(item) for item in value)
-        if type(value) is _Record and value.kind == "_reconstruct":
-            return self._array(value)
-        if type(value) is _Record and value.kind == "scalar":
-            dtype, data = _dtype(value.args[0]), value.args[1]
-            if type(data) is not bytes or len(data) != dtype.itemsize or dtype.hasobject:
-                raise _Refused("a scalar of the wrong size")
-            return np.frombuffer(data, dtype)[0]
-        raise _Refused(f"an object of type {getattr(value, 'kind', type(value).__name__)}")
+            return type(value)(map(self.build, value))
+        if type(value) is not _Recorded:
+            raise ValueError(f"it holds a {type(value).__name__}, which is not plain data")
+        if value.name == "_reconstruct":
+            return self.array(*value.state)
+        if value.name == "scalar":
+            dtype, data = value.args
+            return np.frombuffer(data, _numeric_type(dtype)).reshape(())[()]
+        raise ValueError(f"it calls {value.name}, which is not plain data")
 
-    def _array(self, record: _Record) -> np.ndarray:
-        if type(record.state) is not tuple or len(record.state) != 5:
-            raise _Refused("an array without contents")
-        _, shape, dtype, fortran, data = record.state
-        dtype = _dtype(dtype)
-        if type(shape) is not tuple or any(type(n) is not int or n < 0 for n in shape):
-            raise _Refused("an array without a shape")
-        size = math.prod(shape)
-        if dtype.hasobject:
-            if type(data) is not list or len(data) != size:
-                raise _Refused("an array whose size and contents differ")
-            flat = np.empty(size, object)
-            for i, item in enumerate(data):
-                flat[i] = self.build(item)
+    def array(self, version: Any, shape: tuple, dtype: Any, fortran: bool, data: Any) -> np.ndarray:
+        if dtype.name == "dtype" and dtype.args[0] in ("O", "O8") and type(data) is list:
+            flat = np.empty(len(data), object)
+            for place, item in enumerate(data):
+                flat[place] = self.build(item)
         else:
-            if type(data) is not bytes or len(data) != size * dtype.itemsize:
-                raise _Refused("an array whose size and contents differ")
-            flat = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="))
+            flat = np.frombuffer(data, stored := _numeric_type(dtype)).astype(stored.newbyteorder("="))
+        if math.prod(shape) != flat.size:
+            raise ValueError("the size and contents of an array differ")
         return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def load_npy(path: str | Path) -> Any:
-    """The array in a `.npy` file; the object itself (say, a dict) where the file holds a single pickled one.
+def _numeric_type(record: Any) -> np.dtype:
+    if record.name != "dtype" or not re.fullmatch("[biufcSU][0-9]+", record.args[0]):
+        raise ValueError(f"it holds arrays of type {record.args[0]!r}")
+    return np.dtype(record.args[0]).newbyteorder(record.state[1] if record.state else "|")
 
-    As for CALVIN's own reader it may be the only item of an array.
 
-    Only dicts, lists, tuples, sets, numbers, strings, bytes, and NumPy arrays and scalars of these are read.
+def load_npy(path: Path, data: bytes | None = None) -> Any:
+    """The array in a `.npy` file; the object itself (say, a dict) where a single pickled one is in it.
+
+    Pickles may hold dicts, lists, tuples, sets, numbers, strings, bytes, and NumPy arrays and scalars of
+    these. data: the file's bytes, where they were read already.
 
     Raises:
-        UserError: the file is missing, damaged, or asks for anything else; the message names both.
+        UserError: the file is missing, damaged, or asks for anything else.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return parse_npy(data, path)
-
-
-def parse_npy(data: bytes, path: Path) -> Any:
-    """As `load_npy`, of a file's bytes; `path` names the file in errors."""
-    try:
-        return _load(data)
-    except _Refused as refusal:
-        raise UserError(f"{path}: refused, it holds {refusal}; only plain data is read") from None
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a readable .npy file ({reason}); copy or write it again") from None
+    with reading(path, FIX):
+        data = path.read_bytes() if data is None else data
+        file = io.BytesIO(data)
+        shape, _, dtype = _header(file)
+        if not dtype.hasobject:
+            return plain_array(data)
+        array = _Builder(len(data) + SPARE_VALUES).build(_Unpickler(file).load())
+        if type(array) is not np.ndarray or array.shape != shape or not array.dtype.hasobject:
+            raise ValueError("the header does not describe the contents")
+        return array.item() if array.size == 1 else array
 
 
 def plain_array(data: bytes) -> np.ndarray:
@@ -183,71 +117,37 @@ def plain_array(data: bytes) -> np.ndarray:
     The header is checked against the size of what follows before any memory is taken for it.
 
     Raises:
-        ValueError: the bytes are something else.
+        ValueError: the bytes are something else; NumPy has more errors, so call it within `reading`.
     """
-    shape, fortran, dtype, content = _split(data)
+    file = io.BytesIO(data)
+    shape, fortran, dtype = _header(file)
     if dtype.hasobject:
         raise ValueError("Object arrays are pickled; only plain numbers are read here")
-    if math.prod(shape) * dtype.itemsize != len(content):
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
         raise ValueError("the header does not describe the contents")
-    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C").copy()
+    flat = np.frombuffer(data, dtype, offset=file.tell())
+    return flat.reshape(shape, order="F" if fortran else "C").copy()
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """The array of numbers in a `.npy` file, mapped into memory to be read only.
+    """The array of numbers in a `.npy` file, mapped into memory, read-only.
 
     Raises:
-        UserError: the file is missing, or its header does not describe its contents.
+        UserError: the file is missing, shorter than its header says, or holds something else.
     """
-    try:
+    with reading(path, FIX):
         with path.open("rb") as file:
-            shape, fortran, dtype = _header(file)
-            start, size = file.tell(), path.stat().st_size
-        if dtype.kind not in _NUMERIC or dtype.itemsize == 0 or dtype.shape:
+            _, _, dtype = _header(file)
+        if dtype.kind not in NUMERIC or dtype.itemsize == 0:  # of none NumPy's mapping would divide by zero
             raise ValueError(f"arrays of type {dtype}")
-        if start + math.prod(shape) * dtype.itemsize != size:
-            raise ValueError("the header does not describe the contents")
-        if size == start:
-            return np.empty(shape, dtype)
-        return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
-    except (*_DAMAGE, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a readable .npy file ({reason}); copy or write it again") from None
-
-
-def _split(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, bytes]:
-    """Shape, Fortran order and type from the header of a `.npy` file, and the bytes after it."""
-    file = io.BytesIO(data)
-    return (*_header(file), data[file.tell() :])
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and type of the array that follows in the file."""
     version = npy_format.read_magic(file)
-    if version == (1, 0):
-        header = npy_format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        header = npy_format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"format version {version}")
-    if any(n < 0 for n in header[0]):
-        raise ValueError(f"shape {header[0]}")
-    return header
-
-
-def _refuse_bombs(pickled: bytes) -> None:
-    """Look through a pickle before it is loaded: a number of a few bytes may ask for gigabytes of memory."""
-    for places, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
-        if "PUT" in opcode.name and isinstance(argument, int) and argument > places:
-            raise ValueError(f"{opcode.name} {argument} within the first {places} operations")
-
-
-def _load(data: bytes) -> Any:
-    shape, _, dtype, content = _split(data)
-    if not dtype.hasobject:
-        return plain_array(data)
-    _refuse_bombs(content)
-    array = _Builder().build(_Unpickler(io.BytesIO(content)).load())
-    if type(array) is not np.ndarray or array.shape != shape or not array.dtype.hasobject:
-        raise ValueError("the header does not describe the contents")
-    return array.item() if array.size == 1 else array
+    reader = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}[version]
+    shape, fortran, dtype = reader(file)
+    if any(n < 0 for n in shape):
+        raise ValueError(f"shape {shape}")
+    return shape, fortran, dtype

@@ -1,6 +1,7 @@
-"""Encoded pictures, JPEG and PNG, whoever wrote them."""
+"""Encoded pictures, JPEG and PNG, whoever wrote them, and the pictures of a recording as one array."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,27 +9,47 @@ import torchvision
 from jaxtyping import UInt8
 from PIL import Image
 
-from defi.errors import one_line
+from defi.errors import UserError, reading
 
 FORMATS = ("JPEG", "PNG")  # others may call programs or are read by code that is less tried
 
 
-def decode_picture(coded: bytes) -> UInt8[np.ndarray, "H W 3"]:
+def decode_picture(coded: bytes, where: str) -> UInt8[np.ndarray, "H W 3"]:
     """The pixels of a picture, colours without transparency; of 16 bits the upper eight.
 
+    where: what it is, for errors ("<file>: picture 3").
+
     Raises:
-        ValueError: it is damaged, of another format, or so large that it would fill the memory.
+        UserError: it is damaged, of another format, or so large that it would fill the memory.
     """
-    try:
-        with Image.open(io.BytesIO(coded), formats=FORMATS) as picture:  # reads the header; not huge
-            if picture.format == "PNG":  # torchvision would crash on a damaged one, and is no faster
-                if picture.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip at 255
-                    return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-                return np.asarray(picture.convert("RGB"))
-        pixels = torch.frombuffer(bytearray(coded), dtype=torch.uint8)
-        decoded = torchvision.io.decode_jpeg(pixels, torchvision.io.ImageReadMode.RGB)
-        return decoded.permute(1, 2, 0).numpy()
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"neither {' nor '.join(FORMATS)}") from None
-    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(one_line(error)) from None
+    with reading(where, "copy the file again"):
+        try:
+            picture = Image.open(io.BytesIO(coded), formats=FORMATS)  # reads the header; not huge
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"neither {' nor '.join(FORMATS)}") from None
+        if picture.format == "JPEG":
+            pixels = torch.frombuffer(bytearray(coded), dtype=torch.uint8)
+            decoded = torchvision.io.decode_jpeg(pixels, torchvision.io.ImageReadMode.RGB)
+            return decoded.permute(1, 2, 0).numpy()
+        # A PNG: torchvision would crash on a damaged one, and is no faster.
+        if picture.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip at 255
+            return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.asarray(picture.convert("RGB"))
+
+
+def stack_frames(
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]], places: Sequence[object]
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """One array of all frames. places: where each of them is, for errors.
+
+    Raises:
+        UserError: they are not all of one size.
+    """
+    for frame, place in zip(frames, places):
+        if frame.shape != frames[0].shape:
+            before, after = (" x ".join(map(str, each.shape[:2])) for each in (frames[0], frame))
+            raise UserError(
+                f"{place}: the pictures change their size here, from {before} to {after} (height x width); "
+                "bring those of a recording to one size, or leave it out"
+            )
+    return np.stack(frames)

@@ -9,8 +9,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from defi.engine.distributed import hidden_from_accelerate
-
 Task = TypeVar("Task")
 
 LONGEST = timedelta(days=7)  # that one process may wait for the others
@@ -19,16 +17,11 @@ LONGEST = timedelta(days=7)  # that one process may wait for the others
 def processes() -> PartialState:
     """This process among them: its number, how many there are, its device. Without a GPU they run on CPUs."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    with hidden_from_accelerate():  # else DeepSpeed would start on GPUs
-        return PartialState(cpu=cpu, timeout=LONGEST)
+    return PartialState(cpu=cpu, timeout=LONGEST)
 
 
 def print_once(line: str) -> None:
-    """Print it once for all processes, unless it is empty.
-
-    Whoever trains has not joined the others yet when there is something to tell: that is the engine's to do,
-    with its own patience.
-    """
+    """Print a line once for all processes, unless it is empty; does not make them join each other."""
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else os.environ.get("RANK", 0)
     if line and int(rank) == 0:
         print(line)

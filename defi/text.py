@@ -1,14 +1,14 @@
 """Frozen text towers: CLIP for stage 1 and the sentence embedding, T5 for the latent actions.
 
-A tower comes from a Hugging Face folder or hub name (`pretrained`), or is drawn at random from a seed at the
-size of the preset, with a tokenizer built here, so that nothing is downloaded. Either kind is saved as a
-Hugging Face folder. Each distinct string is encoded once: a data set has few instructions and many samples.
+A tower comes from a Hugging Face folder or hub name (`pretrained`), or is random with a tokenizer built here,
+which needs no download. Each distinct string is encoded once: a data set has few instructions.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,14 +19,15 @@ from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
 from transformers.utils import logging as transformers_logging
+from typing_extensions import Self
 
-from defi.errors import UserError, one_line
-from defi.hub import local_only
+from defi.hub import from_pretrained, load_model
 
 transformers_logging.disable_progress_bar()  # a bar per small file hides what a command has to say
 
@@ -40,8 +41,8 @@ class TextConfig:
 
     tokens: T, special tokens included. Of CLIP the length of the token states. T5 reads texts of any length;
         when acting, they are padded to a multiple of it.
-    keep_end: what CLIP makes of texts longer than T. False: token states of the text cut at T, as published.
-        True: the last of them is that of the whole text's end, which has seen all of it.
+    keep_end: what CLIP makes of texts longer than T. False: token states of the text truncated at T, as
+        published. True: the last of them is that of the full text's end, which has seen all of it.
     width, layers, heads: of the random tower. projection: width P of the sentence embedding (CLIP only).
     seed: of the random weights. cache: how many distinct strings are remembered.
     """
@@ -82,48 +83,44 @@ def build_tokenizer(*, bos: str | None, eos: str, pad: str, tokens: int) -> PreT
     )
 
 
-def _seeded(build, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
-
-
-def _load(cls, source: str, tokenizer: Path | None = None):
-    """Model and tokenizer from a Hugging Face folder or hub name; a `UserError` names what cannot be read.
-
-    tokenizer: its folder, where it does not lie beside the model.
-    """
-    safe = {"local_files_only": local_only(source), "trust_remote_code": False}
-    try:
-        model, report = cls.from_pretrained(source, output_loading_info=True, **safe)
-        tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else str(tokenizer), **safe)
-    except Exception as error:  # whatever damaged files make the libraries raise
-        where = source if "/" in source else f"pretrained={source[:200]}"
-        raise UserError(f"{where}: no {cls.__name__} with tokenizer here ({one_line(error)})") from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-        raise UserError(
-            f"{source}: {len(missing)} tensors of {cls.__name__} are missing or of another shape "
-            f"(first {missing[0]}); give a complete folder"
-        )
-    return model, tokenizer
-
-
 class _Tower(nn.Module):
     """What the two towers share: frozen, one forward per distinct string, saved as a Hugging Face folder."""
 
-    def __init__(self, model: nn.Module, tokenizer, config: TextConfig) -> None:
+    architecture: ClassVar[Any]  # the model's class
+    _random: ClassVar[Callable]  # TextConfig -> configuration and tokenizer of a random one
+    _encode: Callable[[str], tuple[Tensor, Tensor]]
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = config
         self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
-    def train(self, mode: bool = True) -> "_Tower":
+    @classmethod
+    def from_config(cls, config: TextConfig) -> Self:
+        """The pretrained tower the config names, or the random one it describes."""
+        if config.pretrained:
+            return cls.load(config.pretrained, config)
+        sizes, tokenizer = cls._random(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return cls(cls.architecture(sizes), tokenizer, config)
+
+    @classmethod
+    def load(cls, folder: Path | str, config: TextConfig, *, tokenizer: Path | None = None) -> Self:
+        """A tower that `save` wrote (or a hub name), used with the settings of `config` (T, cache).
+
+        tokenizer: its folder, where it does not lie beside the tower.
+        """
+        model = load_model(cls.architecture, folder)
+        return cls(model, from_pretrained(AutoTokenizer, tokenizer or folder), config)
+
+    def train(self, mode: bool = True) -> Self:
         """Frozen: dropout stays off whatever the surrounding model does."""
         return super().train(False)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         self._cache.clear()
         return super()._apply(fn, recurse)
 
@@ -132,17 +129,13 @@ class _Tower(nn.Module):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def _cached(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
         """The encodings of `texts`; new ones are encoded and remembered, oldest out first.
 
-        Each text goes through the tower alone: in a batch its rounding would depend on the texts beside it,
-        and so on what was encoded before, and a resumed run would not equal an uninterrupted one. So would it
-        if autocast or inference mode around the first use had a say; the tower's own precision holds.
+        Each text goes through the tower alone, in the tower's own precision whatever mode surrounds its first
+        use: else its rounding would depend on earlier texts, and a resumed run would differ.
         """
         with torch.autocast(self._device.type, enabled=False):
             known = {text: self._cache.get(text) or self._encode(text) for text in dict.fromkeys(texts)}
@@ -165,15 +158,13 @@ class CLIPText(_Tower):
     (77 tokens in the published one).
     """
 
+    architecture = CLIPTextModelWithProjection
+
     @classmethod
-    def from_config(cls, config: TextConfig) -> "CLIPText":
-        """The pretrained tower the config names, or the random one it describes."""
-        if config.pretrained:
-            return cls(*_load(CLIPTextModelWithProjection, config.pretrained), config)
-        tokenizer = build_tokenizer(
-            bos="<|startoftext|>", eos="<|endoftext|>", pad="<|endoftext|>", tokens=config.tokens
-        )
-        sizes = CLIPTextConfig(
+    def _random(cls, config: TextConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
+        end = "<|endoftext|>"
+        tokenizer = build_tokenizer(bos="<|startoftext|>", eos=end, pad=end, tokens=config.tokens)
+        return CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.width,
             intermediate_size=4 * config.width,
@@ -184,16 +175,7 @@ class CLIPText(_Tower):
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        )
-        return cls(_seeded(lambda: CLIPTextModelWithProjection(sizes), config.seed), tokenizer, config)
-
-    @classmethod
-    def load(cls, folder: Path, config: TextConfig, *, tokenizer: Path | None = None) -> "CLIPText":
-        """A tower that `save` wrote, used with the settings of `config` (T, cache).
-
-        tokenizer: its folder, where it does not lie beside the tower.
-        """
-        return cls(*_load(CLIPTextModelWithProjection, str(folder), tokenizer), config)
+        ), tokenizer
 
     @property
     def width(self) -> int:
@@ -210,41 +192,41 @@ class CLIPText(_Tower):
         """The longest text that the tower reads to its end, in tokens."""
         return self.model.config.max_position_embeddings
 
-    def told(self, texts: Iterable[str]) -> str:
-        """What to tell of instructions that do not fit, and of those that become equal by it; "" of none.
+    def truncation_note(self, texts: Iterable[str]) -> str:
+        """A note on instructions that do not fit, and on those that become equal by it; "" if all fit.
 
         What is longer than T tokens does not fit, with `keep_end` what is longer than the tower's positions.
         """
         distinct = list(dict.fromkeys(texts))
-        room = self.longest if self.config.keep_end else self.config.tokens
-        # All at once, on all cores: a data set may have a hundred thousand.
-        ids = self.tokenizer(distinct, truncation=True, max_length=room + 1)["input_ids"] if distinct else []
-        cut = {text for text, read in zip(distinct, ids) if len(read) > room}
-        if not cut:
+        limit = self.longest if self.config.keep_end else self.config.tokens
+        ids = dict(zip(distinct, self._ids(distinct, limit)))  # on all cores: there may be 100,000
+        truncated = {text for text in distinct if len(ids[text]) > limit}
+        if not truncated:
             return ""
         alike: dict[tuple[int, ...], list[str]] = {}
-        for text, read in zip(distinct, ids):
-            alike.setdefault(tuple(read[:-1][: room - 1]), []).append(text)  # the last is the end mark
-        same = [group for group in alike.values() if len(group) > 1 and cut.intersection(group)]
-        told = f"{len(cut)} of {len(distinct)} instructions are cut at {room} tokens (text.clip)"
+        for text in distinct:
+            alike.setdefault(tuple(ids[text][:-1][: limit - 1]), []).append(text)  # the last is the end mark
+        same = [group for group in alike.values() if len(group) > 1 and truncated.intersection(group)]
+        note = f"{len(truncated)} of {len(distinct)} instructions are truncated at {limit} tokens (text.clip)"
         if same:
-            told += f"; {sum(map(len, same))} of them are equal to another, the first: "
-            told += " = ".join(repr(text) for text in same[0][:2])
-        return told
+            first = " = ".join(map(repr, same[0][:2]))
+            note += f"; {sum(map(len, same))} of them are equal to another, the first: {first}"
+        return note
 
-    def _is_longer(self, text: str, room: int) -> bool:
-        return len(self.tokenizer(text, truncation=True, max_length=room + 1)["input_ids"]) > room
+    def _ids(self, texts: list[str], limit: int) -> list[list[int]]:
+        """Tokens of texts, one more than the limit at most."""
+        return self.tokenizer(texts, truncation=True, max_length=limit + 1)["input_ids"] if texts else []
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         states, sentence, _ = self._read(text, self.config.tokens)
-        if self._is_longer(text, self.config.tokens):
-            whole, sentence, end = self._read(text, self.longest)
+        if len(self._ids([text], self.config.tokens)[0]) > self.config.tokens:
+            complete, sentence, end = self._read(text, self.longest)
             if self.config.keep_end:
-                states = torch.cat([states[:-1], whole[end : end + 1]])
+                states = torch.cat([states[:-1], complete[end : end + 1]])
         return states, sentence
 
     def _read(self, text: str, length: int) -> tuple[Tensor, Tensor, int]:
-        """States of the text, cut and padded to `length` tokens; its sentence embedding; where it ends."""
+        """States of a text, truncated and padded to `length` tokens; its sentence; place of its end."""
         batch = self.tokenizer(
             [text], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self._device)
@@ -252,7 +234,7 @@ class CLIPText(_Tower):
         return output.last_hidden_state[0], output.text_embeds[0], int(batch["attention_mask"].sum()) - 1
 
     def tokens(self, texts: list[str]) -> Float[Tensor, "B T D"]:
-        """Last hidden states after the final LayerNorm, padded or cut to T tokens (see `keep_end`)."""
+        """Last hidden states after the final LayerNorm, truncated or padded to T tokens (see `keep_end`)."""
         return torch.stack([states for states, _ in self._cached(texts)])
 
     def sentence(self, texts: list[str]) -> Float[Tensor, "B P"]:
@@ -263,13 +245,12 @@ class CLIPText(_Tower):
 class T5Text(_Tower):
     """T5 encoder (T5-base at full size): the states that the latent-action encoder attends to."""
 
+    architecture = T5EncoderModel
+
     @classmethod
-    def from_config(cls, config: TextConfig) -> "T5Text":
-        """The pretrained tower the config names, or the random one it describes."""
-        if config.pretrained:
-            return cls(*_load(T5EncoderModel, config.pretrained), config)
+    def _random(cls, config: TextConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
         tokenizer = build_tokenizer(bos=None, eos="</s>", pad="<pad>", tokens=config.tokens)
-        sizes = T5Config(
+        return T5Config(
             vocab_size=len(tokenizer),
             d_model=config.width,
             d_kv=config.width // config.heads,
@@ -278,13 +259,7 @@ class T5Text(_Tower):
             num_heads=config.heads,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        )
-        return cls(_seeded(lambda: T5EncoderModel(sizes), config.seed), tokenizer, config)
-
-    @classmethod
-    def load(cls, folder: Path, config: TextConfig) -> "T5Text":
-        """A tower that `save` wrote, used with the settings of `config` (T, cache)."""
-        return cls(*_load(T5EncoderModel, str(folder)), config)
+        ), tokenizer
 
     @property
     def width(self) -> int:
@@ -292,19 +267,18 @@ class T5Text(_Tower):
         return self.model.config.d_model
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer([text], verbose=False, return_tensors="pt").to(self._device)
-        states = self.model(**batch).last_hidden_state
-        return states[0], batch["attention_mask"][0].bool()
+        states, mask = self._encode_together([text], dropout=False)
+        return states[0], mask[0]
 
     def forward(
         self, texts: list[str], *, full_length: bool = False, together: bool = False, dropout: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
         """States padded with zeros to the longest text of the batch, and the mask: true at tokens.
 
-        With `full_length` they are padded to a multiple of the configured T, so that shapes, and with them
-        the rounding of what follows, do not depend on the other texts of the batch.
-        `together` encodes the texts anew as one padded batch, whose padding has states of its own; `dropout`
-        does the same with T5's dropout on.
+        full_length: pad to a multiple of the configured T, so that shapes, and with them the rounding of what
+            follows, do not depend on the other texts of the batch.
+        together: encode the texts anew as one padded batch, whose padding has states of its own.
+        dropout: do the same with T5's dropout on.
         """
         if together or dropout:
             return self._encode_together(texts, dropout=dropout)
@@ -318,8 +292,7 @@ class T5Text(_Tower):
 
     @torch.no_grad()
     def _encode_together(self, texts: list[str], *, dropout: bool) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer(texts, padding=True, verbose=False, return_tensors="pt")
-        batch = batch.to(self._device)
+        batch = self.tokenizer(texts, padding=True, verbose=False, return_tensors="pt").to(self._device)
         self.model.train(dropout)
         try:
             return self.model(**batch).last_hidden_state, batch["attention_mask"].bool()

@@ -1,4 +1,4 @@
-"""Frames from video files, videos from frames, and the few picture operations that all stages share."""
+"""Frames of video files by number, videos from frames, and the picture operations that all stages share."""
 
 import os
 from bisect import bisect
@@ -15,18 +15,17 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from defi.errors import UserError
-from defi.film import DECORD_FAULTS, Film, Numbering, named, number_video, open_decord, picture
+from defi.errors import UserError, reading
+from defi.frame_numbers import FIX, Numbering, VideoFile, number_video, upright
 
 VIDEO_CODEC = {"codec": "libx264", "crf": "18", "preset": "veryfast"}
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
-CHANGED = "{}: is not as it was when its frames were numbered; start again"
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 
 
 def frame_count(path: Path) -> int:
-    """Number of frames of a video. Raises UserError as `number_video`."""
+    """Number of frames of a video. Raises UserError as `VideoFile`."""
     return number_video(path).frames
 
 
@@ -34,12 +33,12 @@ def read_video(path: Path, every: int = 1) -> tuple[Frames, float]:
     """Every `every`-th frame of a video, from its first, and how many of all its frames come per second.
 
     Raises:
-        UserError: as `number_video`, or it does not say how many come per second.
+        UserError: as `VideoFile`, or it does not say how many come per second.
     """
-    film = Film(path)
-    with named(path):
-        pictures = [picture(frame) for number, frame in enumerate(film) if number % every == 0]
-    return np.stack(pictures), film.rate()
+    video = VideoFile(path)
+    with reading(path, FIX):
+        pictures = [upright(frame) for number, frame in enumerate(video) if number % every == 0]
+    return np.stack(pictures), video.rate()
 
 
 def read_frames(
@@ -47,47 +46,42 @@ def read_frames(
 ) -> Frames:
     """The frames `indices` of a video (default: all), in that order; repeated indices are fine.
 
+    Each is decoded from the last start before it.
+
     Args:
         numbering: the file's, where it is known.
 
     Raises:
-        UserError: as `number_video`, or the file is shorter than an index or is no longer the one numbered.
+        UserError: as `VideoFile`, or the file is shorter than an index or is no longer the one numbered.
     """
     numbering = numbering or number_video(path)
     wanted = [int(i) for i in (range(numbering.frames) if indices is None else indices)]
     if wanted and not (min(wanted) >= 0 and max(wanted) < numbering.frames):
         raise UserError(f"{path}: has {numbering.frames} frames, frame {max(wanted)} was asked for")
-    if numbering.starts:
-        return _read(path, wanted, numbering.starts)
-    try:
-        return open_decord(path).get_batch(wanted).asnumpy()
-    except DECORD_FAULTS as error:
-        raise UserError(CHANGED.format(path)) from error
-
-
-def _read(path: Path, wanted: Sequence[int], starts: Sequence[tuple[int, int | None]]) -> Frames:
-    """Frames of a video by decoding from the last start before each. Raises UserError if one is missing."""
 
     def start(number: int) -> tuple[int, int | None]:
-        found = starts[bisect(starts, number, key=lambda start: start[0]) - 1]
-        return starts[0] if found[1] is None else found
+        found = numbering.starts[bisect(numbering.starts, number, key=lambda start: start[0]) - 1]
+        return numbering.starts[0] if found[1] is None else found
 
     pictures: dict[int, np.ndarray] = {}
     for (first, time), group in groupby(sorted(set(wanted), key=lambda n: (start(n)[0], n)), start):
         missing = set(group)
-        for number, frame in enumerate(Film(path, time), first):
-            if number in missing:
-                pictures[number] = picture(frame)
-                missing.remove(number)
-            if not missing:
-                break
-        else:
-            raise UserError(CHANGED.format(path))
+        with reading(path, FIX):
+            for number, frame in enumerate(VideoFile(path, time), first):
+                if number == first and time is not None and frame.pts < time:
+                    break
+                if number in missing:
+                    pictures[number] = upright(frame)
+                    missing.remove(number)
+                if not missing:
+                    break
+        if missing:
+            raise UserError(f"{path}: has changed since its frames were numbered; start again")
     return np.stack([pictures[number] for number in wanted])
 
 
 def write_mp4(path: Path, frames: Frames, fps: float) -> None:
-    """Write an H.264 video that browsers play (yuv420p, odd sizes padded by a pixel); appears as a whole."""
+    """Write an H.264 video that browsers play (yuv420p, odd sizes padded by a pixel); it appears complete."""
     frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,17 +128,16 @@ def draw_text(frame: UInt8[np.ndarray, "H W 3"], text: str) -> UInt8[np.ndarray,
     """The frame with a dark strip below it that holds `text`, wrapped to the frame's width."""
     width = frame.shape[1]
     font = ImageFont.load_default(size=max(9, min(16, width // 16)))
-    lines, line = [], ""
+    lines = [""]
     for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width - 4:
-            lines, line = [*lines, line], word
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width - 4:
+            lines.append(word)
         else:
-            line = longer
-    ascent, descent = font.getmetrics()
-    step = ascent + descent
-    strip = Image.new("RGB", (width, step * len([*lines, line]) + 4), (24, 24, 24))
+            lines[-1] = longer
+    height = sum(font.getmetrics())
+    strip = Image.new("RGB", (width, height * len(lines) + 4), (24, 24, 24))
     draw = ImageDraw.Draw(strip)
-    for row, content in enumerate([*lines, line]):
-        draw.text((2, 2 + row * step), content, fill=(240, 240, 240), font=font)
+    for row, line in enumerate(lines):
+        draw.text((2, 2 + row * height), line, fill=(240, 240, 240), font=font)
     return np.concatenate([frame, np.asarray(strip)])

@@ -11,138 +11,119 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import astuple
 from pathlib import Path
 from time import monotonic
 
-from rich.progress import Progress
+from rich.progress import track
 
 from defi.cache import take_turn, user_cache
 from defi.engine.output import write_file
 from defi.errors import UserError
-from defi.film import Numbering, number_video
+from defi.frame_numbers import Numbering, number_video
 
-VERSION = 2  # of the rule by which frames are numbered
+VERSION = 3  # of the rule by which frames are numbered
 INDEX = "frames.jsonl"
-PART = 100  # videos that are given out at once
+PART = 100  # videos between two looks at the clock
 PAUSE = 60  # seconds after which the index is written, should the work be interrupted
 MOST_FRAMES = 10**9
 LONGEST = 2**20  # bytes of a line; paths have at most 4096, some thousand starts the rest
-FEWEST = 1000  # videos for whose lines there is always room
+FEWEST = 1000  # videos for whose lines there is always space
 
-Stamp = tuple[int, int] | None  # bytes and time of change in ns; None: the file is not there
-Entry = tuple[Stamp, Numbering | str]  # or the fault
+Stamp = tuple[int, int]  # bytes and time of change in ns; zeros: the file is not there
+Found = Numbering | str  # or why it has none
 
 
 def number_videos(root: Path, files: Sequence[Path]) -> list[Numbering | UserError]:
-    """The frame numbers of each of a folder's videos, or why it has none."""
+    """The frame numbers of each of a folder's videos, or why it has none.
+
+    One process of a training numbers what no index knows, and writes it down; the others wait.
+    """
     stamps = {file.relative_to(root).as_posix(): _stamp(file) for file in files}
-    places = _places(root)
-    known = _known(places, stamps)
-    if len(known) < len(stamps):
-        known = _number_missing(root, stamps, places)
-    found = ((root / name, known[name][1]) for name in stamps)
-    return [UserError(f"{file}: {said}") if isinstance(said, str) else said for file, said in found]
-
-
-def _places(root: Path) -> list[Path]:
-    """Folders that may hold the index, in order of preference."""
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return [root / ".defi", user_cache() / "videos" / digest]
+    places = [root / ".defi", user_cache() / "videos" / digest]
+    known = _known(places, stamps)
+    if known.keys() != stamps.keys():
+        place, turn = None, nullcontext()
+        for folder in places:
+            with suppress(OSError):  # a folder that is read only, say
+                place, turn = folder, take_turn(folder)
+                break
+        with turn:
+            known = _number_missing(root, stamps, _known(places, stamps), place)
+    found = ((root / name, known[name]) for name in stamps)
+    return [UserError(f"{file}: {fault}") if isinstance(fault, str) else fault for file, fault in found]
 
 
-def _known(places: Sequence[Path], stamps: dict[str, Stamp]) -> dict[str, Entry]:
-    """What the indices say of videos that are still as they were. A damaged index says nothing."""
-    known: dict[str, Entry] = {}
-    for place in places:
-        for name, stamp, found in _lines(place / INDEX, LONGEST * max(FEWEST, len(stamps))):
-            if stamps.get(name) == stamp:
-                known[name] = (stamp, found)
+def _stamp(file: Path) -> Stamp:
+    with suppress(OSError):
+        return file.stat().st_size, file.stat().st_mtime_ns
+    return 0, 0
+
+
+def _known(places: Sequence[Path], stamps: dict[str, Stamp]) -> dict[str, Found]:
+    """What the indices say of videos that are still as they were.
+
+    An index may come with the videos from others: what is damaged says nothing, and it is read line by line,
+    so as not to fill the memory.
+    """
+    known: dict[str, Found] = {}
+    for file in (place / INDEX for place in places):
+        with suppress(OSError):
+            if not file.is_file() or file.stat().st_size > LONGEST * max(FEWEST, len(stamps)):
+                continue
+            with file.open("rb") as stream:
+                while line := stream.readline(LONGEST):
+                    with suppress(ValueError, TypeError, RecursionError):
+                        name, size, changed, version, *found = json.loads(line)
+                        if version == VERSION and stamps.get(name) == (size, changed):
+                            known[name] = _checked(*found)
     return known
 
 
-def _lines(file: Path, largest: int) -> Iterator[tuple[str, Stamp, Numbering | str]]:
-    """Lines of an index, read one by one: it may be a stranger's, and shall not fill the memory."""
-    try:
-        if not file.is_file() or file.stat().st_size > largest:
-            return
-        with file.open("rb") as stream:
-            while line := stream.readline(LONGEST):
-                with suppress(ValueError, TypeError, RecursionError):
-                    name, size, changed, version, *found = json.loads(line)
-                    if version == VERSION and isinstance(name, str):
-                        yield name, (size, changed), _checked(*found)
-    except OSError:
-        return
-
-
-def _checked(frames: int | str, starts: Sequence = ()) -> Numbering | str:
+def _checked(frames: int | str, starts: Sequence = ()) -> Found:
     """What a line says of a video. Raises ValueError or TypeError if that is nothing."""
     if isinstance(frames, str):
         return frames
-    numbers, times = [number for number, _ in starts], [time for _, time in starts if time is not None]
-    if not all(type(n) is int and abs(n) < 2**63 for n in (frames, *numbers, *times)):
-        raise TypeError
-    if not 0 < frames < MOST_FRAMES or numbers != sorted(numbers) or numbers[:1] not in ([], [0]):
+    numbers, times = zip(*starts)
+    integers = (frames, *numbers, *(time for time in times if time is not None))
+    valid = all(type(n) is int and abs(n) < 2**63 for n in integers) and 0 < frames < MOST_FRAMES
+    if not valid or numbers[0] != 0 or list(numbers) != sorted(numbers):
         raise ValueError
-    return Numbering(frames, tuple((number, time) for number, time in starts))
+    return Numbering(frames, tuple(zip(numbers, times)))
 
 
-def _number_missing(root: Path, stamps: dict[str, Stamp], places: Sequence[Path]) -> dict[str, Entry]:
-    """Number what no index knows, and write it down; one process of a training does, the others wait."""
-    for place in places:
-        try:
-            turn = take_turn(place)
-        except OSError:  # a folder that is read only, say
-            continue
-        with turn:
-            return _number(root, stamps, _known(places, stamps), place)
-    return _number(root, stamps, {}, None)
-
-
-def _number(
-    root: Path, stamps: dict[str, Stamp], known: dict[str, Entry], place: Path | None
-) -> dict[str, Entry]:
-    """`known` and all that was missing in it."""
-    missing = [name for name in stamps if name not in known]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, Progress(transient=True) as progress:
-        bar, due = progress.add_task("frames of videos", total=len(missing)), monotonic() + PAUSE
-        for first in range(0, len(missing), PART):
+def _number_missing(
+    root: Path, stamps: dict[str, Stamp], known: dict[str, Found], place: Path | None
+) -> dict[str, Found]:
+    """`known` and all that was missing in it, written to `place` on the way."""
+    missing, due = [name for name in stamps if name not in known], monotonic() + PAUSE
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for first in track(range(0, len(missing), PART), "frames of videos", transient=True):
             part = missing[first : first + PART]
-            for name, found in zip(part, pool.map(_numbering, [root / name for name in part])):
-                known[name] = (stamps[name], found)
-                progress.advance(bar)
+            known |= zip(part, pool.map(_number, [root / name for name in part]))
             if place is not None and (monotonic() >= due or part[-1] == missing[-1]):
-                _write(place / INDEX, known)
+                _write(place / INDEX, stamps, known)
                 due = monotonic() + PAUSE
     return known
 
 
-def _write(file: Path, known: dict[str, Entry]) -> None:
+def _number(file: Path) -> Found:
+    try:
+        return number_video(file)
+    except UserError as error:
+        return str(error).removeprefix(f"{file}: ")  # the folder may be moved
+
+
+def _write(file: Path, stamps: dict[str, Stamp], known: dict[str, Found]) -> None:
     lines = (
-        [name, *(stamp or (0, 0)), VERSION, *([found] if isinstance(found, str) else astuple(found))]
-        for name, (stamp, found) in known.items()
+        [name, *stamps[name], VERSION, *([found] if isinstance(found, str) else astuple(found))]
+        for name, found in known.items()
     )
     try:
         write_file(file, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         warnings.warn(f"{file}: not written ({error.strerror}); frames will be counted again", stacklevel=2)
-
-
-def _stamp(file: Path) -> Stamp:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
-
-
-def _numbering(file: Path) -> Numbering | str:
-    """Its frame numbers, or why it has none."""
-    try:
-        return number_video(file)
-    except UserError as error:
-        return str(error).removeprefix(f"{file}: ")  # the folder may be moved

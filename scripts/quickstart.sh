@@ -52,7 +52,7 @@ step 02_vae "Stage 1: train the video autoencoder" \
 step 03_latents "Stage 1: demonstrations to latents" \
     python -m Step1_GFDM.prepare data.root=$data data.every=5 vae=$ckpts/vae output=$output/latents $(again $output/latents)
 step 04_gfdm "Stage 1: train the forward dynamics model (GFDM)" \
-    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm trainer.sample_every=0 \
+    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm trainer.preview_every=0 \
     $(train_again $ckpts/gfdm)
 step 05_imagine "Stage 1: imagine scene D" \
     python -m Step1_GFDM.eval checkpoint=$ckpts/gfdm data.root=$output/latents output=$output/imagined overwrite=true
@@ -62,7 +62,7 @@ step 06_gidm "Stage 2: train the inverse dynamics model (GIDM), without looking 
 step 07_codes "Stage 2: which latent action moves what" \
     python -m Step2_GIDM.health checkpoint=$ckpts/gidm data.root=$data output=$output/codes overwrite=true
 step 08_features "Stage 3: features of the imagined future" \
-    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.tail=9 data.stride=3 \
+    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.min_remaining=9 data.stride=3 \
     $(again $output/features)
 step 09_policy "Stage 3: train the policy (DeFI)" \
     python -m Step3_DeFI.train data.store=$output/features output=$ckpts/policy gfdm_checkpoint=$ckpts/gfdm \

@@ -37,7 +37,7 @@ def refuse(*args: object, **settings: object) -> None:
 
 
 def look(model: StageModel, step: int, folder: Path) -> dict[str, float]:
-    raise UserError("sample: the main process has no pictures")
+    raise UserError("preview: the main process has no pictures")
 
 
 def main(folder: Path, how: str) -> None:
@@ -46,11 +46,11 @@ def main(folder: Path, how: str) -> None:
         data = Points(size=0)
     if how == "folder" and os.environ["RANK"] == "0":
         run.prepare_output = refuse
-    settings = trainer(max_steps=500, save_every=1, sample_every=3 if how == "sample" else 0)
+    settings = trainer(max_steps=500, save_every=1, preview_every=3 if how == "preview" else 0)
     if how == "replaced":
         settings = trainer(max_steps=11, bad_samples=0.6, log_every=4)
     with one_line_errors():
-        train(toy(dropout=0.0), data, settings, output=folder, config={"preset_name": "test"}, sample=look)
+        train(toy(dropout=0.0), data, settings, output=folder, config={"preset_name": "test"}, preview=look)
 
 
 if __name__ == "__main__":

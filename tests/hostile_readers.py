@@ -29,8 +29,8 @@ from stages import build_vae
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
-from defi.checkpoints.inspect import look
-from defi.engine import checkpoint, resume
+from defi.checkpoints.inspect import open_checkpoint
+from defi.engine import checkpoint, rng, state
 from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
@@ -44,13 +44,13 @@ from Step1_GFDM.sources.hdf5 import HDF5Episodes
 from Step1_GFDM.sources.videos import CaptionedVideos
 from Step1_GFDM.vae import VideoVAE
 from Step2_GIDM.model import GIDM
+from Step3_DeFI import sources
 from Step3_DeFI.compare import compare
-from Step3_DeFI.data import PolicyStore, StoreManifest
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.messages import ChainResult
 from Step3_DeFI.rollout.protocol import read_phrasings
 from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries
-from Step3_DeFI.sources import Sources
+from Step3_DeFI.rollout.simulator import ChainResult
+from Step3_DeFI.store import PolicyStore, StoreManifest
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def read_run(folder: Path) -> None:
 def read_state(folder: Path) -> None:
     model = toy()
     optimizer = build_optimizer(model, trainer(), Accelerator())
-    file = folder / "state" / resume.OPTIMIZER
+    file = folder / state.OPTIMIZER
     load_strict(optimizer_tensors(optimizer, model), read_tensors(file), source=file)
-    _, generators = resume.read_progress(folder / "state")
-    with resume.preserved_rng():
-        resume.set_rng_state(generators[0])
+    _, generators = state.read_progress(folder)
+    with rng.preserved_rng():
+        rng.set_rng_state(generators[0])
         torch.rand(3), np.random.rand(3), random.random()
 
 
@@ -95,8 +95,8 @@ def make_state(folder: Path) -> None:
     model({"x": torch.ones(2, 3), "seed": torch.arange(2)})["loss"].backward()
     optimizer.step()
     tensors = optimizer_tensors(optimizer, model)
-    progress = resume.Progress(step=2, samples=8)
-    resume.ResumeState(progress, tensors, [resume.rng_state()]).write(folder / "state")
+    progress = state.Progress(step=2, samples=8)
+    state.TrainingState(model, None, tensors, progress, [rng.rng_state()]).write(folder)
 
 
 def make_calvin(folder: Path) -> None:
@@ -133,13 +133,13 @@ def read_all_latents(folder: Path) -> None:
 
 def make_store(folder: Path) -> None:
     manifest = StoreManifest(
-        kind="latents", samples=2, rows=2, draws=1, look=[2, 4, 2, 2], chunk=10, image_size=16, source="x",
-        texts=["open the drawer"], fingerprint="0", tail=9, stride=1, seed=0,
+        kind="latents", samples=2, rows=2, draws=1, chunk=10, image_size=16, source="x",
+        texts=["open the drawer"], fingerprint="0", min_remaining=9, stride=1, seed=0,
     )  # fmt: skip
     np.save(folder / "inputs.npy", np.zeros((2, 2, 4, 2, 2), np.float16))
     np.save(folder / "actions.npy", np.zeros((2, 10, 7), np.float32))
     np.save(folder / "index.npy", np.array([[0, 0], [1, 0]]))
-    (folder / "manifest.json").write_text(manifest.to_json())
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
 def read_store(folder: Path) -> None:
@@ -167,7 +167,9 @@ def make_words(folder: Path) -> None:
 def read_words(folder: Path) -> None:
     for name in ("words.yaml", "words.npy"):
         assert all(
-            isinstance(text, str) for texts in read_phrasings(folder / name).values() for text in texts
+            isinstance(text, str)
+            for texts in read_phrasings(folder / name, "give another").values()
+            for text in texts
         )
 
 
@@ -175,11 +177,11 @@ def make_sources(folder: Path) -> None:
     for name in ("gfdm", "gidm"):
         (folder / name).mkdir()
     (folder / "policy").mkdir()
-    Sources.at(gfdm=folder / "gfdm", gidm=folder / "gidm").write(folder / "policy")
+    sources.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
 
 
 def read_sources(folder: Path) -> None:
-    Sources.read(folder / "policy", gfdm=None, gidm=None)
+    sources.read_sources(folder / "policy", gfdm=None, gidm=None)
 
 
 def make_rlds(folder: Path) -> None:
@@ -273,7 +275,7 @@ def make_foreign(folder: Path) -> None:
 
 def read_foreigners(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
-        found = look(file)
+        found = open_checkpoint(file)
         for tensor in found.tensors.values():
             tensor.float().sum()
 

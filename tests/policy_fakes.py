@@ -15,6 +15,7 @@ from Step1_GFDM.model import GFDM
 from Step2_GIDM.dino import DinoConfig
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.plan import SampleRules
 from Step3_DeFI.policy import DeFI
 
 TEXT = {"tokens": 12, "width": 16, "layers": 1, "heads": 2, "projection": 16}
@@ -34,19 +35,6 @@ PRESET: dict[str, Any] = {
         "vae": {"block_out_channels": [32, 32], "layers_per_block": 1},
     },
     "policy": {
-        "frames": 3,
-        "feature_tokens": 16,
-        "feature_channels": 64,
-        "sentence_width": 16,
-        "latent_action": {
-            "patch_width": 16,
-            "text_width": 16,
-            "width": 16,
-            "blocks": 1,
-            "heads": 2,
-            "codes": 8,
-            "code_width": 8,
-        },
         "latent_action_frames": [0, 2],
         "standardise": True,
         "merge": 2,
@@ -76,10 +64,15 @@ def policy_config(**changes: Any) -> PolicyConfig:
     return typed(PolicyConfig, PRESET["policy"] | changes, "policy")
 
 
+def sample_rules(min_remaining: int = 9, **changes: Any) -> SampleRules:
+    given = {"chunk": 10, "stride": 1, "spans": "annotated", "min_remaining": min_remaining}
+    return SampleRules(**given | changes)
+
+
 def build_gfdm(seed: int = 0, **changes: Any) -> GFDM:
     torch.manual_seed(seed)
     return GFDM.from_config(
-        typed(GFDMConfig, {**PRESET["gfdm"], **changes, "clip": PRESET["text"]["clip"]}, "")
+        typed(GFDMConfig, {**PRESET["gfdm"], "clip": PRESET["text"]["clip"], **changes}, "")
     )
 
 
@@ -91,9 +84,9 @@ def build_gidm(seed: int = 0, **changes: Any) -> GIDM:
 
 
 def build_policy(**changes: Any) -> DeFI:
-    gfdm, t5 = build_gfdm(), build_gidm().text
+    gfdm, gidm = build_gfdm(), build_gidm()
     torch.manual_seed(0)
-    return DeFI(policy_config(**changes), gfdm=gfdm, t5=t5)
+    return DeFI(policy_config(**changes), gfdm=gfdm, gidm=gidm)
 
 
 def write_stages(folder: Path) -> tuple[Path, Path]:

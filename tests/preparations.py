@@ -25,7 +25,7 @@ from Step3_DeFI import prepare as step3
 KINDS = ("latents", "store")
 VIDEOS = 22  # besides a damaged one
 LENGTHS = (40, 40)  # of the demonstrations
-LOOKS = sum(LENGTHS) - 2 * 9
+OBSERVATIONS = sum(LENGTHS) - 2 * 9
 
 
 def write_inputs(folder: Path) -> Path:
@@ -46,7 +46,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def run(kind: str, inputs: Path, output: Path, *, resume: bool = False, **values: Any) -> None:
-    """One of the two, as a user starts it; stage 3's looks are encoded one by one."""
+    """One of the two, as a user starts it; stage 3's observations are encoded one by one."""
     given: dict[str, Any] = {"output": output, "resume": resume}
     if kind == "latents":
         given |= {"data": "captioned_videos", "data.root": inputs / "videos", "vae": inputs / "vae"} | values
@@ -54,7 +54,7 @@ def run(kind: str, inputs: Path, output: Path, *, resume: bool = False, **values
         sys.argv = ["prepare", *(f"{key}={value}" for key, value in given.items())]
         step1.main()
         return
-    given |= {"data.root": inputs / "demos", "data.tail": 9, "gfdm_checkpoint": inputs / "gfdm"}
+    given |= {"data.root": inputs / "demos", "data.min_remaining": 9, "gfdm_checkpoint": inputs / "gfdm"}
     step3.prepare(settings(**given | {"store.kind": "latents", "store.batch": 1} | values))
 
 
@@ -88,7 +88,7 @@ def noted(done: list[str]) -> None:
         done.append(f"{split}/{name}")
         write(output, split, name, *args, **named)
 
-    def encoded(self: step3.Encoder, images: torch.Tensor, texts: list[str], first_row: int) -> np.ndarray:
+    def encoded(self: step3.Encoder, images: np.ndarray, texts: list[str], first_row: int) -> np.ndarray:
         done.append(str(first_row))
         return encode(self, images, texts, first_row)
 

@@ -8,8 +8,8 @@ from fake_world import FakeWorld, judge, start_of
 from defi.sim.renderers import Renderer
 from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation
-from Step3_DeFI.rollout.messages import Look, Trial
-from Step3_DeFI.rollout.protocol import Protocol, fingerprint
+from Step3_DeFI.rollout.protocol import Protocol, short_hash
+from Step3_DeFI.rollout.simulator import ChainSpec, Observation
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
@@ -20,13 +20,13 @@ class FakePolicy:
     def __init__(self, broken_at: tuple[int, int] | None = None) -> None:
         self.broken_at = broken_at
 
-    def act(self, looks: list[Look]) -> np.ndarray:
+    def act(self, observations: list[Observation]) -> np.ndarray:
         chunks = []
-        for row, look in enumerate(looks):
-            chunk = np.random.default_rng(look.seed).uniform(-1, 1, (10, 7))
-            chunk += look.images["rgb_static"].mean() / 255 + len(look.instruction) * 1e-3
-            chunk += 1e-7 * row + 1e-6 * len(looks)
-            if look.seed[1:] == self.broken_at:
+        for row, seen in enumerate(observations):
+            chunk = np.random.default_rng(seen.seed).uniform(-1, 1, (10, 7))
+            chunk += seen.images["rgb_static"].mean() / 255 + len(seen.instruction) * 1e-3
+            chunk += 1e-7 * row + 1e-6 * len(observations)
+            if seen.seed[1:] == self.broken_at:
                 chunk[3, 2] = np.nan
             chunks.append(chunk)
         return np.stack(chunks)
@@ -35,8 +35,8 @@ class FakePolicy:
 def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings: object) -> Evaluation:
     """Chains of five tasks in the fake world, from evenly spread starts."""
     config = RolloutConfig(**{"chains": 12, "max_steps": [30, 60], **settings})
-    trials = [
-        Trial(
+    chains = [
+        ChainSpec(
             index,
             tuple(np.roll(TASKS, index).tolist()),
             tuple(f"please {task}" for task in np.roll(TASKS, index)),
@@ -50,12 +50,12 @@ def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings:
         assets="builtin",
         backend="native",
         sequences="subset",
-        sequence_hash=fingerprint([trial.tasks for trial in trials]),
+        sequence_hash=short_hash([chain.tasks for chain in chains]),
         chains=config.chains,
         length=5,
         max_steps=tuple(config.max_steps),
         instruction_source="tests",
-        instruction_hash=fingerprint([trial.instructions for trial in trials]),
+        instruction_hash=short_hash([chain.instructions for chain in chains]),
         world=config.sim.world,
     )
-    return Evaluation(config, protocol, trials, make_world, judge, Renderer("cpu", "none"))
+    return Evaluation(config, protocol, chains, make_world, judge, Renderer("cpu", "none"))

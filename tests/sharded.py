@@ -39,8 +39,8 @@ def main(folder: Path) -> None:
         train_stage(stage, folder / "parts" / stage, steps=3, micro_batch=1, resume=True)
 
     train_stage("policy", folder / "lora", steps=2, micro_batch=1, build=build_lora_policy)
-    settings = trainer(max_steps=3, sample_every=3)
-    train(toy(dropout=0.0), Points(), settings, output=folder / "whole" / "toy", sample=look, **CONFIG)
+    settings = trainer(max_steps=3, preview_every=3)
+    train(toy(dropout=0.0), Points(), settings, output=folder / "whole" / "toy", preview=look, **CONFIG)
     # What one process began (the test did), two go on with.
     train(toy(dropout=0.0), Points(), trainer(max_steps=6), output=folder / "begun", resume=True, **CONFIG)
     leave_out = trainer(max_steps=6, skip_nonfinite=1)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from defi.video import write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes
 from Step2_GIDM import train
-from Step2_GIDM.data.calvin import CalvinClips
 from Step2_GIDM.data.pairs import PairDataset
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.calvin import CalvinClips
+from Step2_GIDM.data.sources.videos import VideoClips
 
 HIDDEN = b"\0\5\x16\7\0\2\0\0Mac OS X"  # how files begin that macOS puts beside others
 
@@ -101,7 +102,7 @@ def test_a_video_cut_short_is_left_out_and_tried_again(
     run("latents", inputs, out, **given)
     assert "left out: " in capsys.readouterr().out
     said = (out / "skipped" / "train" / "b.txt").read_text()
-    assert said.startswith(f"{files[1]}: damaged, frame ")
+    assert said.startswith(f"{files[1]}: cannot be read (truncated: frame ")
     assert [e.id for e in read_episodes(out, "train")] == ["a"]
     stamps = {file: file.stat().st_mtime_ns for file in (out / "latent_videos").rglob("*.safetensors")}
     files[1].write_bytes(good)
@@ -232,7 +233,8 @@ def rlds_of_two_sizes(root: Path) -> str:
     )
     write_set(root.parent, features, {"train": [[good, bad]], "val": [[good]]}, name=root.name)
     file = root / "1.0.0" / f"{root.name}-train.tfrecord-00000-of-00001"
-    return f"{file}: episode 1, step 2: the pictures change their size here, from 32 x 32 to 48 x 32"
+    place = "episode 1, step 2: observation/image"
+    return f"{file}: {place}: the pictures change their size here, from 32 x 32 to 48 x 32"
 
 
 def hdf5_of_two_sizes(root: Path) -> str:
@@ -364,7 +366,7 @@ def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(
     toy = write_videos(tmp_path, {"train": [[3, 3], [3, 3], [3, 3]]})
     files = sorted((toy / "1.0.0").glob("*tfrecord*"))
     good = files[1].read_bytes()
-    start = next(record.offset - 12 for record in read_records(files[1]) if record.number == 1)
+    start = list(read_records(files[1]))[1][1] - 12
     read: list[int] = []
 
     def scan(shard: Path, *args, _scan=index._scan, **named):
@@ -374,7 +376,7 @@ def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(
     monkeypatch.setattr(index, "READERS", 1)
     monkeypatch.setattr(index, "_scan", scan)
     for damaged, message in (
-        (good[:-40], "is cut short"),
+        (good[:-40], "truncated"),
         (good[: start + 50] + b"?" + good[start + 51 :], "wrong checksum"),
     ):
         files[1].write_bytes(damaged)
@@ -386,22 +388,30 @@ def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(
     assert not any((tmp_path / "index").glob("*-parts")), "what was found lies in the index now"
 
 
-@pytest.mark.parametrize("room", range(4))
+@pytest.mark.parametrize("room", range(6))
 def test_a_full_disk_while_rlds_is_indexed(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = write_videos(tmp_path, {"train": [[3], [3]]})
-    files, write = iter(range(room)), index.write_file
+    files, write, save = iter(range(room)), index.write_file, np.save
 
-    def limited(path: Path, content: bytes | str) -> None:
+    def take(path: Path | str) -> None:
         if next(files, None) is None:
             raise OSError(28, "No space left on device", str(path))
+
+    def limited(path: Path, content: bytes | str) -> None:
+        take(path)
         write(path, content)
+
+    def limited_save(file: BinaryIO, array: np.ndarray) -> None:
+        take(file.name)
+        save(file, array)
 
     with monkeypatch.context() as patch:
         patch.setattr(index, "write_file", limited)
+        patch.setattr(np, "save", limited_save)
         with pytest.raises(
-            UserError, match=r"index/.*: No space left on device; make room, or set data\.index"
+            UserError, match=r"index/.*: No space left on device; free some space, or set data\.index"
         ):
             RLDSDataset(toy, index=tmp_path / "index")
     assert RLDSDataset(toy, index=tmp_path / "index").lengths.tolist() == [3, 3]

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from defi.checkpoints import clip as clip_adapter
 from defi.checkpoints import inspect
-from defi.checkpoints.account import account, common
 from defi.checkpoints.convert import adapter
-from defi.checkpoints.foreign import SETTINGS, read_foreign
+from defi.checkpoints.files import SETTINGS, read_foreign
+from defi.checkpoints.loading_report import compare, in_common
+from defi.checkpoints.names import Names
 from defi.checkpoints.torchscript import read_torchscript
 from defi.config import compose_preset
 from defi.engine import checkpoint
@@ -93,7 +94,9 @@ def test_policy_there_and_back(released: Path, converted: Path) -> None:
     published = read_foreign(released / "policy.pt")
     policy = DeFI.from_pretrained(checkpoint.find_weights(converted / "policy", "policy"))
     ours = policy_adapter.publish(policy) | policy_adapter.publish_towers(policy)
-    assert set(published) - set(ours) == {n for n in published if n.startswith(tuple(policy_adapter.SPARE))}
+    assert set(published) - set(ours) == {
+        n for n in published if n.startswith(tuple(policy_adapter.UNNEEDED))
+    }
     assert_same(ours, {name: published[name] for name in ours})
 
 
@@ -121,7 +124,7 @@ def test_the_report_says_what_was_left_over(released: Path, converted: Path, tow
     places = {f"{stage}_checkpoint": str(converted / stage) for stage in ("gfdm", "gidm")}
     cfg = preset(towers, source=str(released / "policy.pt"), **places)
     _, report = policy_adapter.convert(cfg)
-    reasons = {name: reason for reason, names in report.spare.items() for name in names}
+    reasons = {name: reason for reason, names in report.left_over.items() for name in names}
     assert reasons["model.inner_model.pos_emb"] == "published, but never read in the forward pass"
     assert "image tower" in reasons[f"{policy_adapter.SENTENCE}visual.conv1.weight"]
     assert "stage 1" in reasons[f"{policy_adapter.CLIP}text_projection.weight"]
@@ -140,7 +143,7 @@ def test_a_folder_may_bring_its_text_tower(text: bool, towers: Path, tmp_path: P
     back, report = gfdm_adapter.convert(preset(towers, source=str(tmp_path / "video")))
     same = torch.equal(back.encode_text(["a"]), model.encode_text(["a"]))
     assert same == text
-    assert [why for why in report.spare if "image tower" in why]
+    assert [why for why in report.left_over if "image tower" in why]
 
 
 def test_half_precision_and_pickled_folders_are_read(towers: Path, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_openai_clip(kind: str, tmp_path: Path) -> None:
     nn.init.zeros_(back.text_projection.weight)
     report = clip_adapter.from_openai(back, tensors, source=file)
     assert_same(back.state_dict(), tower.half().float().state_dict())
-    assert {name for names in report.spare.values() for name in names} == {
+    assert {name for names in report.left_over.values() for name in names} == {
         "visual.weight", "visual.bias", "logit_scale", "context_length"
     }  # fmt: skip
     sizes = clip_adapter.text_sizes(tensors, source=file)
@@ -194,7 +197,7 @@ def test_openai_clip_becomes_a_text_tower(towers: Path, tmp_path: Path) -> None:
     again = CLIPText.load(tmp_path / "tower", TextConfig(tokens=12))
     assert_same(again.model.state_dict(), known.model.state_dict())
     cfg.tokenizer = None
-    with pytest.raises(UserError, match="tokenizer: missing"):
+    with pytest.raises(UserError, match="tokenizer=: missing"):
         clip_adapter.convert(cfg)
 
 
@@ -294,7 +297,7 @@ def test_files_that_do_not_fit(
         "extra": r"lam.more.weight is not of this model",
         "extra tower": r"lam.text_encoder.more is not of",
         "misshapen": r"lam.vq.codebook.weight has shape \(3, 8\), expected \(8, 8\)",
-        "truncated": "damaged or no checkpoint",
+        "truncated": "cannot be read",
     }
     file = tmp_path / source
     if fault == "truncated":
@@ -314,7 +317,7 @@ def test_files_that_do_not_fit(
         ("policy", "lam_idm.ckpt", "no published policy"),
         ("gfdm", "lam_idm.ckpt", "no such folder"),
         ("gidm", "video", "a folder"),
-        ("clip", "policy.pt", "not OpenAI's CLIP"),
+        ("clip", "policy.pt", "no OpenAI CLIP"),
         ("policy", "nowhere.pt", "no such file"),
     ],
 )
@@ -370,7 +373,7 @@ def test_files_without_tensors(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read_foreign(tmp_path / "x.pt")
     (tmp_path / "x.pt").write_text("not a checkpoint")
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_foreign(tmp_path / "x.pt")
     with pytest.raises(UserError, match="choose one of"):
         adapter("stage9")
@@ -378,10 +381,23 @@ def test_files_without_tensors(tmp_path: Path) -> None:
 
 def test_accounting() -> None:
     tensors = {"a.x": torch.zeros(2), "b.y": torch.zeros(3), "c": torch.zeros(1), "d.1": torch.zeros(1)}
-    report = account(tensors, {"a.x": (2,), "b.y": (4,), "e": (5,)}, source="f", spare={"d.": "not used"})
+    expected = {"a.x": torch.zeros(2), "b.y": torch.zeros(4), "e": torch.zeros(5)}
+    report = compare(tensors, expected, source="f", unneeded={"d.": "not used"})
     assert report.loaded == {"a.x": (2,)} and report.misshapen == {"b.y": ((3,), (4,))}
-    assert report.missing == {"e": (5,)} and report.unknown == ["c"] and report.spare == {"not used": ["d.1"]}
-    assert common(["a.b.c", "a.b.d"]) == "a.b.…" and common(["a"]) == "a"
+    assert report.missing == {"e": (5,)} and report.unknown == ["c"]
+    assert report.left_over == {"not used": ["d.1"]}
+    assert in_common(["a.b.c", "a.b.d"]) == "a.b.…" and in_common(["a"]) == "a"
+
+
+def test_one_table_of_names_for_both_directions() -> None:
+    names = Names({"out": "last", "layers.*.qkv": ("h.*.q", "h.*.k", "h.*.v")})
+    parts = {f"h.{i}.{part}.weight": torch.randn(2, 3) for i in (0, 10) for part in "qkv"}
+    joined = names.join(parts | {"last.bias": torch.ones(1), "lasting": torch.ones(1)})
+    assert joined.keys() == {"layers.0.qkv.weight", "layers.10.qkv.weight", "out.bias"}
+    assert torch.equal(joined["layers.10.qkv.weight"][2:4], parts["h.10.k.weight"])
+    assert_same(names.split(joined), parts | {"last.bias": torch.ones(1)})
+    del parts["h.10.k.weight"]
+    assert "layers.10.qkv.weight" not in names.join(parts), "a fused tensor without all its parts is none"
 
 
 # ---------------------------------------------------------------- commands
@@ -445,8 +461,8 @@ def test_inspect_names_what_it_sees(released: Path, converted: Path, tmp_path: P
         converted / "gfdm": ("gfdm of this project", "gfdm"),
     }
     for path, (title, stage) in titles.items():
-        found = inspect.look(path)
+        found = inspect.open_checkpoint(path)
         assert title in found.title and found.stage == stage, path
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(UserError, match=str(path)):
-            inspect.look(path)
+            inspect.open_checkpoint(path)

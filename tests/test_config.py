@@ -10,7 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from defi.config import check_given, check_overwrite, entry, one_line_errors
+from defi.config import check_settings, entry, one_line_errors
 from defi.errors import UserError
 
 
@@ -33,9 +33,18 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "policy.action_head.action_positions=true",
             "error: policy.action_head.action_positions=: no longer a setting; positions come with policy.",
         ),
+        ("data.tail=9", "error: data.tail=: no longer a setting; use data.min_remaining instead"),
+        (
+            "policy.latent_action.codes=8",
+            "error: policy.latent_action=: no longer a setting; its sizes are read",
+        ),
+        (
+            "trainer.sample_every=2",
+            "error: trainer.sample_every=: no longer a setting; write trainer.preview_every",
+        ),
         ("data.video_stride=2", "error: data.video_stride=: no longer a setting; frames are as far apart"),
         ("data=nope", "error: data=nope: no such choice; choose from captioned_calvin, "),
-        ("preset=huge", "error: preset=huge: no such preset; choose from paper, "),
+        ("preset=huge", "error: preset=huge: no such choice; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
         ("trainer.lr", "error: trainer.lr: not a setting; write key=value"),
         ("output=~/run", "error: output=~/run: the shell leaves this ~ as it is; write output=$HOME/run"),
@@ -112,15 +121,15 @@ def test_overwrite_deletes_nothing_that_the_command_reads(tmp_path: Path) -> Non
     data = {"root": f"{tmp_path}/demos", "split": "x"}
     settings = {"output": str(tmp_path), "overwrite": True, "data": data}
     with pytest.raises(UserError, match=r"overwrite=true would delete data\.root=.*demos, which is in it"):
-        check_overwrite(OmegaConf.create(settings))
-    check_overwrite(OmegaConf.create(settings | {"overwrite": False}))
-    check_overwrite(OmegaConf.create(settings | {"output": f"{tmp_path}/out"}))
+        check_settings(OmegaConf.create(settings), [])
+    check_settings(OmegaConf.create(settings | {"overwrite": False}), [])
+    check_settings(OmegaConf.create(settings | {"output": f"{tmp_path}/out"}), [])
 
 
 def test_what_was_not_given_is_named() -> None:
     cfg = OmegaConf.create({"output": "???", "data": {"root": "???"}, "copy": "${output}"})
     with pytest.raises(UserError, match="data.root=: not given; this command needs data.root=, output="):
-        check_given(cfg)
+        check_settings(cfg, [])
 
 
 def test_ctrl_c_is_one_word(capsys: pytest.CaptureFixture) -> None:

@@ -29,7 +29,8 @@ def training_step(stage: str, device: torch.device) -> dict[str, Tensor]:
     optimizer.step()
     ema.update()
     model.epoch_end()
-    return {name: value.detach().cpu() for name, value in [*reported.items(), *model.moving().items()]}
+    found = reported | model.mutable_tensors()
+    return {name: value.detach().cpu() for name, value in found.items()}
 
 
 @pytest.mark.parametrize("stage", STAGES)

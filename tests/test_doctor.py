@@ -33,8 +33,8 @@ def test_this_environment_is_in_order(tmp_path: Path) -> None:
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = ["torch>=999", "no-such-package", "numpy", "wandb>=0.20; extra == 'track'"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: needs)
-    packages = list(doctor.check_python())[1]
-    assert packages.verdict == "wrong" and packages.mend == "run scripts/setup.sh"
+    packages = list(doctor.examine("packages", doctor.check_python))[1]
+    assert packages.verdict == "wrong" and packages.fix == "run scripts/setup.sh"
     assert "torch" in packages.detail and "(needs >=999)" in packages.detail
     assert "no-such-package missing" in packages.detail
     assert "numpy" not in packages.detail and "wandb" not in packages.detail
@@ -42,12 +42,12 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_errors_become_findings() -> None:
     def check():
-        yield doctor.Finding("a", "ok", "fine")
+        yield doctor.Finding("a", "fine")
         raise UserError("clone: empty; fill it")
 
     fine, wrong = doctor.examine("b", check)
     assert (fine.what, wrong.what, wrong.verdict) == ("a", "b", "wrong")
-    assert (wrong.detail, wrong.mend) == ("clone: empty", "fill it")
+    assert (wrong.detail, wrong.fix) == ("clone: empty", "fill it")
 
 
 def test_a_checkpoint_is_compared_with_this_environment(checkpoint: Path, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_checkpoint_is_compared_with_this_environment(checkpoint: Path, tmp_pa
     (copy / "manifest.json").write_text(json.dumps(manifest))
     _, other = doctor.check_checkpoint(str(copy))
     assert (other.what, other.verdict) == ("packages torch", "note") and "made with 0.1" in other.detail
-    assert other.mend == "results differ in rounding, or more; pip install torch==0.1 has the same"
+    assert other.fix == "results may differ; pip install torch==0.1 has the same"
     (copy / "config.json").unlink()
     (damaged,) = doctor.examine("checkpoint", doctor.check_checkpoint, str(copy))
     assert damaged.verdict == "wrong" and "damaged" in damaged.detail
@@ -69,12 +69,12 @@ def test_a_checkpoint_is_compared_with_this_environment(checkpoint: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "old", "told"),
     [
-        ("git_commit", "abc+changes", "git checkout abc has it"),
+        ("git_commit", "abc+changes", "git checkout abc has the same"),
         ("git_commit", None, "other code may compute something else"),
         ("version", "0.0.1", "other code"),
         ("hardware device", "NVIDIA H200", "not bit for bit"),
         ("packages python", "3.10.1", "Python 3.10.1"),
-        ("packages numpy", "1.26.0", "samples, may differ; pip install numpy==1.26.0"),
+        ("packages numpy", "1.26.0", "random choices may differ; pip install numpy==1.26.0"),
     ],
 )
 def test_what_a_difference_means(name: str, old: str | None, told: str) -> None:
@@ -89,7 +89,7 @@ def test_what_a_difference_means(name: str, old: str | None, told: str) -> None:
         ({"packages": "[/]"}, "made with [/], here it is None"),
         ({"preset": "[/bold]"}, "preset [/bold], step"),
         ({"packages": {"torch": "1; rm *"}}, "pip install 'torch==1; rm *' has the same"),
-        ({"git_commit": "x; rm *"}, "git checkout 'x; rm *' has it"),
+        ({"git_commit": "x; rm *"}, "git checkout 'x; rm *' has the same"),
         ({"hardware": {"[/]": {"[/bold]": 1}}}, "made with 1, here it is None"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_strangers_manifest_is_told_as_it_is(
     found = list(doctor.examine("checkpoint", doctor.check_checkpoint, str(copy)))
     console = Console(width=10_000, file=io.StringIO())
     console.print(doctor.report(found))
-    printed = "; ".join(f"{finding.detail}; {finding.mend}" for finding in found)
+    printed = "; ".join(f"{finding.detail}; {finding.fix}" for finding in found)
     assert told in printed and all(finding.detail in console.file.getvalue() for finding in found)
 
 
@@ -118,7 +118,7 @@ def test_a_manifest_names_code_config_data_packages_and_hardware(checkpoint: Pat
 def test_an_incomplete_clone_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "calvin_env").mkdir()
     (finding,) = doctor.examine("CALVIN", doctor.check_clone, str(tmp_path))
-    assert finding.verdict == "wrong" and "git submodule update" in finding.mend
+    assert finding.verdict == "wrong" and "git submodule update" in finding.fix
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_the_best_by_another_metric(tmp_path: Path) -> None:
 
 def test_a_best_metric_that_no_evaluation_reports(tmp_path: Path) -> None:
     settings = trainer(max_steps=9, rollout_every=3, best_metric="sucess")
-    message = "best_metric=sucess: an evaluation reports length, success; .*continue from step_00000003"
+    message = "best_metric=sucess: choose one .* reports: length, success, then continue from step_00000003"
     with pytest.raises(UserError, match=message):
         train(
             toy(), Points(), settings, output=tmp_path, config=CONFIG,
@@ -206,7 +206,7 @@ def test_a_best_metric_that_no_evaluation_reports(tmp_path: Path) -> None:
 def test_looking_at_the_model_does_not_disturb_the_training(tmp_path: Path) -> None:
     seen = []
 
-    def sample(model: Toy, step: int, folder: Path) -> dict[str, float]:
+    def preview(model: Toy, step: int, folder: Path) -> dict[str, float]:
         torch.manual_seed(step)
         (folder / "picture.txt").write_text("a picture")
         seen.append((step, model.training, torch.is_grad_enabled(), model.net[0].weight.clone()))
@@ -214,13 +214,13 @@ def test_looking_at_the_model_does_not_disturb_the_training(tmp_path: Path) -> N
 
     quiet = train(toy(), Points(), trainer(), output=tmp_path / "quiet", config=CONFIG)
     watched = train(
-        toy(), Points(), trainer(sample_every=5), output=tmp_path / "watched", config=CONFIG, sample=sample
+        toy(), Points(), trainer(preview_every=5), output=tmp_path / "watched", config=CONFIG, preview=preview
     )
     assert_equal_weights(quiet, watched)
     assert [entry[:3] for entry in seen] == [(5, False, False), (10, False, False)]
     assert torch.equal(seen[-1][3], weights(watched / "ema")["net.0.weight"])
-    assert (tmp_path / "watched" / "samples" / "step_00000005" / "picture.txt").is_file()
-    assert len(records(tmp_path / "watched", "sample")) == 2
+    assert (tmp_path / "watched" / "previews" / "step_00000005" / "picture.txt").is_file()
+    assert len(records(tmp_path / "watched", "preview")) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path) -> None:
@@ -291,22 +291,19 @@ def test_curves_are_drawn_from_the_numbers(tmp_path: Path) -> None:
         file.write('{"kind": "train", "step": 11, "lo')  # cut off by a crash
     steps, losses = plot.curves(tmp_path / "run")["train/loss"]
     assert steps.tolist() == [2, 4, 6, 8, 10] and (losses > 0).all()
-    picture = plot.draw([tmp_path / "run", tmp_path / "run" / "metrics.jsonl"], tmp_path / "curves.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = plot.draw([tmp_path / "run", tmp_path / "run" / "metrics.jsonl"])
+    drawn.savefig(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_number_of_the_log_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_the_log_is_in_the_picture(tmp_path: Path) -> None:
     """From metrics.jsonl alone: lines of training, points of the rest, steps that were left out."""
     lines = [{"kind": "train", "step": s, "loss": 1 / s, "lr": 1e-4, "mse": 2 / s} for s in range(1, 301)]
     lines.insert(100, {"kind": "spike", "step": 100, "loss": 9.0, "usual": 0.1, "samples": [7]})
     lines.insert(150, {"kind": "left_out", "step": 150, "reason": "the loss is nan", "samples": [8]})
-    lines.append({"kind": "sample", "step": 200, "mse": 0.5})
+    lines.append({"kind": "preview", "step": 200, "mse": 0.5})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figures = []
-    monkeypatch.setattr(plot.plt, "close", figures.append)
-    plot.draw([tmp_path], tmp_path / "curves.png")
-    (figure,) = figures
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    panels = {axis.get_title(loc="left"): axis for axis in plot.draw([tmp_path]).axes}
     assert list(panels) == ["loss", "mse", "learning rate"]
     loss, mse, rate = panels.values()
     raw, smooth, spike, left_out = loss.lines
@@ -314,7 +311,7 @@ def test_every_number_of_the_log_is_in_the_picture(tmp_path: Path, monkeypatch: 
     assert smooth.get_ydata()[150] == pytest.approx(np.mean(1 / np.arange(145, 158)), rel=1e-6)
     assert spike.get_xydata().tolist() == [[100, 9]] and set(left_out.get_xdata()) == {150}
     assert loss.get_yscale() == "log" and rate.get_ylim()[0] == 0
-    assert [text.get_text() for text in mse.get_legend().get_texts()] == ["sample"]
+    assert [text.get_text() for text in mse.get_legend().get_texts()] == ["preview"]
     assert all(axis.get_xlim() == (0, 300) for axis in panels.values())
 
 

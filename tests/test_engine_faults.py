@@ -355,7 +355,7 @@ def test_a_tracker_without_its_server(fails_at: str, tmp_path: Path, monkeypatch
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Unreachable)
     with pytest.warns(
-        UserWarning, match="no route to host; the run goes on without it, metrics.jsonl has all"
+        UserWarning, match="no route to host; the run continues without it, metrics.jsonl has all"
     ):
         train(toy(), Points(), trainer(), output=tmp_path, config=CONFIG, tracker={"name": "tensorboard"})
     assert len(records(tmp_path, "train")) == 10
@@ -392,7 +392,7 @@ def test_out_of_memory_at_start_shrinks_the_micro_batch(
     hungry = Hungry(toy(dropout=0.0).config)
     hungry.load_state_dict(toy(dropout=0.0).state_dict())
     settings = trainer(global_batch=12, max_steps=5)
-    with pytest.raises(UserError, match="trainer.micro_batch=12: out of memory; lower it"):
+    with pytest.raises(UserError, match="trainer.micro_batch=None: out of memory; lower it"):
         train(hungry, Points(), settings, output=tmp_path / "later", config=CONFIG)
     # On a GPU the first batch is tried out before the first step.
     next_batches, first = Run.next_batches, iter([True])
@@ -421,14 +421,14 @@ def test_out_of_memory_before_the_first_step(tmp_path: Path, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "build_optimizer", too_much)
-    with pytest.raises(UserError, match="out of memory before the first step; .*, then start again"):
+    with pytest.raises(UserError, match="out of memory; .*a smaller preset .*, then start again"):
         train(toy(), Points(), trainer(), output=tmp_path / "run", config=CONFIG)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_trial_of_a_batch_changes_nothing() -> None:
     model, accelerator = toy(), Accelerator()
-    feed = Feed(Points(), trainer(), seed=0, start=0, process=(0, 1), device=torch.device("cpu"))
+    feed = Feed(Points(), trainer(), accelerator, seed=0, start=0)
     (batch,) = feed.next_step()
     before, drawn = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     assert faults.micro_batch_fits(model, batch, accelerator)

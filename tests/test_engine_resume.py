@@ -13,7 +13,7 @@ import torch
 from engine_toy import Points, Toy, ToyConfig, toy, trainer
 from safetensors.torch import load_file
 
-from defi.engine import checkpoint, loop, resume
+from defi.engine import checkpoint, loop, state
 from defi.engine.log import read_metrics
 from defi.engine.loop import train
 from defi.engine.preemption import EXIT_PREEMPTED, SIGNALS
@@ -98,7 +98,7 @@ def test_progress_below_zero_is_told(change: dict, tmp_path: Path) -> None:
     content = json.dumps(json.loads(file.read_text()) | change)
     file.write_text(content)
     with pytest.raises(UserError, match=r"progress\.json: counts below zero"):
-        resume.read_progress(file.parent)
+        state.read_progress(file.parents[1])
 
 
 def test_resume_goes_back_to_the_newest_whole_checkpoint(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_a_model_may_draw_from_any_global_generator(tmp_path: Path) -> None:
         random.random(), np.random.rand(), torch.rand(())  # which disturbs nothing
         return {}
 
-    settings = {"sample_every": 2, "micro_batch": 2}
-    whole = {"output": tmp_path / "whole", "config": CONFIG, "sample": lambda *_: {}}
+    settings = {"preview_every": 2, "micro_batch": 2}
+    whole = {"output": tmp_path / "whole", "config": CONFIG, "preview": lambda *_: {}}
     train(build(), Points(), trainer(**settings), **whole)
-    parts = {"output": tmp_path / "parts", "config": CONFIG, "sample": look}
+    parts = {"output": tmp_path / "parts", "config": CONFIG, "preview": look}
     train(build(), Points(), trainer(**settings, max_steps=5), **parts)
     train(build(), Points(), trainer(**settings), **parts, resume=True)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")

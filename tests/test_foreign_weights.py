@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from defi.checkpoints.foreign import NumPyValue, read_foreign
-from defi.checkpoints.inspect import look
+from defi.checkpoints.files import NumPyValue, read_foreign
+from defi.checkpoints.inspect import open_checkpoint
 from defi.errors import UserError
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import VAESizes
@@ -44,10 +44,10 @@ def test_weights_in_several_files(tmp_path: Path, kind: str) -> None:
     assert (
         same(read_foreign(index))
         and same(read_foreign(tmp_path / "w"))
-        and same(look(tmp_path / "w").tensors)
+        and same(open_checkpoint(tmp_path / "w").tensors)
     )
     (tmp_path / "w" / "config.json").write_text('{"model_type": "t5"}')
-    assert same(look(tmp_path / "w").tensors)
+    assert same(open_checkpoint(tmp_path / "w").tensors)
 
 
 def test_an_index_whose_files_were_not_asked_for(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_an_index_whose_files_were_not_asked_for(tmp_path: Path) -> None:
         part.unlink()
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     save_file(TENSORS, tmp_path / "model.safetensors")
-    assert same(look(tmp_path).tensors)
+    assert same(open_checkpoint(tmp_path).tensors)
 
 
 def test_another_protocol_of_pickle_is_named(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_parts_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     for place in (index, tmp_path):
         with pytest.raises(
-            UserError, match=r"00002-of-00003\.safetensors: missing, 1 of the 3 files that model\."
+            UserError, match=r"00002-of-00003\.safetensors: missing, 1 of the 3 files in model\."
         ):
             read_foreign(place)
     said = json.loads(index.read_text())["weight_map"]

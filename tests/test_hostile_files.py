@@ -1,6 +1,6 @@
 """Damaged and hostile files through every reader: a clear error or an answer.
 
-Never a crash, a hang, gigabytes of memory, or code run. 2,400 files with --slow, some 150 without.
+Never a crash, a hang, gigabytes of memory, or code run (docs/security.md). Almost 5,000 files with --slow.
 """
 
 import io
@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import time
 import zipfile
 from pathlib import Path
@@ -22,9 +23,9 @@ from policy_fakes import build_gidm
 from defi.archive import open_files
 from defi.errors import UserError
 from defi.files import read_yaml
-from defi.html import page
+from defi.html import TEMPLATES
 from defi.npy import load_npy
-from defi.sim import official
+from defi.sim import scene
 from Step1_GFDM.data import read_latents
 from Step2_GIDM.model import GIDM
 
@@ -97,7 +98,7 @@ class Evil:
 def test_pickles_do_not_run(tmp_path: Path) -> None:
     canary = tmp_path / "pwned"
     np.save(tmp_path / "a.npy", np.array(Evil(canary), dtype=object))
-    with pytest.raises(UserError, match=r"a\.npy: refused, it holds the global (posix|os)\.system"):
+    with pytest.raises(UserError, match=r"a\.npy: cannot be read \(it names (posix|os)\.system"):
         load_npy(tmp_path / "a.npy")
     torch.save(Evil(canary), tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt: cannot read latents"):
@@ -112,8 +113,10 @@ def test_a_short_pickle_may_not_ask_for_gigabytes(tmp_path: Path) -> None:
     assert pickle.loads(b"\x80\x02Nr\x01\x00\x00\x00.") is None, "it is a pickle"
     file = tmp_path / "a.npy"
     file.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content)
-    with pytest.raises(UserError, match="LONG_BINPUT 2147483647"):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"a\.npy: cannot be read"):
         load_npy(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5, "kilobytes"
 
 
 def test_a_small_archive_may_not_grow(tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_yaml_is_plain_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "a: &x [1]\nb: *x",
     ):
         file.write_text(text)
-        with pytest.raises(UserError, match=r"config\.yaml: not YAML that is read here"):
+        with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
             read_yaml(file, "copy it again")
     file.write_text("a: ${oc.env:DEFI_SECRET}\nb: {_target_: os.system, _args_: [touch pwned]}")
     found = read_yaml(file, "copy it again")
@@ -191,13 +194,14 @@ def test_nothing_but_the_official_simulator_is_called_by_a_configs_word() -> Non
 def test_a_clone_may_only_name_the_packages_classes(tmp_path: Path) -> None:
     file = tmp_path / "scene.yaml"
     file.write_text("_target_: calvin_env.scene.play_table_scene.PlayTableScene\nobjects: {a: 1}")
-    assert official._read(file).objects.a == 1
+    assert scene._read(file)["objects"] == {"a": 1}
     for target in ("os.system", "calvin_env.scene.play_table_scene.os.system"):
         file.write_text(f"objects: [{{deep: {{_target_: {target}}}}}]")
         with pytest.raises(UserError, match=rf"scene\.yaml: would call {target}"):
-            official._read(file)
+            scene._read(file)
 
 
 def test_pages_escape_what_they_show() -> None:
-    assert "<script>" not in page("<script>alert(1)</script>", "<img src=x onerror=alert(1)>")
-    assert "<img" not in page("a", "<img src=x onerror=alert(1)>")
+    hostile = {"title": "<script>alert(1)</script>", "subtitle": "<img src=x onerror=alert(1)>"}
+    page = TEMPLATES.get_template("defi/assets/page.html.j2").render(hostile)
+    assert "<script>" not in page and "<img" not in page and "&lt;script&gt;alert(1)" in page

@@ -12,39 +12,40 @@ from hostile_mutations import damage_bytes
 from PIL import Image
 
 from benchmarks.rlds_writer import encode
+from defi.errors import UserError
 from defi.picture import decode_picture
 
 FRAME = np.random.default_rng(0).integers(0, 256, (40, 33, 3), dtype=np.uint8)
 
 
 def test_jpeg_and_png_in_colour() -> None:
-    assert np.array_equal(decode_picture(encode(FRAME, "PNG")), FRAME)
+    assert np.array_equal(decode_picture(encode(FRAME, "PNG"), "a.png"), FRAME)
     smooth = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
     coded = encode(smooth, "JPEG")
-    found = decode_picture(coded + b"\0" * 99)  # padded, as HDF5 files keep them
+    found = decode_picture(coded + b"\0" * 99, "a.jpg")  # padded, as HDF5 files keep them
     assert found.shape == smooth.shape and np.abs(found.astype(int) - smooth).max() < 40
-    grey = decode_picture(encode(smooth[..., 0], "PNG"))
+    grey = decode_picture(encode(smooth[..., 0], "PNG"), "a.png")
     assert np.array_equal(grey, np.repeat(smooth[..., :1], 3, axis=2))
 
 
 @pytest.mark.parametrize("form", ["GIF", "EPS", "TIFF", "WEBP"])
 def test_other_formats_are_refused(form: str) -> None:
     """An EPS file, say, is drawn by a program."""
-    with pytest.raises(ValueError, match="neither JPEG nor PNG"):
-        decode_picture(encode(FRAME, form))
+    with pytest.raises(UserError, match=r"a\.png: .*neither JPEG nor PNG"):
+        decode_picture(encode(FRAME, form), "a.png")
 
 
 def test_small_files_may_not_become_large_pictures() -> None:
     jpeg = bytearray(encode(FRAME, "JPEG"))
     start = jpeg.index(b"\xff\xc0")
     jpeg[start + 5 : start + 9] = (65_000).to_bytes(2, "big") * 2
-    with pytest.raises(ValueError, match="4225000000 pixels"):
-        decode_picture(bytes(jpeg))
+    with pytest.raises(UserError, match="4225000000 pixels"):
+        decode_picture(bytes(jpeg), "a.jpg")
     png = bytearray(encode(FRAME, "PNG"))
     png[16:24] = (65_000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
-    with pytest.raises(ValueError, match="4225000000 pixels"):
-        decode_picture(bytes(png))
+    with pytest.raises(UserError, match="4225000000 pixels"):
+        decode_picture(bytes(png), "a.png")
 
 
 def _decode_damaged(count: int, done: Path) -> None:
@@ -55,9 +56,10 @@ def _decode_damaged(count: int, done: Path) -> None:
     for number in range(count):
         chance = random.Random(number)
         try:
-            picture = decode_picture(damage_bytes(chance.choice([*valid, progressive.getvalue()]), chance))
+            coded = damage_bytes(chance.choice([*valid, progressive.getvalue()]), chance)
+            picture = decode_picture(coded, "a picture")
             outcomes.append(picture.dtype == np.uint8 and picture.shape[2:] == (3,))
-        except ValueError:
+        except UserError:
             outcomes.append(True)
     done.write_text(str(sum(outcomes)))
 

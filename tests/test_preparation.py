@@ -16,18 +16,17 @@ import numpy as np
 import pytest
 from killing import die_before
 from launcher import launch
-from preparations import KINDS, LOOKS, VIDEOS, contents, noted, run, write_inputs
+from preparations import KINDS, OBSERVATIONS, VIDEOS, contents, noted, run, write_inputs
 
 from defi.calvin import frame_name
 from defi.engine import output as output_folder
 from defi.errors import UserError
 from Step1_GFDM import prepare as step1
 from Step3_DeFI import prepare as step3
-from Step3_DeFI.data import PolicyStore
-from Step3_DeFI.prepare import DONE
+from Step3_DeFI.store import DONE, PolicyStore
 
 TESTS = Path(__file__).resolve().parent
-WRITING = ((output_folder, "sync"), (os, "replace"), (step3.Progress, "note"), (Path, "unlink"))
+WRITING = ((output_folder, "sync"), (os, "replace"), (np.memmap, "flush"), (Path, "unlink"))
 Contents = dict[str, bytes | tuple[int, ...]]
 
 
@@ -121,7 +120,7 @@ def test_two_processes_lose_nothing_and_do_nothing_twice(
     assert not shares[0] & shares[1] and all(len(share) > 10 for share in shares)
     held_out = {"train/18", "val/18"}  # the 20th caption, counting that of the damaged video
     assert shares[0] | shares[1] == {f"train/{n:02d}" for n in range(VIDEOS)} ^ held_out | set(
-        map(str, range(LOOKS))
+        map(str, range(OBSERVATIONS))
     )
 
 
@@ -155,12 +154,12 @@ def test_a_full_disk_is_named_and_a_later_start_goes_on(
     with monkeypatch.context() as patch:
         for place, name in ((step1, "write_file"), (step1, "write_mp4"), (step3, "write_file")):
             patch.setattr(place, name, limited(getattr(place, name)))
-        patch.setattr(step3.np, "save", limited(np.save))
+        patch.setattr(np, "save", limited(np.save))
         with pytest.raises((SystemExit, UserError)) as ended:
             run(kind, inputs, tmp_path / "out")
     said = capsys.readouterr().err if kind == "latents" else str(ended.value)
     assert f"{tmp_path / 'out'}: cannot write " in said and "No space left on device" in said
-    assert "make room, then go on with resume=true" in said
+    assert "free some space, then continue with resume=true" in said
     kept = finished(kind, tmp_path / "out")
     done: list[str] = []
     with monkeypatch.context() as patch:
@@ -168,7 +167,7 @@ def test_a_full_disk_is_named_and_a_later_start_goes_on(
             patch.setattr(place, name, getattr(place, name))  # to be put back
         noted(done)
         run(kind, inputs, tmp_path / "out", resume=True)
-    assert len(done) == (VIDEOS if kind == "latents" else LOOKS) - kept
+    assert len(done) == (VIDEOS if kind == "latents" else OBSERVATIONS) - kept
     assert contents(tmp_path / "out") == whole[kind]
 
 
@@ -181,10 +180,10 @@ def test_a_damaged_picture_is_named_and_a_later_start_goes_on(
     good = (root / file).read_bytes()
     place = good.index(b"rgb_static.npy") + 200
     (root / file).write_bytes(good[:place] + b"????" + good[place + 4 :])
-    with pytest.raises(UserError, match=rf"{file}: truncated or damaged frame \("):
+    with pytest.raises(UserError, match=rf"{file}: cannot be read \("):
         run("store", inputs, tmp_path / "store", **{"data.root": root})
     kept = finished("store", tmp_path / "store")
-    assert 0 < kept < LOOKS
+    assert 0 < kept < OBSERVATIONS
     (root / file).write_bytes(good)
     run("store", inputs, tmp_path / "store", resume=True, **{"data.root": root})
     found = contents(tmp_path / "store")
@@ -201,10 +200,10 @@ def test_a_damaged_zip_is_named_before_any_work(inputs: Path, tmp_path: Path) ->
     for damaged, message in (
         (
             good[: start + 900] + b"????" + good[start + 904 :],
-            rf"{frame}, at byte {start} of the zip: damaged \(wrong checksum\)",
+            rf"{frame}, at byte {start} of the zip: cannot be read \(wrong checksum\)",
         ),
-        (good[:-500], r"demos\.zip: cut short or damaged"),
-        (good[: len(good) // 2], r"demos\.zip: cut short or damaged"),
+        (good[:-500], r"demos\.zip: cannot be read"),
+        (good[: len(good) // 2], r"demos\.zip: cannot be read"),
     ):
         archive.write_bytes(damaged)
         with pytest.raises(UserError, match=message):
@@ -212,4 +211,4 @@ def test_a_damaged_zip_is_named_before_any_work(inputs: Path, tmp_path: Path) ->
         assert not (tmp_path / "store").exists()
     archive.write_bytes(good)
     run("store", inputs, tmp_path / "store", **{"data.root": archive})
-    assert len(PolicyStore(tmp_path / "store")) == LOOKS
+    assert len(PolicyStore(tmp_path / "store")) == OBSERVATIONS

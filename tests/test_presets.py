@@ -17,7 +17,6 @@ from Step2_GIDM.model import GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.sources import check_gidm
 
 # Those that read a preset.
 COMMANDS = {
@@ -90,7 +89,7 @@ def test_stages_of_a_preset_fit_each_other(preset: str) -> None:
     policy = build(preset)
     with torch.device("meta"):
         gidm = gidm_adapter.build(compose_preset(preset))
-    check_gidm(policy.config, gidm)
+    assert policy.config.stages.latent_action == gidm.tokenizer.sizes
     row = next(line for line in README.splitlines() if line.startswith(f"| `{preset}` |"))
     unet, stages = (cell.strip().removesuffix(" M").replace(",", "") for cell in row.split("|")[2:4])
     counts = [float(count) for count in stages.split(" / ")]

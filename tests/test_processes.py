@@ -1,6 +1,5 @@
 """Several processes: two that share a batch do what one does with all of it, for every stage."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from defi.engine import checkpoint
 from defi.engine.checkpoint import find_checkpoint
 from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
-from defi.processes import print_once, processes
+from defi.processes import LONGEST, print_once, processes
 
 CONFIG = {"preset_name": "test"}
 
@@ -61,7 +60,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 FAILURES = {
     "start": "error: data: no training samples",
     "data": "error: data: [Errno 2] No such file or directory: '/data/five.npz'; restore it",
-    "sample": "error: sample: the main process has no pictures",
+    "preview": "error: preview: the main process has no pictures",
     "folder": "error: run: cannot be written to; choose another output=",
 }
 
@@ -110,15 +109,12 @@ def test_launch_settings_are_accelerates(name: str) -> None:
 def test_a_line_before_training_does_not_join_the_processes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Who joins them first decides how long they wait, and whether accelerate's DeepSpeed starts."""
-    seen: list[str | None] = []
-    monkeypatch.setattr(
-        "defi.processes.PartialState", lambda **_: seen.append(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
-    )
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    """Who joins them first decides how long they wait."""
+    joined: list[dict] = []
+    monkeypatch.setattr("defi.processes.PartialState", lambda **settings: joined.append(settings))
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         print_once(f"from {rank}")
-    assert (capsys.readouterr().out, seen) == ("from 0\n", [])
+    assert (capsys.readouterr().out, joined) == ("from 0\n", [])
     processes()
-    assert seen == [None] and os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"
+    assert joined == [{"cpu": not torch.cuda.is_available(), "timeout": LONGEST}]

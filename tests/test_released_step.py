@@ -23,17 +23,16 @@ from torch.utils.data import Dataset, default_collate
 
 from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
-from defi.engine.checkpoint import find_weights
 from defi.engine.data import SeededDataset
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.data import LATENTS, LatentClips
 from Step1_GFDM.model import GFDM
-from Step2_GIDM.data.build import training_pairs
+from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step2_GIDM.train import build_model
 from Step3_DeFI.config import FinetuneConfig, PolicyConfig
+from Step3_DeFI.data import open_samples
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.train import open_samples
 
 SCALING = 0.18215  # of SVD's latents
 SMALL = (
@@ -51,7 +50,7 @@ SMALL = (
 )  # fmt: skip
 SMALL_POLICY = (
     *SMALL,
-    *("policy.feature_tokens=64", "policy.feature_channels=64", "policy.latent_action_frames=[0,2]"),
+    "policy.latent_action_frames=[0,2]",
     *(f"policy.video_former.{size}" for size in ("dim=24", "depth=1", "heads=2", "head_dim=12", "queries=2")),
     *(f"policy.action_head.{size}" for size in ("dim=32", "encoder_layers=1", "decoder_layers=2", "heads=2")),
 )
@@ -204,7 +203,7 @@ def test_stage_2_batch(demonstrations: Path) -> None:
     config = GIDMConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
     model = build_model(config, None).train()
-    pairs = training_pairs(cfg.data, config.dino.image_size)
+    pairs = build_pairs(cfg.data, config.dino.image_size)
     batch = batch_of(pairs, len(pairs))
     picked = [0, 1, len(pairs) - 1]  # of both spans
     batch = {
@@ -267,7 +266,7 @@ def stage3(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     cfg = composed("step3_train", *SMALL_POLICY, f"data.root={demonstrations}")
     config = PolicyConfig.from_preset(cfg)
     policy = DeFI.from_stages(config, gfdm=folder / "gfdm", gidm=folder / "gidm")
-    samples = open_samples(cfg.data, policy, find_weights(folder / "gfdm", "gfdm"))["training"]
+    samples = open_samples(cfg.data, policy)["training"]
     return policy.train(), samples
 
 

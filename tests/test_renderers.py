@@ -107,9 +107,9 @@ def test_the_doctor_says_what_a_missing_device_means(monkeypatch: pytest.MonkeyP
     pretend(monkeypatch, {})
     monkeypatch.setattr(doctor, "egl_devices", dict)
     finding = list(doctor.check_simulation())[-1]
-    assert (finding.what, finding.verdict) == ("EGL", "note") and "libegl-mesa0" in finding.mend
+    assert (finding.what, finding.verdict) == ("EGL", "note") and "libegl-mesa0" in finding.fix
     (wrong,) = doctor.examine("CALVIN's renderer", doctor.check_pictures, "data/calvin")
-    assert wrong.verdict == "wrong" and "libegl-mesa0" in wrong.mend and "sim.renderer=cpu" in wrong.mend
+    assert wrong.verdict == "wrong" and "libegl-mesa0" in wrong.fix and "sim.renderer=cpu" in wrong.fix
 
 
 # ---------------------------------------------------------------- drawing

@@ -5,40 +5,44 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from fake_world import FakeWorld, Mishaps, broken_world, judge, start_of
+from fake_world import FakeWorld, Mishaps, broken_world, start_of
 from rollout_fakes import FakePolicy, fake_evaluation
 
 from defi.errors import UserError
-from Step3_DeFI.rollout.chain import PolicyAgent, RandomAgent, attempt, run_chain
 from Step3_DeFI.rollout.config import SimConfig
-from Step3_DeFI.rollout.evaluate import Shard, evaluate, run_chains
+from Step3_DeFI.rollout.evaluate import evaluate, run_chains
 from Step3_DeFI.rollout.fleet import MOST_DEATHS, Fleet
-from Step3_DeFI.rollout.results import ChainLog
-from Step3_DeFI.rollout.server import PolicyServer
-from Step3_DeFI.rollout.statistics import lengths
+from Step3_DeFI.rollout.policy import Batcher
+from Step3_DeFI.rollout.results import ChainLog, lengths
+from Step3_DeFI.rollout.simulator import Observation, Setup, attempt, policy_agent, random_agent, run_chain
 
 
 def outcome(chains) -> list[tuple]:
     """What must not depend on how the chains were run."""
-    return [(chain.index, chain.tasks, chain.steps, chain.control_steps, chain.looks) for chain in chains]
+    return [
+        (chain.index, chain.tasks, chain.steps, chain.control_steps, chain.observations) for chain in chains
+    ]
 
 
 def one_by_one(evaluation, batch: int) -> list[tuple]:
-    """The result by definition: chain after chain, each in a new world, its look in its row of a batch."""
+    """The result by definition: chain after chain, each in a new world, in its row of a batch."""
     policy = FakePolicy()
     chains = []
-    for trial in evaluation.trials:
-        row = trial.index % batch
-        agent = PolicyAgent(lambda look, row=row: policy.act([look] * batch)[row], evaluation.config.seed)
-        limit = max(evaluation.config.max_steps)
-        chains.append(run_chain(FakeWorld(), judge, agent, trial, limit=limit))
+    setup = evaluation.setup("policy", filmed=False)
+    for chain in evaluation.chains:
+        row = chain.index % batch
+        agent = policy_agent(lambda seen, row=row: policy.act([seen] * batch)[row])
+        chains += run_chain(FakeWorld(), agent, chain, setup)
     return outcome(chains)
 
 
@@ -60,19 +64,24 @@ def test_seed_and_persistent_world_change_the_result():
     assert remembered[0] == fresh[0] and remembered != fresh
 
 
-def test_shards_share_the_chains_and_all_are_counted(tmp_path):
+def test_processes_share_the_chains_and_all_are_counted(tmp_path):
+    """Three ranks at the same time: threads that wait for each other as processes do."""
     evaluation = fake_evaluation(processes=1, chains=11)
-    whole = one_by_one(evaluation, 1)
-    shares = [Shard(rank, 3).of(evaluation.trials) for rank in range(3)]
-    assert sorted(t.index for share in shares for t in share) == list(range(11))
-    for rank in (1, 2):
-        log = ChainLog(tmp_path, "chains", rank)
-        with Fleet(evaluation.setup("policy", filmed=False), 1, PolicyServer(FakePolicy(), 1)) as fleet:
-            for result in fleet.run(shares[rank]):
-                log.append(result)
-    assert len(list(tmp_path.glob("chains.*.jsonl"))) == 2
-    joined = run_chains(evaluation, "policy", FakePolicy(), output=tmp_path, show=False)
-    assert outcome(joined) == whole
+    barrier = threading.Barrier(3)
+    states = [
+        SimpleNamespace(process_index=rank, num_processes=3, wait_for_everyone=barrier.wait)
+        for rank in range(3)
+    ]
+
+    def run(state: SimpleNamespace) -> list[tuple]:
+        where = {"output": tmp_path, "state": state, "show": False}
+        return outcome(run_chains(evaluation, "policy", FakePolicy(), **where))
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, states))
+    assert found == [one_by_one(evaluation, 1)] * 3
+    logs = [tmp_path / f"chains{part}.jsonl" for part in ("", ".1", ".2")]
+    assert [log.read_text().count("\n") for log in logs] == [3, 4, 4]
 
 
 # ---------------------------------------------------------------- one chain
@@ -96,25 +105,29 @@ class Counter:
 
 
 class Chunks:
-    looks = 0
+    """Chunks of ten actions; those of every other chunk open the gripper."""
 
-    def act(self, world, task, instruction) -> np.ndarray:
-        self.looks += 1
-        return np.tile([0.1, 0, 0, 0, 0, 0, 0.3], (10, 1)) * [1, 1, 1, 1, 1, 1, (-1) ** self.looks]
+    calls = 0
+
+    def __call__(self) -> np.ndarray:
+        self.calls += 1
+        return np.tile([0.1, 0, 0, 0, 0, 0, 0.3], (10, 1)) * [1, 1, 1, 1, 1, 1, (-1) ** self.calls]
 
 
 def test_attempt_stops_within_a_chunk_and_binarises_the_gripper():
-    world, agent = Counter(), Chunks()
-    taken = attempt(world, lambda task, a, b: b - a == 13, agent, "t", "words", limit=60)
-    assert (taken, world.steps, agent.looks) == (13, 13, 2)
+    world, act = Counter(), Chunks()
+    setup = Setup(Counter, lambda task, a, b: b - a == 13, "policy", seed=0, limit=60)
+    taken, _ = attempt(world, act, "task", setup)
+    assert (taken, world.steps, act.calls) == (13, 13, 2)
     assert [action[6] for action in world.actions] == [-1.0] * 10 + [1.0] * 3
     assert world.actions[0][0] == 0.1
 
 
 def test_attempt_ends_at_the_limit_inside_a_chunk():
-    world, agent = Counter(), Chunks()
-    assert attempt(world, lambda task, a, b: False, agent, "t", "words", limit=25) is None
-    assert (world.steps, agent.looks) == (25, 3)
+    world, act = Counter(), Chunks()
+    setup = Setup(Counter, lambda task, a, b: False, "policy", seed=0, limit=25)
+    assert attempt(world, act, "task", setup) == (None, [])
+    assert (world.steps, act.calls) == (25, 3)
 
 
 def test_smaller_limits_are_read_from_the_same_run():
@@ -126,29 +139,33 @@ def test_smaller_limits_are_read_from_the_same_run():
     ).sum()
 
 
-def test_chunk_setting_looks_more_often():
-    looks = {}
+def test_a_smaller_chunk_observes_more_often():
+    observations = {}
     for chunk in (None, 5):
         chains = run_chains(
             fake_evaluation(chunk=chunk, chains=3, processes=1), "policy", FakePolicy(), show=False
         )
         for chain in chains:
             steps = [60 if taken is None else taken for taken in chain.steps]
-            assert chain.looks == sum(-(-taken // (chunk or 10)) for taken in steps)
-        looks[chunk] = chains[0].looks
-    assert looks[5] != looks[None]
+            assert chain.observations == sum(-(-taken // (chunk or 10)) for taken in steps)
+        observations[chunk] = chains[0].observations
+    assert observations[5] != observations[None]
 
 
-def test_random_agent_is_seeded_by_chain_and_look():
-    evaluation = fake_evaluation(chains=2)
-    first, second = RandomAgent(7), RandomAgent(7)
-    first.begin(evaluation.trials[0])
-    a = [first.act(None, "", "") for _ in range(2)]
-    second.begin(evaluation.trials[0])
-    np.testing.assert_array_equal(a[0], second.act(None, "", ""))
-    second.begin(evaluation.trials[1])
-    assert not np.array_equal(a[0], second.act(None, "", "")) and not np.array_equal(*a)
-    assert np.abs(a).max() <= 1
+def test_random_agent_is_seeded_by_chain_and_observation():
+    seeds = ((7, 0, 0), (7, 0, 1), (7, 1, 0), (8, 0, 0))
+    acted = [random_agent(None, "", "", seed) for seed in seeds]
+    np.testing.assert_array_equal(acted[0], random_agent(None, "", "", seeds[0]))
+    assert len({actions.tobytes() for actions in acted}) == len(seeds) and np.abs(acted).max() <= 1
+
+
+def test_seeds_of_a_chain_are_of_run_chain_and_observation():
+    seeds = []
+    agent = policy_agent(lambda seen: seeds.append(seen.seed) or FakePolicy().act([seen])[0])
+    evaluation = fake_evaluation(chains=2, seed=7)
+    setup = evaluation.setup("policy", filmed=False)
+    (result,) = run_chain(FakeWorld(), agent, evaluation.chains[1], setup)
+    assert seeds == [(7, 1, number) for number in range(result.observations)] and len(seeds) > 2
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -159,9 +176,9 @@ def test_dead_simulator_is_replaced_and_its_chain_run_again(tmp_path, kind):
     expected = one_by_one(fake_evaluation(chains=5), 2)
     mishaps = Mishaps(tmp_path / "struck", start_of(1), kind)
     evaluation = fake_evaluation(partial(FakeWorld, mishaps), chains=5, batch=2)
-    server = PolicyServer(FakePolicy(), 2)
-    with Fleet(evaluation.setup("policy", filmed=False), 2, server, silence=3) as fleet:
-        results = sorted(fleet.run(evaluation.trials), key=lambda chain: chain.index)
+    batcher = Batcher(FakePolicy(), 2)
+    with Fleet(evaluation.setup("policy", filmed=False), 2, batcher, silence=3) as fleet:
+        results = sorted(fleet.run(evaluation.chains), key=lambda chain: chain.index)
     assert (tmp_path / "struck").exists() and fleet.replaced == 1
     assert outcome(results) == expected
 
@@ -189,7 +206,7 @@ def test_users_mistake_in_a_simulator_is_one_line():
 
 def test_nan_ends_the_run_but_keeps_finished_chains(tmp_path):
     evaluation = fake_evaluation(processes=1)
-    with pytest.raises(UserError, match="chain 3, .*, look 0: the policy returned NaN"):
+    with pytest.raises(UserError, match="chain 3, .*, observation 0: the policy returned NaN"):
         run_chains(evaluation, "policy", FakePolicy(broken_at=(3, 0)), output=tmp_path, show=False)
     assert sorted(ChainLog(tmp_path, "chains").read()) == [0, 1, 2]
     before = (tmp_path / "chains.jsonl").read_text()
@@ -201,7 +218,7 @@ def test_nan_ends_the_run_but_keeps_finished_chains(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 7), (1, 10, 8), (2, 10, 7), (1, 0, 7)])
 def test_actions_of_another_space_are_refused(shape):
     class Wrong:
-        def act(self, looks):
+        def act(self, observations):
             return np.zeros(shape)
 
     with pytest.raises(UserError, match="the simulator takes"):
@@ -211,9 +228,9 @@ def test_actions_of_another_space_are_refused(shape):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_to_all_processes_are_left_to_the_evaluation(number):
     evaluation = fake_evaluation(chains=3)
-    server = PolicyServer(FakePolicy(), 1)
-    with Fleet(evaluation.setup("policy", filmed=False), 1, server) as fleet:
-        running = fleet.run(evaluation.trials)
+    batcher = Batcher(FakePolicy(), 1)
+    with Fleet(evaluation.setup("policy", filmed=False), 1, batcher) as fleet:
+        running = fleet.run(evaluation.chains)
         results = [next(running)]
         (simulator,) = fleet.simulators
         simulator.process.send_signal(number)
@@ -231,9 +248,9 @@ from rollout_fakes import FakePolicy, fake_evaluation
 from Step3_DeFI.rollout.evaluate import run_chains
 
 class Slow(FakePolicy):
-    def act(self, looks):
+    def act(self, observations):
         time.sleep(0.02)
-        return super().act(looks)
+        return super().act(observations)
 
 run_chains(fake_evaluation(processes=2), "policy", Slow(), output=Path({output!r}), show=False)
 """
@@ -242,7 +259,7 @@ run_chains(fake_evaluation(processes=2), "policy", Slow(), output=Path({output!r
 @pytest.mark.parametrize(
     "end",
     [lambda run: run.kill(), lambda run: os.killpg(run.pid, signal.SIGTERM)],
-    ids=["run killed", "group told to end"],
+    ids=["run killed", "group terminated"],
 )
 def test_killed_run_continues_and_leaves_no_process(tmp_path, end):
     log = tmp_path / "chains.jsonl"
@@ -269,38 +286,37 @@ def test_killed_run_continues_and_leaves_no_process(tmp_path, end):
 # ---------------------------------------------------------------- batches
 
 
-def test_server_waits_for_others_but_not_in_vain():
+def test_the_batcher_waits_for_others_but_not_in_vain():
     evaluation = fake_evaluation(chains=4)
-    server = PolicyServer(FakePolicy(), 2)
-    looks = {}
-    for trial in evaluation.trials:
-        agent = PolicyAgent(lambda look: look, 0)
-        agent.begin(trial)
+    batcher = Batcher(FakePolicy(), 2)
+    seen = {}
+    for chain in evaluation.chains:
         world = FakeWorld()
-        world.reset(trial.robot_obs, trial.scene_obs)
-        looks[trial.index] = agent.act(world, trial.tasks[0], trial.instructions[0])
-    assert server.patience(coming=2) is None
-    server._call_seconds = 100.0
-    server.add("a", looks[0])
-    assert 0 < server.patience(coming=1) <= 50 and server.patience(coming=0) == 0
-    server.add("b", looks[2])  # the same row: not in this batch
-    assert server.patience(coming=1) > 0
-    server.add("c", looks[1])
-    assert server.patience(coming=1) == 0
-    answers = dict(server.answer())
-    assert set(answers) == {"a", "c"} and len(server) == 1
-    expected = FakePolicy().act([looks[0], looks[1]])
+        world.reset(chain.robot_obs, chain.scene_obs)
+        seed = (0, chain.index, 0)
+        seen[chain.index] = Observation(seed, chain.tasks[0], chain.instructions[0], world.render())
+    assert batcher.patience(coming=2) is None
+    batcher._call_seconds = 100.0
+    batcher.add("a", seen[0])
+    assert 0 < batcher.patience(coming=1) <= 50 and batcher.patience(coming=0) == 0
+    batcher.add("b", seen[2])  # the same row: not in this batch
+    assert batcher.patience(coming=1) > 0
+    batcher.add("c", seen[1])
+    assert batcher.patience(coming=1) == 0
+    answers = dict(batcher.answer())
+    assert set(answers) == {"a", "c"} and batcher.patience(coming=1) is not None
+    expected = FakePolicy().act([seen[0], seen[1]])
     np.testing.assert_array_equal(answers["a"], expected[0])
     np.testing.assert_array_equal(answers["c"], expected[1])
-    np.testing.assert_array_equal(dict(server.answer())["b"], FakePolicy().act([looks[2]] * 2)[0])
+    np.testing.assert_array_equal(dict(batcher.answer())["b"], FakePolicy().act([seen[2]] * 2)[0])
 
 
 def test_batches_are_filled():
-    server = PolicyServer(FakePolicy(), 4)
+    batcher = Batcher(FakePolicy(), 4)
     evaluation = fake_evaluation(chains=16)
-    with Fleet(evaluation.setup("policy", filmed=False), 4, server) as fleet:
-        looks = sum(chain.looks for chain in fleet.run(evaluation.trials))
-    assert server.calls < looks
+    with Fleet(evaluation.setup("policy", filmed=False), 4, batcher) as fleet:
+        observations = sum(chain.observations for chain in fleet.run(evaluation.chains))
+    assert batcher.calls < observations
 
 
 def test_simulator_processes_do_without_torch():
@@ -314,4 +330,4 @@ def test_baseline_runs_beside_on_the_same_chains(tmp_path: Path):
     results = evaluate(evaluation, "policy", FakePolicy(), output=tmp_path, show=False)
     alone = run_chains(fake_evaluation(processes=1, chains=5), "random", show=False)
     assert [chain["steps"] for chain in results.baseline["chains"]] == [chain.steps for chain in alone]
-    assert results.run["looks"] == sum(chain.looks for chain in results.chains)
+    assert results.run["observations"] == sum(chain.observations for chain in results.chains)

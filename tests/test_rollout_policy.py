@@ -21,19 +21,12 @@ from defi.engine import checkpoint
 from defi.engine.data import seed_of
 from defi.errors import UserError
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
-from Step3_DeFI.rollout.evaluate import Evaluation, run_chains
-from Step3_DeFI.rollout.messages import Look
-from Step3_DeFI.rollout.policy import (
-    ModelPolicy,
-    evaluate_policy,
-    identify,
-    load_policy,
-    policy_threads,
-    trained_precision,
-)
+from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy, run_chains
+from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
 from Step3_DeFI.rollout.results import ChainLog, read_results
-from Step3_DeFI.train import roller
+from Step3_DeFI.rollout.simulator import Observation
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["open it", "please slide the door over to the left side", "press"]
@@ -51,24 +44,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gfdm, gidm = write_stages(folder)
     sizes = {"codes": 8, "code_width": 8}
     policy = DeFI.from_stages(build_policy().config, gfdm=gfdm, gidm=gidm)
-    assert policy.config.latent_action.codes == sizes["codes"]
+    assert policy.config.stages.latent_action.codes == sizes["codes"]
     checkpoint.save(policy, folder / "policy", step=3, config={"preset_name": "test"})
     return folder / "policy"
 
 
-def look(chain: int, number: int = 0) -> Look:
+def observation(chain: int, number: int = 0) -> Observation:
     rng = np.random.default_rng((chain, number))
     images = {name: rng.integers(0, 256, (20, 20, 3), np.uint8) for name in ("rgb_static", "rgb_gripper")}
-    return Look((0, chain, number), "open_drawer", WORDS[chain % 3], images)
+    return Observation((0, chain, number), "open_drawer", WORDS[chain % 3], images)
 
 
 def test_actions_are_bitwise_equal_whatever_shares_the_batch(model: DeFI):
-    wanted = look(0)
+    wanted = observation(0)
     for row in range(4):
         answers = []
         for others in (range(1, 5), range(7, 11)):
             policy = ModelPolicy(build_policy())  # its text towers have seen nothing yet
-            batch = [look(chain) for chain in others]
+            batch = [observation(chain) for chain in others]
             batch[row] = wanted
             answers.append(policy.act(batch)[row])
         np.testing.assert_array_equal(answers[0], answers[1])
@@ -76,12 +69,12 @@ def test_actions_are_bitwise_equal_whatever_shares_the_batch(model: DeFI):
     np.testing.assert_allclose(alone, answers[0], rtol=1e-4, atol=1e-5)
 
 
-def test_noise_is_a_function_of_seed_chain_and_look(model: DeFI):
+def test_noise_is_a_function_of_seed_chain_and_observation(model: DeFI):
     seeds = {seed_of("rollout", s, c, k) for s in range(3) for c in range(20) for k in range(20)}
     assert len(seeds) == 3 * 20 * 20 and all(0 <= seed < 2**63 for seed in seeds)
     policy = ModelPolicy(model)
-    first, again = look(1), look(1)
-    later = Look((0, 1, 1), first.task, first.instruction, first.images)
+    first, again = observation(1), observation(1)
+    later = Observation((0, 1, 1), first.task, first.instruction, first.images)
     np.testing.assert_array_equal(policy.act([first]), policy.act([again]))
     assert not np.allclose(policy.act([first]), policy.act([later]))
 
@@ -91,16 +84,16 @@ def test_result_is_the_same_for_any_number_of_processes(model: DeFI):
     for processes in (1, 2, 5):
         evaluation = fake_evaluation(chains=6, max_steps=[20], batch=3, processes=processes)
         chains = run_chains(evaluation, "policy", ModelPolicy(model), show=False)
-        outcomes.append([(chain.index, chain.steps, chain.looks) for chain in chains])
+        outcomes.append([(chain.index, chain.steps, chain.observations) for chain in chains])
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_sampler_steps_and_precision_can_be_chosen():
     policy = build_policy()
-    base = ModelPolicy(policy).act([look(0)])
-    bf16 = ModelPolicy(policy, precision="bf16").act([look(0)])
+    base = ModelPolicy(policy).act([observation(0)])
+    bf16 = ModelPolicy(policy, precision="bf16").act([observation(0)])
     assert bf16.dtype == np.float32 and 0 < np.abs(bf16 - base).max() < 0.3
-    assert not np.allclose(ModelPolicy(policy, sampler_steps=2).act([look(0)]), base)
+    assert not np.allclose(ModelPolicy(policy, steps=2).act([observation(0)]), base)
 
 
 def test_sampler_and_guidance_can_be_chosen():
@@ -109,7 +102,7 @@ def test_sampler_and_guidance_can_be_chosen():
     for sampler, guidance in (("ddim", 1.0), ("dpmpp_2m", 1.0), ("heun", 1.0), ("ddim", 3.0)):
         chosen = ModelPolicy(policy, sampler=sampler, guidance=guidance)
         assert (policy.config.diffusion.sampler, policy.config.diffusion.guidance) == (sampler, guidance)
-        answers[sampler, guidance] = chosen.act([look(0)])
+        answers[sampler, guidance] = chosen.act([observation(0)])
     assert len({answer.tobytes() for answer in answers.values()}) == 4
     with pytest.raises(UserError, match="never saw a dropped text"):
         ModelPolicy(build_policy(), guidance=2.0)
@@ -158,11 +151,11 @@ def test_training_in_low_precision_and_rollouts_with_its_instructions(precision:
     def finetuned() -> DeFI:
         return build_policy(finetune={"mode": "full"})
 
-    looks = [look(chain) for chain in range(3)]
-    loss, acted = train_step(finetuned(), dtype), ModelPolicy(finetuned(), precision=precision).act(looks)
+    seen = [observation(chain) for chain in range(3)]
+    loss, acted = train_step(finetuned(), dtype), ModelPolicy(finetuned(), precision=precision).act(seen)
     trained = finetuned()
     assert torch.equal(train_step(trained, dtype), loss)
-    np.testing.assert_array_equal(ModelPolicy(trained, precision=precision).act(looks), acted)
+    np.testing.assert_array_equal(ModelPolicy(trained, precision=precision).act(seen), acted)
     assert torch.equal(train_step(trained, dtype), loss)
 
 
@@ -186,10 +179,10 @@ def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, 
 def test_rollouts_in_training_take_its_precision(monkeypatch):
     used = {}
     monkeypatch.setattr(Evaluation, "prepare", lambda *_: None)
-    monkeypatch.setattr("Step3_DeFI.rollout.policy.evaluate_policy", lambda *_, **how: used.update(how))
+    monkeypatch.setattr("Step3_DeFI.rollout.evaluate.evaluate_policy", lambda *_, **how: used.update(how))
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose("step3_train", ["output=x", "trainer.precision=bf16"])
-    roller(cfg)(None, 1, Path())
+    rollouts(cfg)(None, 1, Path())
     assert used["precision"] == "bf16"
 
 
@@ -237,7 +230,10 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     done = command(*settings, f"output={shared}", "baseline=null", launch=launch)
     assert done.returncode == 0, done.stderr
     assert [(shared / name).read_text().count("\n") for name in ("chains.jsonl", "chains.1.jsonl")] == [1, 1]
-    alike = [[(c.index, c.tasks, c.steps, c.looks) for c in read_results(o).chains] for o in (output, shared)]
+    alike = [
+        [(c.index, c.tasks, c.steps, c.observations) for c in read_results(o).chains]
+        for o in (output, shared)
+    ]
     assert alike[0] == alike[1]
 
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
@@ -255,15 +251,16 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     "settings, message",
     [
         ([], "checkpoint=: not given"),
-        (["agent=magic"], "agent=magic: must be one of policy, random, expert"),
+        (["agent=magic"], "agent=magic: must be one of policy, random, scripted"),
         (["agent=random", "baseline=random"], "baseline=random: the same as agent"),
-        (["agent=random", "sampler=euler"], "sampler=euler: must be one of ddim, dpmpp_2m, heun"),
+        (["agent=random", "baseline=expert"], "baseline=expert: must be one of null, random, scripted"),
+        (["agent=random", "sampler=euler"], "sampler=euler: must be one of null, ddim, dpmpp_2m, heun"),
         (["agent=random", "precision=half"], "precision=half: must be one of"),
-        (["agent=random", "sim.world=old"], "sim.world=old: must be fresh or persistent"),
+        (["agent=random", "sim.world=old"], "sim.world=old: must be one of fresh, persistent"),
         (["agent=random", "videos.every=0"], "videos.every=0"),
-        (["agent=random", "sim.backend=other"], "sim.backend=other: must be native or calvin_env"),
+        (["agent=random", "sim.backend=other"], "sim.backend=other: must be one of native, calvin_env"),
         (["agent=random", "sim.backend=calvin_env"], "name the clone of CALVIN too"),
-        (["agent=expert", "sim=calvin"], "expert: knows the built-in tables only"),
+        (["agent=scripted", "sim=calvin"], "scripted: knows the built-in tables only"),
         (["agent=random", "chains=some"], "chains"),
     ],
 )
@@ -314,6 +311,6 @@ def test_the_video_model_is_kept_in_the_precision_of_the_rollout(run: Path):
     assert {p.dtype for p in whole.gfdm.unet.parameters()} == {torch.float32}
     assert {p.dtype for p in half.gfdm.unet.parameters()} == {torch.bfloat16}
     assert half.dtype == torch.float32
-    base = ModelPolicy(whole).act([look(0)])
-    found = ModelPolicy(half, precision="bf16").act([look(0)])
+    base = ModelPolicy(whole).act([observation(0)])
+    found = ModelPolicy(half, precision="bf16").act([observation(0)])
     assert 0 < np.abs(found - base).max() < 0.3

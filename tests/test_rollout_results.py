@@ -16,25 +16,28 @@ from rollout_fakes import fake_evaluation
 from defi.errors import UserError
 from Step3_DeFI.compare import compare, comparison_table, remarks
 from Step3_DeFI.quickstart import SMOKE, remark
-from Step3_DeFI.rollout.clips import ClipFile, choose_clips
-from Step3_DeFI.rollout.messages import ChainResult
-from Step3_DeFI.rollout.progress import running_average
 from Step3_DeFI.rollout.report import result_table, task_table, write_report
-from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries, versions
-from Step3_DeFI.rollout.statistics import (
+from Step3_DeFI.rollout.results import (
+    ChainLog,
+    Results,
     chain_length,
     mean_interval,
     paired_difference,
     rate_interval,
+    read_results,
+    running_average,
+    summaries,
     summarise,
-    task_counts,
+    versions,
 )
+from Step3_DeFI.rollout.simulator import ChainResult
+from Step3_DeFI.rollout.videos import choose_videos
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
 
 def chain(index: int, *steps: int | None) -> ChainResult:
-    return ChainResult(index, TASKS, steps, control_steps=100, looks=10, seconds=1.0)
+    return ChainResult(index, TASKS, steps, control_steps=100, observations=10, seconds=1.0)
 
 
 CHAINS = (
@@ -55,7 +58,7 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
             "seconds": 75.0,
             "earlier_chains": 0,
             "control_steps": 1000,
-            "looks": 100,
+            "observations": 100,
             "renderer": "none",
             "settings": asdict(evaluation.config),
             "versions": versions(),
@@ -83,7 +86,7 @@ def test_summary_of_chains_by_hand():
     found = summarise(CHAINS, 360)
     assert found["average"] == 7 / 4
     assert [success["rate"] for success in found["success"]] == [0.75, 0.25, 0.25, 0.25, 0.25]
-    counts = task_counts(CHAINS, 360)
+    counts = found["tasks"]
     assert counts["open_drawer"] == {"solved": 3, "tried": 4}
     assert counts["close_drawer"] == {"solved": 1, "tried": 3}  # two of them solved too late
     assert counts["turn_on_led"] == {"solved": 1, "tried": 1}
@@ -156,11 +159,11 @@ def test_results_are_read_back_as_written(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no such file; give an output folder of a rollout"),
-        ("{", "not a rollout's results"),
-        ("[]", "not a rollout's results"),
-        ('{"format": 99}', "format 99, this version reads 1"),
-        ('{"format": 1, "chains": []}', "not a rollout's results"),
+        (None, "missing; give the output folder of a finished rollout"),
+        ("{", "cannot be read (Expecting property name"),
+        ("[]", "cannot be read ('list' object has no attribute 'get')"),
+        ('{"format": 99}', "cannot be read (format 99, this version reads 1)"),
+        ('{"format": 1, "chains": []}', "cannot be read ('protocol')"),
     ],
 )
 def test_files_that_are_no_results(tmp_path, content, message):
@@ -170,10 +173,20 @@ def test_files_that_are_no_results(tmp_path, content, message):
         read_results(tmp_path)
 
 
-def test_unfinished_run_is_told_from_a_wrong_folder(tmp_path):
+def test_an_unfinished_run_is_not_a_wrong_folder(tmp_path):
     ChainLog(tmp_path, "chains").append(CHAINS[0])
     with pytest.raises(UserError, match="unfinished; continue it with resume=true"):
         read_results(tmp_path)
+
+
+def test_results_of_earlier_versions_are_read(tmp_path):
+    """What is called `observations` was called `looks`."""
+    written = results()
+    text = json.dumps(asdict(written)).replace('"observations"', '"looks"')
+    (tmp_path / "results.json").write_text(text)
+    read = read_results(tmp_path)
+    assert read.chains == written.chains and compare(read, written)["720"]["difference"] == 0
+    write_report(tmp_path / "report.html", read, tmp_path)
 
 
 def test_chain_log_survives_a_cut_line(tmp_path):
@@ -217,7 +230,7 @@ def test_comparison_needs_one_shared_limit():
         compare(results(), results(max_steps=[100]))
 
 
-def test_comparison_tells_what_else_differs():
+def test_comparison_says_what_else_differs():
     one = results(tuple(chain(i, None) for i in range(20)))
     other = replace(
         one, run=one.run | {"renderer": "another", "settings": one.run["settings"] | {"chunk": 5}}
@@ -280,14 +293,16 @@ def test_published_methods_stand_beside_the_official_protocol_only(tmp_path):
     assert "FLOWER" not in write_report(tmp_path / "b.html", results(scene="A"), tmp_path).read_text()
 
 
-def test_clips_are_chosen_over_tasks(tmp_path):
-    clips = [ClipFile(tmp_path, i, 1, i % 2 == 0, task) for i, task in enumerate("aaaaaabbcc")]
-    chosen = choose_clips(clips, solved=True, most=4)
-    assert [clip.task for clip in chosen] == ["a", "b", "c", "a"] and all(clip.solved for clip in chosen)
+def test_videos_are_chosen_over_tasks(tmp_path):
+    for i, task in enumerate("aaaaaabbcc"):
+        (tmp_path / f"{i:04d}_1_{'failed' if i % 2 else 'solved'}_move_{task}.mp4").touch()
+    chosen = choose_videos(tmp_path, "solved", 4)
+    assert [path.name[:4] for path in chosen] == ["0000", "0006", "0008", "0002"]
+    assert list(chosen.values())[1] == "move_b: chain 6, task 1"
 
 
-@pytest.mark.parametrize(("size", "told"), [("smoke\n", SMOKE), ("short\n", ""), (None, "")])
-def test_a_smoke_quickstart_is_told_to_learn_nothing(tmp_path, size, told):
+@pytest.mark.parametrize(("size", "words"), [("smoke\n", SMOKE), ("short\n", ""), (None, "")])
+def test_a_smoke_quickstart_says_that_it_learns_nothing(tmp_path, size, words):
     if size:
         (tmp_path / "size").write_text(size)
-    assert remark(tmp_path) == told
+    assert remark(tmp_path) == words

@@ -1,6 +1,8 @@
-"""The rollout in the real simulation: chains are reproducible, filming changes nothing, experts succeed."""
+"""The rollout in the real simulation: chains are reproducible, also filmed; scripted policies succeed."""
 
 from argparse import Namespace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,12 +16,12 @@ from defi.sim.renderers import find_renderer
 from defi.sim.scene import SceneConfig
 from defi.sim.scenes import builtin
 from defi.sim.tasks import TASKS as TASK_NAMES
-from Step3_DeFI.rollout.chain import ExpertAgent, RandomAgent, Recorder, attempt, run_chain
-from Step3_DeFI.rollout.clips import find_clips
 from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, run_chains
-from Step3_DeFI.rollout.protocol import build_trials, read_instructions, start_state
+from Step3_DeFI.rollout.protocol import build_chains, read_instructions, start_state
 from Step3_DeFI.rollout.report import write_report
+from Step3_DeFI.rollout.simulator import ScriptedAgent, attempt, random_agent, run_chain
+from Step3_DeFI.rollout.videos import choose_videos
 
 TASKS = [
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
@@ -38,66 +40,52 @@ def end_of(world) -> np.ndarray:
 
 def test_chains_do_not_depend_on_what_ran_before_or_on_filming():
     evaluation = small()
+    unsolved = replace(evaluation.setup("random", filmed=False), judge=lambda task, a, b: False, limit=25)
     ends = []
     with evaluation.make_world() as world:
-        for order, record in (((0, 1), None), ((1,), 2), ((2, 0, 1), 1)):
+        for order, film in (((0, 1), None), ((1,), 2), ((2, 0, 1), 1)):
             for index in order:
                 world.reload()
-                agent = RandomAgent(0)
-                run_chain(
-                    world,
-                    lambda task, a, b: False,
-                    agent,
-                    evaluation.trials[index],
-                    limit=25,
-                    record_every=record,
-                    keep=lambda clip: None,
-                )
+                setup = replace(unsolved, filmed=3 if film else 0, film_every=film)
+                list(run_chain(world, random_agent, evaluation.chains[index], setup))
             ends.append(end_of(world))
     np.testing.assert_array_equal(ends[0], ends[1])
     np.testing.assert_array_equal(ends[0], ends[2])
 
 
-def test_experts_solve_chains_and_are_filmed(tmp_path):
+def test_scripted_policies_solve_chains_and_are_filmed(tmp_path):
     evaluation = small(
         max_steps=[150], processes=2, videos=VideoConfig(chains=1, every=10), baseline="random"
     )
-    results = evaluate(evaluation, "expert", output=tmp_path, show=False)
+    results = evaluate(evaluation, "scripted", output=tmp_path, show=False)
     assert results.limits["150"]["average"] > 2
     assert results.baseline["limits"]["150"]["average"] < 2
     first = results.chains[0]
-    clips = find_clips(tmp_path / "videos")
-    assert [clip.solved for clip in clips] == [taken is not None for taken in first.steps]
-    assert [clip.task for clip in clips] == list(first.tasks[: len(first.steps)])
+    clips = [path.stem.split("_", 3) for path in sorted((tmp_path / "videos").iterdir())]
+    outcomes = ["failed" if taken is None else "solved" for taken in first.steps]
+    assert [(outcome, task) for _, _, outcome, task in clips] == list(zip(outcomes, first.tasks))
+    assert len(choose_videos(tmp_path / "videos", "solved", 12)) == outcomes.count("solved")
     text = write_report(tmp_path / "report.html", results, tmp_path / "videos").read_text()
     assert text.count("data:video/mp4;base64,") == len(clips)
 
 
 def test_result_is_the_same_on_more_processes():
-    runs = [run_chains(small(max_steps=[60], processes=n), "expert", show=False) for n in (1, 3)]
+    runs = [run_chains(small(max_steps=[60], processes=n), "scripted", show=False) for n in (1, 3)]
     one, three = ([(c.index, c.steps, c.control_steps) for c in chains] for chains in runs)
     assert one == three
 
 
-def test_recorder_keeps_first_last_and_every_nth():
+def test_films_have_the_first_the_last_and_every_nth_state():
     evaluation = small()
-    trial = evaluation.trials[0]
+    chain = evaluation.chains[0]
+    task, words = chain.tasks[0], chain.instructions[0]
     with evaluation.make_world() as world:
-        agent, recorder = ExpertAgent(), Recorder(8)
-        agent.begin(trial)
-        world.reset(trial.robot_obs, trial.scene_obs)
-        taken = attempt(
-            world,
-            evaluation.judge,
-            agent,
-            trial.tasks[0],
-            trial.instructions[0],
-            limit=150,
-            recorder=recorder,
-        )
-    assert taken is not None
-    frames = recorder.images()["rgb_static"]
-    assert frames.shape == (1 + taken // 8 + (taken % 8 > 0), 48, 48, 3)
+        act = partial(ScriptedAgent(), world, task, words, (0, 0, 0))
+        world.reset(chain.robot_obs, chain.scene_obs)
+        setup = replace(evaluation.setup("scripted", filmed=True), limit=150, film_every=8)
+        taken, frames = attempt(world, act, task, setup, film=True)
+    assert taken is not None and len(frames) == 1 + taken // 8 + (taken % 8 > 0)
+    assert all(frame["rgb_static"].shape == (48, 48, 3) for frame in frames)
 
 
 # ---------------------------------------------------------------- protocol
@@ -105,10 +93,10 @@ def test_recorder_keeps_first_last_and_every_nth():
 
 def test_protocol_tells_sequences_words_and_limits_apart():
     one = small().protocol
-    assert one.differences(small().protocol) == {}
-    assert set(one.differences(small(seed=1).protocol)) >= {"sequence_hash"}
-    assert set(one.differences(small(max_steps=[100]).protocol)) == {"max_steps"}
-    assert one.differences(small(max_steps=[360]).protocol) == {}
+    assert one == small().protocol
+    seeded, limited = small(seed=1).protocol, small(max_steps=[100]).protocol
+    assert seeded.sequence_hash != one.sequence_hash
+    assert limited == replace(one, max_steps=(100,))
     official = Evaluation.prepare(RolloutConfig(chains=3)).protocol
     assert (official.sequences, official.length) == ("official", 5)
 
@@ -122,7 +110,7 @@ def test_protocol_tells_sequences_words_and_limits_apart():
         ({"max_steps": []}, "max_steps=.*: name one or more"),
         ({"tasks": None, "length": 3}, "length=3: the official sequences have 5"),
         ({"tasks": ["open_drawer"]}, "no chain of 5"),
-        ({"baseline": "luck"}, "baseline=luck: must be null or one of random, expert"),
+        ({"baseline": "luck"}, "baseline=luck: must be one of null, random, scripted"),
         ({"sim": {"calvin_root": "nowhere"}}, "nowhere: "),
     ],
 )
@@ -157,15 +145,15 @@ def test_words_come_from_the_file_that_is_named(tmp_path):
     OmegaConf.save(OmegaConf.create(texts), tmp_path / "words.yaml")
     for name in ("embeddings.npy", "words.yaml"):
         config = RolloutConfig(chains=2, sim=SimConfig(instructions=str(tmp_path / name)))
-        protocol, trials = build_trials(config, builtin("D"))
+        protocol, chains = build_chains(config, builtin("D"))
         assert protocol.instruction_source == name
-        assert trials[0].instructions == tuple(f"please {task}" for task in trials[0].tasks)
+        assert chains[0].instructions == tuple(f"please {task}" for task in chains[0].tasks)
     del texts["open_drawer"]
     OmegaConf.save(OmegaConf.create(texts), tmp_path / "words.yaml")
     (tmp_path / "broken.yaml").write_text("{open_drawer: [")
     for name, message in (
         ("words.yaml", "no instruction for open_drawer"),
-        ("broken.yaml", ".*it is not a file of instructions"),
+        ("broken.yaml", "not YAML .*; check sim.instructions"),
         ("none.yaml", "missing; check sim.instructions"),
     ):
         with pytest.raises(UserError, match=f"{name}: {message}"):
@@ -177,9 +165,9 @@ def test_words_of_a_clone_are_used(reference):
     sim = SimConfig(calvin_root=root)
     source, phrasings = read_instructions(sim)
     config = RolloutConfig(chains=2, sim=sim)
-    protocol, trials = build_trials(config, SceneConfig.from_calvin(root, "D"))
+    protocol, chains = build_chains(config, SceneConfig.from_calvin(root, "D"))
     assert protocol.instruction_source == source and source.endswith(".yaml")
-    assert trials[0].instructions == tuple(phrasings[task][0] for task in trials[0].tasks)
+    assert chains[0].instructions == tuple(phrasings[task][0] for task in chains[0].tasks)
 
 
 def test_the_benchmark_measures_both_loops_with_one_renderer(capsys):

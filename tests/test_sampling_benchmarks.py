@@ -1,12 +1,11 @@
 """The benchmarks of action sampling, at small sizes: what they compare is the same thing, counted right."""
 
 import torch
-from policy_fakes import build_policy, policy_config
+from policy_fakes import build_policy
 
-from benchmarks.action_sampling import fake_context, samplers
+from benchmarks.action_sampling import PUBLISHED, fake_context, samplers
 from benchmarks.action_sampling import measure as measure_time
 from benchmarks.sampler_steps import draw, measure
-from Step3_DeFI.config import PolicyConfig
 
 
 def test_steps_against_a_reference() -> None:
@@ -30,7 +29,7 @@ def test_steps_against_a_reference() -> None:
 
 @torch.no_grad()
 def test_ways_to_sample_a_chunk() -> None:
-    ways = samplers(policy_config(), "cpu")
+    ways = samplers(build_policy().config, "cpu")
     torch.testing.assert_close(ways["once"](), ways["each step"]())
     assert ways["guided"]().shape == (1, 10, 7)
     times = measure_time(ways, repeats=2)
@@ -38,5 +37,5 @@ def test_ways_to_sample_a_chunk() -> None:
 
 
 def test_the_published_context_has_229_tokens() -> None:
-    shapes = {name: tuple(x.shape) for name, x in fake_context(PolicyConfig(), 2, "cpu").items()}
+    shapes = {name: tuple(x.shape) for name, x in fake_context(PUBLISHED, 2, "cpu").items()}
     assert shapes == {"sentence": (2, 512), "video_tokens": (2, 224, 384), "latent_actions": (2, 4, 768)}

@@ -14,7 +14,7 @@ from defi.engine.checkpoint import find_checkpoint
 pytest.importorskip("pybullet")
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ("trainer.max_steps=1", "trainer.save_every=1", "trainer.sample_every=0")
+SHORT = ("trainer.max_steps=1", "trainer.save_every=1", "trainer.preview_every=0")
 
 
 def run(script: str, *settings: str) -> subprocess.CompletedProcess[str]:

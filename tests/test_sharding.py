@@ -77,7 +77,7 @@ def test_the_main_process_looks_at_the_averaged_whole(sharded: Path) -> None:
     saved = toy(dropout=0.0).eval()
     saved.load_weights(run / "checkpoints" / "step_00000003" / "ema")
     batch = {"x": torch.ones(2, 3), "seed": torch.arange(2)}
-    (seen,) = (record for record in read_metrics(run / METRICS) if record["kind"] == "sample")
+    (seen,) = (record for record in read_metrics(run / METRICS) if record["kind"] == "preview")
     assert seen["held_out_loss"] == pytest.approx(saved(batch)["loss"].item(), rel=1e-6)
 
 
@@ -147,9 +147,9 @@ def test_the_full_size_unet_is_sharded_by_eight(rank: int) -> None:
         (
             {"ACCELERATE_USE_DEEPSPEED": "true"},
             {},
-            "DEEPSPEED=true: not supported; .*fsdp.yaml",
+            "DEEPSPEED=true: only accelerate_use_deepspeed: false is supported; .*fsdp.yaml",
         ),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "MEGATRON_LM=true: not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "MEGATRON_LM=true: only .*false is supported"),
     ],
 )
 def test_other_ways_to_shard_are_refused(

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("pybullet")
 from defi.errors import UserError
 from defi.sim import scenes
-from defi.sim.mechanisms import BUTTON, SWITCH
+from defi.sim.fixtures import BUTTON, SWITCH
 from defi.sim.scene import SceneConfig
 from defi.sim.sequences import initial_states, start_state
 from defi.sim.world import World
@@ -97,20 +97,20 @@ def press(world: World, joint: int, far: bool) -> None:
 
 
 def test_button_toggles_the_led(world: World) -> None:
-    before = world.table.led
+    before = world.table.lights["led"]
     press(world, BUTTON, far=True)
-    assert world.table.led == 1 - before
+    assert world.table.lights["led"] == 1 - before
     press(world, BUTTON, far=True)
-    assert world.table.led == 1 - before, "held, not pressed again"
+    assert world.table.lights["led"] == 1 - before, "held, not pressed again"
     press(world, BUTTON, far=False)
     press(world, BUTTON, far=True)
-    assert world.table.led == before
+    assert world.table.lights["led"] == before
 
 
 def test_switch_lights_the_bulb(world: World) -> None:
     for far in (True, False, False, True):
         press(world, SWITCH, far)
-        assert world.table.lightbulb == far
+        assert world.table.lights["lightbulb"] == far
 
 
 def test_lights_are_seen(world: World) -> None:
@@ -163,12 +163,15 @@ def test_missing_assets(tmp_path: Path) -> None:
         World(gone)
     broken = tmp_path / "broken.urdf"
     broken.write_text("<robot")
-    with pytest.raises(UserError, match=r"broken\.urdf: PyBullet cannot load"):
+    with pytest.raises(UserError, match=r"broken\.urdf: cannot be read"):
         World(replace(scene, plane=broken))
     with pytest.raises(UserError, match="not a play table"):
         World(replace(scene, table=replace(scene.table, urdf=scene.plane)))
-    with pytest.raises(UserError, match="no link"):
-        World(replace(scene, arm=replace(scene.arm, camera_link="nose")))
+    with pytest.raises(UserError, match="on its link nose"):
+        World(
+            replace(scene, cameras={"gripper": replace(scene.cameras["gripper"], link="nose")}),
+            cameras=["gripper"],
+        )
     with pytest.raises(UserError, match="1 pixel or more"):
         World(scene, static_size=0)
 

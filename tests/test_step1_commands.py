@@ -44,7 +44,7 @@ SMALL = [
     "gfdm.unet.attention=[false,true,false]",
     "text.clip.width=16",
 ]
-SHORT = ["trainer.global_batch=2", "trainer.max_steps=2", "trainer.sample_every=2", "trainer.log_every=1"]
+SHORT = ["trainer.global_batch=2", "trainer.max_steps=2", "trainer.preview_every=2", "trainer.log_every=1"]
 VAE = VAEConfig(image_size=32, sizes=VAESizes([32, 32, 64], 1))
 
 
@@ -185,8 +185,8 @@ def test_a_minute_of_training_keeps_small_objects() -> None:
 def test_vae_run_is_what_the_next_stage_loads(outputs: Path) -> None:
     vae = load_vae(outputs / "vae")
     assert vae.config.scaling_factor != 0.18215 and not any(p.requires_grad for p in vae.parameters())
-    assert list((outputs / "vae" / "samples").rglob("reconstructed.png"))
-    scores = [r for r in read_metrics(outputs / "vae" / "metrics.jsonl") if r["kind"] == "sample"]
+    assert list((outputs / "vae" / "previews").rglob("reconstructed.png"))
+    scores = [r for r in read_metrics(outputs / "vae" / "metrics.jsonl") if r["kind"] == "preview"]
     assert scores and "held_out_psnr" in str(scores[-1])
 
 
@@ -225,7 +225,7 @@ def test_gfdm_carries_its_vae_and_settings(outputs: Path) -> None:
     assert (model.config.frames, model.config.frame_step, model.config.image_size) == (3, 2, 32)
     expected = load_vae(outputs / "vae").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.vae.state_dict().items())
-    assert list((outputs / "gfdm" / "samples").rglob("*.mp4"))
+    assert list((outputs / "gfdm" / "previews").rglob("*.mp4"))
 
 
 def test_episodes_are_imagined_and_scored(outputs: Path) -> None:

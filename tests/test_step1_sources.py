@@ -315,7 +315,7 @@ def test_hdf5_with_several_episodes_in_a_file(tmp_path: Path, vae: Path) -> None
     assert [e.id for e in read_episodes(output, "train")] == ["lift-data-demo_0", "lift-data-demo_1"]
     assert [(e.id, e.frames) for e in read_episodes(output, "val")] == [("lift-data-demo_2", 4)]
     (note,) = (output / "skipped" / "train").iterdir()
-    assert "cut.hdf5: damaged" in note.read_text()
+    assert "cut.hdf5: cannot be read" in note.read_text()
 
 
 def write_teleoperation(root: Path, *names: str) -> Path:

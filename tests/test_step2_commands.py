@@ -18,14 +18,14 @@ from defi.engine.log import read_metrics
 from defi.video import read_frames, write_mp4
 from Step2_GIDM import health, label, train
 from Step2_GIDM.data.resize import resize
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.videos import VideoClips
 from Step2_GIDM.model import GIDM
 
 SMALL = [
     "gidm.width=32", "gidm.encoder_blocks=1", "gidm.decoder_blocks=1", "gidm.heads=2", "gidm.code_width=8",
     "gidm.dino={image_size: 42, width: 32, layers: 1, heads: 2}", "gidm.restart_pairs=12",
     "text.t5.width=16", "text.t5.layers=1", "text.t5.heads=2", "data.distance=[3,3]", "shown=8",
-    "trainer.global_batch=4", "trainer.log_every=1", "trainer.sample_every=0", "trainer.schedule=constant",
+    "trainer.global_batch=4", "trainer.log_every=1", "trainer.preview_every=0", "trainer.schedule=constant",
 ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "gidm"
     with pytest.MonkeyPatch.context() as patch:
         arguments = [f"data.root={data}", f"output={output}", *SMALL, "trainer.max_steps=6"]
-        assert run(train, *arguments, "trainer.sample_every=6", monkeypatch=patch) == 0
+        assert run(train, *arguments, "trainer.preview_every=6", monkeypatch=patch) == 0
     return output
 
 
@@ -79,9 +79,9 @@ def test_training_reports_the_health_of_the_codes(trained: Path) -> None:
     steps = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "mse", "perplexity", "dead_codes", "code_usage"} <= set(steps[0])
-    (looked,) = (record for record in records if record["kind"] == "sample")
+    (looked,) = (record for record in records if record["kind"] == "preview")
     assert {"mse", "copy_mse", "shuffled_mse", "perplexity", "dead_codes", "variety"} <= set(looked)
-    assert (trained / "samples" / "step_00000006" / "gallery.png").read_bytes()[:4] == b"\x89PNG"
+    assert (trained / "previews" / "step_00000006" / "gallery.png").read_bytes()[:4] == b"\x89PNG"
     assert read_manifest(trained, "gidm")["preset"] == "tiny"
 
 
@@ -212,7 +212,7 @@ def test_train_on_rlds_and_on_a_mixture(data: Path, tmp_path: Path, monkeypatch:
     rlds = f"{{source: rlds, root: {toy}, weight: 0.5, index: {tmp_path / 'index'}, distance: [2, 2]}}"
     calvin = f"{{source: calvin, root: {data}, weight: 1}}"
     mixture = ["data=pairs_mixture", f"+data.sets.toy={rlds}", f"+data.sets.own={calvin}", "overwrite=true"]
-    assert run(train, *mixture, *small, "trainer.sample_every=2", monkeypatch=monkeypatch) == 0
+    assert run(train, *mixture, *small, "trainer.preview_every=2", monkeypatch=monkeypatch) == 0
     assert read_manifest(tmp_path / "run", "gidm")["step"] == 2
 
 
@@ -224,7 +224,7 @@ def test_train_on_a_folder_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "videos" / "damaged.mp4").write_bytes(b"not a video")
     arguments = ["data=pairs_videos", f"data.root={tmp_path / 'videos'}", f"output={tmp_path / 'run'}"]
     with pytest.warns(UserWarning, match=r"1 of 4 videos left out; the first: .*damaged\.mp4"):
-        steps = ["trainer.max_steps=2", "trainer.sample_every=2"]
+        steps = ["trainer.max_steps=2", "trainer.preview_every=2"]
         assert run(train, *arguments, *SMALL, *steps, monkeypatch=monkeypatch) == 0
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [record["loss"] for record in records if record["kind"] == "train"]

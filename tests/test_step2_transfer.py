@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from Step2_GIDM.data.pairs import Clip, PairDataset
+from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.transfer import draw_transfer, transfer
 
 SIDE = 56
 DIRECTIONS = ((2, 0), (-2, 0), (0, 2), (0, -2))
 
 
-class Squares:
+class Squares(Source):
     """Clips of a square that moves through the middle of the picture in one of four directions."""
 
     fingerprint = "squares"
@@ -36,7 +36,7 @@ class Exact(torch.nn.Module):
     def __init__(self, *, meaning: float) -> None:
         super().__init__()
         self.core = torch.nn.Linear(1, 1)
-        self.core.decoder = lambda now, tokens, text, mask: now + meaning * tokens
+        self.core.decoder = lambda now, tokens, text, mask=None: now + meaning * tokens
         self.tokenizer = lambda patches: SimpleNamespace(
             all_tokens=lambda: patches[:, 1] - patches[:, 0], text=None
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from policy_fakes import PRESET, policy_config, write_demonstrations, write_stages
+from policy_fakes import PRESET, policy_config, sample_rules, write_demonstrations, write_stages
 from torch.utils.data import default_collate
 
 from defi.calvin import CalvinFolder, frame_name
@@ -20,11 +20,12 @@ from defi.engine.data import seed_of
 from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step3_DeFI import prepare as preparation
-from Step3_DeFI.data import PolicyStore
 from Step3_DeFI.features import imagine
 from Step3_DeFI.observation import observe
+from Step3_DeFI.plan import plan_samples
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.prepare import plan_samples, prepare
+from Step3_DeFI.prepare import prepare
+from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
 CHUNK = 10
@@ -49,13 +50,13 @@ def settings(command: str, **values: Any) -> DictConfig:
 
 
 def prepare_settings(place: Path, output: Path, **values: Any) -> DictConfig:
-    given = {"data.root": place / "demos", "gfdm_checkpoint": place / "gfdm", "data.tail": 9}
+    given = {"data.root": place / "demos", "gfdm_checkpoint": place / "gfdm", "data.min_remaining": 9}
     return settings("step3_prepare", output=output, **(given | values))
 
 
 def train_settings(place: Path, output: Path, store: Path, **values: Any) -> DictConfig:
     given = {"gfdm_checkpoint": place / "gfdm", "gidm_checkpoint": place / "gidm", "data.store": store}
-    trainer = {"global_batch": 4, "max_steps": 4, "save_every": 2, "sample_every": 2, "log_every": 1}
+    trainer = {"global_batch": 4, "max_steps": 4, "save_every": 2, "preview_every": 2, "log_every": 1}
     trainer |= {"schedule": "constant"}  # the same for any max_steps
     given |= {f"trainer.{key}": value for key, value in trainer.items()} | {"data.shown": 3}
     return settings("step3_train", output=output, **(given | values))
@@ -64,14 +65,14 @@ def train_settings(place: Path, output: Path, store: Path, **values: Any) -> Dic
 # ------------------------------------------------------------ samples
 
 
-@pytest.mark.parametrize(("tail", "stride", "expected"), [(9, 1, 6 + 13), (9, 4, 2 + 4), (21, 1, 0 + 1)])
-def test_sample_positions(place: Path, tail: int, stride: int, expected: int) -> None:
+@pytest.mark.parametrize(("rest", "stride", "expected"), [(9, 1, 6 + 13), (9, 4, 2 + 4), (21, 1, 0 + 1)])
+def test_sample_positions(place: Path, rest: int, stride: int, expected: int) -> None:
     """Spans are (100, 114) and (115, 136); sample i has the actions of frames i … i + 9."""
     data = CalvinFolder(place / "demos" / "training")
-    plan = plan_samples(data, chunk=CHUNK, tail=tail, stride=stride, by_text=False)
-    starts = [plan.looks[look][0] for look, _ in plan.index]
+    plan = plan_samples(data, sample_rules(rest, stride=stride))
+    starts = [plan.observations[row, 0] for row, _ in plan.index]
     assert len(starts) == expected == sum(plan.tasks.values())
-    assert starts == [frame for s, e in ((100, 114), (115, 136)) for frame in range(s, e - tail + 1, stride)]
+    assert starts == [frame for s, e in ((100, 114), (115, 136)) for frame in range(s, e + 1 - rest, stride)]
     first = plan.actions[:, :, 0]
     assert np.allclose(1000 * first, np.array(starts)[:, None] + np.arange(CHUNK))
 
@@ -79,24 +80,24 @@ def test_sample_positions(place: Path, tail: int, stride: int, expected: int) ->
 def test_spans_without_samples_are_told(place: Path, capsys) -> None:
     """Spans are (100, 114) and (115, 136)."""
     data = CalvinFolder(place / "demos" / "training")
-    for tail, told in (
+    for min_remaining, told in (
         (14, ""),
         (
             15,
-            f"{data.folder}: 1 of 2 annotated spans are too short for data.tail=15: left out; "
-            f"tasks without any sample: {data.spans[0].task}; data.tail=9 takes 1 of them",
+            f"{data.folder}: 1 of 2 annotated spans are too short for data.min_remaining=15: left out; "
+            f"tasks without any sample: {data.spans[0].task}; data.min_remaining=9 takes 1 of them",
         ),
     ):
-        plan_samples(data, chunk=CHUNK, tail=tail, stride=1, by_text=False)
+        plan_samples(data, sample_rules(min_remaining))
         assert capsys.readouterr().out.strip() == told
 
 
 def test_every_action_of_a_chunk_must_exist(place: Path) -> None:
     data = CalvinFolder(place / "demos" / "training")
-    with pytest.raises(UserError, match="data.tail=8: a chunk has 10 actions"):
-        plan_samples(data, chunk=CHUNK, tail=8, stride=1, by_text=False)
-    with pytest.raises(UserError, match="no annotated span is longer than data.tail=30"):
-        plan_samples(data, chunk=CHUNK, tail=30, stride=1, by_text=False)
+    with pytest.raises(UserError, match="data.min_remaining=8: a chunk has 10 actions"):
+        plan_samples(data, sample_rules(8))
+    with pytest.raises(UserError, match="no annotated span is longer than data.min_remaining=30"):
+        plan_samples(data, sample_rules(30))
 
 
 def test_views_are_resized_alike() -> None:
@@ -162,19 +163,23 @@ def test_an_interrupted_preparation_goes_on(place: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(preparation.Encoder, "__call__", dies)
     with pytest.raises(KeyboardInterrupt):
         prepare(prepare_settings(place, broken, **values))
-    with pytest.raises(UserError, match="was not finished; run Step3_DeFI.prepare again with resume=true"):
+    with pytest.raises(UserError, match="not finished; run Step3_DeFI.prepare again with resume=true"):
         PolicyStore(broken)
     with pytest.raises(UserError, match=r"with other data or settings \(seed 0, not 1\); .*another output="):
         prepare(prepare_settings(place, broken, **values, seed=1, resume=True))
     again = {"data.root": os.path.relpath(place / "demos")}  # the same data by another path
     prepare(prepare_settings(place, broken, **values, **again, resume=True))
-    assert len(calls) == 3 + 3  # 19 looks in batches of 4: the third died, three were left
+    assert len(calls) == 3 + 3  # 19 observations in batches of 4: the third died, three were left
     manifest, expected = (json.loads((run / "manifest.json").read_text()) for run in (broken, whole))
     assert manifest.pop("source") == f"{again['data.root']}/training"
     assert manifest.items() <= expected.items()
     for file in ("inputs.npy", "actions.npy", "index.npy"):
         assert (whole / file).read_bytes() == (broken / file).read_bytes(), file
-    del expected["video_stride"]  # a store from before that setting is complete as well
+    # A store from before some settings had their names is complete as well.
+    del expected["video_stride"]
+    for name, older in {"min_remaining": "tail", "stage1_weights": "gfdm"}.items():
+        expected[older] = expected.pop(name)
+    expected["look"] = [2, 3, 16, 64]
     (broken / "manifest.json").write_text(json.dumps(expected))
     prepare(prepare_settings(place, broken, **values, resume=True))
     assert len(calls) == 6
@@ -198,7 +203,7 @@ def test_a_truncated_frame_is_named(tmp_path: Path, place: Path) -> None:
     root = write_demonstrations(tmp_path / "demos")
     frame = root / "training" / frame_name(117)
     frame.write_bytes(frame.read_bytes()[:100])
-    with pytest.raises(UserError, match="episode_0000117.npz: truncated or damaged"):
+    with pytest.raises(UserError, match="episode_0000117.npz: cannot be read"):
         prepare(prepare_settings(place, tmp_path / "store", **{"data.root": root, "store.kind": "images"}))
 
 
@@ -210,12 +215,12 @@ def test_train_from_a_store(place: Path, tmp_path: Path) -> None:
     prepare(prepare_settings(place, store))
     train_policy(train_settings(place, run, store, **{"data.held_out": store, "trainer.ema": 0.9}))
     assert read_manifest(run, "policy")["data"]["fingerprint"] == PolicyStore(store).fingerprint
-    records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "sample"]
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "preview"]
     assert {"training_action_error", "held_out_action_error", "training_gripper_right"} <= records[0].keys()
-    assert (run / "samples" / "step_00000002" / "training.png").stat().st_size > 1000
+    assert (run / "previews" / "step_00000002" / "training.png").stat().st_size > 1000
     policy = DeFI.from_pretrained(find_weights(run, "policy"))
-    looks = torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8)
-    assert policy.act(looks, ["open the drawer"], noise=policy.noise(torch.zeros(1).long())).shape == (
+    pictures = torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8)
+    assert policy.act(pictures, ["open the drawer"], noise=policy.noise(torch.zeros(1).long())).shape == (
         1,
         10,
         7,
@@ -237,11 +242,11 @@ def test_training_refuses_a_store_of_other_sizes(place: Path, tmp_path: Path) ->
     prepare(prepare_settings(place, store))
     manifest = json.loads((store / "manifest.json").read_text())
     for changes, message in (
-        ({"chunk": 5}, r"prepared with chunk 5, the policy expects 10|actions.npy: has shape"),
-        ({"gfdm": "0" * 16}, "prepared with stage-1 weights 0000000000000000, the policy expects"),
-        ({"feature_noise": "fixed"}, "prepared with feature_noise fixed, the policy expects fresh"),
-        ({"gfdm_precision": "fp16"}, "prepared with policy.gfdm_precision fp16, the policy expects no"),
-        ({"image_size": 32}, "prepared with image_size 32, the policy expects 16"),
+        ({"chunk": 5}, r"prepared with chunk=5, the policy has 10|actions.npy: has shape"),
+        ({"stage1_weights": "0" * 16}, "prepared with stage1_weights=0000000000000000, the policy has"),
+        ({"feature_noise": "fixed"}, "prepared with feature_noise=fixed, the policy has fresh"),
+        ({"gfdm_precision": "fp16"}, "prepared with gfdm_precision=fp16, the policy has no"),
+        ({"image_size": 32}, "prepared with image_size=32, the policy has 16"),
     ):
         (store / "manifest.json").write_text(json.dumps(manifest | changes))
         with pytest.raises(UserError, match=message):

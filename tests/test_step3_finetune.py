@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy_fakes import build_policy, policy_config, write_demonstrations, write_stages
+from policy_fakes import build_policy, policy_config, sample_rules, write_demonstrations, write_stages
 from safetensors.torch import load_file
 from test_step3_data import prepare_settings, train_settings
 from torch import Tensor
@@ -18,10 +18,11 @@ from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.unet import FEATURE_PARTS
-from Step3_DeFI.data import PolicyStore
+from Step3_DeFI.plan import plan_samples
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.prepare import plan_samples, prepare
+from Step3_DeFI.prepare import prepare
 from Step3_DeFI.rollout.policy import load_policy
+from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
 MODES = [("lora", 0.0), ("lora", 0.5), ("full", 0.0), ("full", 0.5)]
@@ -153,7 +154,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_settings(place: Path, output: Path, mode: str, *, store: str = "latents", **values: Any) -> Any:
     given = {"gfdm.finetune": mode, "gfdm.lora_rank": 2, "gfdm.video_loss": 0.1, "trainer.global_batch": 2}
-    return train_settings(place, output, place / store, **(given | {"trainer.sample_every": 0} | values))
+    return train_settings(place, output, place / store, **(given | {"trainer.preview_every": 0} | values))
 
 
 def test_a_store_keeps_the_frames_that_follow(place: Path) -> None:
@@ -168,8 +169,8 @@ def test_a_store_keeps_the_frames_that_follow(place: Path) -> None:
     encoded = gfdm.encode_images(images[3]["video"].flatten(0, 1) / 127.5 - 1).unflatten(0, (2, 3))
     torch.testing.assert_close(latents[3]["video"].float(), encoded, rtol=2e-3, atol=2e-3)
     data = CalvinFolder(place / "demos" / "training")
-    plan = plan_samples(data, chunk=10, tail=9, stride=5, by_text=False, video=range(0, 30, 10))
-    assert [plan.looks[row][0] for row in plan.video[1]] == [105, 114, 114]  # not beyond the span
+    plan = plan_samples(data, sample_rules(stride=5), clip=range(0, 30, 10))
+    assert [plan.observations[row, 0] for row in plan.video[1]] == [105, 114, 114]  # not beyond the span
 
 
 @pytest.mark.parametrize("mode, store", [("lora", "latents"), ("full", "images")])
@@ -234,7 +235,7 @@ def test_what_cannot_be_finetuned_is_refused(place: Path, tmp_path: Path) -> Non
             {},
             "holds no videos of 3 frames, 2 apart, for gfdm.video_loss; prepare it with store.videos=true",
         ),
-        ("latents", {"gfdm.finetune": "some"}, "gfdm.finetune=some: must be none, lora or full"),
+        ("latents", {"gfdm.finetune": "some"}, "gfdm.finetune=some: choose one of none, lora, full"),
         ("latents", {"gfdm.finetune": "none"}, "gfdm.video_loss=0.1: must be 0, or positive with"),
         ("latents", {"gfdm.lora_rank": 0}, "gfdm.lora_rank=0: must be 1 or more"),
     ):

@@ -147,7 +147,7 @@ def test_merged_tokens_are_squares_of_neighbours():
 
 def test_standardised_features_have_no_mean_and_unit_deviation():
     features = torch.randn(50, 2, 3, 4, 5) * 3 + torch.randn(1, 2, 1, 4, 5) * 10
-    layer = Standardise((2, 4, 5))
+    layer = Standardise(2, 4, 5)
     assert torch.equal(layer(features), features)
     layer.fit(features)
     even = layer(features)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from policy_fakes import PRESET, build_gfdm, write_demonstrations, write_stages
+from policy_fakes import PRESET, build_gfdm, sample_rules, write_demonstrations, write_stages
 from safetensors.torch import load_file
 from test_step3_data import train_settings
 
@@ -18,12 +18,14 @@ from defi.config import CONFIG_DIR, compose_preset
 from defi.engine.checkpoint import find_checkpoint, read_manifest
 from defi.engine.log import read_metrics
 from defi.errors import UserError
+from Step1_GFDM.config import GFDMConfig
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import ROBOT, SPANS, PolicyStore
 from Step3_DeFI.observation import observe
+from Step3_DeFI.plan import plan_samples
 from Step3_DeFI.prepare import Encoder, prepare
-from Step3_DeFI.samples import CalvinSamples, following, plan_samples
+from Step3_DeFI.samples import CalvinSamples
+from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
 
@@ -42,8 +44,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(place: Path, output: Path, root: str, kind: str, **values: Any) -> DictConfig:
-    given = {"data.root": place / root, "gfdm_checkpoint": place / "gfdm", "data.tail": 9, "store.kind": kind}
-    given |= {"output": output, "store.batch": 4, **values}
+    given = {
+        "data.root": place / root,
+        "gfdm_checkpoint": place / "gfdm",
+        "data.min_remaining": 9,
+        "store.kind": kind,
+    }
+    given |= {"output": output, "store.kind": kind, "store.batch": 4, **values}
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose("step3_prepare", [f"{key}={value}" for key, value in given.items()])
     cfg = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)), PRESET)
@@ -59,7 +66,8 @@ def test_store_and_files_yield_the_same_samples(
     """With the frames that follow, whose last is repeated at the end of a span, and without."""
     kept = {"store.videos": apart is not None}
     store = PolicyStore(prepare(settings(place, tmp_path / "store", root, "images", **kept)))
-    raw = CalvinSamples(place / root / "training", image_size=16, tail=9, video=following(3, apart))
+    clip = None if apart is None else range(0, 3 * apart, apart)
+    raw = CalvinSamples(place / root / "training", image_size=16, rules=sample_rules(), clip=clip)
     assert len(store) == len(raw) == 6 + 13 and store.fingerprint == raw.fingerprint
     for packed, sample in zip(map(store.__getitem__, range(19)), map(raw.__getitem__, range(19))):
         assert packed.keys() == sample.keys() and packed["text"] == sample["text"]
@@ -68,7 +76,7 @@ def test_store_and_files_yield_the_same_samples(
 
 
 LEARNS_ALONG = {"gfdm.finetune": "lora", "gfdm.lora_rank": 2, "gfdm.video_loss": 0.5}
-LOOKS = {"trainer.sample_every": 4, "data.shown": 1}
+PREVIEWED = {"trainer.preview_every": 4, "data.shown": 1}
 NUMBERS = {"loss", "action_loss", "video_loss", "training_action_error", "held_out_action_error"}
 
 
@@ -77,7 +85,7 @@ def trained(place: Path) -> Path:
     """A run on a store of pictures, with held-out ones and the video loss."""
     prepare(settings(place, place / "store", "demos", "images", **{"store.videos": True}))
     prepare(settings(place, place / "held_out", "demos", "images", **{"data.split": "validation"}))
-    given = {"data.held_out": place / "held_out", **LEARNS_ALONG, **LOOKS}
+    given = {"data.held_out": place / "held_out", **LEARNS_ALONG, **PREVIEWED}
     train_policy(train_settings(place, place / "run", place / "store", **given))
     return place / "run"
 
@@ -91,7 +99,8 @@ def test_training_from_the_recordings_is_training_from_their_store(
 ) -> None:
     """Losses, errors and weights, bit for bit; of a run that was stopped on the way, too."""
     run, held_out = tmp_path / "run", held_out.format(place=place)
-    given = {"data.root": place / root, "data.tail": 9, "data.held_out": held_out, **LEARNS_ALONG, **LOOKS}
+    given = {"data.root": place / root, "data.min_remaining": 9, "data.held_out": held_out}
+    given |= LEARNS_ALONG | PREVIEWED
     for number, steps in enumerate(starts):
         stop = {"trainer.max_steps": steps, "resume": number > 0}
         train_policy(train_settings(place, run, "null", **given, **stop))
@@ -112,7 +121,11 @@ def test_training_from_the_recordings_is_training_from_their_store(
         ("null", {}, "data.store=None, data.root=None: give one of them"),
         ("{place}/store", {"data.root": "demos"}, "data.root=demos: give one of them"),
         ("null", {"data.root": "nowhere"}, "nowhere/training: no such folder"),
-        ("null", {"data.root": "{place}/demos", "data.tail": 5}, "data.tail=5: a chunk has 10 actions"),
+        (
+            "null",
+            {"data.root": "{place}/demos", "data.min_remaining": 5},
+            "remaining=5: a chunk has 10 actions",
+        ),
         ("null", {"data.root": "{place}/demos", "data.stride": 0}, "data.stride=0: must be 1 or more"),
         ("null", {"data.root": "{place}/demos", "data.spans": "some"}, "data.spans=some: choose"),
         ("null", {"data.root": "{place}/demos", "data.held_out": "{place}"}, "ep_start_end_ids.npy: missing"),
@@ -121,7 +134,9 @@ def test_training_from_the_recordings_is_training_from_their_store(
 def test_data_that_do_not_fit_are_named(
     place: Path, tmp_path: Path, store: str, values: dict[str, Any], message: str
 ) -> None:
-    given = {"data.tail": 9} | {name: str(value).format(place=place) for name, value in values.items()}
+    given = {"data.min_remaining": 9} | {
+        name: str(value).format(place=place) for name, value in values.items()
+    }
     with pytest.raises(UserError, match=message):
         train_policy(train_settings(place, tmp_path / "run", store.format(place=place), **given))
     assert not (tmp_path / "run").exists()
@@ -131,26 +146,26 @@ def test_latents_are_those_of_the_raw_frames(place: Path, tmp_path: Path) -> Non
     store = PolicyStore(prepare(settings(place, tmp_path / "store", "DEMOS.ZIP", "latents")))
     data, gfdm = CalvinFolder(place / "demos" / "training"), build_gfdm().eval()
     for i in (0, 7, 18):
-        frame = int(np.load(tmp_path / "store" / SPANS)[i, 1])
+        frame = int(np.load(tmp_path / "store" / "spans.npy")[i, 1])
         expected = gfdm.encode_images(observe(data.frame(frame), 16) / 127.5 - 1)
         torch.testing.assert_close(store[i]["latents"].float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_robot_states_and_spans_are_kept(place: Path, tmp_path: Path) -> None:
     prepare(settings(place, tmp_path / "store", "demos", "images"))
-    spans, states = (np.load(tmp_path / "store" / name) for name in (SPANS, ROBOT))
+    spans, states = (np.load(tmp_path / "store" / name) for name in ("spans.npy", "robot_obs.npy"))
     assert spans.tolist() == [[0, f] for f in range(100, 106)] + [[1, f] for f in range(115, 128)]
     assert states.shape == (19, 15) and states.dtype == np.float32
 
 
 def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
     """The annotated samples come first, unchanged; every other frame with a chunk follows, without text."""
-    given = {"data.tail": 12, "data.spans": "all"}
+    given = {"data.min_remaining": 12, "data.spans": "all"}
     store = PolicyStore(prepare(settings(place, tmp_path / "store", "demos", "images", **given)))
     annotated = [[0, f] for f in range(100, 103)] + [[1, f] for f in range(115, 125)]
     others = [[-1, f] for f in (103, 104, 105, 125, 126, 127)]
-    assert np.load(tmp_path / "store" / SPANS).tolist() == annotated + others
-    raw = CalvinSamples(place / "demos" / "training", image_size=16, tail=12, spans="all")
+    assert np.load(tmp_path / "store" / "spans.npy").tolist() == annotated + others
+    raw = CalvinSamples(place / "demos" / "training", image_size=16, rules=sample_rules(12, spans="all"))
     assert len(store) == len(raw) == 19
     for i, (number, frame) in enumerate(annotated + others):
         packed, sample = store[i], raw[i]
@@ -167,22 +182,24 @@ def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
 def test_recordings_without_samples_that_have_text(
     annotated: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """No annotation, or only spans shorter than the tail: of all frames, samples without text remain."""
+    """No annotation, or only spans that are too short: of all frames, samples without text remain."""
     root = write_demonstrations(tmp_path / "demos")
     if not annotated:
         (root / "training" / ANNOTATIONS).unlink()
-    given = {"data.root": root, "data.tail": 30}
+    given = {"data.root": root, "data.min_remaining": 30}
     store = PolicyStore(
         prepare(settings(place, tmp_path / "s", "demos", "images", **given, **{"data.spans": "all"}))
     )
     assert [store[i]["text"] for i in range(len(store))] == [""] * (6 + 13)
-    told = "2 of 2 annotated spans are too short for data.tail=30: taken without text"
+    told = "2 of 2 annotated spans are too short for data.min_remaining=30: taken without text"
     assert (told in capsys.readouterr().out) == annotated
-    with pytest.raises(UserError, match="is longer than data.tail=30" if annotated else "data.spans=all"):
+    with pytest.raises(
+        UserError, match="is longer than data.min_rem.*=30" if annotated else "data.spans=all"
+    ):
         prepare(settings(place, tmp_path / "new", "demos", "images", **given))
     frames = CalvinFolder(root / "training")
     with pytest.raises(UserError, match="no recording has the 30 frames of a chunk"):
-        plan_samples(frames, chunk=30, tail=29, stride=1, by_text=False, spans="all")
+        plan_samples(frames, sample_rules(29, chunk=30, spans="all"))
 
 
 def change_frame(root: Path, number: int, key: str, place: int, value: float) -> Path:
@@ -217,7 +234,7 @@ def test_numbers_that_cannot_be_are_refused_before_any_work(
         prepare(settings(place, tmp_path / "store", "demos", "images", **{"data.root": root}))
     assert not (tmp_path / "store").exists()
     with pytest.raises(UserError, match=f"^{file}: {said}"):
-        CalvinSamples(root / "training", image_size=16, tail=9)
+        CalvinSamples(root / "training", image_size=16, rules=sample_rules())
 
 
 @pytest.mark.parametrize("text", [None, " ", ["a", "b"]])
@@ -259,21 +276,17 @@ def test_instructions_that_are_cut_are_told(
         given = {"data.root": root, "text.clip.keep_end": False}
         prepare(settings(place, tmp_path / kind, "demos", kind, **given))
         told = capsys.readouterr().out
-        assert f"2 of 2 instructions are cut at {tokens} tokens" in told
+        assert f"2 of 2 instructions are truncated at {tokens} tokens" in told
         assert f"2 of them are equal to another, the first: {texts[0]!r} = {texts[1]!r}" in told
     train_policy(train_settings(place, tmp_path / "run", tmp_path / "images", **{"trainer.max_steps": 1}))
-    assert f"2 of 2 instructions are cut at {tokens} tokens" in capsys.readouterr().out
+    assert f"2 of 2 instructions are truncated at {tokens} tokens" in capsys.readouterr().out
 
 
 def test_a_frame_of_latents_takes_at_most_17_kb() -> None:
     """Both views, at the sizes of Stable Video Diffusion's autoencoder and 256² pixels."""
-
-    class Sizes:
-        config = type("", (), {"latent_size": 256 // 8, "vae": type("", (), {"latent_channels": 4})})
-
-    policy = PolicyConfig.from_preset(compose_preset("paper"))
-    encoder = Encoder("latents", 1, 0, Sizes(), policy.feature_noise, torch.device("cpu"))
-    assert np.prod(encoder.row_shape(policy, 256)) * np.float16().nbytes <= 17 * 1024
+    cfg = compose_preset("paper")
+    encoder = Encoder("latents", 1, 0, PolicyConfig.from_preset(cfg), GFDMConfig.from_preset(cfg))
+    assert np.prod(encoder.row_shape) * np.float16().nbytes <= 17 * 1024
 
 
 def test_missing_frames_are_named_before_any_work(place: Path, tmp_path: Path) -> None:
@@ -281,7 +294,7 @@ def test_missing_frames_are_named_before_any_work(place: Path, tmp_path: Path) -
     for frame in (103, 120):
         (root / "training" / frame_name(frame)).unlink()
     with pytest.raises(UserError, match=r"episode_0000103\.npz: missing, and 1 more of the 37 frames"):
-        plan_samples(CalvinFolder(root / "training"), chunk=10, tail=9, stride=1, by_text=False)
+        plan_samples(CalvinFolder(root / "training"), sample_rules())
 
 
 def test_a_full_disk_is_named_before_any_work(
@@ -292,7 +305,7 @@ def test_a_full_disk_is_named_before_any_work(
 
     with monkeypatch.context() as patch:
         patch.setattr(preparation.os, "posix_fallocate", full)
-        with pytest.raises(UserError, match=r"inputs\.npy: cannot take 0\.0 GB \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"cannot write a store of 0\.0 GB \(No space left on device\)"):
             prepare(settings(place, tmp_path / "store", "demos", "images"))
     prepare(settings(place, tmp_path / "store", "demos", "images", resume=True))
     assert len(PolicyStore(tmp_path / "store")) == 19

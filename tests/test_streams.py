@@ -15,9 +15,9 @@ from defi.engine.data import SampleNoise, SeededDataset, seed_of, stream
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 from Step2_GIDM.data.augment import Augmentation
-from Step2_GIDM.data.pairs import Clip, PairDataset
-from Step3_DeFI.rollout.messages import Look
+from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step3_DeFI.rollout.policy import ModelPolicy
+from Step3_DeFI.rollout.simulator import Observation
 
 RUNS, SAMPLES = (0, 1), 4  # neighbouring seeds of runs, neighbouring samples
 
@@ -112,7 +112,7 @@ def test_stage_1_autoencoder(spies: list[Spy]) -> None:
 
 
 def test_stage_2(spies: list[Spy]) -> None:
-    class Noise:
+    class Noise(Source):
         clips, lengths = [Clip("clip", 0, 40)], np.array([40])
         fingerprint = ""
 
@@ -142,7 +142,7 @@ def look() -> int:
     """Looks of neighbouring chains; returns how many numbers they need."""
     images = {name: np.zeros((20, 20, 3), np.uint8) for name in ("rgb_static", "rgb_gripper")}
     seeds = list(product(RUNS, range(2), range(2)))
-    ModelPolicy(build_policy()).act([Look(seed, "push", "push", images) for seed in seeds])
+    ModelPolicy(build_policy()).act([Observation(seed, "push", "push", images) for seed in seeds])
     return len(seeds) * (2 * 3 * 4 * 8 * 8 + 70)
 
 

@@ -48,7 +48,7 @@ def test_long_texts_that_differ_late(keep_end: bool) -> None:
     clip = CLIPText.from_config(replace(CONFIG, keep_end=keep_end))
     a, b = clip.tokens(LONG)
     assert torch.equal(a[:-1], b[:-1]) and torch.equal(a[-1], b[-1]) is not keep_end
-    assert clip.told([*LONG, "open the drawer", ""]).startswith("2 of 4") is not keep_end
+    assert clip.truncation_note([*LONG, "open the drawer", ""]).startswith("2 of 4") is not keep_end
     sentences = clip.sentence(LONG)
     assert (sentences[0] - sentences[1]).norm() > 0.05 * sentences[0].norm()
     batch = clip.tokenizer(LONG[0], return_tensors="pt")
@@ -58,14 +58,15 @@ def test_long_texts_that_differ_late(keep_end: bool) -> None:
         torch.testing.assert_close(a[-1], whole.last_hidden_state[0, -1])
 
 
-def test_texts_beyond_the_towers_positions_are_cut_and_told(clip: CLIPText) -> None:
+def test_texts_beyond_the_towers_positions_are_truncated_and_noted(clip: CLIPText) -> None:
     endless = ["block " * clip.longest + side for side in ("left", "right")]
     assert torch.equal(*clip.sentence(endless))
     for keep_end in (False, True):
         clip.config = replace(CONFIG, keep_end=keep_end)
-        assert clip.told(["open the drawer", *endless]).startswith("2 of 3 instructions are cut")
+        note = clip.truncation_note(["open the drawer", *endless])
+        assert note.startswith("2 of 3 instructions are truncated")
     exactly = "block " * (clip.longest - 2)  # and the two marks
-    assert clip.told([exactly]) == ""
+    assert clip.truncation_note([exactly]) == ""
 
 
 @pytest.mark.parametrize("tower", [CLIPText, T5Text])
@@ -180,7 +181,7 @@ def test_a_server_out_of_reach_is_asked_once_and_a_folder_never(
     assert asked == []
     start = time.monotonic()
     for _ in range(2):
-        with pytest.raises(UserError, match="^nobody/nothing: no CLIPTextModelWithProjection"):
+        with pytest.raises(UserError, match="^nobody/nothing: cannot be read .*CLIPTextModelWithProjection"):
             CLIPText.from_config(TextConfig(pretrained="nobody/nothing"))
     assert len(asked) == 1 and time.monotonic() - start < 30
     hub._answers.cache_clear()
@@ -194,16 +195,17 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(source: str, monkeypatch:
         hub.local_only(source)
 
 
-def test_texts_that_are_cut_are_told() -> None:
+def test_texts_that_are_truncated_are_noted() -> None:
     """How many do not fit, and which reach the video model as another one; what fits is not mentioned."""
     clip = CLIPText.from_config(TextConfig(tokens=8, keep_end=False))
     long = "put the red block to the very far {} now"
-    assert clip.told(["lift it", "Lift it", "lift it"]) == ""
-    told = clip.told(["lift it", long.format("left"), long.format("right"), "x" * 30, "lift it"])
-    assert told.startswith("3 of 4 instructions are cut at 8 tokens")
-    assert told.endswith(
+    assert clip.truncation_note(["lift it", "Lift it", "lift it"]) == ""
+    note = clip.truncation_note(["lift it", long.format("left"), long.format("right"), "x" * 30, "lift it"])
+    assert note.startswith("3 of 4 instructions are truncated at 8 tokens")
+    assert note.endswith(
         f"2 of them are equal to another, the first: {long.format('left')!r} = {long.format('right')!r}"
     )
     kept = CLIPText.from_config(TextConfig(tokens=8, keep_end=True))
-    assert kept.told([long.format("left"), long.format("right")]) == ""
-    assert kept.told(["x" * 300, "x" * 301, "y"]).startswith("2 of 3 instructions are cut at 256 tokens")
+    assert kept.truncation_note([long.format("left"), long.format("right")]) == ""
+    note = kept.truncation_note(["x" * 300, "x" * 301, "y"])
+    assert note.startswith("2 of 3 instructions are truncated at 256 tokens")

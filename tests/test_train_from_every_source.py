@@ -28,7 +28,7 @@ from Step1_GFDM.vae import VAEConfig, VideoVAE
 from Step2_GIDM import adapter as gidm_adapter
 
 SHORT = ("preset=tiny", "trainer.global_batch=2", "trainer.max_steps=2", "trainer.log_every=1")
-SHORT = (*SHORT, "trainer.save_every=0", "trainer.sample_every=0")
+SHORT = (*SHORT, "trainer.save_every=0", "trainer.preview_every=0")
 
 
 def run(module: str, *settings: str) -> None:
@@ -255,7 +255,7 @@ def test_stage_2(source: str, sources: Sources, tmp_path: Path) -> None:
 )
 def test_stage_3(source: str, kind: str | None, sources: Sources, tmp_path: Path) -> None:
     """From a store of each kind, and from the recordings as they are."""
-    root = [f"data.root={sources.data(source)}", "data.tail=9", "data.stride=8"]
+    root = [f"data.root={sources.data(source)}", "data.min_remaining=9", "data.stride=8"]
     gfdm = f"gfdm_checkpoint={sources.weights('gfdm')}"
     data = root
     if kind is not None:

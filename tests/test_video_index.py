@@ -12,10 +12,10 @@ import pytest
 
 from defi import video_index
 from defi.errors import UserError
-from defi.film import Numbering, number_video
+from defi.frame_numbers import FIX, Numbering, number_video
 from defi.video import VIDEO_SUFFIXES, write_mp4
 from defi.video_index import INDEX, VERSION, number_videos
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.videos import VideoClips
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def counts(root: Path) -> dict[str, int | str]:
 
 
 def expected(root: Path, **changes: int) -> dict[str, int | str]:
-    fault = f"{root / 'damaged.mp4'}: cannot be read as a video; replace or remove it"
+    fault = f"{root / 'damaged.mp4'}: cannot be read (Invalid data found when processing input); {FIX}"
     names = {"a": "a.mp4", "b": "b.mp4", "c": "c.mov"}
     found = {"a.mp4": 4, "damaged.mp4": fault, "b.mp4": 5, "c.mov": 6}
     return found | {names[name]: n for name, n in changes.items()}
@@ -102,17 +102,18 @@ def test_where_the_folder_cannot_be_written_to(videos: Path, opened: list[str], 
         b"\xff\xfe",
         b'["a.mp4", SIZE, TIME, ',
         b'["a.mp4", SIZE, TIME, 3]',  # as the first version wrote it
-        b'["a.mp4", SIZE, TIME, OLD, 3, []]',
-        b'["a.mp4", SIZE, TIME, VERSION, 3, [], 4]',
+        b'["a.mp4", SIZE, TIME, OLD, 3, [[0, null]]]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, [[0, null]], 4]',
         b'{"a.mp4": [SIZE, TIME, VERSION, 3]}',
-        b'[1, 2]\n4\n[["a.mp4"], SIZE, TIME, VERSION, 3, []]',
+        b'[1, 2]\n4\n[["a.mp4"], SIZE, TIME, VERSION, 3, [[0, null]]]',
         b"[" * 10**5,
-        b'["a.mp4", SIZE, TIME, VERSION, 1e9, []]',
-        b'["a.mp4", SIZE, TIME, VERSION, -3, []]',
-        b'["a.mp4", SIZE, TIME, VERSION, true, []]',
-        b'["a.mp4", SIZE, TIME, VERSION, 99999999999999999999, []]',
-        b'["a.mp4", SIZE, TIME, VERSION, null, []]',
+        b'["a.mp4", SIZE, TIME, VERSION, 1e9, [[0, null]]]',
+        b'["a.mp4", SIZE, TIME, VERSION, -3, [[0, null]]]',
+        b'["a.mp4", SIZE, TIME, VERSION, true, [[0, null]]]',
+        b'["a.mp4", SIZE, TIME, VERSION, 99999999999999999999, [[0, null]]]',
+        b'["a.mp4", SIZE, TIME, VERSION, null, [[0, null]]]',
         b'["a.mp4", SIZE, TIME, VERSION, 3, null]',
+        b'["a.mp4", SIZE, TIME, VERSION, 3, []]',
         b'["a.mp4", SIZE, TIME, VERSION, 3, [0, null]]',
         b'["a.mp4", SIZE, TIME, VERSION, 3, [[1, null]]]',
         b'["a.mp4", SIZE, TIME, VERSION, 3, [[0, null], [1, "2"]]]',
@@ -188,8 +189,8 @@ def test_a_full_disk_does_not_stop_the_start(
 
 def test_a_link_to_nowhere_is_named(videos: Path, opened: list[str]) -> None:
     (videos / "gone.mp4").symlink_to("nowhere")
-    assert counts(videos)["gone.mp4"] == f"{videos / 'gone.mp4'}: no such video; check the path"
-    assert counts(videos)["gone.mp4"].endswith("no such video; check the path")
+    assert counts(videos)["gone.mp4"] == f"{videos / 'gone.mp4'}: missing; {FIX}"
+    assert counts(videos)["gone.mp4"].endswith(f"missing; {FIX}")
     with pytest.raises(UserError, match="no videos here"):
         (videos.parent / "none").mkdir()
         VideoClips(videos.parent / "none")

@@ -21,10 +21,10 @@ import pytest
 from PIL import Image
 
 from defi.errors import UserError
-from defi.film import number_video
+from defi.frame_numbers import number_video
 from defi.video import frame_count, read_frames, read_video
 from Step1_GFDM.sources.videos import CaptionedVideos
-from Step2_GIDM.data.videos import VideoClips
+from Step2_GIDM.data.sources.videos import VideoClips
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 COVER = 1024  # the disposition of an attached picture
@@ -212,11 +212,10 @@ def test_the_rate_of_a_clock_of_milliseconds(tmp_path: Path, name: str) -> None:
     assert read_video(file)[1] == pytest.approx((FRAMES - 1) / seconds)
 
 
-def test_ordinary_videos_are_left_to_decord(tmp_path: Path) -> None:
-    for name in ("closed.mp4", "closed.mkv", "fragments.mp4", "uneven.mp4", "odd.mp4"):
-        codec, options, settings = KINDS[name]
-        assert number_video(write(tmp_path / name, codec, options, **settings)).starts == (), name
-    for name in ("open.mp4", "refresh.mp4", "transport.mp4", "hevc.mp4", "vp9.webm", "closed.avi"):
+def test_reading_starts_at_key_frames(tmp_path: Path) -> None:
+    """In every kind of file that says where they are, so that no read decodes the file from its beginning."""
+    names = ("closed.mp4", "closed.mkv", "fragments.mp4", "uneven.mp4", "odd.mp4", "closed.avi")
+    for name in (*names, "open.mp4", "refresh.mp4", "transport.mp4", "hevc.mp4", "vp9.webm"):
         codec, options, settings = KINDS[name]
         starts = number_video(write(tmp_path / name, codec, options, **settings)).starts
         assert starts[0] == (0, None) and len(starts) > 1 and all(time is not None for _, time in starts[1:])
@@ -333,7 +332,7 @@ def test_truncated_files(tmp_path: Path, name: str) -> None:
     for share in (0.3, 0.6, 0.9):
         (tmp_path / name).write_bytes(content[: int(len(content) * share)])
         if name == "closed.mp4":  # its index, at the end, is gone
-            with pytest.raises(UserError, match=r"closed\.mp4: cannot be read as a video"):
+            with pytest.raises(UserError, match=r"closed\.mp4: cannot be read"):
                 frame_count(tmp_path / name)
         else:
             assert check(tmp_path / name) <= FRAMES * share + 5
@@ -343,9 +342,7 @@ def test_half_a_file_whose_index_names_the_other_half_is_named(tmp_path: Path) -
     file = write(tmp_path / "a.mp4", options=OPEN, settings={"movflags": "faststart"})
     file.write_bytes(file.read_bytes()[:-100])
     for read in (frame_count, read_video):
-        with pytest.raises(
-            UserError, match=r"a\.mp4: damaged, frame \d\d of 40 lies beyond its end; replace"
-        ):
+        with pytest.raises(UserError, match=r"a\.mp4: .* frame \d\d of 40 lies beyond its end\); replace"):
             read(file)
 
 
@@ -431,7 +428,7 @@ def test_a_playlist_opens_no_other_file(tmp_path: Path, name: str) -> None:
     write(tmp_path / "private.mp4")
     (tmp_path / name).write_text("ffconcat version 1.0\nfile private.mp4\n")
     for read in (frame_count, read_video):
-        with pytest.raises(UserError, match=f"{name}: cannot be read as a video"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
             read(tmp_path / name)
 
 
@@ -446,7 +443,7 @@ def test_a_video_that_is_not_the_one_numbered_is_named(tmp_path: Path) -> None:
     for options in (CLOSED, {}):
         numbering = number_video(write(tmp_path / "a.mp4", options=options))
         write(tmp_path / "a.mp4", options=options, frames=20)
-        with pytest.raises(UserError, match=r"a\.mp4: is not as it was when its frames were numbered"):
+        with pytest.raises(UserError, match=r"a\.mp4: has changed since its frames were numbered"):
             read_frames(tmp_path / "a.mp4", [39], numbering)
 
 

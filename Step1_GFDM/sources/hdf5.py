@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
-from defi.folders import find_files
-from defi.frames import stack_frames
+from defi.files import find_files
 from defi.hdf5 import read_hdf5
-from defi.picture import decode_picture
+from defi.picture import decode_picture, stack_frames
 from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
 
 SUFFIXES = (".hdf5", ".h5")
@@ -106,11 +105,8 @@ class HDF5Episodes:
 def _decoded(path: Path, camera: str, pictures: np.ndarray | list[bytes]) -> UInt8[np.ndarray, "F H W 3"]:
     if not isinstance(pictures, list):
         return pictures
-    try:
-        frames = [decode_picture(coded) for coded in pictures]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged picture ({error}); copy it again") from None
-    return stack_frames(frames, [f"{path}: picture {number} of {camera}" for number in range(len(frames))])
+    places = [f"{path}: picture {number} of {camera}" for number in range(len(pictures))]
+    return stack_frames([decode_picture(*each) for each in zip(pictures, places)], places)
 
 
 def _groups(path: Path, groups: str | None) -> list[list[str]]:

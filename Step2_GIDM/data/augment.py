@@ -1,7 +1,7 @@
 """One augmentation for both frames of a pair: what moved must be motion, not the augmentation.
 
 The operations and their order are the published code's (tf.image's): on pictures of the model's size, values
-cut to [0, 1] after each.
+clipped to [0, 1] after each.
 """
 
 import math
@@ -69,7 +69,7 @@ class Augmentation:
 def augment(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 S S"]:
     """All frames, in [0, 1], cropped and recoloured by one draw; contrast is about each picture's own mean.
 
-    The result is whole levels / 255, cut and not rounded: so does TensorFlow turn [0, 1] into bytes.
+    The result is whole levels / 255, truncated, not rounded, as TensorFlow turns [0, 1] into bytes.
     """
     frames = crop(frames, draw).add_(draw.brightness).clamp_(0, 1)
     mean = frames.mean((2, 3), keepdim=True)
@@ -78,7 +78,7 @@ def augment(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 
 
 
 def crop(frames: Float[Tensor, "N 3 S S"], draw: Draw) -> Float[Tensor, "N 3 S S"]:
-    """A square of each picture at the size of the whole, bilinear; corner pixels stay corners."""
+    """A square of each picture, enlarged to the picture's size, bilinear; corner pixels stay corners."""
     size = frames.shape[-1]
 
     def rows(lines: Tensor, first: float) -> Tensor:

@@ -20,10 +20,7 @@ class PairMixture(Dataset):
 
     With twice as many places as pairs each pair of the set comes twice in an epoch; with a tenth a place
     stands for ten neighbouring pairs, of which the sample's generator draws one. The order over all places is
-    the engine's.
-
-    Raises:
-        UserError: a weight is not positive, or beyond all reason.
+    the engine's. Raises UserError for a weight that is not positive, or beyond all reason.
     """
 
     def __init__(
@@ -33,12 +30,9 @@ class PairMixture(Dataset):
             if not 0 < weight <= HEAVIEST:
                 raise UserError(f"data.sets.{name}.weight={weight}: must be above 0 and at most {HEAVIEST:,}")
         self.sets = dict(sets)
+        self.image_size = next(iter(sets.values())).image_size
         self._sizes = [max(1, round(weights[name] * sizes[name])) for name in sets]
         self._ends = np.cumsum(self._sizes)
-
-    @property
-    def image_size(self) -> int:
-        return next(iter(self.sets.values())).image_size
 
     @property
     def fingerprint(self) -> str:
@@ -61,16 +55,16 @@ class PairMixture(Dataset):
         return pairs, min(int((place + u) * len(pairs) / size), len(pairs) - 1)
 
     def locate(self, index: int) -> tuple[Clip, int]:
-        """Clip and position of the earlier frame of the (first) pair at a place."""
+        """As the set's, of the (first) pair at a place."""
         pairs, pair = self.member(index)
         return pairs.locate(pair)
 
     def frames(self, index: int) -> UInt8[Tensor, "2 3 H W"]:
-        """The two frames of the (first) pair at a place, at its set's largest distance, as they are."""
+        """As the set's, of the (first) pair at a place."""
         pairs, pair = self.member(index)
         return pairs.frames(pair)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """`frames` [2, 3, H, W] in [0, 1], `text`."""
+        """As the set's, of a pair at a place."""
         pairs, pair = self.member(index, rng.random())
         return pairs.sample(pair, rng)

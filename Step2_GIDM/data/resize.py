@@ -17,7 +17,7 @@ Band = tuple[slice, slice, Float[Tensor, "b k"]]
 
 
 def resize(frames: UInt8[Tensor, "N 3 H W"], side: int) -> Float[Tensor, "N 3 side side"]:
-    """The whole picture at side × side, whatever its shape was; whole levels / 255, in [0, 1]."""
+    """All of a picture at side × side, whatever its shape was; integer levels / 255, in [0, 1]."""
     small = torch.empty(len(frames), 3, side, side)
     for frame, out in zip(frames, small):  # one by one: their planes fit into a core's cache
         planes = frame.float().contiguous()

@@ -2,14 +2,7 @@
 
     python -m Step3_DeFI.rollout checkpoint=<run> [key=value …]        settings: configs/step3_rollout.yaml
 
-    protocol.py     which chains, from which states, with which limits: what makes two numbers comparable
-    chain.py        one chain in one world: look, act, judge    simulator.py  the process around it
-    messages.py     what the processes tell each other          server.py     looks answered in batches
-    fleet.py        all simulator processes of a device, and the queue of chains
-    policy.py       a checkpoint as a policy                    evaluate.py   a whole evaluation
-    statistics.py   averages, intervals, comparison             results.py    chains.jsonl, results.json
-    clips.py        videos of attempts                          report.py     report.html, printed tables
-
-What runs in a simulator process (chain, messages, simulator) does without PyTorch: it starts fast and stays
-small.
+Read evaluate.py first (from settings to results), then simulator.py (one chain in one world, in a process of
+its own), fleet.py (all those processes), policy.py (the checkpoint, observations answered in batches) and
+results.py (statistics, files). protocol.py says which chains are run; report.py and videos.py show them.
 """

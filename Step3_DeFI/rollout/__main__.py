@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,81 +12,27 @@ from rich.console import Console
 
 from defi.config import entry, typed
 from defi.engine.output import check_output, is_leftover, prepare_output, write_file
-from defi.errors import UserError, going_on
+from defi.errors import UserError, writing
 from defi.files import read_json
-from defi.processes import processes
-from Step3_DeFI.diffusion import SAMPLERS
-from Step3_DeFI.rollout.config import RolloutConfig
-from Step3_DeFI.rollout.evaluate import Evaluation, Shard, evaluate
-from Step3_DeFI.rollout.messages import AGENTS
-from Step3_DeFI.rollout.policy import (
-    PRECISIONS,
-    ModelPolicy,
-    identify,
-    load_policy,
-    policy_threads,
-    trained_precision,
-)
+from defi.processes import print_once, processes
+from Step3_DeFI.rollout.config import CommandConfig
+from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
+from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
 from Step3_DeFI.rollout.report import result_table, task_table, write_report
 from Step3_DeFI.rollout.results import RESULTS
 
 IDENTITY = "rollout.json"
 # Settings that finished chains do not depend on.
-HOWEVER_DONE = (
-    "processes",
-    "videos",
-    "baseline",
-    "output",
-    "resume",
-    "overwrite",
-    "checkpoint",
-    "gfdm",
-    "gidm",
-)
-
-
-@dataclass
-class CommandConfig(RolloutConfig):
-    """A rollout as a command: who acts, and where the result goes."""
-
-    agent: str = "policy"
-    checkpoint: str | None = None
-    gfdm: str | None = None
-    gidm: str | None = None
-    sampler: str | None = None
-    sampler_steps: int | None = None
-    guidance: float | None = None
-    precision: str | None = None
-    threads: int | None = None
-    output: str = "outputs/rollout"
-    resume: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, choices in (("agent", AGENTS), ("sampler", SAMPLERS), ("precision", PRECISIONS)):
-            value = getattr(self, key)
-            if value is not None and value not in choices:
-                raise UserError(f"{key}={value}: must be one of {', '.join(choices)}")
-        if self.agent == "policy" and self.checkpoint is None:
-            raise UserError(
-                "checkpoint=: not given; name the output folder of a stage-3 run, or agent=random"
-            )
-        if "expert" in (self.agent, self.baseline) and self.sim.calvin_root is not None:
-            raise UserError("expert: knows the built-in tables only; use sim=builtin, or another agent")
-        if self.baseline == self.agent:
-            raise UserError(f"baseline={self.baseline}: the same as agent; leave one of them out")
+HOWEVER_DONE = {"processes", "videos", "baseline", "output", "resume", "overwrite"}
+HOWEVER_DONE |= {"checkpoint", "gfdm", "gidm", "threads"}  # hashes and threads as resolved are in `known`
 
 
 @entry("step3_rollout")
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_rollout")
-    if config.agent == "policy":
-        config.precision = config.precision or trained_precision(config.checkpoint)
-    state = processes()
-    shard = Shard(state.process_index, state.num_processes, state.wait_for_everyone)
+    output, state = Path(config.output), processes()
     if state.is_main_process:
-        check_output(config.output, resume=config.resume, overwrite=config.overwrite)
+        check_output(output, resume=config.resume, overwrite=config.overwrite)
     evaluation = Evaluation.prepare(config, state.process_index)
     kinds = sorted(set(gather_object([evaluation.renderer.kind])))
     if len(kinds) > 1:
@@ -94,31 +40,26 @@ def main(cfg: DictConfig) -> None:
             f"sim.renderer: the processes of this run would draw with different ones ({', '.join(kinds)}); "
             "name one that works for all of them, such as sim.renderer=mesa"
         )
-    if state.is_main_process:
-        print(evaluation.drawing)
+    print_once(f"renderer: {evaluation.renderer}")
+    print_once(evaluation.caveat or "")
     policy, known = None, {}
     if config.agent == "policy":
-        precision = {"precision": config.precision}
-        sources = {"gfdm": config.gfdm, "gidm": config.gidm}
-        model = load_policy(config.checkpoint, device=state.device, **precision, **sources)
-        policy = ModelPolicy(
-            model,
-            sampler=config.sampler,
-            sampler_steps=config.sampler_steps,
-            guidance=config.guidance,
-            **precision,
-        )
+        config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
-    output = Path(config.output)
+        sources = {"gfdm": config.gfdm, "gidm": config.gidm}
+        model = load_policy(config.checkpoint, device=state.device, precision=config.precision, **sources)
+        wanted = {"sampler": config.sampler, "steps": config.sampler_steps, "guidance": config.guidance}
+        chosen = {key: value for key, value in wanted.items() if value is not None}
+        policy = ModelPolicy(model, precision=config.precision, **chosen)
     with policy_threads(config.threads, ranks=state.num_processes) as threads:
         if known.get("device") == "cpu":
             known["threads"] = threads  # rounding depends on it
         if state.is_main_process:
             open_output(output, config, identity_of(evaluation, known))
-        shard.wait()
-        results = evaluate(evaluation, config.agent, policy, identity=known, output=output, shard=shard)
+        state.wait_for_everyone()
+        results = evaluate(evaluation, config.agent, policy, identity=known, output=output, state=state)
     if state.is_main_process:
-        with going_on(output, f"{RESULTS} and the report"):
+        with writing(output, f"{RESULTS} and the report"):
             results.save(output / RESULTS)
             report = write_report(output / "report.html", results, output / "videos")
         console = Console(highlight=False)
@@ -132,7 +73,6 @@ def main(cfg: DictConfig) -> None:
 def identity_of(evaluation: Evaluation, known: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that finished chains depend on: a continued run must agree in all of it."""
     settings = {key: value for key, value in asdict(evaluation.config).items() if key not in HOWEVER_DONE}
-    settings.pop("threads", None)  # as resolved, in `known`
     policy = {key: value for key, value in known.items() if key != "checkpoint"}
     renderer = {"renderer": str(evaluation.renderer)}
     return json.loads(json.dumps(asdict(evaluation.protocol) | settings | policy | renderer))
@@ -142,9 +82,7 @@ def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]
     """Make the output folder, or check that what is in it is an earlier part of this same run."""
     file = output / IDENTITY
     if config.resume and output.is_dir() and not all(map(is_leftover, output.iterdir())):
-        if not file.is_file():
-            raise UserError(f"{output}: not the output of a rollout; choose another output=")
-        before = read_json(file, "choose another output=")
+        before = read_json(file, "not the output of a rollout; choose another output=")
         for key in identity:
             if before.get(key) != identity[key]:
                 raise UserError(
@@ -153,7 +91,7 @@ def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]
                 )
         return
     prepare_output(output, resume=config.resume, overwrite=config.overwrite)
-    with going_on(output, IDENTITY):
+    with writing(output, IDENTITY):
         write_file(file, json.dumps(identity, indent=1))
 
 

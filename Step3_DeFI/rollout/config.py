@@ -1,9 +1,21 @@
 """Settings of a rollout; configs/step3_rollout.yaml says what each is for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from defi.errors import UserError
-from Step3_DeFI.rollout.messages import AGENTS
+from Step3_DeFI.config import PRECISIONS
+from Step3_DeFI.diffusion import SAMPLERS
+
+AGENTS = {"policy": "DeFI", "random": "random actions", "scripted": "scripted policy"}
+
+
+def choose(key: str, value: Any, choices: Iterable[str | None]) -> None:
+    """Raises UserError if a setting is none of its choices."""
+    if value not in choices:
+        names = ", ".join("null" if choice is None else choice for choice in choices)
+        raise UserError(f"{key}={value}: must be one of {names}")
 
 
 @dataclass
@@ -23,10 +35,8 @@ class SimConfig:
     gripper_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.world not in ("fresh", "persistent"):
-            raise UserError(f"sim.world={self.world}: must be fresh or persistent")
-        if self.backend not in ("native", "calvin_env"):
-            raise UserError(f"sim.backend={self.backend}: must be native or calvin_env")
+        choose("sim.world", self.world, ("fresh", "persistent"))
+        choose("sim.backend", self.backend, ("native", "calvin_env"))
         if self.backend == "calvin_env" and self.calvin_root is None:
             raise UserError("sim.backend=calvin_env: name the clone of CALVIN too (sim.calvin_root=…)")
         if self.backend == "calvin_env" and (self.static_size or self.gripper_size):
@@ -72,5 +82,36 @@ class RolloutConfig:
         if not self.max_steps or min(self.max_steps) < 1:
             raise UserError(f"max_steps={self.max_steps}: name one or more limits of control steps per task")
         self.max_steps = sorted(set(self.max_steps))
-        if self.baseline not in (None, *AGENTS[1:]):
-            raise UserError(f"baseline={self.baseline}: must be null or one of {', '.join(AGENTS[1:])}")
+        choose("baseline", self.baseline, (None, "random", "scripted"))
+
+
+@dataclass
+class CommandConfig(RolloutConfig):
+    """A rollout as a command: who acts, and where the result goes."""
+
+    agent: str = "policy"
+    checkpoint: str | None = None
+    gfdm: str | None = None
+    gidm: str | None = None
+    sampler: str | None = None
+    sampler_steps: int | None = None
+    guidance: float | None = None
+    precision: str | None = None
+    threads: int | None = None
+    output: str = "outputs/rollout"
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("agent", self.agent, AGENTS)
+        choose("sampler", self.sampler, (None, *SAMPLERS))
+        choose("precision", self.precision, (None, *PRECISIONS))
+        if self.agent == "policy" and self.checkpoint is None:
+            raise UserError(
+                "checkpoint=: not given; name the output folder of a stage-3 run, or agent=random"
+            )
+        if "scripted" in (self.agent, self.baseline) and self.sim.calvin_root is not None:
+            raise UserError("scripted: knows the built-in tables only; use sim=builtin, or another agent")
+        if self.baseline == self.agent:
+            raise UserError(f"baseline={self.baseline}: the same as agent; leave one of them out")

@@ -1,46 +1,33 @@
-"""Run all chains of an evaluation and put the result together."""
+"""A rollout from its settings to its results: chains, simulator processes, a policy's answers, results."""
 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from defi.errors import going_on
+from accelerate import PartialState
+
+from defi.engine.log import ProgressDisplay
+from defi.errors import writing
 from defi.sim.renderers import Renderer, default_kind, find_renderer
-from Step3_DeFI.rollout.clips import write_clip
-from Step3_DeFI.rollout.config import RolloutConfig
+from Step3_DeFI.policy import DeFI
+from Step3_DeFI.rollout.config import AGENTS, RolloutConfig
 from Step3_DeFI.rollout.fleet import Fleet
-from Step3_DeFI.rollout.messages import ChainResult, Clip, Judge, Setup, Trial
-from Step3_DeFI.rollout.progress import RolloutProgress
-from Step3_DeFI.rollout.protocol import Protocol, build_scene, build_trials, world_maker
-from Step3_DeFI.rollout.results import ChainLog, Results, summaries, versions
-from Step3_DeFI.rollout.server import Policy, PolicyServer
+from Step3_DeFI.rollout.policy import Batcher, ModelPolicy, Policy, policy_threads
+from Step3_DeFI.rollout.protocol import Protocol, build_chains, build_scene, world_maker
+from Step3_DeFI.rollout.results import ChainLog, Results, lengths, running_average, summaries, versions
+from Step3_DeFI.rollout.simulator import ChainResult, ChainSpec, Clip, Judge, Setup
+from Step3_DeFI.rollout.videos import write_clip
 
 OTHER_PICTURES = (
     "This number does not compare with published ones: it was drawn on the CPU, CALVIN's data and the "
     "published evaluations with EGL. The pictures differ: in scene D the static view by 21 of 255 in the "
     "mean (45 % of its pixels by more than 20), the gripper view by 18."
 )
-AGENT_NAMES = {"policy": "DeFI", "random": "random actions", "expert": "scripted experts"}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This process among those of `accelerate launch`: each takes a contiguous part of what is to be done.
-
-    `wait` returns once all of them have called it.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    wait: Callable[[], None] = lambda: None
-
-    def of(self, trials: Sequence[Trial]) -> Sequence[Trial]:
-        low, high = (len(trials) * rank // self.ranks for rank in (self.rank, self.rank + 1))
-        return trials[low:high]
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Evaluation:
 
     config: RolloutConfig
     protocol: Protocol
-    trials: Sequence[Trial]
+    chains: Sequence[ChainSpec]
     make_world: Callable[[], Any]
     judge: Judge
     renderer: Renderer
@@ -65,41 +52,30 @@ class Evaluation:
         from defi.sim.judge import solved
 
         scene = build_scene(config.sim, config.scene)
-        protocol, trials = build_trials(config, scene)
+        protocol, chains = build_chains(config, scene)
         kind = config.sim.renderer or default_kind(config.sim.calvin_root)
         renderer = find_renderer(kind, fallback=config.sim.renderer_fallback, share=rank)
         make_world = world_maker(config.sim, scene, renderer.backend)
-        return cls(config, protocol, trials, make_world, solved, renderer)
+        return cls(config, protocol, chains, make_world, solved, renderer)
 
     @property
     def caveat(self) -> str | None:
         """What keeps the number from being compared with published ones, as far as pictures go."""
         return OTHER_PICTURES if self.protocol.assets == "calvin" and self.renderer.kind == "cpu" else None
 
-    @property
-    def drawing(self) -> str:
-        """What draws, and the caveat, for the screen."""
-        return "\n".join(filter(None, (f"renderer: {self.renderer}", self.caveat)))
-
     def setup(self, agent: str, *, filmed: bool) -> Setup:
-        """What the simulator processes are told."""
-        config = self.config
+        """What each simulator process gets."""
         return Setup(
             make_world=self.make_world,
             judge=self.judge,
             agent=agent,
-            seed=config.seed,
-            limit=max(config.max_steps),
-            fresh=config.sim.world == "fresh",
-            recorded=frozenset(range(config.videos.chains if filmed else 0)),
-            record_every=config.videos.every,
+            seed=self.config.seed,
+            limit=max(self.config.max_steps),
+            fresh=self.config.sim.world == "fresh",
+            filmed=self.config.videos.chains if filmed else 0,
+            film_every=self.config.videos.every,
             environment=self.renderer.environment,
         )
-
-    def processes(self, shard: Shard, trials: int) -> int:
-        """Simulator processes of this shard: by default one per processor, shared among the shards."""
-        wanted = self.config.processes or max(1, len(os.sched_getaffinity(0)) // shard.ranks)
-        return min(wanted, trials)
 
 
 def run_chains(
@@ -109,42 +85,48 @@ def run_chains(
     *,
     name: str = "chains",
     output: Path | None = None,
-    shard: Shard | None = None,
+    state: PartialState | None = None,
     show: bool = True,
 ) -> tuple[ChainResult, ...]:
-    """All chains of an evaluation with one agent, in order.
+    """Run all chains that `output` does not hold yet.
 
-    With `output`, chains are written to `<output>/<name>.jsonl` as they finish, and those found there are not
-    run again; the first chains are filmed into `<output>/videos`, the baseline's are not.
+    Args:
+        policy: answers the observations of the agent `policy`; the others need none.
+        output: folder for `<name>.jsonl` and clips (of `chains` only); None keeps nothing on disk.
+        state: the processes of `accelerate launch`, each of which takes a contiguous part of the chains and
+            returns all of them; None: this process alone.
 
     Raises:
         UserError: a simulator process cannot run a chain, or `output` cannot be written to.
     """
-    shard = shard or Shard()
     config = evaluation.config
-    log = ChainLog(output, name, shard.rank) if output else None
+    rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
+    log = ChainLog(output, name, rank) if output else None
     found = log.read() if log else {}
-    shard.wait()  # until all have read: from here on the files grow
-    trials = shard.of([trial for trial in evaluation.trials if trial.index not in found])
-    server = PolicyServer(policy, config.batch, config.chunk) if policy else None
+    if state:
+        state.wait_for_everyone()  # until all have read: from here on the files grow
+    missing = [chain for chain in evaluation.chains if chain.index not in found]
+    mine = missing[len(missing) * rank // ranks : len(missing) * (rank + 1) // ranks]
+    size = min(len(mine), config.processes or max(1, len(os.sched_getaffinity(0)) // ranks))
     setup = evaluation.setup(agent, filmed=output is not None and name == "chains")
-    progress = RolloutProgress(
-        AGENT_NAMES[agent], len(found) + len(trials), len(found), setup.limit, enabled=show and not shard.rank
-    )
-    with Fleet(setup, evaluation.processes(shard, len(trials)), server) as fleet, progress:
-        for event in fleet.run(trials):
+    batcher = Batcher(policy, config.batch, config.chunk) if policy else None
+    total = len(found) + len(mine)
+    progress = ProgressDisplay(AGENTS[agent], total, len(found), enabled=show and rank == 0)
+    with Fleet(setup, size, batcher) as fleet, closing(progress):
+        for event in fleet.run(mine):
             if isinstance(event, Clip):
-                with going_on(output, "a clip"):
+                with writing(output, "a clip"):
                     write_clip(output / "videos", event, config.videos.every)
                 continue
             found[event.index] = event
             if log:
-                with going_on(output, log.path.name):
+                with writing(output, log.path.name):
                     log.append(event)
-            progress.show(found.values())
-    shard.wait()
+            progress.show(len(found), running_average(lengths(list(found.values()), setup.limit)))
+    if state:
+        state.wait_for_everyone()
     found = log.read() if log else found
-    return tuple(found[trial.index] for trial in evaluation.trials)
+    return tuple(found[chain.index] for chain in evaluation.chains)
 
 
 def evaluate(
@@ -154,25 +136,22 @@ def evaluate(
     *,
     identity: Mapping[str, Any] | None = None,
     output: Path | None = None,
-    shard: Shard | None = None,
-    show: bool = True,
+    **how: Any,
 ) -> Results:
     """Run an agent, and the baseline beside it on the same chains.
 
     Args:
-        policy: answers the looks of the agent `policy`; the others need none.
         identity: what is known about the policy, for the record.
-        output: folder for chains and clips; None keeps nothing on disk.
+        policy, output, how: as for `run_chains`.
     """
     config = evaluation.config
-    place = {"output": output, "shard": shard, "show": show}
-    earlier = len(ChainLog(output, "chains").read()) if output else 0
+    earlier = len(ChainLog(output).read()) if output else 0
     began, started = time.monotonic(), datetime.now(timezone.utc)
-    chains = run_chains(evaluation, agent, policy, **place)
+    chains = run_chains(evaluation, agent, policy, output=output, **how)
     seconds = time.monotonic() - began
     baseline = None
     if config.baseline:
-        beside = run_chains(evaluation, config.baseline, name="baseline", **place)
+        beside = run_chains(evaluation, config.baseline, name="baseline", output=output, **how)
         baseline = {
             "agent": config.baseline,
             "limits": summaries(beside, config.max_steps),
@@ -186,7 +165,7 @@ def evaluate(
             "seconds": seconds,  # of this start
             "earlier_chains": earlier,  # finished before it
             "control_steps": sum(chain.control_steps for chain in chains),
-            "looks": sum(chain.looks for chain in chains),
+            "observations": sum(chain.observations for chain in chains),
             "renderer": str(evaluation.renderer),
             "caveat": evaluation.caveat,
             "settings": asdict(config),
@@ -196,3 +175,26 @@ def evaluate(
         chains=chains,
         baseline=baseline,
     )
+
+
+def evaluate_policy(
+    model: DeFI, evaluation: Evaluation, *, precision: str = "no", output: Path | None = None
+) -> dict[str, float]:
+    """A rollout during training: averages and success rates under names for a log.
+
+    Args:
+        evaluation: a small one (`Evaluation.prepare`); its simulator processes are started for this call.
+        precision: the training's.
+        output: folder for chains and clips, replacing what an earlier call left there; None keeps nothing.
+    """
+    if output is not None:
+        for earlier in output.glob("chains*.jsonl"):
+            earlier.unlink()
+    if evaluation.caveat:
+        print(evaluation.caveat)
+    policy = ModelPolicy(model, precision=precision)
+    with policy_threads():
+        results = evaluate(evaluation, "policy", policy, output=output, show=False)
+    summary = results.limits[str(max(evaluation.config.max_steps))]
+    rates = {f"success_{i + 1}": success["rate"] for i, success in enumerate(summary["success"])}
+    return {"average_length": summary["average"], **rates}

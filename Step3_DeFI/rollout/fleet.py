@@ -1,4 +1,4 @@
-"""All simulator processes of one device: chains handed out, looks answered, dead processes replaced."""
+"""The simulator processes of one device: chains handed out, observations answered, dead ones replaced."""
 
 import os
 import subprocess
@@ -13,29 +13,26 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from defi.errors import UserError
-from Step3_DeFI.rollout.messages import ChainResult, Clip, Failure, Look, Setup, Trial
-from Step3_DeFI.rollout.server import PolicyServer
+from Step3_DeFI.rollout.policy import Batcher
+from Step3_DeFI.rollout.simulator import GONE, ChainResult, ChainSpec, Clip, Observation, Setup
 
 MOST_DEATHS = 3
-GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+# A plain subprocess, not one of `multiprocessing`: that would import the main module again in every child,
+# and with it PyTorch. Not `-m`: what is sent must not be of classes in a module called `__main__`.
+PROGRAM = "from Step3_DeFI.rollout.simulator import main; main()"
 
 
 class Simulator:
-    """Handle of one simulator process.
-
-    A plain subprocess, not one of `multiprocessing`: that would import the main module again in every child,
-    and with it PyTorch.
-    """
+    """Handle of one simulator process: its chain, and whether it waits for the policy."""
 
     def __init__(self, setup: Setup) -> None:
-        self.trial: Trial | None = None
-        self.waiting = False  # for the policy
-        self.heard = time.monotonic()
+        self.chain: ChainSpec | None = None
+        self.waiting = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         self.connection, theirs = Pipe()
         path = os.pathsep.join(entry for entry in sys.path if entry)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "Step3_DeFI.rollout.simulator", str(theirs.fileno())],
+            [sys.executable, "-c", PROGRAM, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -49,74 +46,40 @@ class Simulator:
         """Send, unless the process has died: that is noticed when its next message is read."""
         with suppress(*GONE):
             self.connection.send(message)
-        self.heard = time.monotonic()
+        self.last_contact = time.monotonic()
 
-    def start(self, trial: Trial) -> None:
-        self.trial = trial
-        self.send(trial)
-
-    def receive(self) -> Look | Clip | ChainResult | Failure | None:
+    def receive(self) -> Observation | Clip | ChainResult | Exception | None:
         """Its next message; None if it has died."""
-        self.heard = time.monotonic()
-        try:
+        self.last_contact = time.monotonic()
+        with suppress(*GONE):
             return self.connection.recv()
-        except GONE:
-            return None
 
-    def silent_for(self) -> float:
-        """Seconds since it was last heard of or told something."""
-        return time.monotonic() - self.heard
-
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         """The last line it printed."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
     def stop(self) -> None:
-        """End the process."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
         self._log.close()
 
 
-class ChainQueue:
-    """Chains to run. The next one is the first whose row of the policy's batch is the least taken."""
-
-    def __init__(self, trials: Sequence[Trial], server: PolicyServer | None) -> None:
-        self.pending, self.server = list(trials), server
-        self.taken: Counter[int] = Counter()
-
-    def _row(self, trial: Trial) -> int:
-        return self.server.row(trial.index) if self.server else 0
-
-    def next(self) -> Trial:
-        trial = min(self.pending, key=lambda trial: self.taken[self._row(trial)])
-        self.pending.remove(trial)
-        self.taken[self._row(trial)] += 1
-        return trial
-
-    def ended(self, trial: Trial, *, again: bool = False) -> None:
-        """A chain is finished, or (`again`) goes back to the front of the queue."""
-        self.taken[self._row(trial)] -= 1
-        if again:
-            self.pending.insert(0, trial)
-
-
 class Fleet:
     """Runs chains on `size` simulator processes. A context manager: leaving it ends them all.
 
     Args:
-        server: answers the looks; None where the agents act inside the simulator processes.
+        batcher: answers the observations; None where the agents act inside the simulator processes.
         silence: seconds without a sign of life after which a process at work is replaced.
     """
 
-    def __init__(self, setup: Setup, size: int, server: PolicyServer | None, *, silence: float = 300) -> None:
-        self.setup, self.server, self.silence = setup, server, silence
+    def __init__(self, setup: Setup, size: int, batcher: Batcher | None, *, silence: float = 300) -> None:
+        self.setup, self.size, self.batcher, self.silence = setup, size, batcher, silence
         self.simulators: list[Simulator] = []
-        self.size = size
         self.replaced = 0
+        self._pending: list[ChainSpec] = []
         self._deaths: Counter[int] = Counter()
 
     def __enter__(self) -> "Fleet":
@@ -127,62 +90,67 @@ class Fleet:
         for simulator in self.simulators:
             simulator.stop()
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[Clip | ChainResult]:
+    def run(self, chains: Sequence[ChainSpec]) -> Iterator[Clip | ChainResult]:
         """Results in the order in which chains finish, each after its clips."""
-        queue = ChainQueue(trials, self.server)
-        while queue.pending or self._busy():
+        self._pending = list(chains)
+        while self._pending or self._busy():
             for simulator in self.simulators:
-                if simulator.trial is None and queue.pending:
-                    simulator.start(queue.next())
+                if simulator.chain is None and self._pending:
+                    simulator.chain = self._next()
+                    simulator.send(simulator.chain)
             working = [simulator for simulator in self._busy() if not simulator.waiting]
-            for simulator in self._listen(working):
-                yield from self._handle(simulator, simulator.receive(), queue)
+            patience = self.batcher.patience(len(working)) if self.batcher else None
+            ready = wait([s.connection for s in working], self.silence if patience is None else patience)
             for simulator in working:
-                if simulator.silent_for() > self.silence and simulator in self.simulators:
-                    self._replace(simulator, queue, f"no sign of life for {self.silence:.0f} s")
-            if self.server and self.server.patience(self._coming()) == 0:
-                for simulator, actions in self.server.answer():
+                if simulator.connection in ready:
+                    yield from self._handle(simulator)
+                elif time.monotonic() - simulator.last_contact > self.silence:
+                    self._replace(simulator, f"no sign of life for {self.silence:.0f} s")
+            coming = sum(not simulator.waiting for simulator in self._busy())
+            if self.batcher and self.batcher.patience(coming) == 0:
+                for simulator, actions in self.batcher.answer():
                     simulator.waiting = False
                     simulator.send(actions)
 
     def _busy(self) -> list[Simulator]:
-        return [simulator for simulator in self.simulators if simulator.trial is not None]
+        return [simulator for simulator in self.simulators if simulator.chain is not None]
 
-    def _coming(self) -> int:
-        """Simulators that may ask soon."""
-        return sum(not simulator.waiting for simulator in self._busy())
+    def _next(self) -> ChainSpec:
+        """The first pending chain whose row of the policy's batch the fewest running chains share."""
+        row = self.batcher.row if self.batcher else lambda index: 0
+        taken = Counter(row(simulator.chain.index) for simulator in self._busy())
+        chain = min(self._pending, key=lambda chain: taken[row(chain.index)])
+        self._pending.remove(chain)
+        return chain
 
-    def _listen(self, working: Sequence[Simulator]) -> list[Simulator]:
-        """Those that have something to say, as soon as there are any or the policy should be called."""
-        patience = self.server.patience(len(working)) if self.server else None
-        timeout = self.silence if patience is None else patience
-        ready = wait([simulator.connection for simulator in working], timeout)
-        return [simulator for simulator in working if simulator.connection in ready]
+    def _handle(self, simulator: Simulator) -> Iterator[Clip | ChainResult]:
+        """Take the next message of a simulator."""
+        match simulator.receive():
+            case None:
+                self._replace(simulator, simulator.last_line())
+            case UserError() as error:
+                raise error
+            case Exception() as error:
+                raise RuntimeError(f"chain {simulator.chain.index}: {error}")
+            case Observation() as observation:
+                self.batcher.add(simulator, observation)
+                simulator.waiting = True
+            case Clip() as clip:
+                yield clip
+            case ChainResult() as result:
+                simulator.chain = None
+                yield result
 
-    def _handle(self, simulator: Simulator, message: Any, queue: ChainQueue) -> Iterator[Clip | ChainResult]:
-        if message is None:
-            self._replace(simulator, queue, simulator.last_words())
-        elif isinstance(message, Failure):
-            raise message.error(simulator.trial.index)
-        elif isinstance(message, Look):
-            self.server.add(simulator, message)
-            simulator.waiting = True
-        else:
-            if isinstance(message, ChainResult):
-                queue.ended(simulator.trial)
-                simulator.trial = None
-            yield message
-
-    def _replace(self, simulator: Simulator, queue: ChainQueue, reason: str) -> None:
+    def _replace(self, simulator: Simulator, reason: str) -> None:
         """A new process for one that died; its chain is run again from the start."""
-        trial = simulator.trial
-        self._deaths[trial.index] += 1
-        if self._deaths[trial.index] == MOST_DEATHS:
+        chain = simulator.chain
+        self._deaths[chain.index] += 1
+        if self._deaths[chain.index] == MOST_DEATHS:
             raise UserError(
-                f"chain {trial.index}: its simulator process died {MOST_DEATHS} times ({reason}); "
-                "finished chains are kept: mend the cause and continue with resume=true"
+                f"chain {chain.index}: its simulator process died {MOST_DEATHS} times ({reason}); "
+                "finished chains are kept: remove the cause and continue with resume=true"
             )
-        queue.ended(trial, again=True)
+        self._pending.insert(0, chain)
         simulator.stop()
         self.simulators[self.simulators.index(simulator)] = Simulator(self.setup)
         self.replaced += 1

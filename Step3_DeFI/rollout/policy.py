@@ -1,12 +1,12 @@
-"""A DeFI model as the policy of a rollout."""
+"""The policy of a rollout: a DeFI checkpoint, and the observations of many simulators answered in batches."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,47 +16,108 @@ from torch import nn
 from defi.config import flatten
 from defi.engine.checkpoint import find_weights, read_manifest, read_run_config
 from defi.engine.data import seed_of
+from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
-from Step3_DeFI.rollout.messages import Look
-from Step3_DeFI.rollout.results import ChainLog
+from Step3_DeFI.rollout.simulator import Actions, Observation
 
-ACTION_DIM = 7
+
+class Policy(Protocol):
+    """Chooses actions from pictures and words."""
+
+    def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K 7"]:
+        """A chunk of K actions per observation, scaled as in the data. Noise depends on its seed alone."""
 
 
 class ModelPolicy:
-    """Answers looks with a DeFI model, on the model's device.
+    """A DeFI model as a policy, on the model's device.
 
     Args:
-        sampler, sampler_steps, guidance: of the action diffusion (`ActionDiffusionConfig`); None for the
-            checkpoint's own.
         precision: of the computation: no (the weights' own), fp16 or bf16.
+        diffusion: what to change of the checkpoint's `ActionDiffusionConfig`: sampler, steps, guidance.
     """
 
-    def __init__(
-        self,
-        model: DeFI,
-        *,
-        sampler: str | None = None,
-        sampler_steps: int | None = None,
-        guidance: float | None = None,
-        precision: str = "no",
-    ) -> None:
+    def __init__(self, model: DeFI, *, precision: str = "no", **diffusion: Any) -> None:
         self.model = model.eval()
-        given = {"sampler": sampler, "steps": sampler_steps, "guidance": guidance}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        model.config.diffusion = replace(model.config.diffusion, **chosen)
+        model.config.diffusion = replace(model.config.diffusion, **diffusion)
         self._autocast = {"dtype": PRECISIONS[precision], "enabled": precision != "no"}
 
-    def act(self, looks: Sequence[Look]) -> Float[np.ndarray, "B K 7"]:
-        images = torch.stack([observe(look.images, self.model.image_size) for look in looks])
-        noise = self.model.noise(torch.tensor([seed_of("rollout", *look.seed) for look in looks]))
-        texts = [look.instruction for look in looks]
+    def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K 7"]:
+        images = torch.stack([observe(each.images, self.model.image_size) for each in observations])
+        noise = self.model.noise(torch.tensor([seed_of("rollout", *each.seed) for each in observations]))
+        texts = [each.instruction for each in observations]
         with torch.autocast(self.model.device.type, **self._autocast):
             return self.model.act(images, texts, noise=noise).float().cpu().numpy()
+
+
+class Batcher:
+    """Collects observations and calls the policy, in batches that change nothing about the answers.
+
+    A network's floating-point result for a sample may depend on how many samples share the batch and on the
+    sample's row, never on what the other rows hold. So that a chain's actions are the same on any number of
+    processes, every batch has the same number of rows (empty ones are filled up), and a chain always takes
+    the same row: its index modulo `batch`.
+
+    Args:
+        batch: rows of every call.
+        chunk: actions of each answer that are executed; None for all.
+    """
+
+    def __init__(self, policy: Policy, batch: int, chunk: int | None = None) -> None:
+        self.policy, self.batch, self.chunk = policy, batch, chunk
+        self._rows: list[dict[Hashable, tuple[float, Observation]]] = [{} for _ in range(batch)]
+        self._call_seconds = 0.0
+        self.calls = 0
+
+    def row(self, chain: int) -> int:
+        return chain % self.batch
+
+    def add(self, asker: Hashable, observation: Observation) -> None:
+        """An observation of `asker`, who waits for the answer."""
+        self._rows[self.row(observation.seed[1])][asker] = (time.monotonic(), observation)
+
+    def patience(self, coming: int) -> float | None:
+        """Seconds to wait for more observations before calling the policy; None if nobody waits.
+
+        A full batch goes at once, and so does one that nobody else can join (`coming` counts the simulators
+        at work). Otherwise half a call's duration is waited: a call costs the same, however full.
+        """
+        if not any(self._rows):
+            return None
+        if not coming or all(self._rows):
+            return 0.0
+        oldest = min(since for row in self._rows for since, _ in row.values())
+        return max(0.0, oldest + self._call_seconds / 2 - time.monotonic())
+
+    def answer(self) -> Iterator[tuple[Hashable, Actions]]:
+        """Call the policy once for the longest waiting observation of each row.
+
+        Raises:
+            UserError: the policy returns something that is not a finite chunk of 7-D actions.
+        """
+        askers = [min(row, key=lambda key: row[key][0], default=None) for row in self._rows]
+        picked = [None if asker is None else row.pop(asker)[1] for asker, row in zip(askers, self._rows)]
+        filler = next(filter(None, picked))
+        began = time.monotonic()
+        actions = np.asarray(self.policy.act([observation or filler for observation in picked]))
+        self._call_seconds = time.monotonic() - began
+        self.calls += 1
+        if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
+            raise UserError(
+                f"the policy returned actions of shape {actions.shape}, the simulator takes "
+                f"({self.batch}, K, 7): position, rotation, gripper; use a checkpoint trained on rel_actions"
+            )
+        for asker, observation, chunk in zip(askers, picked, actions):
+            if observation and not np.isfinite(chunk).all():
+                _, chain, number = observation.seed
+                raise UserError(
+                    f"chain {chain}, {observation.task}, observation {number}: the policy returned NaN or "
+                    "infinite actions; its weights or its precision are broken, try another checkpoint"
+                )
+            if observation:
+                yield asker, chunk[: self.chunk]
 
 
 def load_policy(
@@ -70,20 +131,15 @@ def load_policy(
 
     Args:
         precision: in which it will act. The UNet's weights are kept in it: half the memory, and 1.5 billion
-            numbers need not be converted at every look.
+            numbers need not be converted for every observation.
         sources: where its `gfdm` and `gidm` lie now, if elsewhere.
 
     Raises:
-        UserError: no complete stage-3 checkpoint there, or it does not predict CALVIN's seven actions.
+        UserError: no complete stage-3 checkpoint there.
     """
     model = DeFI.from_pretrained(find_weights(checkpoint, DeFI.stage), **sources)
-    if model.config.action_dim != ACTION_DIM:
-        raise UserError(
-            f"{checkpoint}: predicts {model.config.action_dim} action values, the simulator takes "
-            f"{ACTION_DIM}; use a checkpoint trained on CALVIN's rel_actions"
-        )
     if precision != "no":
-        nn.Module.to(model.gfdm.unet, PRECISIONS[precision])  # diffusers' own has a warning to tell
+        nn.Module.to(model.gfdm.unet, PRECISIONS[precision])  # diffusers' own `to` prints a warning
     return model.to(device)
 
 
@@ -98,15 +154,10 @@ def trained_precision(checkpoint: Path | str) -> str:
 
 
 def identify(checkpoint: Path | str) -> dict[str, Any]:
-    """What the record says about a checkpoint: where, which step, and a hash of its weights."""
+    """What the record says about a checkpoint: where, which weights, which step."""
     manifest = read_manifest(checkpoint, DeFI.stage)
-    digest = hashlib.sha256()
-    for file in sorted(find_weights(checkpoint).glob("*.safetensors")):
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 24):
-                digest.update(block)
     known = {key: manifest[key] for key in ("step", "preset", "version")}
-    return {"checkpoint": str(checkpoint), "fingerprint": digest.hexdigest()[:16], **known}
+    return {"checkpoint": str(checkpoint), "fingerprint": fingerprint(find_weights(checkpoint)), **known}
 
 
 @contextmanager
@@ -122,26 +173,3 @@ def policy_threads(threads: int | None = None, *, ranks: int = 1) -> Iterator[in
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def evaluate_policy(
-    model: DeFI, evaluation: Evaluation, *, precision: str = "no", output: Path | None = None
-) -> dict[str, float]:
-    """A rollout during training: averages and success rates under names for a log.
-
-    Args:
-        evaluation: a small one (`Evaluation.prepare`); its simulator processes are started for this call.
-        precision: the training's.
-        output: folder for chains and clips, replacing what an earlier call left there; None keeps nothing.
-    """
-    if output is not None:
-        ChainLog(output, "chains").clear()
-    if evaluation.caveat:
-        print(evaluation.caveat)
-    with policy_threads():
-        results = evaluate(
-            evaluation, "policy", ModelPolicy(model, precision=precision), output=output, show=False
-        )
-    summary = results.limits[str(max(evaluation.config.max_steps))]
-    rates = {f"success_{i + 1}": success["rate"] for i, success in enumerate(summary["success"])}
-    return {"average_length": summary["average"], **rates}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from defi.sim import sequences
 from defi.sim.scene import BLOCKS, SceneConfig
 from defi.sim.tasks import INSTRUCTIONS, TASKS, Situation
 from Step3_DeFI.rollout.config import RolloutConfig, SimConfig
-from Step3_DeFI.rollout.messages import Trial
+from Step3_DeFI.rollout.simulator import ChainSpec
+
+CLONE_INSTRUCTIONS = "calvin_models/conf/annotations/new_playtable_validation.yaml"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What two evaluations must share for their numbers to be compared.
+    """What two evaluations must share for their numbers to be compared; of the limits, one is enough.
 
     Args:
         assets: `builtin`, or `calvin` for the scenes of a clone.
@@ -43,17 +45,8 @@ class Protocol:
     instruction_hash: str
     world: str
 
-    def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
-        """Fields that keep results from being compared: all, but of the limits one shared one is enough."""
-        mine, theirs = asdict(self), asdict(other)
-        found = {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
-        if set(self.max_steps) & set(other.max_steps):
-            found.pop("max_steps", None)
-        return found
 
-
-def fingerprint(value: Any) -> str:
-    """Short hash of plain data."""
+def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -75,21 +68,49 @@ def world_maker(sim: SimConfig, scene: SceneConfig, renderer: str) -> Callable[[
         return partial(OfficialWorld, sim.calvin_root, scene.name, renderer=renderer)
     from defi.sim.world import World
 
-    return partial(
-        World, scene, renderer=renderer, static_size=sim.static_size, gripper_size=sim.gripper_size
+    sizes = {"static_size": sim.static_size, "gripper_size": sim.gripper_size}
+    return partial(World, scene, renderer=renderer, **sizes)
+
+
+def build_chains(config: RolloutConfig, scene: SceneConfig) -> tuple[Protocol, list[ChainSpec]]:
+    """All chains with the first phrasing of each task, and the protocol that they make up."""
+    official = config.tasks is None
+    if official and config.length != sequences.CHAIN_LENGTH:
+        raise UserError(
+            f"length={config.length}: the official sequences have {sequences.CHAIN_LENGTH} tasks; "
+            "name tasks=[…] for chains of another length"
+        )
+    if official:
+        drawn = sequences.sequences(config.chains)
+    else:
+        drawn = sequences.chains(config.tasks, config.chains, config.length, config.seed)
+    source, phrasings = read_instructions(config.sim)
+    words = [tuple(phrasings[task][0] for task in chain.tasks) for chain in drawn]
+    chains = [
+        ChainSpec(index, chain.tasks, words[index], *start_state(chain.initial_state, scene))
+        for index, chain in enumerate(drawn)
+    ]
+    protocol = Protocol(
+        scene=config.scene,
+        assets="builtin" if config.sim.calvin_root is None else "calvin",
+        backend=config.sim.backend,
+        sequences="official" if official else "subset",
+        sequence_hash=short_hash([[chain.initial_state, chain.tasks] for chain in drawn]),
+        chains=len(chains),
+        length=len(chains[0].tasks),
+        max_steps=tuple(config.max_steps),
+        instruction_source=source,
+        instruction_hash=short_hash(words),
+        world=config.sim.world,
     )
+    return protocol, chains
 
 
-def build_chains(config: RolloutConfig) -> list[sequences.Chain]:
-    """The official sequences, or chains of the named tasks."""
-    if config.tasks is None:
-        if config.length != sequences.CHAIN_LENGTH:
-            raise UserError(
-                f"length={config.length}: the official sequences have {sequences.CHAIN_LENGTH} tasks; "
-                "name tasks=[…] for chains of another length"
-            )
-        return sequences.sequences(config.chains)
-    return sequences.chains(config.tasks, config.chains, config.length, config.seed)
+def start_state(situation: Situation, scene: SceneConfig) -> tuple[np.ndarray, np.ndarray]:
+    """robot_obs [15] and scene_obs [24] of a situation, the blocks in the scene's order."""
+    robot_obs, scene_obs = sequences.start_state(situation)
+    poses = dict(zip(BLOCKS, np.split(scene_obs[6:], len(BLOCKS))))
+    return robot_obs, np.concatenate([scene_obs[:6], *(poses[block.name] for block in scene.blocks)])
 
 
 def read_instructions(sim: SimConfig) -> tuple[str, Mapping[str, Sequence[str]]]:
@@ -101,69 +122,23 @@ def read_instructions(sim: SimConfig) -> tuple[str, Mapping[str, Sequence[str]]]
     Raises:
         UserError: no such file, or one that lacks a task.
     """
-    relative = Path("calvin_models/conf/annotations/new_playtable_validation.yaml")
     if sim.instructions is not None:
-        source, file = Path(sim.instructions).name, Path(sim.instructions)
-    elif sim.calvin_root is not None:
-        source, file = str(relative), Path(sim.calvin_root) / relative
-    else:
-        return "builtin", INSTRUCTIONS
-    if not file.is_file():
-        hint = "check sim.instructions" if sim.instructions else "check that the clone of CALVIN is complete"
-        raise UserError(f"{file}: missing; {hint}")
-    return source, read_phrasings(file)
+        return Path(sim.instructions).name, read_phrasings(Path(sim.instructions), "check sim.instructions")
+    if sim.calvin_root is not None:
+        fix = "check that the clone of CALVIN is complete"
+        return CLONE_INSTRUCTIONS, read_phrasings(Path(sim.calvin_root, CLONE_INSTRUCTIONS), fix)
+    return "builtin", INSTRUCTIONS
 
 
-def read_phrasings(file: Path) -> dict[str, list[str]]:
+def read_phrasings(file: Path, fix: str) -> dict[str, list[str]]:
     """Task -> phrasings, from YAML (task: [phrasing, …]) or embeddings.npy (task: {ann: [phrasing, …]})."""
-    if file.suffix == ".npy":
-        entries = load_npy(file)
-        entries = entries if isinstance(entries, dict) else {}
-        found = {task: entry.get("ann") for task, entry in entries.items() if isinstance(entry, dict)}
-    else:
-        found = read_yaml(file, "it is not a file of instructions (task: [phrasing, …]); give another")
-    phrasings = {
-        task: [str(text) for text in texts]
-        for task, texts in found.items()
-        if isinstance(texts, (list, tuple, np.ndarray))
-    }
+    found = load_npy(file) if file.suffix == ".npy" else read_yaml(file, fix)
+    phrasings = {}
     for task in TASKS:
-        if not phrasings.get(task):
-            raise UserError(f"{file}: no instruction for {task}; needs one or more for each of the tasks")
+        texts = found.get(task) if isinstance(found, dict) else None
+        texts = texts.get("ann") if isinstance(texts, dict) else texts
+        texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
+        if not isinstance(texts, (list, tuple)) or not texts:
+            raise UserError(f"{file}: no instruction for {task} (a list of phrasings); {fix}")
+        phrasings[task] = [str(text) for text in texts]
     return phrasings
-
-
-def start_state(situation: Situation, scene: SceneConfig) -> tuple[np.ndarray, np.ndarray]:
-    """robot_obs [15] and scene_obs [24] of a situation, the blocks in the scene's order."""
-    robot_obs, scene_obs = sequences.start_state(situation)
-    poses = dict(zip(BLOCKS, np.split(scene_obs[6:], len(BLOCKS))))
-    return robot_obs, np.concatenate([scene_obs[:6], *(poses[block.name] for block in scene.blocks)])
-
-
-def build_trials(config: RolloutConfig, scene: SceneConfig) -> tuple[Protocol, list[Trial]]:
-    """All chains with the first phrasing of each task, and the protocol that they make up."""
-    chains = build_chains(config)
-    source, phrasings = read_instructions(config.sim)
-    trials = [
-        Trial(
-            index,
-            chain.tasks,
-            tuple(phrasings[task][0] for task in chain.tasks),
-            *start_state(chain.initial_state, scene),
-        )
-        for index, chain in enumerate(chains)
-    ]
-    protocol = Protocol(
-        scene=config.scene,
-        assets="builtin" if config.sim.calvin_root is None else "calvin",
-        backend=config.sim.backend,
-        sequences="official" if config.tasks is None else "subset",
-        sequence_hash=fingerprint([[chain.initial_state, chain.tasks] for chain in chains]),
-        chains=len(chains),
-        length=len(chains[0].tasks),
-        max_steps=tuple(config.max_steps),
-        instruction_source=source,
-        instruction_hash=fingerprint([trial.instructions for trial in trials]),
-        world=config.sim.world,
-    )
-    return protocol, trials

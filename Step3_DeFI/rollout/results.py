@@ -1,24 +1,116 @@
-"""Files of an evaluation: chains as they finish, and results.json, complete or not there."""
+"""What an evaluation says: chains as they finish, averages with intervals, and results.json.
+
+A chain's length is the number of its leading tasks solved within a limit of control steps each. One run at
+the largest limit holds the scores at all smaller ones: a task solved too late ends the chain there.
+"""
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from defi.config import typed
 from defi.engine.output import write_file
-from defi.errors import UserError, one_line
-from Step3_DeFI.rollout.messages import ChainResult
+from defi.errors import UserError, reading
 from Step3_DeFI.rollout.protocol import Protocol
-from Step3_DeFI.rollout.statistics import summarise
+from Step3_DeFI.rollout.simulator import ChainResult
 
 FORMAT = 1
 RESULTS = "results.json"
 PACKAGES = ("defi-robot", "torch", "numpy", "pybullet", "diffusers", "transformers")
+CONFIDENCE_Z = 1.959963984540054  # two-sided 95 % of a normal distribution
+DRAWS = 20_000
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def chain_length(steps: Sequence[int | None], limit: int) -> int:
+    """Leading tasks solved within `limit` control steps each."""
+    late = (number for number, taken in enumerate(steps) if taken is None or taken > limit)
+    return next(late, len(steps))
+
+
+def lengths(chains: Sequence[ChainResult], limit: int) -> Int[np.ndarray, " N"]:
+    return np.array([chain_length(chain.steps, limit) for chain in chains], dtype=np.int64)
+
+
+def mean_interval(values: Int[np.ndarray, " N"]) -> tuple[float, float]:
+    """95 % interval of the mean, by the percentile bootstrap. Seeded: the same values, the same interval.
+
+    The values are few integers, so a resample is a draw of how often each occurs (a multinomial).
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=DRAWS)
+    low, high = np.quantile(drawn @ distinct / len(values), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def rate_interval(solved: int, tried: int) -> tuple[float, float]:
+    """95 % interval of a success rate (Wilson's), meaningful also where none or all succeed."""
+    z2 = CONFIDENCE_Z**2
+    rate = solved / tried
+    middle = (rate + z2 / (2 * tried)) / (1 + z2 / tried)
+    half = CONFIDENCE_Z / (1 + z2 / tried) * math.sqrt(rate * (1 - rate) / tried + z2 / (4 * tried**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_difference(a: Int[np.ndarray, " N"], b: Int[np.ndarray, " N"]) -> dict[str, Any]:
+    """Mean of b − a over the same chains, its 95 % interval, and how likely chance alone is.
+
+    Returns:
+        difference, interval; p: the share of random sign flips of the paired differences whose mean is at
+        least as far from zero (two-sided permutation test); differs: whether p < 0.05.
+    """
+    change = b - a
+    sizes, counts = np.unique(np.abs(change), return_counts=True)
+    # Flipping n differences of size s at random leaves s·(2·heads − n), heads ~ Binomial(n, ½).
+    heads = np.random.default_rng(0).binomial(counts, 0.5, size=(DRAWS, len(counts)))
+    extreme = int((np.abs((2 * heads - counts) @ sizes) >= abs(change.sum())).sum())
+    p = (extreme + 1) / (DRAWS + 1)
+    interval = mean_interval(change)
+    return {"difference": float(change.mean()), "interval": interval, "p": p, "differs": p < 0.05}
+
+
+def running_average(values: Int[np.ndarray, " N"]) -> str:
+    """Mean and 95 % interval, by the normal approximation: for the screen, while chains finish."""
+    average = f"average length {values.mean():.2f}"
+    if len(values) < 2:
+        return average
+    return f"{average} ± {CONFIDENCE_Z * values.std(ddof=1) / np.sqrt(len(values)):.2f}"
+
+
+def summarise(chains: Sequence[ChainResult], limit: int) -> dict[str, Any]:
+    """Average length, success at each position, and counts per task, at one limit.
+
+    A task is tried where all before it were solved.
+    """
+    values = lengths(chains, limit)
+    reached = [int((values > position).sum()) for position in range(len(chains[0].tasks))]
+    tried = Counter(task for chain, length in zip(chains, values) for task in chain.tasks[: length + 1])
+    solved = Counter(task for chain, length in zip(chains, values) for task in chain.tasks[:length])
+    return {
+        "average": float(values.mean()),
+        "interval": mean_interval(values),
+        "success": [{"rate": n / len(values), "interval": rate_interval(n, len(values))} for n in reached],
+        "tasks": {task: {"solved": solved[task], "tried": tried[task]} for task in sorted(tried)},
+    }
+
+
+def summaries(chains: Sequence[ChainResult], max_steps: Sequence[int]) -> dict[str, dict[str, Any]]:
+    return {str(limit): summarise(chains, limit) for limit in max_steps}
+
+
+# ---------------------------------------------------------------- files
 
 
 class ChainLog:
@@ -27,12 +119,12 @@ class ChainLog:
     Processes on other devices write files of their own (`<name>.<rank>.jsonl`); all are read.
     """
 
-    def __init__(self, folder: Path, name: str, rank: int = 0) -> None:
+    def __init__(self, folder: Path, name: str = "chains", rank: int = 0) -> None:
         self.folder, self.name = folder, name
         self.path = folder / (f"{name}.{rank}.jsonl" if rank else f"{name}.jsonl")
 
     def read(self) -> dict[int, ChainResult]:
-        """All finished chains by index. A last line that was cut off by a kill is left out.
+        """All finished chains by index. A last line that a kill left unfinished is left out.
 
         Raises:
             UserError: a line is damaged.
@@ -41,43 +133,33 @@ class ChainLog:
         for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
             lines = path.read_text(errors="replace").split("\n")[:-1]
             for number, line in enumerate(lines, start=1):
-                try:
+                with reading(f"{path}: line {number}", "delete that line"):
                     chain = chain_from_json(json.loads(line))
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    raise UserError(f"{path}: line {number} is no chain; delete that line") from None
                 found[chain.index] = chain
         return found
 
-    def clear(self) -> None:
-        """Forget all chains."""
-        for path in self.folder.glob(f"{self.name}*.jsonl"):
-            path.unlink()
-
     def append(self, chain: ChainResult) -> None:
         with self.path.open("a+b") as file:
-            _drop_cut_line(file)
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # without what a kill left of a line
             file.write(json.dumps(asdict(chain)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def _drop_cut_line(file: Any) -> None:
-    """Remove what follows the last line break."""
-    file.seek(0)
-    text = file.read()
-    file.truncate(text.rfind(b"\n") + 1)
-
-
-def chain_from_json(values: Mapping[str, Any]) -> ChainResult:
+def chain_from_json(values: dict[str, Any]) -> ChainResult:
     """Raises ValueError, TypeError or KeyError for what is no chain."""
+    values = {
+        "observations" if key == "looks" else key: value for key, value in values.items()
+    }  # once `looks`
     chain = ChainResult(**values | {"tasks": tuple(values["tasks"]), "steps": tuple(values["steps"])})
-    numbers = (chain.index, chain.control_steps, chain.looks, *(n for n in chain.steps if n is not None))
+    steps = [taken for taken in chain.steps if taken is not None]
     if not (
-        all(isinstance(number, int) for number in numbers)
+        all(isinstance(n, int) for n in (chain.index, chain.control_steps, chain.observations, *steps))
         and isinstance(chain.seconds, (int, float))
         and all(isinstance(task, str) for task in chain.tasks)
     ):
-        raise TypeError(f"not a chain: {values}")
+        raise TypeError("not a chain")
     return chain
 
 
@@ -89,7 +171,7 @@ class Results:
         policy: kind, and for a checkpoint its path, fingerprint, step.
         protocol: what must agree for two numbers to be comparable.
         run: when, how long, on what, with which settings and versions.
-        limits: per limit of control steps ("360") the summary of `statistics.summarise`.
+        limits: per limit of control steps ("360") what `summarise` says.
         chains: every chain, in order.
         baseline: the same of the run beside it: {"agent", "limits", "chains"}.
     """
@@ -106,10 +188,6 @@ class Results:
         write_file(path, json.dumps(asdict(self), indent=1))
 
 
-def summaries(chains: Sequence[ChainResult], max_steps: Sequence[int]) -> dict[str, dict[str, Any]]:
-    return {str(limit): summarise(chains, limit) for limit in max_steps}
-
-
 def read_results(path: Path | str) -> Results:
     """Results from a results.json or the folder it is in.
 
@@ -118,46 +196,26 @@ def read_results(path: Path | str) -> Results:
     """
     path = Path(path)
     file = path / RESULTS if path.is_dir() else path
-    if not file.is_file():
-        unfinished = path.is_dir() and any(path.glob("chains*.jsonl"))
-        reason = (
-            "unfinished; continue it with resume=true" if unfinished else "give an output folder of a rollout"
-        )
-        raise UserError(f"{file}: no such file; {reason}")
-    try:
+    if not file.is_file() and path.is_dir() and any(path.glob("chains*.jsonl")):
+        raise UserError(f"{file}: missing, the rollout is unfinished; continue it with resume=true")
+    with reading(file, "give the output folder of a finished rollout"):
         values = json.loads(file.read_text())
         if values.get("format") != FORMAT:
-            raise UserError(
-                f"{file}: format {values.get('format')}, this version reads {FORMAT}; evaluate again"
-            )
+            raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
         protocol = asdict(typed(Protocol, values["protocol"], f"{file}: protocol"))
-        _demand_readable(values, protocol["max_steps"])
-        chains = tuple(map(chain_from_json, values["chains"]))
+        run, chains = values["run"], tuple(map(chain_from_json, values["chains"]))
+        averages = [values["limits"][str(limit)]["average"] for limit in protocol["max_steps"]]
+        if not (
+            len(chains) == protocol["chains"] > 0
+            and all(isinstance(average, (int, float)) for average in averages)
+            and all(isinstance(part, dict) for part in (run["settings"], run["versions"], values["policy"]))
+        ):
+            raise ValueError("chains, averages or settings are missing")
         return Results(**values | {"protocol": protocol, "chains": chains})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: not a rollout's results ({one_line(error)}); evaluate again") from None
-
-
-def _demand_readable(values: Mapping[str, Any], max_steps: Sequence[int]) -> None:
-    """Raises ValueError or KeyError where a results.json lacks what a comparison or a report reads."""
-    run, policy = values["run"], values["policy"]
-    averages = [values["limits"][str(limit)]["average"] for limit in max_steps]
-    if not (
-        values["chains"]
-        and all(isinstance(average, (int, float)) for average in averages)
-        and all(isinstance(part, dict) for part in (run["settings"], run["versions"], policy))
-    ):
-        raise ValueError("chains, averages or settings are missing")
 
 
 def versions() -> dict[str, str]:
     """Versions of what can change a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    installed = {each.name: each.version for each in importlib.metadata.distributions()}
+    found = {package: installed.get(package, "not installed") for package in PACKAGES}
+    return {"python": platform.python_version(), **found}

@@ -17,12 +17,13 @@ from types import ModuleType
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from defi.checkpoints.account import Unaccounted
+from defi.checkpoints.loading_report import DoesNotFit
 from defi.config import entry
 from defi.engine import checkpoint
 from defi.engine.model import StageModel
 from defi.engine.output import check_output, prepare_output
 from defi.errors import UserError
+from defi.text import CLIPText
 
 # By name, since this package imports no stage: each stage knows the published names of its own weights.
 ADAPTERS = {
@@ -36,8 +37,9 @@ ADAPTERS = {
 def adapter(stage: str) -> ModuleType:
     """The module that knows a stage's published checkpoints.
 
-    It has `TITLE`, `recognises(names)`, `convert(cfg)` → (model, report), and for the stages `build(cfg)`, a
-    new model of a preset, and `publish(model)`, its trained part under the published names.
+    It has `TITLE`, `MARK`, a tensor that only they have, `read(path)`, `convert(cfg)` → (model, report), and
+    for the stages `build(cfg)`, a new model of a preset, and `publish(model)`, its trained part under the
+    published names.
     """
     if stage not in ADAPTERS:
         raise UserError(f"stage={stage}: choose one of {', '.join(ADAPTERS)}")
@@ -50,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     console = Console(highlight=False)
     try:
         model, report = adapter(cfg.stage).convert(cfg)
-    except Unaccounted as error:
+    except DoesNotFit as error:
         console.print(error.report.table())
         raise
     console.print(report.table())
@@ -62,8 +64,8 @@ def main(cfg: DictConfig) -> None:
     print(f"written      {written}")
 
 
-def _save_tower(tower, output: Path) -> Path:
-    """Write a text tower as a Hugging Face folder, as a whole or not at all."""
+def _save_tower(tower: CLIPText, output: Path) -> Path:
+    """Write a text tower as a complete Hugging Face folder or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f".writing_{output.name}")
     shutil.rmtree(folder, ignore_errors=True)

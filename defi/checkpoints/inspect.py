@@ -15,17 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from defi.checkpoints.account import shapes, top
 from defi.checkpoints.convert import ADAPTERS, adapter
-from defi.checkpoints.foreign import find_index, read_foreign
+from defi.checkpoints.files import find_index, read_foreign
+from defi.checkpoints.loading_report import part_of
 from defi.config import compose_preset, entry, presets
 from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest
 from defi.errors import UserError
-from defi.files import read_json
-from defi.folders import find_files
+from defi.files import find_files, read_json
 
 STATE = ("ema", "state")  # of our checkpoints: beside the weights themselves
-VARIANTS = {"gidm": ((), ("gidm.variant=controllable",))}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Found:
     published: bool = True
 
 
-def look(path: Path) -> Found:
+def open_checkpoint(path: Path) -> Found:
     """What lies at `path`.
 
     Raises:
@@ -63,10 +61,8 @@ def look(path: Path) -> Found:
 
 def _file(path: Path) -> Found:
     tensors = read_foreign(path)
-    for stage in ADAPTERS:
-        if adapter(stage).recognises(tensors):
-            return Found(adapter(stage).TITLE, tensors, stage)
-    return Found("tensors of an unknown model", tensors)
+    stage = next((stage for stage in ADAPTERS if adapter(stage).MARK in tensors), None)
+    return Found(adapter(stage).TITLE if stage else "tensors of an unknown model", tensors, stage)
 
 
 def _own(folder: Path) -> Found:
@@ -94,15 +90,12 @@ def fitting(found: Found) -> list[str]:
     """The presets whose trained part has exactly these tensors (a controllable GIDM is named as such)."""
     if found.stage not in ("gfdm", "gidm", "policy"):
         return []
-    fits = []
-    for preset in presets():
-        for settings in VARIANTS.get(found.stage, ((),)):
-            if _fits(found, preset, settings):
-                fits.append(" ".join([preset, *settings]))
-    return fits
+    variants = [[], ["gidm.variant=controllable"]] if found.stage == "gidm" else [[]]
+    choices = [(preset, settings) for preset in presets() for settings in variants]
+    return [" ".join([preset, *settings]) for preset, settings in choices if _fits(found, preset, settings)]
 
 
-def _fits(found: Found, preset: str, settings: tuple[str, ...]) -> bool:
+def _fits(found: Found, preset: str, settings: list[str]) -> bool:
     stage = adapter(found.stage)
     with torch.device("meta"):
         model = stage.build(compose_preset(preset, *settings))
@@ -110,15 +103,14 @@ def _fits(found: Found, preset: str, settings: tuple[str, ...]) -> bool:
             wanted = stage.publish(model) if found.published else model.own_state()
         except UserError:  # the preset has parts that the published model lacks
             return False
-    present = shapes(found.tensors)
-    return all(present.get(name) == shape for name, shape in shapes(wanted).items())
+    return all(name in found.tensors and found.tensors[name].shape == t.shape for name, t in wanted.items())
 
 
 def table(tensors: Mapping[str, Tensor], *, each: bool) -> Table:
     """One row per part, or per tensor."""
     rows: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
-        rows.setdefault(name if each else top(name), []).append(tensor)
+        rows.setdefault(name if each else part_of(name), []).append(tensor)
     view = Table(box=None, pad_edge=False)
     for column in ("tensor" if each else "part", "shape" if each else "tensors", "parameters", "type", "MB"):
         view.add_column(column, justify="left" if column in ("tensor", "part", "type") else "right")
@@ -133,7 +125,7 @@ def table(tensors: Mapping[str, Tensor], *, each: bool) -> Table:
 
 @entry("inspect")
 def main(cfg: DictConfig) -> None:
-    found = look(Path(cfg.path))
+    found = open_checkpoint(Path(cfg.path))
     print(f"{cfg.path}: {found.title}")
     Console(highlight=False).print(table(found.tensors, each=cfg.tensors))
     if found.stage not in (None, "clip", "vae"):

@@ -1,35 +1,64 @@
-"""Tables between the tensor names of two implementations of one network.
+"""Tensor names of two implementations of one network, one table for both directions."""
 
-A table maps a name to the names of the parts that it is made of, stacked along the first dimension: most have
-one part, fused projections have three (q, k, v).
-"""
-
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-Names = dict[str, tuple[str, ...]]
+
+class Names:
+    """A table from names to the names of the parts that each tensor is made of.
+
+    A name stands for everything below it, and `*` for a layer number. Most tensors are one part; a fused
+    projection is several (q, k, v), stacked along the first dimension. What the table does not name is left
+    out: whoever loads the result compares it with what the model expects.
+    """
+
+    def __init__(self, table: Mapping[str, str | tuple[str, ...]]) -> None:
+        entries = [(name, (parts,) if isinstance(parts, str) else parts) for name, parts in table.items()]
+        self._split = [(_pattern(name), parts) for name, parts in entries]
+        self._join = [
+            (_pattern(part), name, i, len(parts)) for name, parts in entries for i, part in enumerate(parts)
+        ]
+
+    def split(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the table's names → their parts."""
+        return {
+            _fill(part, match): piece
+            for name, tensor in tensors.items()
+            for pattern, parts in self._split
+            if (match := pattern.fullmatch(name))
+            for part, piece in zip(parts, tensor.chunk(len(parts)))
+        }
+
+    def join(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts → tensors under the table's names; one of which parts are missing is left out."""
+        found: dict[str, list[Tensor | None]] = {}
+        for name, tensor in tensors.items():
+            for pattern, whole, i, count in self._join:
+                if match := pattern.fullmatch(name):
+                    found.setdefault(_fill(whole, match), [None] * count)[i] = tensor
+        complete = {name: parts for name, parts in found.items() if not any(part is None for part in parts)}
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in complete.items()}
 
 
-def both(whole: str, *parts: str) -> Names:
-    """Entries for the weight and the bias of a layer."""
-    return {f"{whole}.{kind}": tuple(f"{part}.{kind}" for part in parts) for kind in ("weight", "bias")}
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\*", r"(\d+)") + r"((?:\..+)?)")
 
 
-def join(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Parts → wholes; all parts of the table must be there."""
-    return {
-        whole: tensors[parts[0]] if len(parts) == 1 else torch.cat([tensors[part] for part in parts])
-        for whole, parts in names.items()
-    }
+def _fill(name: str, match: re.Match[str]) -> str:
+    *numbers, below = match.groups()
+    for number in numbers:
+        name = name.replace("*", number, 1)
+    return name + below
 
 
-def split(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Wholes → parts, of those that are there."""
-    return {
-        part: tensor
-        for whole, parts in names.items()
-        if whole in tensors
-        for part, tensor in zip(parts, tensors[whole].chunk(len(parts)))
-    }
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with `prefix` before their names."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}

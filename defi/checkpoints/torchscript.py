@@ -8,26 +8,19 @@ tensors and containers and turns every other class into a bag of attributes.
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from defi.errors import UserError, one_line
+from defi.errors import UserError, reading
 
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
+DTYPES += (torch.int8, torch.uint8, torch.bool)
+KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+STORAGES = {f"{kind}Storage": dtype for kind, dtype in zip(KINDS, DTYPES)}
 # Marks of the type of a list or dictionary; they return their argument.
 TYPE_MARKS = {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag"}
 
@@ -49,29 +42,41 @@ def _unmarked(value: Any, *_: Any) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Calls nothing but the three harmless functions of this module."""
+    """Calls nothing but the harmless functions of this module."""
 
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
+    CALLED = {
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+        ("torch._utils", "_rebuild_parameter"): _unmarked,
+        ("collections", "OrderedDict"): OrderedDict,
+        **{("torch.jit._pickle", name): _unmarked for name in TYPE_MARKS},
+    }
+
+    def __init__(self, archive: zipfile.ZipFile, file: Path) -> None:
+        self.archive, self.file = archive, file
+        self.root = next(n.split("/")[0] for n in archive.namelist() if n.endswith("/data.pkl"))
+        super().__init__(archive.open(f"{self.root}/data.pkl"))
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
-            return _rebuild if name == "_rebuild_tensor_v2" else _unmarked
-        if module == "torch.jit._pickle" and name in TYPE_MARKS:
-            return _unmarked
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        if (module, name) in self.CALLED:
+            return self.CALLED[module, name]
+        raise runs_code(self.file, f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, *_ = pid
         content = bytearray(self.archive.read(f"{self.root}/data/{key}"))
         return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+
+def runs_code(file: Path, name: str) -> UserError:
+    """The error for a pickle that asks for something else than tensors and containers."""
+    return UserError(
+        f"{file}: refers to {name}, which could run code when loaded, so it is not read; "
+        "get its tensors alone (safetensors, or a state_dict of tensors)"
+    )
 
 
 def is_torchscript(file: Path) -> bool:
@@ -89,31 +94,20 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the archive is damaged, or its pickle asks for more than tensors and containers.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            root = next(name.split("/")[0] for name in archive.namelist() if name.endswith("/data.pkl"))
-            module = _Unpickler(archive, root).load()
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file}: refers to {one_line(error)}, which could run code when loaded, so it is not read; "
-            "get its tensors alone (safetensors, or a state_dict of tensors)"
-        ) from None
-    except Exception as error:  # whatever a damaged pickle may lead to
-        raise UserError(f"{file}: damaged archive ({one_line(error)}); download it again") from None
-    tensors: dict[str, Tensor] = {}
-    _collect(module, "", tensors, set())
+    with reading(file, "download it again"), zipfile.ZipFile(file) as archive:
+        tensors = dict(_tensors(_Unpickler(archive, file).load(), "", set()))
     if not tensors:
         raise UserError(f"{file}: a TorchScript archive without tensors; give another file")
     return tensors
 
 
-def _collect(module: Any, prefix: str, tensors: dict[str, Tensor], seen: set[int]) -> None:
-    """Walk modules in modules; each once, since a crafted file could make them contain each other."""
+def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Of modules in modules; each once, since a crafted file could make them contain each other."""
     if id(module) in seen or not isinstance(module, _Module):
         return
     seen.add(id(module))
     for name, value in vars(module).items():
         if isinstance(value, Tensor):
-            tensors[f"{prefix}{name}"] = value
+            yield f"{prefix}{name}", value
         else:
-            _collect(value, f"{prefix}{name}.", tensors, seen)
+            yield from _tensors(value, f"{prefix}{name}.", seen)

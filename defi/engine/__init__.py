@@ -2,13 +2,13 @@
 
     loop.py        train(): the loop, one step beside it    run.py         what it holds between steps
     config.py      TrainerConfig: the numbers of a run      model.py       StageModel: what the loop trains
-    data.py        the order of samples, resumable          shuffle.py     a permutation without memory
+    data.py        batches, random streams of samples       shuffle.py     a permutation without memory
+    state.py       all that an exact resume needs           checkpoint.py  its folders: found, read, written
     optimizer.py   AdamW and its learning rate              ema.py         averaged weights
-    checkpoint.py  folders: found, read, written            resume.py      what an exact resume needs besides
-    weights.py     tensors and settings, read strictly      distributed.py processes, FSDP2
-    faults.py      not finite, out of memory, lost worker   preemption.py  signals
-    log.py         metrics.jsonl, trackers, the terminal    plot.py        its curves
-    output.py      output folders, atomic writes
+    rng.py         global random generators                 weights.py     tensors in files, read strictly
+    distributed.py processes, FSDP2                         preemption.py  signals
+    faults.py      what goes wrong, in one line             log.py         metrics.jsonl, trackers, terminal
+    output.py      output folders, atomic writes            plot.py        the curves of metrics.jsonl
 
 Import from the modules: this package itself imports nothing, so that commands without a network start fast.
 """

@@ -10,9 +10,26 @@ from omegaconf import DictConfig, OmegaConf
 from defi.config import typed
 from defi.errors import UserError
 
-SCHEDULES = ("constant", "tri_stage")
-PRECISIONS = ("no", "fp16", "bf16")
+SCHEDULES, PRECISIONS = ("constant", "tri_stage"), ("no", "fp16", "bf16")
 MATMULS = ("highest", "high", "medium")
+# Settings, a rule, and what to say where it does not hold.
+RULES = (
+    ("global_batch passes log_every keep", lambda n: n >= 1, "must be at least 1"),
+    ("max_steps epochs micro_batch", lambda n: n is None or n >= 1, "must be at least 1, or null"),
+    ("workers skip_nonfinite weight_decay", lambda n: n >= 0, "must not be negative"),
+    ("save_every preview_every rollout_every", lambda n: n >= 0, "must not be negative; 0 means never"),
+    ("lr", lambda x: x > 0, "must be positive"),
+    ("betas", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b), "two numbers in [0, 1)"),
+    ("clip", lambda x: x is None or x > 0, "must be positive, or null for no clipping"),
+    ("warmup", lambda x: 0 <= x <= 1, "is a share of the steps, in [0, 1]"),
+    ("phases", lambda p: len(p) == 3 and min(p) >= 0, "three shares that sum to 1"),
+    ("phases", lambda p: abs(sum(p) - 1) < 1e-6, "three shares that sum to 1"),
+    ("bad_samples", lambda x: 0 <= x < 1, "is a share of the samples, in [0, 1)"),
+    ("ema", lambda x: x is None or 0 < x < 1, "must lie in (0, 1), or null for none"),
+    ("schedule", lambda name: name in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}"),
+    ("precision", lambda name: name in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}"),
+    ("matmul", lambda name: name in MATMULS, f"choose one of {', '.join(MATMULS)}"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,56 +66,24 @@ class TrainerConfig:
 
     log_every: int = 10
     save_every: int = 500
-    sample_every: int = 0
+    preview_every: int = 0
     rollout_every: int = 0
     keep: int = 2  # newest checkpoints kept
     best_metric: str | None = None  # evaluation metric whose largest value is kept too
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "phases", tuple(self.phases))
-        for name in ("global_batch", "passes", "log_every", "keep"):
-            self._demand(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("max_steps", "epochs", "micro_batch"):
-            least = getattr(self, name)
-            self._demand(name, least is None or least >= 1, "must be at least 1, or null")
-        self._demand("max_steps", (self.max_steps or self.epochs) is not None, "give it or trainer.epochs")
-        for name in (
-            "workers",
-            "save_every",
-            "sample_every",
-            "rollout_every",
-            "weight_decay",
-            "skip_nonfinite",
-        ):
-            self._demand(name, getattr(self, name) >= 0, "must not be negative")
-        self._demand("lr", self.lr > 0, "must be positive")
-        self._demand(
-            "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"
-        )
-        self._demand("clip", self.clip is None or self.clip > 0, "must be positive, or null for no clipping")
-        self._demand("schedule", self.schedule in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}")
-        self._demand("precision", self.precision in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}")
-        self._demand("matmul", self.matmul in MATMULS, f"choose one of {', '.join(MATMULS)}")
-        self._demand("warmup", 0 <= self.warmup <= 1, "is a share of the steps, in [0, 1]")
-        self._demand("phases", self._are_phases(), "three shares that sum to 1")
-        self._demand("bad_samples", 0 <= self.bad_samples < 1, "is a share of the samples, in [0, 1)")
-        self._demand("ema", self.ema is None or 0 < self.ema < 1, "must lie in (0, 1), or null for none")
-
-    def _are_phases(self) -> bool:
-        return len(self.phases) == 3 and min(self.phases) >= 0 and abs(sum(self.phases) - 1) < 1e-6
-
-    def _demand(self, name: str, fine: bool, rule: str) -> None:
-        if not fine:
-            raise UserError(f"trainer.{name}={getattr(self, name)}: {rule}")
+        for name in ("betas", "phases"):  # lists in YAML
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for names, holds, message in RULES:
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise UserError(f"trainer.{name}={getattr(self, name)}: {message}")
+        if self.max_steps is None and self.epochs is None:
+            raise UserError("trainer.max_steps=None: give it or trainer.epochs")
 
     @classmethod
     def from_config(cls, section: Mapping[str, Any]) -> "TrainerConfig":
-        """Build from the `trainer` section of a configuration.
-
-        Raises:
-            UserError: an unknown key or an impossible value.
-        """
+        """Build from the `trainer` section of a configuration; UserError for unknown keys and bad values."""
         return typed(cls, section, "trainer")
 
     def for_samples(self, count: int) -> "TrainerConfig":
@@ -118,19 +103,15 @@ class TrainerConfig:
         Raises:
             UserError: the global batch cannot be divided that way.
         """
-        per_process, rest = divmod(self.global_batch, processes)
-        if rest or per_process == 0:
-            raise UserError(
-                f"trainer.global_batch={self.global_batch}: not divisible by {processes} processes; "
-                f"choose a multiple of {processes}"
-            )
-        micro = min(self.micro_batch or per_process, per_process)
-        if per_process % micro:
-            raise UserError(
-                f"trainer.micro_batch={micro}: does not divide the {per_process} samples per process; "
-                f"choose a divisor of {per_process}"
-            )
-        return micro, per_process // micro
+        share, rest = divmod(self.global_batch, processes)
+        if rest or share == 0:
+            why = f"not divisible by {processes} processes; choose a multiple of {processes}"
+            raise UserError(f"trainer.global_batch={self.global_batch}: {why}")
+        micro = min(self.micro_batch or share, share)
+        if share % micro:
+            why = f"does not divide the {share} samples per process; choose a divisor of {share}"
+            raise UserError(f"trainer.micro_batch={micro}: {why}")
+        return micro, share // micro
 
 
 def run_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import hashlib
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,126 +32,23 @@ from defi.processes import print_once
 
 GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to its end
 Draw = tuple[int, int]  # (epoch, index)
+Batch = dict[str, Any]
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
-class StepOrder(Sampler[list[Draw]]):
-    """Endless micro-batches of one process, starting at a position in the stream of samples.
-
-    The stream is a fresh seeded permutation of all indices per epoch, one after the other (`Shuffle`). Step k
-    takes the samples [k·G, (k+1)·G); process r of P takes every P-th of those from the r-th on, in
-    micro-batches. So a position is one number, and the global batches do not depend on P or on the
-    micro-batch.
-    """
-
-    AHEAD = 1024  # positions that are looked up at once, because that costs little more than one
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        seed: int,
-        start: int,
-        global_batch: int,
-        micro_batch: int,
-        process: tuple[int, int],
-    ) -> None:
-        self.size, self.seed, self.start = size, seed, start
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.processes = process
-        self._shuffle = Shuffle(size, seed)
-        self._block: tuple[int, list[Draw]] = (-1, [])
-
-    def draw(self, position: int) -> Draw:
-        """Epoch and index of the sample at a position of the stream."""
-        block, offset = divmod(position, self.AHEAD)
-        if self._block[0] != block:
-            positions = np.arange(block * self.AHEAD, (block + 1) * self.AHEAD)
-            epochs, indices = self._shuffle.at(positions)
-            self._block = (block, list(zip(epochs.tolist(), indices.tolist())))
-        return self._block[1][offset]
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        position = self.start
-        while True:
-            share = range(position + self.rank, position + self.global_batch, self.processes)
-            draws = [self.draw(p) for p in share]
-            for first in range(0, len(draws), self.micro_batch):
-                yield draws[first : first + self.micro_batch]
-            position += self.global_batch
+# ---------------------------------------------------------------- named streams of random numbers
 
 
-class SeededDataset(Dataset):
-    """Gives each draw of a data set its own random numbers, and the sample its number `seed`.
-
-    If `tolerant`, a sample that cannot be read is replaced by another one, a function of the draw alone, and
-    `fault` says why, a line per sample ("" if there was none).
-    """
-
-    TRIES = 20
-
-    def __init__(self, dataset: Dataset, seed: int, *, tolerant: bool) -> None:
-        self.dataset, self.seed, self.tolerant = dataset, seed, tolerant
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        if not self.tolerant:
-            return self.read(draw)
-        epoch, index = draw
-        others = stream("other samples", self.seed, *draw).integers(len(self.dataset), size=self.TRIES)
-        faults: list[str] = []
-        for candidate in (index, *others.tolist()):
-            try:
-                return {**self.read((epoch, candidate)), "fault": "\n".join(faults)}
-            except UserError as error:
-                faults.append(f"sample {candidate}: {error}")
-        raise UserError(faults[-1])
-
-    def read(self, draw: Draw) -> dict[str, Any]:
-        """The sample of one draw."""
-        _, index = draw
-        seed = seed_of("training", self.seed, *draw)
-        if hasattr(self.dataset, "sample"):
-            sample = self.dataset.sample(index, stream("sample", seed))
-        else:
-            sample = self.dataset[index]
-        return {**sample, "seed": seed}
-
-
-def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Value]]:
-    """Each item that can be read, and what `read` makes of it; at the end a line tells of the others.
-
-    For what is only looked at: in training `SeededDataset` replaces what cannot be read.
-
-    Raises:
-        UserError: none can be read.
-    """
-    count, faults = 0, []
-    for item in items:
-        try:
-            value = read(item)
-        except UserError as error:
-            faults.append(error)
-            continue
-        count += 1
-        yield item, value
-    if faults and not count:
-        raise faults[0]
-    if faults:
-        print_once(
-            f"left out: {len(faults)} of {len(faults) + count} samples to look at; the first: {faults[0]}"
-        )
-
-
-def _hash(purpose: str, numbers: Sequence[int], size: int) -> int:
-    name = " ".join([purpose, *map(str, numbers)])
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=size).digest(), "little")
+def _hash(size: int, *name: object) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(" ".join(map(str, name)).encode(), digest_size=size).digest(), "little"
+    )
 
 
 def seed_of(purpose: str, *numbers: int) -> int:
-    """One seed for a purpose out of several numbers, a run's seed and a sample's number say: 63 bits, so that
-    it fits a signed 64-bit integer."""
-    return _hash(purpose, numbers, 8) >> 1
+    """One seed of 63 bits for a purpose, out of several numbers, a run's seed and a sample's number say."""
+    return _hash(8, purpose, *numbers) >> 1
 
 
 def sample_seeds(purpose: str, seed: int, count: int) -> Int[Tensor, " N"]:
@@ -160,14 +58,13 @@ def sample_seeds(purpose: str, seed: int, count: int) -> Int[Tensor, " N"]:
 
 def stream(purpose: str, *numbers: int) -> np.random.Generator:
     """The random numbers of a purpose; `numbers` are a seed, or what makes one."""
-    return np.random.default_rng(_hash(purpose, numbers, 16))
+    return np.random.default_rng(_hash(16, purpose, *numbers))
 
 
 class SampleNoise:
     """Random numbers that belong to samples, not to batches: equal for any batch size or number of processes.
 
-    They are a function of a sample's seed and of what they are drawn for: the same purpose gives the same
-    numbers again, another one numbers that have nothing to do with them.
+    The same seed and purpose give the same numbers again; another purpose gives independent ones.
 
     Args:
         seeds: the batch's `seed`, on the CPU.
@@ -193,90 +90,182 @@ class SampleNoise:
         return torch.from_numpy(np.stack(drawn)).to(self.device)
 
 
+# ---------------------------------------------------------------- samples and their order
+
+
+class StepOrder(Sampler[list[Draw]]):
+    """Endless micro-batches of one process, starting at a position in the stream of samples.
+
+    The stream is a fresh seeded permutation of all indices per epoch, one after the other (`Shuffle`). Step k
+    takes the samples [k·G, (k+1)·G); process r of P takes every P-th of those from the r-th on, in
+    micro-batches. So a position is one number, and the global batches do not depend on P or on the
+    micro-batch.
+    """
+
+    AHEAD = 1024  # positions that are looked up at once, because that costs little more than one
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        start: int,
+        global_batch: int,
+        micro_batch: int,
+        process: tuple[int, int],
+    ) -> None:
+        self.size, self.start = size, start
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.processes = process
+        self._shuffle = Shuffle(size, seed)
+        self._block: tuple[int, list[Draw]] = (-1, [])
+
+    def draw(self, position: int) -> Draw:
+        """Epoch and index of the sample at a position of the stream."""
+        block, offset = divmod(position, self.AHEAD)
+        if self._block[0] != block:
+            epochs, indices = self._shuffle.at(block * self.AHEAD + np.arange(self.AHEAD))
+            self._block = (block, list(zip(epochs.tolist(), indices.tolist())))
+        return self._block[1][offset]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        position = self.start
+        while True:
+            share = range(position + self.rank, position + self.global_batch, self.processes)
+            draws = [self.draw(p) for p in share]
+            for first in range(0, len(draws), self.micro_batch):
+                yield draws[first : first + self.micro_batch]
+            position += self.global_batch
+
+
+class SeededDataset(Dataset):
+    """Gives each draw of a data set its own random numbers, and the sample its number `seed`.
+
+    If `tolerant`, a sample that cannot be read is replaced by another one, a function of the draw alone, and
+    `fault` has a line for each such sample.
+    """
+
+    TRIES = 20
+
+    def __init__(self, dataset: Dataset, seed: int, *, tolerant: bool) -> None:
+        self.dataset, self.seed, self.tolerant = dataset, seed, tolerant
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        if not self.tolerant:
+            return self.read(draw)
+        others = stream("other samples", self.seed, *draw).integers(len(self.dataset), size=self.TRIES)
+        faults: list[str] = []
+        for candidate in (draw[1], *others.tolist()):
+            try:
+                return {**self.read((draw[0], candidate)), "fault": "\n".join(faults)}
+            except UserError as error:
+                faults.append(f"sample {candidate}: {error}")
+        raise UserError(faults[-1])
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """The sample of one draw."""
+        seed, index = seed_of("training", self.seed, *draw), draw[1]
+        drawn = hasattr(self.dataset, "sample")
+        sample = self.dataset.sample(index, stream("sample", seed)) if drawn else self.dataset[index]
+        return {**sample, "seed": seed}
+
+
+def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Value]]:
+    """Each item that can be read, and what `read` makes of it; at the end a line counts the others.
+
+    For what is only shown: in training `SeededDataset` replaces what cannot be read.
+
+    Raises:
+        UserError: none can be read.
+    """
+    count, faults = 0, []
+    for item in items:
+        try:
+            value = read(item)
+        except UserError as error:
+            faults.append(error)
+        else:
+            count += 1
+            yield item, value
+    if faults and not count:
+        raise faults[0]
+    if faults:
+        total = len(faults) + count
+        print_once(f"left out: {len(faults)} of {total} samples to look at; the first: {faults[0]}")
+
+
 class Feed:
     """Batches of one process, step by step, with the time spent waiting for them.
 
     Attributes:
         samples: position in the stream: samples that all processes have consumed.
         waited: seconds spent waiting for data since it was last set to 0.
-        parts: pieces that a loaded micro-batch is cut into, where the memory does not hold it.
+        parts: pieces that a loaded micro-batch is split into, where the memory does not hold it.
         faults: samples of this process that could not be read and were replaced, and why.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        trainer: TrainerConfig,
-        *,
-        seed: int,
-        start: int,
-        process: tuple[int, int],
-        device: torch.device,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        self, dataset: Dataset, trainer: TrainerConfig, accelerator: Accelerator, *, seed: int, start: int
     ) -> None:
-        micro_batch, self.accumulation = trainer.split_batch(process[1])
+        self.trainer, self.device = trainer, accelerator.device
+        process = (accelerator.process_index, accelerator.num_processes)
+        micro_batch, self.accumulation = trainer.split_batch(accelerator.num_processes)
         self.order = StepOrder(
             len(dataset), seed=seed, start=start, global_batch=trainer.global_batch, micro_batch=micro_batch,
             process=process,
         )  # fmt: skip
-        self.epoch_size = trainer.passes * len(dataset)
-        self.bad_samples, self.device = trainer.bad_samples, device
-        self.samples = start
-        self.waited = 0.0
-        self.parts = 1
+        self.samples, self.waited, self.parts = start, 0.0, 1
         self.faults: list[str] = []
         loader = DataLoader(
             SeededDataset(dataset, seed, tolerant=trainer.bad_samples > 0),
             batch_sampler=self.order,
             num_workers=trainer.workers,
-            collate_fn=collate,
             worker_init_fn=leave_signals,
-            pin_memory=device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader would draw from the generator of the training
         )
         self._batches = iter(loader)
         atexit.register(self.close)  # what fails before anyone closes this must not leave workers behind
 
-    def next_step(self) -> list[dict[str, Any]]:
-        """The micro-batches of the next step, on the device; strings and `seed` stay where they are."""
+    def next_step(self) -> list[Batch]:
+        """The micro-batches of the next step, on the device; strings and `seed` stay where they are.
+
+        Raises:
+            UserError: a sample cannot be read, or more than `trainer.bad_samples` were replaced.
+        """
         start = time.perf_counter()
         try:
             batches = [next(self._batches) for _ in range(self.accumulation)]
-        except UserError as error:
-            raise UserError(_reason(error)) from None
         except (ConnectionError, EOFError) as error:  # before the loader notices
             time.sleep(GOODBYE)  # its signal handler raises an error that says more, here and not later
             raise RuntimeError(f"DataLoader worker: {error}") from error
-        except OSError as error:
-            raise UserError(f"data: {_reason(error)}; restore it, then continue with resume=true") from None
+        except (
+            UserError,
+            OSError,
+        ) as error:  # a worker sends its traceback along, which ends with the message
+            reason = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+            lost = f"data: {reason}; restore it, then continue with resume=true"
+            raise UserError(reason if isinstance(error, UserError) else lost) from None
         self.waited += time.perf_counter() - start
-        self.samples += self.order.global_batch
-        for batch in batches:
-            self._note_faults(batch.pop("fault", []))
-        return [
-            send_to_device(part, self.device, non_blocking=True, skip_keys="seed")
-            for batch in batches
-            for part in split(batch, self.parts)
-        ]
-
-    def put_back(self) -> None:
-        """The latest step has not been taken after all: a run that goes on from here takes it again."""
-        self.samples -= self.order.global_batch
+        self.samples += self.trainer.global_batch
+        self._note_faults(
+            [line for b in batches for lines in b.pop("fault", []) for line in lines.splitlines()]
+        )
+        parts = [part for batch in batches for part in split(batch, self.parts)]
+        return [send_to_device(part, self.device, non_blocking=True, skip_keys="seed") for part in parts]
 
     def _note_faults(self, faults: list[str]) -> None:
         """Raise UserError where more samples than allowed, of a pass or of all since the start, were bad."""
-        self.faults += [line for lines in faults for line in lines.splitlines()]
+        self.faults += faults
         drawn = max(self.samples - self.order.start, self.order.size) / self.order.processes
-        if len(self.faults) > self.bad_samples * drawn:
+        if (count := len(self.faults)) > (allowed := self.trainer.bad_samples) * drawn:
+            what = f"{count} samples could not be read, more than trainer.bad_samples={allowed} allows"
             latest = "; ".join(dict.fromkeys(self.faults[-3:]))
-            raise UserError(
-                f"data: {len(self.faults)} samples could not be read, more than "
-                f"trainer.bad_samples={self.bad_samples} allows; fix or remove them, or raise it: {latest}"
-            )
+            raise UserError(f"data: {what}; fix or remove them, or raise it: {latest}")
 
     def indices(self) -> list[int]:
         """Indices in the data set of the latest step's samples, of all processes."""
-        first = self.samples - self.order.global_batch
+        first = self.samples - self.trainer.global_batch
         return [self.order.draw(position)[1] for position in range(first, self.samples)]
 
     @property
@@ -284,21 +273,22 @@ class Feed:
         """Samples of one forward pass."""
         return self.order.micro_batch // self.parts
 
-    def shrink(self) -> None:
-        """From now on take fewer samples at a time, and more times."""
-        micro = self.micro_batch
-        self.parts *= next(factor for factor in range(2, micro + 1) if micro % factor == 0)
+    def shrink(self) -> int:
+        """From now on take fewer samples at a time; returns how many times more often."""
+        factor = next(n for n in range(2, self.micro_batch + 1) if self.micro_batch % n == 0)
+        self.parts *= factor
+        return factor
 
     @property
     def epochs(self) -> float:
         """Epochs (of one or several passes over the data) so far."""
-        return self.samples / self.epoch_size
+        return self.samples / (self.trainer.passes * self.order.size)
 
     @property
     def ended_epoch(self) -> bool:
         """Whether the latest step took the last sample of an epoch."""
-        before = self.samples - self.order.global_batch
-        return self.samples // self.epoch_size > before // self.epoch_size
+        size = self.trainer.passes * self.order.size
+        return self.samples // size > (self.samples - self.trainer.global_batch) // size
 
     def close(self) -> None:
         """Let the loader workers go, now: the traceback of an error may hold the loader till the very end."""
@@ -309,23 +299,16 @@ class Feed:
 
 
 def leave_signals(worker: int) -> None:
-    """A signal to the whole run is for its main process to answer; a second SIGTERM ends this one too."""
+    """The main process answers a signal to the run; a second SIGTERM ends this loader worker too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _reason(error: Exception) -> str:
-    """Its message; a loader worker sends its traceback along, which ends with it."""
-    return re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
-
-
-def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch of B samples as `parts` batches of B / parts."""
     if parts == 1:
         return [batch]
     size = len(batch["seed"]) // parts
-    return [
-        {name: value[first : first + size] for name, value in batch.items()}
-        for first in range(0, size * parts, size)
-    ]
+    pieces = [slice(first, first + size) for first in range(0, size * parts, size)]
+    return [{name: value[piece] for name, value in batch.items()} for piece in pieces]

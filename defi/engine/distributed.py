@@ -1,14 +1,12 @@
 """The processes of a run, and a model sharded over them by FSDP2: each keeps 1/N of every trained tensor.
 
-Gradients, averages and optimizer states are sharded with the weights. Where such a tensor meets a file,
-`full_tensor` puts it together and `shard_like` takes a process's part, so that checkpoints do not depend on
-how a run was launched.
+Gradients, averages and optimizer states are sharded with the weights. `full_tensor` puts a tensor together
+for a file and `shard_like` takes a process's part of one, so checkpoints do not depend on the launch.
 """
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,10 +18,11 @@ from torch import Tensor, nn
 from defi.engine.config import TrainerConfig
 from defi.errors import UserError
 
-LONGEST_WAIT = timedelta(hours=2)  # of the other processes while the main one samples, rolls out or saves
-FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`, as the rest of this block
-UNSUPPORTED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-REQUIRED = {
+LONGEST_WAIT = timedelta(hours=2)  # of the other processes while the main one previews, rolls out or saves
+FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`, as these:
+SUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
     "FSDP_VERSION": "2",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_OFFLOAD_PARAMS": "false",
@@ -32,25 +31,16 @@ REQUIRED = {
 
 
 def sharding_requested() -> bool:
-    """Whether `accelerate launch` was told to shard the model.
+    """Whether `accelerate launch` was asked to shard the model.
 
     Raises:
         UserError: in another way than `configs/accelerate/fsdp.yaml` does.
     """
-    fix = "launch with --config_file configs/accelerate/fsdp.yaml"
-    for switch in UNSUPPORTED:
-        if _is_on(switch):
-            raise UserError(f"{switch}=true: not supported; {fix}")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not _is_on(FSDP):
-        return False
-    for name, value in REQUIRED.items():
+    for name, value in SUPPORTED.items():
         if os.environ.get(name, value).lower() != value:
+            fix = "launch with --config_file configs/accelerate/fsdp.yaml"
             raise UserError(f"{name}={os.environ[name]}: only {name.lower()}: {value} is supported; {fix}")
-    return True
-
-
-def _is_on(switch: str) -> bool:
-    return os.environ.get(switch, "false").lower() in ("true", "1")
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get(FSDP, "").lower() in ("true", "1")
 
 
 def start_processes(trainer: TrainerConfig, tracker: str | None, output: Path) -> Accelerator:
@@ -63,29 +53,20 @@ def start_processes(trainer: TrainerConfig, tracker: str | None, output: Path) -
         raise UserError("trainer.precision=fp16: not for a sharded model; set trainer.precision=bf16")
     # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    handlers = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+    ]
+    request = os.environ.pop(FSDP, None)  # accelerate would shard in its own way, and on GPUs only
     try:
-        with hidden_from_accelerate():
-            return Accelerator(
-                mixed_precision=trainer.precision,
-                log_with=tracker,
-                project_dir=output,
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-                ],
-            )
+        return Accelerator(
+            mixed_precision=trainer.precision, log_with=tracker, project_dir=output, kwargs_handlers=handlers
+        )
     except ValueError as error:
         raise UserError(f"trainer.precision={trainer.precision}: {error}; set trainer.precision=no") from None
-
-
-@contextmanager
-def hidden_from_accelerate() -> Iterator[None]:
-    """Hide any request to shard from accelerate, which would do it in its own way, and on GPUs only."""
-    requests = {switch: os.environ.pop(switch) for switch in (FSDP, *UNSUPPORTED) if switch in os.environ}
-    try:
-        yield
     finally:
-        os.environ.update(requests)
+        if request is not None:
+            os.environ[FSDP] = request
 
 
 def in_any_process(fact: bool, accelerator: Accelerator) -> bool:

@@ -15,8 +15,7 @@ class EMA:
     """
 
     def __init__(self, model: StageModel, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
+        self.decay, self.updates = decay, 0
         self.parameters = [p for _, p in model.trainable()]
         self.average = [p.detach().clone() for p in self.parameters]
 
@@ -26,13 +25,6 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
-
-    @torch.no_grad()
-    def restart(self, updates: int = 0) -> None:
-        """Set the averages to the present weights, as they are after so many updates."""
-        for average, parameter in zip(self.average, self.parameters):
-            average.copy_(parameter)
-        self.updates = updates
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,49 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from defi.engine.checkpoint import how_to_continue
+from defi.engine.config import TrainerConfig
+from defi.engine.data import Batch
 from defi.engine.distributed import in_any_process
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
-from defi.engine.resume import preserved_rng
-from defi.errors import one_line
+from defi.engine.rng import preserved_rng
+from defi.errors import UserError, one_line
 
 # As the loader says it, or `Feed`; an error within a worker comes as what it is, and says "Caught …" first.
 DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
 
 
-def explain(error: Exception, output: Path, *, micro_batch: int | None, workers: int) -> str | None:
-    """One line for a fault of memory, disk, loader workers or other processes; None for any other error.
+class Stopped(RuntimeError):
+    """The run cannot continue as it is set up; `explained` adds from which checkpoint it may."""
 
-    `micro_batch` is None before the first step.
+
+@contextmanager
+def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
+    """A fault of memory, disk, loader workers or other processes is one line; other errors are bugs and stay.
+
+    Raises:
+        UserError: says what happened and from which checkpoint to continue.
     """
-    if isinstance(error, torch.OutOfMemoryError):
-        if micro_batch is None:
-            return f"{output}: out of memory before the first step; choose a smaller preset or a larger GPU"
-        return f"trainer.micro_batch={micro_batch}: out of memory; lower it (the global batch stays)"
-    if isinstance(error, OSError):
-        return f"{error.filename or output}: {error.strerror or one_line(error)}; fix that"
-    if not isinstance(error, RuntimeError):
-        return None
-    if isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's
-        return f"{output}: lost another process of this run ({one_line(error)}); its own message says why"
-    if DEAD_WORKER.match(str(error)):
-        died = f"a loader worker died ({one_line(error)}), often from lack of memory"
-        return f"trainer.workers={workers}: {died}; lower trainer.workers"
-    return None
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = one_line(error)
+        if isinstance(error, Stopped):
+            fault = str(error)
+        elif isinstance(error, torch.OutOfMemoryError):
+            fix = "lower it (the global batch stays), choose a smaller preset or a larger GPU"
+            fault = f"trainer.micro_batch={trainer.micro_batch}: out of memory; {fix}"
+        elif isinstance(error, OSError):
+            fault = f"{error.filename or output}: {error.strerror or reason}; fix that"
+        elif isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's
+            fault = f"{output}: lost another process of this run ({reason}); its own message says why"
+        elif DEAD_WORKER.match(str(error)):
+            died = f"a loader worker died ({reason}), often from lack of memory"
+            fault = f"trainer.workers={trainer.workers}: {died}; lower trainer.workers"
+        else:
+            raise
+        raise UserError(f"{fault}, {how_to_continue(output)}") from error
 
 
 def micro_batch_fits(model: StageModel, batch: Mapping[str, Any], accelerator: Accelerator) -> bool:
@@ -64,80 +79,63 @@ def micro_batch_fits(model: StageModel, batch: Mapping[str, Any], accelerator: A
     return not in_any_process(not fits, accelerator)
 
 
-def write_report(
-    folder: Path,
-    model: StageModel,
-    batches: Sequence[Mapping[str, Any]],
-    *,
-    step: int,
-    process: int,
-    reason: str,
-    samples: Sequence[int],
-) -> str:
-    """Write a process's share of a step that is not finite, as `step_<step>_process_<n>.{json,safetensors}`.
+def write_report(file: Path, model: StageModel, batches: Sequence[Batch], **facts: Any) -> str:
+    """Write a process's share of a step that is not finite: its texts, the `origin` and other facts as JSON.
 
-    The tensors of the i-th micro-batch are named `<i>.<name>`; its texts are in the JSON file, beside the
-    reason, the samples' indices in the data set and the `origin`.
+    The tensors of the i-th micro-batch are named `<i>.<name>` in a `.safetensors` file beside it.
 
     Returns:
         The origin (`find_origin`) and where the report is, or why it could not be written.
     """
-    origin = find_origin(model, batches)
-    file = folder / f"step_{step:08d}_process_{process}.json"
-    tensors: dict[str, Tensor] = {}
-    rest: list[dict[str, Any]] = []
+    origin, texts, tensors = find_origin(model, batches), [], {}
     for number, batch in enumerate(batches):
         named = {name: value for name, value in batch.items() if torch.is_tensor(value)}
         tensors |= {f"{number}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
-        rest.append({name: value for name, value in batch.items() if name not in named})
-    report = {"step": step, "reason": reason, "origin": origin, "samples": list(samples), "batches": rest}
+        texts.append({name: value for name, value in batch.items() if name not in named})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file.with_suffix(".safetensors"), save(tensors))
-        write_file(file, json.dumps(report, indent=1))
+        write_file(file, json.dumps({**facts, "origin": origin, "batches": texts}, indent=1))
     except OSError as error:
         return f"{origin}; its batch could not be written ({error.strerror})"
     return f"{origin}; its batch is in {file}"
 
 
-def find_origin(model: StageModel, batches: Sequence[Mapping[str, Any]]) -> str:
+def find_origin(model: StageModel, batches: Sequence[Batch]) -> str:
     """What is the first not to be finite: input, weights, a module's output, or a gradient.
 
     Runs forward and backward passes over the batches again; gradients are dropped, random generators kept.
     Always runs all of it: of a sharded model the other processes, whose share may be sound, wait for it.
     """
-    found = [
-        f"{name!r} of the batch"
-        for batch in batches
-        for name, value in batch.items()
-        if torch.is_tensor(value) and not _finite(value)
-    ]
-    found += [f"the weights {name}" for name, tensor in model.named_parameters() if not _finite(tensor)]
+    found: list[str] = []
 
-    def watch(name: str) -> Any:
-        def check_gradient(gradient: Tensor) -> None:
-            if not _finite(gradient):
-                found.append(f"the gradient that {name} receives")
+    def check(what: str, value: Any) -> None:
+        if not all(tensor.isfinite().all() for tensor in _tensors(value)):
+            found.append(what)
 
+    def watch(name: str) -> Callable[..., None]:
         def check_output(module: nn.Module, inputs: Any, output: Any) -> None:
+            check(f"the output of {name}", output)
             for tensor in _tensors(output):
-                if not _finite(tensor):
-                    found.append(f"the output of {name}")
-                elif tensor.requires_grad:
-                    tensor.register_hook(check_gradient)
+                if tensor.requires_grad:
+                    tensor.register_hook(
+                        lambda gradient: check(f"the gradient that {name} receives", gradient)
+                    )
 
         return check_output
 
+    for batch in batches:
+        for name, value in batch.items():
+            check(f"{name!r} of the batch", value)
+    for name, weights in model.named_parameters():
+        check(f"the weights {name}", weights)
     hooks = [m.register_forward_hook(watch(name or "the loss")) for name, m in model.named_modules()]
     try:
         with preserved_rng():
             for batch in batches:
                 model(batch)["loss"].backward()
-        found += [
-            f"the gradient of {name}"
-            for name, parameter in model.trainable()
-            if parameter.grad is not None and not _finite(parameter.grad)
-        ]
+        for name, weights in model.trainable():
+            check(f"the gradient of {name}", weights.grad)
     finally:
         for hook in hooks:
             hook.remove()
@@ -145,16 +143,13 @@ def find_origin(model: StageModel, batches: Sequence[Mapping[str, Any]]) -> str:
     return (found or ["nothing when the batch was run again, so the random numbers of the step"])[0]
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in what a module returned."""
+    """All tensors of numbers that can be infinite in what a module takes or returns."""
     if torch.is_tensor(value):
-        yield value
-    elif is_dataclass(value):
-        yield from _tensors([getattr(value, field.name) for field in fields(value)])
-    elif isinstance(value, (list, tuple, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+        if value.is_floating_point():
+            yield value
+        return
+    value = vars(value) if is_dataclass(value) and not isinstance(value, Mapping) else value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for part in parts:
+        yield from _tensors(part)

@@ -5,7 +5,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,13 +33,11 @@ def check_tracker(section: Mapping[str, Any] | None) -> str | None:
         UserError: an unknown name, or a package that is not installed.
     """
     name = section["name"] if section else "none"
-    if name == "none":
-        return None
-    if name not in TRACKERS:
+    if name not in ("none", *TRACKERS):
         raise UserError(f"tracker.name={name}: choose none, {' or '.join(TRACKERS)}")
-    if importlib.util.find_spec(name) is None:
+    if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"tracker={name}: the package {name} is missing; pip install {name}, or tracker=none")
-    return name
+    return name if name != "none" else None
 
 
 class Journal:
@@ -49,23 +47,18 @@ class Journal:
     the device because of its log. Trackers are the accelerator's; one that fails is dropped with a warning.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, step: int) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, output: Path, display: "ProgressDisplay", step: int) -> None:
+        self.accelerator, self.display, self.say = accelerator, display, display.say
+        self._path, self._steps, self._start = output / METRICS, 0, time.monotonic()
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-        self._start = time.monotonic()
-        self._path = output / METRICS
         if accelerator.is_main_process and self._path.exists():  # a resumed run writes later lines again
             kept = [record for record in read_metrics(self._path) if record["step"] <= step]
             write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def open_tracker(self, section: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
+    def open_tracker(self, section: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Start the tracker that the accelerator was made with, in the output folder."""
-        if (name := check_tracker(section)) is None:
-            return
-        folder = self._path.parent
-        wandb = {"mode": section.get("mode"), "name": folder.name, "dir": str(folder), "config": dict(config)}
-        project = section.get("project", name)  # TensorBoard: the folder's name
+        folder, project = self._path.parent, section.get("project", section["name"])
+        wandb = {"mode": section.get("mode"), "name": folder.name, "dir": str(folder), "config": config}
         self._track(lambda: self.accelerator.init_trackers(project, init_kwargs={"wandb": wandb}))
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
@@ -80,20 +73,22 @@ class Journal:
         if steps == 0:
             return {}, 0, seconds
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name].float() for name in names]) / steps
-        means = self.accelerator.reduce(means, "mean")
+        sums = torch.stack([self._sums[name].float() for name in names])
+        means = self.accelerator.reduce(sums / steps, "mean").tolist()
         self._sums, self._steps, self._start = {}, 0, time.monotonic()
-        return dict(zip(names, means.tolist())), steps, seconds
+        return dict(zip(names, means)), steps, seconds
 
-    def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Append one line; `kind` is train, epoch, sample, evaluate, spike, left_out or bad_sample.
+    def write(self, kind: str, step: int, record: Mapping[str, Any], *, say: str = "") -> None:
+        """Append one line, and `say` something of it at the terminal; its numbers also go to the tracker.
 
-        Its numbers also go to the tracker.
+        `kind` is train, epoch, preview, evaluate, spike, left_out or bad_sample.
         """
         if not self.accelerator.is_main_process:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        if say:
+            self.say(say)
         numbers = {f"{kind}/{name}": v for name, v in record.items() if isinstance(v, int | float)}
         self._track(lambda: self.accelerator.log(numbers, step))
 
@@ -103,10 +98,8 @@ class Journal:
             action()
         except Exception as error:  # whatever its client raises
             self.accelerator.trackers.clear()
-            warnings.warn(
-                f"tracker: {one_line(error)}; the run goes on without it, {METRICS} has all numbers",
-                stacklevel=3,
-            )
+            lost = f"the run continues without it, {METRICS} has all numbers"
+            warnings.warn(f"tracker: {one_line(error)}; {lost}", stacklevel=3)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -116,13 +109,13 @@ class Journal:
         self._start += time.monotonic() - start
 
     def close(self) -> None:
-        """Close the tracker."""
+        """Close the tracker; `end_training` would also end the processes, which may train again."""
         for tracker in list(self.accelerator.trackers):
             self._track(tracker.finish)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; a last line that was cut off is left out.
+    """Lines of a `metrics.jsonl`; an unfinished last line is left out.
 
     Raises:
         UserError: the file is missing or a line inside it is not JSON.
@@ -158,12 +151,8 @@ class SpikeDetector:
 
     def is_spike(self, loss: float) -> bool:
         """Whether the loss of a step is a spike; then takes it into mean and variance."""
-        excess = loss - self.mean
-        spike = (
-            self.steps >= self.FIRST
-            and excess > self.DEVIATIONS * math.sqrt(self.variance)
-            and loss > self.FACTOR * self.mean
-        )
+        excess, limit = loss - self.mean, self.DEVIATIONS * math.sqrt(self.variance)
+        spike = self.steps >= self.FIRST and excess > limit and loss > self.FACTOR * self.mean
         self.steps += 1
         share = 1 / min(self.steps, self.MEMORY)
         self.mean += share * excess
@@ -189,14 +178,10 @@ class ProgressDisplay:
 
     def show(self, step: int, text: str) -> None:
         """Move the bar to `step`, with `text` beside it."""
-        if not self.enabled:
-            return
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=text)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or step == self.total:
-            self._last_line = now
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self.total:
+            self._last_line = now = time.monotonic()
             left = (now - self._started) / max(step - self._first, 1) * (self.total - step)
             self.say(f"{self.title} {step}/{self.total}  {text}  {timedelta(seconds=round(left))} left")
 
@@ -204,6 +189,10 @@ class ProgressDisplay:
         """Print a line, above the bar where there is one."""
         if self.enabled:
             self.console.print(text, markup=False)
+
+    def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Print named facts under a title."""
+        self.say("\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)]))
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -2,25 +2,23 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from defi.engine import checkpoint, faults
+from defi.engine import faults
 from defi.engine.config import TrainerConfig
-from defi.engine.distributed import full_tensor
+from defi.engine.data import Batch
+from defi.engine.distributed import full_tensor, in_any_process
 from defi.engine.model import StageModel
 from defi.engine.optimizer import learning_rate
 from defi.engine.preemption import EXIT_PREEMPTED, Preemption
 from defi.engine.run import Inspect, Run
-from defi.errors import UserError
 
 
 def train(
@@ -29,102 +27,74 @@ def train(
     trainer: TrainerConfig,
     *,
     output: Path | str,
-    config: Mapping[str, Any],
-    seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-    tracker: Mapping[str, Any] | None = None,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-    sample: Inspect | None = None,
+    preview: Inspect | None = None,
     evaluate: Inspect | None = None,
+    **settings: Any,
 ) -> Path:
     """Train `model` on `dataset` for `trainer.max_steps` or `trainer.epochs`; return the last checkpoint.
 
     Args:
         dataset: map-style, of dict samples; see `defi.engine.data` for random numbers in it.
-        output: run folder, gets config.yaml, metrics.jsonl, samples/, rollouts/ and checkpoints/.
-        config: the resolved configuration, stored with every checkpoint (`preset_name` names the preset).
-        seed: of data order, sample seeds and dropout. The model's initial weights are the caller's.
-        resume: continue from the newest checkpoint in `output`, exactly.
-        overwrite: delete what `output` holds.
-        tracker: the `tracker` section of the configuration.
-        collate: list of samples → batch; default: torch's.
-        sample: called every `trainer.sample_every` steps with the model (averaged weights if EMA is on, eval
-            mode, no gradients), the step and a folder for pictures; returns numbers to log. Only in the main
-            process; random numbers it draws do not disturb the training.
+        output: run folder, gets config.yaml, metrics.jsonl, previews/, rollouts/ and checkpoints/.
+        preview: called every `trainer.preview_every` steps with the model (averaged weights if EMA is on,
+            eval mode, no gradients), the step and a folder for pictures; returns numbers to log. Only in the
+            main process; random numbers it draws do not disturb the training.
         evaluate: the same every `trainer.rollout_every` steps; its numbers also go into the manifests, and
             `trainer.best_metric` is one of them.
+        settings: config, seed, resume, overwrite and tracker, as `Run` takes them.
 
     Raises:
-        UserError: the output folder, the batch or the checkpoint does not fit (`Run`); the loss or gradient
-            is no longer finite: the run stops before that step moves the weights, unless
-            `trainer.skip_nonfinite` lets it go on; or disk, memory or data fail (`faults.explain`).
+        UserError: something does not fit (`Run`) or fails (`faults.explained`); or the loss or gradient is
+            no longer finite: the run stops before that step moves the weights, unless
+            `trainer.skip_nonfinite` lets it continue.
         SystemExit: with `EXIT_PREEMPTED`, after saving, when a signal came (`defi.engine.preemption`).
     """
-    run, output = None, Path(output)
-    with closing(Preemption()) as preemption:  # a signal at start is answered after the first step
-        try:
-            run = Run(
-                model, dataset, trainer, output=output, config=dict(config), seed=seed, resume=resume,
-                overwrite=overwrite, tracker=tracker, collate=collate,
-            )  # fmt: skip
-            with closing(run):
-                return take_steps(run, preemption, sample=sample, evaluate=evaluate)
-        except Exception as error:
-            micro_batch = run.feed.micro_batch if run else None
-            fault = faults.explain(error, output, micro_batch=micro_batch, workers=trainer.workers)
-            if fault is None:
-                raise
-            raise UserError(f"{fault}, {checkpoint.how_to_continue(output)}") from error
+    output = Path(output)
+    with (
+        closing(Preemption()) as signals,  # a signal at start is answered after the first step
+        faults.explained(output, trainer),
+        closing(Run(model, dataset, trainer, output=output, **settings)) as run,
+    ):
+        return take_steps(run, signals, preview=preview, evaluate=evaluate)
 
 
-def take_steps(run: Run, preemption: Preemption, *, sample: Inspect | None, evaluate: Inspect | None) -> Path:
+def take_steps(run: Run, signals: Preemption, *, preview: Inspect | None, evaluate: Inspect | None) -> Path:
     """All steps that are left, with what is due after each; returns the last checkpoint's folder."""
     trainer = run.trainer
     for step in range(run.step + 1, trainer.max_steps + 1):
         batches = run.next_batches()
         lr = learning_rate(step - 1, trainer)
         try:
-            scalars, loss = train_step(
-                run.accelerator, run.wrapped, run.optimizer, batches, lr=lr, clip=trainer.clip
-            )
+            scalars, loss = train_step(run, batches, lr)
             run.step_done(scalars, loss)
         except FloatingPointError as error:
             run.leave_out(batches, error)
         if due(step, trainer.log_every) or step == trainer.max_steps:
             run.log(lr)
-        if sample is not None and due(step, trainer.sample_every):
-            run.inspect("sample", sample)
+        if preview is not None and due(step, trainer.preview_every):
+            run.inspect("preview", preview)
         if evaluate is not None and due(step, trainer.rollout_every):
             run.inspect("evaluate", evaluate)
-        preempted = preemption.requested(run.accelerator)
+        preempted = in_any_process(signals.received, run.accelerator)
         if due(step, trainer.save_every) or step == trainer.max_steps or run.new_best or preempted:
             run.save()
         if preempted:
             run.settle()
-            run.display.say(f"stopped by a signal after step {step}; continue with resume=true")
+            run.journal.say(f"stopped by a signal after step {step}; continue with resume=true")
             sys.exit(EXIT_PREEMPTED)
     return run.finish()
 
 
-def train_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: list[dict[str, Any]],
-    *,
-    lr: float,
-    clip: float | None,
-) -> tuple[dict[str, Tensor], float]:
+def train_step(run: Run, batches: list[Batch], lr: float) -> tuple[dict[str, Tensor], float]:
     """Accumulate the gradients of the micro-batches, clip their norm, and move the weights once.
 
-    Returns:
-        Means over the micro-batches of what the model reports, and `grad_norm` before clipping; and the loss
-        over all processes.
+    Returns the means over the micro-batches of what the model reports, with `grad_norm` before clipping, and
+    the loss over all processes.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; the weights have not been moved.
     """
+    accelerator, model, optimizer = run.accelerator, run.wrapped, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = lr
     means: dict[str, Tensor] = {}
@@ -135,7 +105,7 @@ def train_step(
         for name, value in scalars.items():
             share = value.detach() / len(batches)
             means[name] = means[name] + share if name in means else share
-    norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    norm = accelerator.clip_grad_norm_(model.parameters(), run.trainer.clip or math.inf)
     means["grad_norm"] = full_tensor(norm)
     loss = check_finite(means["loss"], means["grad_norm"], accelerator)
     optimizer.step()
@@ -144,13 +114,10 @@ def train_step(
 
 
 def check_finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> float:
-    """The mean loss over all processes, which all come to the same verdict.
+    """The mean loss over all processes; FloatingPointError, in all, if it or the norm is NaN or infinite.
 
     With fp16 an infinite gradient means that the loss scale is too large: the scaler leaves out the step and
     halves the scale. Only when the scale cannot fall further is it an error.
-
-    Raises:
-        FloatingPointError: the loss or the gradient norm is NaN or infinite.
     """
     numbers = torch.stack([loss.float(), grad_norm.float()])
     if accelerator.num_processes > 1:

@@ -1,8 +1,8 @@
 """What the loop trains: a module that turns a batch into a loss and knows its own file format."""
 
+import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defi.engine.weights import COPY_AGAIN, load_strict, read_config, read_tensors
-from defi.errors import UserError, one_line
+from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
+from defi.errors import reading
+from defi.files import check_sizes, read_json
 
 Model = TypeVar("Model", bound="StageModel")
 
@@ -26,7 +27,7 @@ class StageModel(nn.Module):
     A subclass names its `stage` ("vae", "gfdm", "gidm" or "policy"), its `config_class` (a dataclass, kept as
     `self.config`) and the sub-networks that stay as they are (`frozen`, dotted names): those are never
     trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist. All that training
-    changes are parameters and buffers: checkpoints are written from a copy of those (`CheckpointWriter`).
+    changes are parameters and buffers: checkpoints are written from a copy of those (`copied_to`).
     `blocks` are the classes of the large modules, called through `forward` alone and not inside each other,
     which a sharded run (`defi.engine.distributed`) puts together one at a time.
 
@@ -83,22 +84,24 @@ class StageModel(nn.Module):
         """Names and parameters that the optimizer moves, in a fixed order."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def moving(self) -> dict[str, Tensor]:
+    def mutable_tensors(self) -> dict[str, Tensor]:
         """Parameters and all buffers outside the frozen sub-networks: everything that training changes."""
         tensors = [*self.named_parameters(), *self.named_buffers()]
         return {name: tensor for name, tensor in tensors if not self.is_frozen(name)}
 
-    @contextmanager
-    def moved_to(self, device: torch.device) -> Iterator[None]:
-        """What training changes is on a device inside this context, and back again after it."""
-        before = [(tensor, tensor.data) for tensor in self.moving().values()]
-        for tensor, data in before:
-            tensor.data = data.to(device)
-        try:
-            yield
-        finally:
-            for tensor, data in before:
-                tensor.data = data
+    def copied_to(self: Model, device: torch.device | str) -> Model:
+        """A copy, not of a sharded model, with the `mutable_tensors` on a device; frozen networks are shared.
+
+        In main memory the copy of a GPU's tensor is page-locked, which is faster to copy to.
+        """
+
+        def copied(tensor: Tensor) -> Tensor:
+            lock = tensor.is_cuda and torch.device(device).type == "cpu"
+            values = torch.empty_like(tensor.detach(), device=device, pin_memory=lock).copy_(tensor.detach())
+            return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+        shared = {id(module): module for module in map(self.get_submodule, self.frozen)}
+        return copy.deepcopy(self, {**shared, **{id(t): copied(t) for t in self.mutable_tensors().values()}})
 
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers outside the frozen sub-networks."""
@@ -122,8 +125,11 @@ class StageModel(nn.Module):
         Raises:
             UserError: a file is missing or damaged, or a tensor's name or shape does not fit.
         """
-        with settings_of(folder / CONFIG):
-            model = cls(read_config(cls.config_class, folder / CONFIG))
+        file = folder / CONFIG
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
+        with reading(file, f"{COPY_AGAIN}, or take the version of this code that wrote it"):
+            model = cls(cls.config_class(**values))
         model.load_weights(folder)
         return model
 
@@ -132,14 +138,3 @@ class StageModel(nn.Module):
         """Copy the weights that `save_pretrained` wrote into this model, in place and strictly."""
         file = folder / WEIGHTS
         load_strict(self.own_state(), read_tensors(file), source=file)
-
-
-@contextmanager
-def settings_of(file: Path) -> Iterator[None]:
-    """Building a model as a file says; what its layers refuse is a `UserError` that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise UserError(f"{file}: no model has these settings ({one_line(error)}); {COPY_AGAIN}") from None

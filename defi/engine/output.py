@@ -10,60 +10,55 @@ from defi.errors import UserError
 
 LOCK = ".lock"  # held by the process that writes to the folder
 LEFTOVER = ".writing"
-PROBE = f".probe{LEFTOVER}"
 
 
 def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Refuse an output folder that a run may not write to; change nothing on disk.
 
     Raises:
-        UserError: `resume` and `overwrite` are both set, the path is a file, or the folder is not empty and
-            neither is set; `overwrite` would delete other runs, or the folder one is in; or another process
-            is writing there.
+        UserError: `resume` and `overwrite` are both set; the path is a file, a folder another process writes
+            to, or not empty and neither is set; `overwrite` would delete another run or the current folder.
     """
     output, choose = Path(output), "choose another output="
     if resume and overwrite:
         raise UserError("resume=true and overwrite=true: they exclude each other; set one of them")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file, not a folder; {choose}")
-    if overwrite and Path.cwd().resolve().is_relative_to(output.resolve()):
-        raise UserError(f"{output}: overwrite=true would delete the folder you are in; {choose}")
-    if overwrite and (other := next(output.glob("*/**/checkpoints/step_*"), None)) is not None:
-        raise UserError(
-            f"{output}: overwrite=true would delete {other}, a checkpoint of another run; {choose}"
-        )
-    # Of the processes of one run only the first writes, so only it can be in another run's way.
-    if os.environ.get("RANK", "0") == "0" and (output / LOCK).is_file() and (held := claim(output)):
-        held.close()
-    kept = output.is_dir() and any(not is_leftover(path) for path in output.iterdir())
-    if kept and not (resume or overwrite):
-        raise UserError(
-            f"{output}: exists and is not empty; overwrite=true replaces it, resume=true continues it, "
-            f"or {choose}"
-        )
+    if overwrite:
+        inside = Path.cwd().resolve().is_relative_to(output.resolve())
+        other = next(output.glob("*/**/checkpoints/step_*"), None)
+        if lost := "the folder you are in" if inside else other and f"{other}, a checkpoint of another run":
+            raise UserError(f"{output}: overwrite=true would delete {lost}; {choose}")
+    # Only the first process of a run writes, so only it can be in another run's way.
+    if os.environ.get("RANK", "0") == "0" and (output / LOCK).is_file() and (lock := claim(output)):
+        lock.close()
+    occupied = output.is_dir() and not all(map(is_leftover, output.iterdir()))
+    if occupied and not (resume or overwrite):
+        how = "overwrite=true replaces it, resume=true continues it"
+        raise UserError(f"{output}: exists and is not empty; {how}, or {choose}")
     return output
 
 
 def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Check an output folder as `check_output` does, empty it if `overwrite`, and create it."""
     output = check_output(output, resume=resume, overwrite=overwrite)
+    probe = output / f".probe{LEFTOVER}"
     try:
         if overwrite and output.is_dir():
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        (output / PROBE).write_text("can this folder be written to?")
-        (output / PROBE).unlink()
+        probe.write_text("can this folder be written to?")
+        probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written to ({error.strerror}); free space there or choose another output="
-        ) from None
+        fix = "free space there or choose another output="
+        raise UserError(f"{output}: cannot be written to ({error.strerror}); {fix}") from None
     return output
 
 
 def claim(output: Path) -> TextIO | None:
-    """Keep other processes from writing to a folder until the result is closed or this process ends.
+    """Lock a folder for writing until the result is closed or this process ends.
 
-    None where the file system cannot do that.
+    Returns None where the file system has no locks.
 
     Raises:
         UserError: another process is writing there.
@@ -74,15 +69,13 @@ def claim(output: Path) -> TextIO | None:
         return None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        return file
+    except OSError as error:
         file.close()
-        raise UserError(
-            f"{output}: another process is writing there; wait for it, stop it, or choose another output="
-        ) from None
-    except OSError:
-        file.close()
-        return None
-    return file
+        if not isinstance(error, BlockingIOError | PermissionError):
+            return None
+        fix = "wait for it, stop it, or choose another output="
+        raise UserError(f"{output}: another process is writing there; {fix}") from None
 
 
 def is_leftover(path: Path) -> bool:

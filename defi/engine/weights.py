@@ -2,47 +2,23 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from defi.engine.distributed import shard_like
-from defi.errors import UserError, one_line
-from defi.files import check_sizes, read_json
+from defi.errors import UserError, reading
 
 COPY_AGAIN = "copy the checkpoint again"
-COPY_FOLDER = "copy the checkpoint folder as a whole"
 BLOCK, BLOCKS = 4096, 64  # bytes, and how many such blocks of a file `fingerprint` reads
-Config = TypeVar("Config")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU."""
-    try:
+    with reading(file, COPY_AGAIN):
         return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; {COPY_FOLDER}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
-
-
-def read_config(config_class: type[Config], file: Path) -> Config:
-    """A config dataclass from its JSON file; unknown and missing keys are errors."""
-    values = read_json(file, COPY_FOLDER)
-    check_sizes(values, file)
-    if unknown := sorted(set(values) - {field.name for field in fields(config_class)}):  # type: ignore[arg-type]
-        raise UserError(f"{file}: unknown setting {unknown[0]!r}; another version of this code wrote it")
-    try:
-        return config_class(**values)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)}); {COPY_AGAIN}") from None
 
 
 @torch.no_grad()

@@ -5,35 +5,27 @@ A file is a sequence of records, numbers little endian:
     uint64 length · uint32 checksum of the length · data · uint32 checksum of the data
 
 The checksum is CRC-32C, rotated and shifted ("masked"). Of a message only the places of its values are
-listed: a picture is decoded from its place, without its episode (the protocol-buffer libraries do not tell
-places, and need compiled classes).
+listed: a picture is read from its place, without its episode (protocol-buffer libraries copy the values).
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
 from jaxtyping import Float32, Int64
 
 from defi.archive import Place
-from defi.errors import UserError
+from defi.errors import reading
 
+FIX = "copy the file again"
 HEADER, FOOTER = 12, 4  # bytes around a record's data
 NOTHING, BYTES, FLOATS, INTS = 0, 1, 2, 3  # field numbers of tf.train.Feature's lists; it may hold none
-# First bytes of files that are compressed as a whole.
-COMPRESSED = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record: its number in the file, the place of its data there, and the data."""
-
-    number: int
-    offset: int
-    data: bytes
 
 
 def masked_crc(data: bytes) -> int:
@@ -42,62 +34,86 @@ def masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """All records of a file, checked.
+def read_records(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """All records of a file, checked: where each is, for errors; the first byte of its data, and the data.
 
     Raises:
-        UserError: the file is missing, cut short, or a checksum is wrong; file and byte are named.
+        UserError: the file is missing, truncated or compressed, or a checksum is wrong.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            number = 0
-            while (start := file.tell()) < size:
-                yield _read_record(path, file.read(HEADER), number, start, size, file.read)
-                number += 1
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy the data set again") from None
+    with reading(path, FIX), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for number in count():
+            if (start := file.tell()) == size:
+                return
+            where = f"{path}: record {number} at byte {start}"
+            with reading(where, FIX):
+                data = _read_record(file, left=size - start)
+            yield where, start + HEADER, data
 
 
-def _read_record(path: Path, header: bytes, number: int, start: int, size: int, read) -> Record:
-    where = f"{path}: record {number} at byte {start}"
-    if len(header) < HEADER:
-        raise UserError(f"{where} is cut short; copy the file again")
+def _read_record(file: BinaryIO, left: int) -> bytes:
+    if left < HEADER + FOOTER:
+        raise ValueError("truncated")
+    header = file.read(HEADER)
     length, crc = struct.unpack("<QI", header)
     if masked_crc(header[:8]) != crc:
-        if number == 0 and (how := COMPRESSED.get(header[:2])):
-            raise UserError(
-                f"{path}: compressed with {how}, expected are plain records, to be read in place; unpack it "
-                "under the same name"
-            )
-        raise UserError(f"{where}: wrong checksum of its length; copy the file again")
-    if start + HEADER + length + FOOTER > size:
-        raise UserError(f"{where} is cut short; copy the file again")
-    data = read(length)
-    if masked_crc(data) != struct.unpack("<I", read(FOOTER))[0]:
-        raise UserError(f"{where}: wrong checksum of its {length} bytes of data; copy the file again")
-    return Record(number, start + HEADER, data)
+        hint = "; unpack it if it is compressed" if file.tell() == HEADER else ""
+        raise ValueError(f"wrong checksum of its length{hint}")
+    if length > left - HEADER - FOOTER:
+        raise ValueError("truncated")
+    data = file.read(length)
+    if masked_crc(data) != struct.unpack("<I", file.read(FOOTER))[0]:
+        raise ValueError(f"wrong checksum of its {length} bytes of data")
+    return data
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
+@dataclass(frozen=True)
+class Values:
+    """Values of one feature of an example: their kind (NOTHING, BYTES, FLOATS, INTS) and their places.
+
+    A string has a place of its own; numbers are packed, most often all of them in one.
+    """
+
+    kind: int
+    places: list[Place]
+
+    def numbers(self, data: bytes) -> Float32[np.ndarray, " N"] | Int64[np.ndarray, " N"]:
+        """Of a feature of FLOATS or INTS. Raises ValueError for BYTES."""
+        if self.kind == BYTES:
+            raise ValueError("it holds text")
+        packed = b"".join(data[start:end] for start, end in self.places)
+        if self.kind == FLOATS:
+            return np.frombuffer(packed, "<f4").astype(np.float32)
+        return _varints(np.frombuffer(packed, np.uint8))
 
 
-def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, Place]]:
-    """Number, wire type and place of each field of a message; a varint's place includes all its bytes."""
-    at = start
+def parse_example(data: bytes) -> dict[str, Values]:
+    """Features of a `tf.train.Example`, by name; values stay where they are.
+
+    Raises:
+        ValueError, LookupError: the bytes are no such message.
+    """
+    found = {}
+    for features in _places(data, (0, len(data)), 1):
+        for entry in _places(data, features, 1):
+            parts = dict(_fields(data, entry))
+            lists = _fields(data, parts[2]) if 2 in parts else iter(())
+            kind, values = next(lists, (NOTHING, (0, 0)))
+            found[data[slice(*parts[1])].decode()] = Values(kind, _places(data, values, 1))
+    return found
+
+
+def _places(data: bytes, message: Place, number: int) -> list[Place]:
+    """Places of a message's fields of one number."""
+    return [place for found, place in _fields(data, message) if found == number]
+
+
+def _fields(data: bytes, message: Place) -> Iterator[tuple[int, Place]]:
+    """Number and place of each field of a message; a varint's place includes all its bytes."""
+    at, end = message
     while at < end:
         tag, at = _varint(data, at)
-        wire = tag & 7
+        wire, after = tag & 7, at
         if wire == 2:
             length, at = _varint(data, at)
             after = at + length
@@ -109,60 +125,28 @@ def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, Place
             raise ValueError(f"wire type {wire}")
         if after > end:
             raise ValueError(f"a field that ends at byte {after} of {end}")
-        yield tag >> 3, wire, (at, after)
+        yield tag >> 3, (at, after)
         at = after
 
 
-@dataclass(frozen=True)
-class Values:
-    """Values of one feature of an example: their kind (NOTHING, BYTES, FLOATS, INTS) and the list's place."""
-
-    kind: int
-    place: Place
-
-    def bytes_places(self, data: bytes) -> list[Place]:
-        """Places of the strings of a BYTES feature."""
-        return [place for number, _, place in _fields(data, *self.place) if number == 1]
-
-    def floats(self, data: bytes) -> Float32[np.ndarray, " N"]:
-        """Of a FLOATS feature."""
-        parts = [data[slice(*place)] for number, _, place in _fields(data, *self.place) if number == 1]
-        return np.frombuffer(b"".join(parts), "<f4").astype(np.float32)
-
-    def ints(self, data: bytes) -> Int64[np.ndarray, " N"]:
-        """Of an INTS feature."""
-        parts = [data[slice(*place)] for number, _, place in _fields(data, *self.place) if number == 1]
-        return _varints(np.frombuffer(b"".join(parts), np.uint8))
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, seven bits per byte, lowest first, the top bit set on all but the last; and where it ends."""
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number of more than 64 bits")
 
 
 def _varints(raw: np.ndarray) -> Int64[np.ndarray, " N"]:
-    """Varints one after the other: seven bits per byte, lowest first, the top bit set on all but the last."""
-    ends = np.flatnonzero(raw < 0x80)
-    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-    lengths = ends - starts + 1
+    """Numbers one after the other, each as `_varint` reads it."""
+    ends = np.flatnonzero(raw < 0x80) + 1
+    starts = np.append(0, ends)[: len(ends)]
     values = np.zeros(len(ends), np.uint64)
-    for byte in range(int(lengths.max(initial=0))):
-        has = lengths > byte
+    for byte in range(int((ends - starts).max(initial=0))):
+        has = ends - starts > byte
         values[has] |= (raw[starts[has] + byte].astype(np.uint64) & np.uint64(0x7F)) << np.uint64(7 * byte)
     return values.view(np.int64)
-
-
-def parse_example(data: bytes) -> dict[str, Values]:
-    """Features of a `tf.train.Example`, by name; values stay where they are.
-
-    Raises:
-        ValueError: the bytes are no such message.
-    """
-    found = {}
-    try:
-        for number, _, features in _fields(data, 0, len(data)):
-            for inner, _, entry in _fields(data, *features) if number == 1 else ():
-                if inner == 1:
-                    parts = {n: place for n, _, place in _fields(data, *entry)}
-                    name = data[slice(*parts[1])].decode()
-                    found[name] = Values(NOTHING, (0, 0))
-                    for kind, _, place in _fields(data, *parts[2]) if 2 in parts else ():
-                        found[name] = Values(kind, place)
-    except (IndexError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"not a tf.train.Example ({error!r})") from None
-    return found

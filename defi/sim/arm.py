@@ -27,33 +27,24 @@ class Arm:
         self.body = bullet.load(config.urdf, config.base_position, config.base_euler, useFixedBase=True)
         if config.pedestal:
             self._add_pedestal()
-        self._couple_fingers()
+        axis, origin = [1, 0, 0], [0, 0, 0]
+        left, right = config.finger_joints
+        ends = self.body, left, self.body, right
+        gear = bullet.createConstraint(*ends, pybullet.JOINT_GEAR, axis, origin, origin)
+        bullet.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50)  # the fingers move together
         dof = bullet.computeDofCount(self.body)
         limits = [-NULL_SPACE] * dof, [NULL_SPACE] * dof, [NULL_SPACE] * dof
         self._null_space = (*limits, [*config.rest_joints, *[config.finger_limits[1]] * 2])
-        self._lower, self._upper = np.array(config.lower_limits), np.array(config.upper_limits)
         self.reset()
 
     def _add_pedestal(self) -> None:
         """The cylinder drawn below the base: a body of its own, so that those loaded later count from it."""
         x, y, z = self.config.base_position
         yaw = self.config.base_euler[2]
-        shape = self._bullet.createVisualShape(
-            pybullet.GEOM_CYLINDER,
-            radius=PEDESTAL_RADIUS,
-            length=z,
-            rgbaColor=[1, 1, 1, 1],
-            visualFramePosition=[x - np.cos(yaw) * 0.05, y - np.sin(yaw) * 0.05, z / 2],
-        )
+        middle = [x - np.cos(yaw) * 0.05, y - np.sin(yaw) * 0.05, z / 2]
+        cylinder = {"radius": PEDESTAL_RADIUS, "length": z, "rgbaColor": [1, 1, 1, 1]}
+        shape = self._bullet.createVisualShape(pybullet.GEOM_CYLINDER, visualFramePosition=middle, **cylinder)
         self._bullet.createMultiBody(baseVisualShapeIndex=shape)
-
-    def _couple_fingers(self) -> None:
-        left, right = self.config.finger_joints
-        axis, origin = [1, 0, 0], [0, 0, 0]
-        gear = self._bullet.createConstraint(
-            self.body, left, self.body, right, pybullet.JOINT_GEAR, axis, origin, origin
-        )
-        self._bullet.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50)
 
     def reset(self, robot_obs: Float[np.ndarray, "15"] | None = None) -> None:
         """Put the joints where `robot_obs` says (None: at rest), and aim at the TCP that results."""
@@ -70,14 +61,8 @@ class Arm:
 
     def _reset_joint(self, joint: int, position: float, force: float, velocity: float) -> None:
         self._bullet.resetJointState(self.body, joint, position)
-        self._bullet.setJointMotorControl2(
-            self.body,
-            joint,
-            pybullet.POSITION_CONTROL,
-            targetPosition=position,
-            force=force,
-            maxVelocity=velocity,
-        )
+        motor = {"targetPosition": position, "force": force, "maxVelocity": velocity}
+        self._bullet.setJointMotorControl2(self.body, joint, pybullet.POSITION_CONTROL, **motor)
 
     def act(self, action: Float[np.ndarray, "7"]) -> None:
         """Move the target by the relative action and drive the joints to it."""
@@ -85,14 +70,11 @@ class Arm:
         self.target_position += action[:3] * POSITION_STEP
         self.target_euler += action[3:6] * ROTATION_STEP
         self.gripper_action = int(action[6])
+        target = self.target_position, pybullet.getQuaternionFromEuler(self.target_euler)
         joints = self._bullet.calculateInverseKinematics(
-            self.body,
-            config.tcp_link,
-            self.target_position,
-            pybullet.getQuaternionFromEuler(self.target_euler),
-            *self._null_space,
+            self.body, config.tcp_link, *target, *self._null_space
         )
-        joints = np.clip(joints[: len(self._lower)], self._lower, self._upper)
+        joints = np.clip(joints[: len(config.arm_joints)], config.lower_limits, config.upper_limits)
         opening = self.gripper_action == 1
         finger = config.finger_limits[1 if opening else 0]
         grip = config.gripper_force / 100 if opening else config.gripper_force

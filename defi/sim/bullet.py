@@ -1,40 +1,29 @@
 """PyBullet, bound to one physics server per world, and quiet."""
 
-import contextlib
 import functools
 import importlib.util
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from defi.errors import UserError
+from defi.errors import UserError, reading
 
+RENDERERS = ("cpu", "egl")
 
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Keep what C code prints off the terminal."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
+_stderr, _null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+os.dup2(_null, 2)  # PyBullet prints when it was built
 try:
-    with _without_stderr():  # it prints when it was built
-        import pybullet
+    import pybullet
 except ModuleNotFoundError as error:
     raise UserError(
         "pybullet: not installed, but the simulator needs it; `pip install pybullet` on Python 3.10 or 3.11"
     ) from error
-
-
-RENDERERS = ("cpu", "egl")
+finally:
+    os.dup2(_stderr, 2)
+    os.close(_stderr)
+    os.close(_null)
 
 
 class Bullet:
@@ -48,15 +37,14 @@ class Bullet:
     """
 
     def __init__(self, renderer: str = "cpu") -> None:
-        _check_renderer(renderer)
+        if renderer not in RENDERERS:
+            raise UserError(f"renderer={renderer}: must be one of {', '.join(RENDERERS)}")
         self._client = pybullet.connect(pybullet.DIRECT)
         self._disconnect = weakref.finalize(self, pybullet.disconnect, self._client)
         if renderer == "egl":
             plugin = importlib.util.find_spec("eglRenderer")
             if plugin is None or self.loadPlugin(plugin.origin, "_eglRendererPlugin") < 0:
-                raise UserError(
-                    "renderer=egl: no EGL here; install a GPU driver or Mesa's libEGL, or use cpu"
-                )
+                raise UserError("renderer=egl: no EGL here; install a GPU driver or Mesa's, or use cpu")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -69,20 +57,16 @@ class Bullet:
 
     def load(self, urdf: Path, position: Sequence[float], euler: Sequence[float], **options: Any) -> int:
         """Load a body; returns its number. UserError where the file or something it refers to is missing."""
-        if not urdf.is_file():
-            raise UserError(f"{urdf}: missing; check that the folder of assets is complete")
-        try:
+        with reading(urdf, "check that the folder of assets is complete"):
+            urdf.stat()  # of a missing file PyBullet only says that it cannot load it
             return self.loadURDF(str(urdf), position, pybullet.getQuaternionFromEuler(euler), **options)
-        except pybullet.error as error:
-            raise UserError(f"{urdf}: PyBullet cannot load it ({error}); check its meshes") from error
+
+    def joints(self, body: int) -> list[tuple]:
+        """PyBullet's facts about each joint of a body, and the link that it moves."""
+        return [self.getJointInfo(body, joint) for joint in range(self.getNumJoints(body))]
 
     def close(self) -> None:
         """Free the server; any later call raises ValueError."""
         self._disconnect()
         for name in [name for name in self.__dict__ if not name.startswith("_")]:
             del self.__dict__[name]
-
-
-def _check_renderer(renderer: str) -> None:
-    if renderer not in RENDERERS:
-        raise UserError(f"renderer={renderer}: must be one of {', '.join(RENDERERS)}")

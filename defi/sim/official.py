@@ -2,39 +2,26 @@
 
 For those who want their number from the original code. It is driven as the official evaluation drives it,
 except that pictures are drawn only when the policy looks: the package draws all cameras at every step. Its
-scene comes from a clone of CALVIN, as the native simulator's does. The package is not a requirement;
-README, "Evaluate on CALVIN", says how to install it.
+scene comes from a clone of CALVIN, as the native simulator's does. The package is not a requirement.
 """
 
 import contextlib
 import importlib.util
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
 from jaxtyping import Float, UInt8
-from omegaconf import DictConfig, OmegaConf
 
 from defi.errors import UserError, one_line
-from defi.files import read_yaml
 from defi.sim.judge import BlockState, Contact, JudgeState
-from defi.sim.scene import calvin_env_folder, scene_file
+from defi.sim.scene import compose
 
 INSTALL = (
     "pip install --no-deps -e <clone>/calvin_env, then "
     "pip install gym gitpython numpy-quaternion opencv-python-headless scipy"
-)
-
-# What its configuration may name to be called; a clone's files could name anything.
-CLASSES = (
-    "calvin_env.envs.play_table_env.PlayTableSimEnv",
-    "calvin_env.scene.play_table_scene.PlayTableScene",
-    "calvin_env.robot.robot.Robot",
-    "calvin_env.camera.static_camera.StaticCamera",
-    "calvin_env.camera.gripper_camera.GripperCamera",
 )
 
 
@@ -44,63 +31,15 @@ def check_installed() -> None:
         raise UserError(f"sim.backend=calvin_env: the package is not installed; {INSTALL}")
 
 
-def compose(calvin_root: str | Path, scene: str, *, egl: bool) -> DictConfig:
-    """The package's own configuration of one scene with both cameras, from the files of a clone.
+class OfficialWorld(contextlib.AbstractContextManager):
+    """calvin_env's play table; its methods are those of `World`.
 
-    Raises:
-        UserError: a folder that is not a complete clone, an unknown scene, or files that name other classes
-            than the package's.
-    """
-    env = calvin_env_folder(Path(calvin_root))
-    conf = env / "conf"
-    parts = {
-        "scene": scene_file(env, scene),
-        "env": conf / "env" / "play_table_env.yaml",
-        "cameras.static": conf / "cameras" / "cameras" / "static.yaml",
-        "cameras.gripper": conf / "cameras" / "cameras" / "gripper.yaml",
-    }
-    cfg = OmegaConf.create({"data_path": str(env.resolve() / "data"), "use_vr": False})
-    robots = [conf / "robot" / name for name in ("panda.yaml", "panda_longer_finger.yaml")]
-    for file in (*parts.values(), *robots):
-        if not file.is_file():
-            raise UserError(f"{file}: missing; the clone is incomplete")
-    for key, file in parts.items():
-        OmegaConf.update(cfg, key, _read(file))
-    cfg.robot = OmegaConf.merge(*map(_read, robots))
-    for section in (cfg.robot, cfg.scene):
-        section.pop("defaults", None)
-    cfg.env.use_egl = egl
-    return cfg
-
-
-def _read(file: Path) -> DictConfig:
-    values = read_yaml(file, "get the clone anew, as a whole")
-    for target in _targets(values):
-        if target not in CLASSES:
-            raise UserError(f"{file}: would call {target}; get the clone anew, as a whole")
-    return OmegaConf.create(values)
-
-
-def _targets(values: Any) -> Iterator[Any]:
-    """Everything in nested containers that Hydra would call."""
-    if isinstance(values, dict):
-        yield from (value for key, value in values.items() if key == "_target_")
-    if isinstance(values, (dict, list)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _targets(value)
-
-
-class OfficialWorld:
-    """calvin_env's play table. A context manager; one per process, since the package uses PyBullet's first
-    connection for some calls.
-
-    Args:
-        renderer: "cpu", or "egl" for OpenGL without a display.
+    One per process, since the package uses PyBullet's first connection for some calls.
     """
 
     def __init__(self, calvin_root: str | Path, scene: str, *, renderer: str = "cpu") -> None:
-        self._cfg = compose(calvin_root, scene, egl=renderer == "egl")
-        self._renderer = renderer
+        self._cfg = compose(calvin_root, scene)
+        self._cfg.env.use_egl = renderer == "egl"
         self._env: Any = None
         self.reload()
 
@@ -113,12 +52,13 @@ class OfficialWorld:
             except Exception as error:
                 if not isinstance(error.__cause__, ImportError):
                     raise
+                reason = one_line(error.__cause__)
                 raise UserError(
-                    f"sim.backend=calvin_env: it cannot be imported ({one_line(error.__cause__)}); {INSTALL}"
+                    f"sim.backend=calvin_env: cannot be imported ({reason}); {INSTALL}"
                 ) from error
         # With no cameras of its own it draws nothing in `reset` and `step`.
         self._cameras, self._env.cameras = self._env.cameras, []
-        if self._renderer == "egl":
+        if self._cfg.env.use_egl:
             self.render()  # as `reset` would: the first picture of a new OpenGL context lacks the shadows
 
     def reset(self, robot_obs: Float[np.ndarray, "15"], scene_obs: Float[np.ndarray, "24"]) -> None:
@@ -130,11 +70,11 @@ class OfficialWorld:
         self._env.step(np.asarray(action, dtype=np.float64))
 
     def robot_obs(self) -> Float[np.ndarray, "15"]:
-        """TCP xyz, TCP Euler, finger width, 7 joints, last gripper action."""
+        """As `World.robot_obs`."""
         return np.asarray(self._env.get_state_obs()["robot_obs"], dtype=np.float64)
 
     def scene_obs(self) -> Float[np.ndarray, "24"]:
-        """Slide, drawer, button, switch, bulb, LED, then xyz and Euler per block in the scene's order."""
+        """As `World.scene_obs`."""
         return np.asarray(self._env.get_state_obs()["scene_obs"], dtype=np.float64)
 
     def state(self) -> JudgeState:
@@ -142,19 +82,13 @@ class OfficialWorld:
         info = self._env.get_info()
         scene, robot = info["scene_info"], info["robot_info"]
         table = scene["fixed_objects"]["table"]
+        keys = "uid", "current_pos", "current_orn", "current_lin_vel", "current_ang_vel"
         return JudgeState(
             robot=robot["uid"],
             table=table["uid"],
             links=table["links"],
             blocks={
-                name: BlockState(
-                    block["uid"],
-                    block["current_pos"],
-                    block["current_orn"],
-                    block["current_lin_vel"],
-                    block["current_ang_vel"],
-                    _contacts(block["contacts"]),
-                )
+                name: BlockState(*(block[key] for key in keys), _contacts(block["contacts"]))
                 for name, block in scene["movable_objects"].items()
             },
             doors={name: door["current_state"] for name, door in scene["doors"].items()},
@@ -173,9 +107,6 @@ class OfficialWorld:
                 self._env.close()
             self._env.ownsPhysicsClient = False  # so that its finalizer does not disconnect another world
             self._env = None
-
-    def __enter__(self) -> "OfficialWorld":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -24,11 +24,14 @@ KINDS = {
     "mesa": "OpenGL by Mesa on the CPU, through EGL",
     "egl": "OpenGL through EGL: on a GPU, else by Mesa",
 }
-DRIVER = "install the GPU vendor's driver with its EGL library (in a container: the graphics capability)"
 MESA = (
     "install Mesa's EGL library (Debian, Ubuntu: apt-get install libegl-mesa0 libegl1 libgl1 libgl1-mesa-dri)"
 )
-NEEDED = {"gpu": DRIVER, "mesa": MESA, "egl": f"{MESA} or a GPU's"}
+NEEDED = {
+    "gpu": "install the GPU vendor's driver with its EGL library (in a container: the graphics capability)",
+    "mesa": MESA,
+    "egl": f"{MESA} or a GPU's",
+}
 PROBE = "from defi.sim.bullet import Bullet; bullet = Bullet('egl'); bullet.getCameraImage(8, 8)"
 PATIENCE = 120  # seconds for one device; a broken driver may never come back
 
@@ -66,8 +69,7 @@ class Renderer:
         return ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(self.environment,))
 
     def __str__(self) -> str:
-        missing = f"; {self.instead_of} was asked for, but is not there" if self.instead_of else ""
-        return self.name + missing
+        return self.name + (f"; {self.instead_of} was asked for, but is not there" if self.instead_of else "")
 
 
 def _begin(environment: dict[str, str]) -> None:
@@ -81,22 +83,17 @@ def _begin(environment: dict[str, str]) -> None:
 def _probe(device: int) -> tuple[str, int]:
     """Name of a device ("" if it cannot draw) and the number of devices (0 if unknown).
 
-    A broken driver ends the process that tries it.
+    In a process of its own, which a broken driver ends.
     """
+    environment = os.environ | {DEVICE_VARIABLE: str(device)}
+    command = [sys.executable, "-c", PROBE]
     try:
-        run = subprocess.run(
-            [sys.executable, "-c", PROBE],
-            env=os.environ | {DEVICE_VARIABLE: str(device)},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return "", 0
     name = re.search(r"^GL_RENDERER=(.*)$", run.stdout, re.MULTILINE)
-    count = re.search(r"^EGL device choice: \S+ of (\d+)", run.stdout, re.MULTILINE)
-    works = run.returncode == 0 and name is not None
-    return name[1] if works else "", int(count[1]) if count else 0
+    total = re.search(r"^EGL device choice: \S+ of (\d+)", run.stdout, re.MULTILINE)
+    return name[1] if name and run.returncode == 0 else "", int(total[1]) if total else 0
 
 
 @cache
@@ -106,30 +103,24 @@ def egl_devices() -> dict[int, str]:
     Raises:
         UserError: that variable holds something else.
     """
-    if given := os.environ.get(DEVICE_VARIABLE):
-        try:
-            allowed = sorted(map(int, given.split(",")))
-        except ValueError:
-            raise UserError(
-                f"{DEVICE_VARIABLE}={given}: must be numbers of EGL devices, such as 0,2; unset it for all"
-            ) from None
-        return {device: name for device in allowed if (name := _probe(device)[0])}
-    found, device, count = {}, 0, 1
-    while device < count:
-        name, seen = _probe(device)
-        count = max(count, seen)
-        if name:
-            found[device] = name
-        device += 1
-    return found
+    given = os.environ.get(DEVICE_VARIABLE)
+    try:
+        numbers = sorted(map(int, given.split(","))) if given else [0]
+    except ValueError:
+        raise UserError(
+            f"{DEVICE_VARIABLE}={given}: must be numbers of EGL devices, such as 0,2; unset it for all"
+        ) from None
+    probes = {number: _probe(number) for number in numbers}
+    if not given:
+        probes |= {number: _probe(number) for number in range(1, probes[0][1])}
+    return {number: name for number, (name, _) in probes.items() if name}
 
 
 def devices(kind: str) -> dict[int, str]:
     """The EGL devices of a kind: "gpu", "mesa", or "egl", the best there is."""
-    found = egl_devices()
-    software = {number: name for number, name in found.items() if SOFTWARE.search(name)}
-    hardware = {number: name for number, name in found.items() if number not in software}
-    return {"gpu": hardware, "mesa": software, "egl": hardware or software}[kind]
+    mesa = {number: name for number, name in egl_devices().items() if SOFTWARE.search(name)}
+    gpu = {number: name for number, name in egl_devices().items() if number not in mesa}
+    return {"gpu": gpu, "mesa": mesa, "egl": gpu or mesa}[kind]
 
 
 def default_kind(calvin_root: str | None) -> str:
@@ -150,17 +141,15 @@ def find_renderer(kind: str, *, fallback: bool = False, share: int = 0) -> Rende
     """
     if kind not in KINDS:
         raise UserError(f"sim.renderer={kind}: must be one of {', '.join(KINDS)}")
-    if kind == "cpu":
-        return Renderer("cpu", KINDS["cpu"])
-    there = devices(kind)
-    if not there and fallback:
-        return Renderer("cpu", KINDS["cpu"], instead_of=kind)
-    if not there:
-        others = ", ".join(egl_devices().values()) or "none"
-        raise UserError(
-            f"sim.renderer={kind}: no such EGL device works here (found: {others}); {NEEDED[kind]}, "
-            "or take sim.renderer=cpu (its pictures are not those of CALVIN's data)"
-        )
-    number = sorted(there)[share % len(there)]
-    kind = "mesa" if SOFTWARE.search(there[number]) else "gpu"
-    return Renderer(kind, f"{KINDS[kind]}: {there[number]}", number)
+    available = {} if kind == "cpu" else devices(kind)
+    if available:
+        number = sorted(available)[share % len(available)]
+        kind = "mesa" if SOFTWARE.search(available[number]) else "gpu"
+        return Renderer(kind, f"{KINDS[kind]}: {available[number]}", number)
+    if kind == "cpu" or fallback:
+        return Renderer("cpu", KINDS["cpu"], instead_of=None if kind == "cpu" else kind)
+    raise UserError(
+        f"sim.renderer={kind}: no such EGL device works here (found: "
+        f"{', '.join(egl_devices().values()) or 'none'}); {NEEDED[kind]}, "
+        "or take sim.renderer=cpu (its pictures are not those of CALVIN's data)"
+    )

@@ -7,11 +7,25 @@ Lengths in metres, angles in radians, colours RGBA in [0, 1].
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from defi.errors import UserError
+from omegaconf import DictConfig, OmegaConf
+
+from defi.errors import UserError, reading
 from defi.files import read_yaml
 
 Vector = tuple[float, float, float]
+RGBA = tuple[float, float, float, float]
+CLONE = "make one with `git clone --recurse-submodules https://github.com/mees/calvin`"
+INCOMPLETE = f"the clone of CALVIN is incomplete or changed; {CLONE}"
+# What calvin_env's configuration may name to be called; a clone's files could name anything.
+CLASSES = (
+    "calvin_env.envs.play_table_env.PlayTableSimEnv",
+    "calvin_env.scene.play_table_scene.PlayTableScene",
+    "calvin_env.robot.robot.Robot",
+    "calvin_env.camera.static_camera.StaticCamera",
+    "calvin_env.camera.gripper_camera.GripperCamera",
+)
 BLOCKS = ("block_red", "block_blue", "block_pink")
 
 
@@ -31,7 +45,6 @@ class ArmConfig:
     finger_joints: tuple[int, int] = (9, 11)
     finger_limits: tuple[float, float] = (0.0, 0.04)
     tcp_link: int = 15
-    camera_link: str = "gripper_cam"
     max_force: float = 200.0
     max_velocity: float = 2.0
     gripper_force: float = 200.0
@@ -40,15 +53,15 @@ class ArmConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A block. `position` and `euler` are fixed values, or None: drawn from the scene's surfaces.
+    """A block. `position` and `euler` are fixed values, or "any": drawn from the scene's surfaces.
 
     `length` is its size along its x axis, in metres; it is 4 cm wide and high (built-in blocks only).
     """
 
     name: str
     urdf: Path
-    position: Vector | None = None
-    euler: Vector | None = None
+    position: Vector | str = "any"
+    euler: Vector | str = "any"
     length: float | None = None
 
 
@@ -60,15 +73,16 @@ class TableConfig:
     urdf: Path
     position: Vector = (0.0, 0.0, 0.0)
     euler: Vector = (0.0, 0.0, 0.0)
-    bulb_color: tuple[float, float, float, float] = (1.0, 1.0, 0.0, 1.0)
-    led_color: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
-    off_color: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    light_colors: dict[str, RGBA] = field(
+        default_factory=lambda: {"lightbulb": (1.0, 1.0, 0.0, 1.0), "led": (0.0, 1.0, 0.0, 1.0)}
+    )
+    off_color: RGBA = (1.0, 1.0, 1.0, 1.0)
     grips: dict[str, Vector] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CameraConfig:
-    """A pinhole camera. Without `look_from` it is mounted on the arm's camera link."""
+    """A pinhole camera. Without `look_from` it is mounted on the arm's `link`."""
 
     fov: float
     near: float
@@ -77,6 +91,7 @@ class CameraConfig:
     look_from: Vector | None = None
     look_at: Vector | None = None
     up: Vector | None = None
+    link: str = "gripper_cam"
 
 
 STATIC_CAMERA = CameraConfig(
@@ -109,100 +124,101 @@ class SceneConfig:
 
     @classmethod
     def from_calvin(cls, calvin_root: str | Path, scene: str) -> "SceneConfig":
-        """Scene "A" … "D" of a clone of the CALVIN repository (with its submodule calvin_env)."""
-        env = calvin_env_folder(Path(calvin_root))
-        conf, data = env / "conf", env / "data"
-        file = scene_file(env, scene)
-        cfg = _load(file)
-        robot = _load(conf / "robot" / "panda.yaml") | _load(conf / "robot" / "panda_longer_finger.yaml")
-        try:
+        """Scene "A" … "D" of a clone of the CALVIN repository (with its submodule calvin_env).
+
+        Raises:
+            UserError: as `compose`.
+        """
+        cfg = OmegaConf.to_container(compose(calvin_root, scene))  # nothing that it refers to is looked up
+        data, robot, world = Path(cfg["data_path"]), cfg["robot"], cfg["scene"]
+        with reading(f"{calvin_root}: scene {scene}", INCOMPLETE):
+            table = world["objects"]["fixed_objects"]["table"]
             return cls(
                 name=scene,
-                arm=_arm(data, cfg, robot),
-                blocks=tuple(
-                    BlockConfig(
-                        name, data / block["file"], _pose(block["initial_pos"]), _pose(block["initial_orn"])
-                    )
-                    for name, block in cfg["objects"]["movable_objects"].items()
+                arm=ArmConfig(
+                    urdf=data / robot["filename"],
+                    base_position=world["robot_base_position"],
+                    base_euler=world["robot_base_orientation"],
+                    rest_joints=world["robot_initial_joint_positions"],
+                    arm_joints=robot["arm_joint_ids"],
+                    lower_limits=robot["lower_joint_limits"],
+                    upper_limits=robot["upper_joint_limits"],
+                    finger_joints=robot["gripper_joint_ids"],
+                    finger_limits=robot["gripper_joint_limits"],
+                    tcp_link=robot["tcp_link_id"],
+                    max_force=robot["max_joint_force"],
+                    max_velocity=robot["max_velocity"],
+                    gripper_force=robot["gripper_force"],
                 ),
-                table=_table(data, cfg["objects"]["fixed_objects"]["table"]),
+                blocks=tuple(
+                    BlockConfig(name, data / block["file"], block["initial_pos"], block["initial_orn"])
+                    for name, block in world["objects"]["movable_objects"].items()
+                ),
+                table=TableConfig(
+                    urdf=data / table["file"],
+                    position=table["initial_pos"],
+                    euler=table["initial_orn"],
+                    light_colors={name: table["lights"][name]["color"] for name in ("lightbulb", "led")},
+                ),
                 plane=data / "plane" / "plane.urdf",
-                surfaces={name: (tuple(low), tuple(high)) for name, (low, high) in cfg["surfaces"].items()},
-                scale=cfg["global_scaling"],
-                cameras={name: _camera(conf, name) for name in ("static", "gripper")},
+                surfaces=world["surfaces"],
+                scale=world["global_scaling"],
+                cameras={name: _camera(camera) for name, camera in cfg["cameras"].items()},
             )
-        except KeyError as error:
-            raise UserError(f"{file}: has no {error}; check that the clone is complete") from error
 
 
-def calvin_env_folder(calvin_root: Path) -> Path:
-    """The folder of the simulator's assets in a clone."""
-    clone = "`git clone --recurse-submodules https://github.com/mees/calvin`"
-    env = calvin_root / "calvin_env"
-    if not calvin_root.is_dir():
-        raise UserError(f"{calvin_root}: no such folder; make it with {clone}")
-    if (calvin_root / "conf" / "scene").is_dir():
-        raise UserError(
-            f"{calvin_root}: this is calvin_env itself; give the parent folder, the clone of CALVIN"
-        )
+def _camera(camera: dict) -> CameraConfig:
+    pose = (camera.get(key) for key in ("look_from", "look_at", "up_vector"))
+    return CameraConfig(camera["fov"], camera["nearval"], camera["farval"], camera["width"], *pose)
+
+
+def compose(calvin_root: str | Path, scene: str) -> DictConfig:
+    """calvin_env's own configuration of one scene with both cameras, from the files of a clone.
+
+    Raises:
+        UserError: a folder that is not a complete clone, an unknown scene, or files that name other classes
+            than the package's.
+    """
+    root = Path(calvin_root)
+    env = root / "calvin_env"
+    if (root / "conf" / "scene").is_dir():
+        raise UserError(f"{root}: this is calvin_env itself; give the parent folder, the clone of CALVIN")
     if not env.is_dir():
-        raise UserError(f"{calvin_root}: not a clone of CALVIN (no calvin_env in it); make one with {clone}")
-    if not (env / "conf" / "scene").is_dir():
-        raise UserError(
-            f"{env}: empty submodule; run `git submodule update --init --recursive` in {calvin_root}"
-        )
-    return env
-
-
-def scene_file(env: Path, scene: str) -> Path:
-    """The configuration of a scene in the folder that `calvin_env_folder` found."""
-    files = {
-        path.stem.removeprefix("calvin_scene_"): path for path in env.glob("conf/scene/calvin_scene_*.yaml")
+        raise UserError(f"{root}: {'not a clone of CALVIN' if root.is_dir() else 'no such folder'}; {CLONE}")
+    conf = env / "conf"
+    if not (conf / "scene").is_dir():
+        raise UserError(f"{env}: empty submodule; run `git submodule update --init --recursive` in {root}")
+    scenes = {
+        file.stem.removeprefix("calvin_scene_"): file for file in conf.glob("scene/calvin_scene_*.yaml")
     }
-    if scene not in files:
-        raise UserError(f"{scene}: no such scene in {env / 'conf'}; choose one of {', '.join(sorted(files))}")
-    return files[scene]
-
-
-def _arm(data: Path, scene: dict, robot: dict) -> ArmConfig:
-    return ArmConfig(
-        urdf=data / robot["filename"],
-        base_position=tuple(scene["robot_base_position"]),
-        base_euler=tuple(scene["robot_base_orientation"]),
-        rest_joints=tuple(scene["robot_initial_joint_positions"]),
-        arm_joints=tuple(robot["arm_joint_ids"]),
-        lower_limits=tuple(robot["lower_joint_limits"]),
-        upper_limits=tuple(robot["upper_joint_limits"]),
-        finger_joints=tuple(robot["gripper_joint_ids"]),
-        finger_limits=tuple(robot["gripper_joint_limits"]),
-        tcp_link=robot["tcp_link_id"],
-        max_force=robot["max_joint_force"],
-        max_velocity=robot["max_velocity"],
-        gripper_force=robot["gripper_force"],
+    if scene not in scenes:
+        raise UserError(f"{scene}: no such scene in {conf}; choose one of {', '.join(sorted(scenes))}")
+    robot, cameras = conf / "robot", conf / "cameras" / "cameras"
+    return OmegaConf.create(
+        {
+            "data_path": str(env.resolve() / "data"),
+            "use_vr": False,
+            "robot": _read(robot / "panda.yaml") | _read(robot / "panda_longer_finger.yaml"),
+            "cameras": {name: _read(cameras / f"{name}.yaml") for name in ("static", "gripper")},
+            "scene": _read(scenes[scene]),
+            "env": _read(conf / "env" / "play_table_env.yaml"),
+        }
     )
 
 
-def _table(data: Path, table: dict) -> TableConfig:
-    return TableConfig(
-        urdf=data / table["file"],
-        position=tuple(table["initial_pos"]),
-        euler=tuple(table["initial_orn"]),
-        bulb_color=tuple(table["lights"]["lightbulb"]["color"]),
-        led_color=tuple(table["lights"]["led"]["color"]),
-    )
+def _read(file: Path) -> dict:
+    """A configuration file, without what Hydra would compose."""
+    values = read_yaml(file, INCOMPLETE)
+    for target in _targets(values):
+        if target not in CLASSES:
+            raise UserError(f"{file}: would call {target}; {INCOMPLETE}")
+    values.pop("defaults", None)
+    return values
 
 
-def _pose(value: str | list[float]) -> Vector | None:
-    return None if value == "any" else tuple(value)
-
-
-def _camera(conf: Path, name: str) -> CameraConfig:
-    camera = _load(conf / "cameras" / "cameras" / f"{name}.yaml")
-    names = {"look_from": "look_from", "look_at": "look_at", "up": "up_vector"}
-    pose = {ours: tuple(camera[theirs]) for ours, theirs in names.items() if theirs in camera}
-    return CameraConfig(camera["fov"], camera["nearval"], camera["farval"], camera["width"], **pose)
-
-
-def _load(path: Path) -> dict:
-    """A configuration file, its `${…}` left alone."""
-    return read_yaml(path, "get the clone anew, as a whole")
+def _targets(values: Any) -> list[Any]:
+    """Everything in nested containers that Hydra would call."""
+    if isinstance(values, dict):
+        own = [values["_target_"]] if "_target_" in values else []
+        return own + _targets(list(values.values()))
+    return sum(map(_targets, values), []) if isinstance(values, list) else []

@@ -6,83 +6,59 @@ switch behind at the left. D's colours and places lie inside the spread of the v
 is D.
 """
 
-import colorsys
 import hashlib
 import os
-import shutil
 import tempfile
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from defi.cache import user_cache
 from defi.errors import UserError
-from defi.sim.mesh import Color, Material
+from defi.sim.mesh import Color
 from defi.sim.panda import arm_files
 from defi.sim.scene import BLOCKS, ArmConfig, BlockConfig, SceneConfig, TableConfig
-from defi.sim.table import TOP, TableSpec, block_files, plane_files, table_files
+from defi.sim.table import HSV, TOP, Design, block_files, plane_files, table_files
 
 SMALL, MIDDLE, BIG = 0.04, 0.056, 0.08  # lengths of blocks
-BLOCK_COLORS: dict[str, Color] = {
-    "block_red": (1.0, 0.0, 0.0),
-    "block_blue": (0.0, 0.0, 1.0),
-    "block_pink": (1.0, 0.0, 1.0),
-}
-ARM_COLORS: tuple[Color, ...] = ((0.85, 0.86, 0.9), (1.0, 0.5, 0.0), (1.0, 0.5, 0.0), (0.05, 0.05, 0.05))
+BLOCK_COLORS: dict[str, Color] = dict(zip(BLOCKS, [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 1.0)]))
 BRACKET = (0.335, -0.345, 0.335)  # the lever in front of the right corner
 BEHIND_LEFT = (-0.38, -0.06, 0.485)  # the lever behind at the left
-SCENES = ("A", "B", "C", "D")
-HSV = tuple[float, float, float]
+PATTERNS = ("wood", "planks", "speckle", "plain")
+SURFACES = {
+    "table": ((-0.02, -0.13, 0.46), (0.28, -0.05, 0.46)),
+    "slider_left": ((-0.30, 0.085, 0.46), (-0.18, 0.10, 0.46)),
+    "slider_right": ((0.0, 0.085, 0.46), (0.12, 0.10, 0.46)),
+}
 
-
-@dataclass(frozen=True)
-class Family:
-    """A scene in the terms that its variations vary: colours as hue, saturation, value; places in metres."""
-
-    top: HSV
-    wall: HSV
-    door: HSV
-    drawer: HSV
-    knob: HSV
-    handle: HSV
-    lever: HSV
-    button: HSV
-    plank: HSV
-    patterns: tuple[str, str]  # of the top and wall, of the door and drawer
-    button_place: tuple[float, float, float]
-    switch_place: tuple[float, float, float]
-    knob_offset: float
-    drawer_x: float
-    lengths: tuple[float, float, float]  # of the red, blue and pink block
-    button_radius: float = 0.04
-    handle_width: float = 0.2
-
-
+# How far a variation's hue, and its saturation and value, may be from its scene's.
+FURNITURE = dict.fromkeys(("top", "wall", "door", "drawer"), (0.03, 0.14))
+SPREAD = FURNITURE | dict.fromkeys(("knob", "handle", "lever", "button"), (0.03, 0.1))
+SPREAD |= {"handle": (0.5, 0.06), "plank": (0.5, 0.05)}
 FAMILIES = {
-    "A": Family(
+    "A": Design(
         top=(0.05, 0.55, 0.50), wall=(0.04, 0.60, 0.36), door=(0.07, 0.45, 0.62), drawer=(0.05, 0.50, 0.42),
         knob=(0.50, 1.0, 0.85), handle=(0.14, 0.30, 0.18), lever=(0.76, 0.75, 0.80),
         button=(0.14, 0.95, 0.95), plank=(0.60, 0.05, 0.80), patterns=("wood", "wood"),
         button_place=(-0.27, -0.13, TOP), switch_place=BRACKET, knob_offset=-0.05, drawer_x=0.08,
         lengths=(MIDDLE, BIG, SMALL),
     ),
-    "B": Family(
+    "B": Design(
         top=(0.11, 0.38, 0.88), wall=(0.10, 0.45, 0.70), door=(0.09, 0.55, 0.55), drawer=(0.11, 0.35, 0.78),
         knob=(0.47, 0.9, 0.65), handle=(0.60, 0.30, 0.18), lever=(0.74, 0.65, 0.70),
         button=(0.13, 0.90, 1.00), plank=(0.10, 0.05, 0.88), patterns=("planks", "plain"),
         button_place=(0.335, -0.245, TOP), switch_place=BEHIND_LEFT, knob_offset=0.06, drawer_x=0.09,
         lengths=(SMALL, BIG, MIDDLE), button_radius=0.042, handle_width=0.18,
     ),
-    "C": Family(
+    "C": Design(
         top=(0.58, 0.25, 0.62), wall=(0.60, 0.30, 0.48), door=(0.56, 0.12, 0.78), drawer=(0.59, 0.28, 0.52),
         knob=(0.53, 0.9, 0.90), handle=(0.10, 0.30, 0.18), lever=(0.78, 0.70, 0.75),
         button=(0.15, 0.95, 0.90), plank=(0.30, 0.05, 0.75), patterns=("speckle", "planks"),
         button_place=(-0.23, -0.13, TOP), switch_place=(0.31, -0.34, 0.33), knob_offset=0.03, drawer_x=0.12,
         lengths=(BIG, SMALL, MIDDLE), handle_width=0.21,
     ),
-    "D": Family(
+    "D": Design(
         top=(0.24, 0.30, 0.68), wall=(0.22, 0.36, 0.50), door=(0.16, 0.32, 0.80), drawer=(0.25, 0.32, 0.55),
         knob=(0.51, 0.95, 0.75), handle=(0.30, 0.30, 0.18), lever=(0.75, 0.70, 0.76),
         button=(0.14, 0.90, 0.98), plank=(0.50, 0.05, 0.82), patterns=("wood", "planks"),
@@ -90,73 +66,69 @@ FAMILIES = {
         lengths=(MIDDLE, SMALL, BIG), handle_width=0.19,
     ),
 }  # fmt: skip
+SCENES = tuple(FAMILIES)
 
 
-def _rgb(color: HSV) -> Color:
-    return colorsys.hsv_to_rgb(*color)
+def builtin(name: str) -> SceneConfig:
+    """Scene "A", "B", "C" or "D" of the built-in table."""
+    if name not in SCENES:
+        raise UserError(f"scene {name!r}: not a built-in scene; choose one of {', '.join(SCENES)}")
+    return _build(name, FAMILIES[name])
 
 
-def _jitter(rng: np.random.Generator, color: HSV, hue: float, other: float) -> HSV:
-    h, s, v = np.asarray(color) + rng.uniform(-1, 1, 3) * (hue, other, other)
-    return float(h % 1), float(np.clip(s, 0, 1)), float(np.clip(v, 0.06, 1))
+def variation(name: str, seed: int) -> SceneConfig:
+    """The `seed`-th random relative of scene "A", "B" or "C"; the scene keeps the name of its family."""
+    families = [scene for scene in SCENES if scene != "D"]
+    if name not in families:
+        raise UserError(f"scene {name!r}: only {', '.join(families)} have variations to train on")
+    return _build(name, _vary(FAMILIES[name], np.random.default_rng([ord(name), seed])))
 
 
-def _vary(family: Family, rng: np.random.Generator) -> Family:
+def _vary(family: Design, rng: np.random.Generator) -> Design:
     """Another member of the family: hues and shades, a few centimetres, sizes."""
-    shift = rng.uniform(-0.16, 0.16)  # of the furniture as a whole, so that it stays of a piece
+    shift = rng.uniform(-0.16, 0.16)  # the same for all furniture, so that it matches
 
-    def furniture(color: HSV) -> HSV:
-        return _jitter(rng, ((color[0] + shift) % 1, *color[1:]), 0.03, 0.14)
+    def color(part: str) -> HSV:
+        (h, s, v), (hue, other) = getattr(family, part), SPREAD[part]
+        middle = np.array([(h + shift) % 1 if part in FURNITURE else h, s, v])
+        h, s, v = (middle + rng.uniform(-1, 1, 3) * (hue, other, other)).tolist()
+        return h % 1, min(max(s, 0.0), 1.0), min(max(v, 0.06), 1.0)
 
-    def fixture(color: HSV) -> HSV:
-        return _jitter(rng, color, 0.03, 0.1)
+    def near(middle: float | tuple[float, ...], spread: float | tuple[float, ...]) -> tuple[float, ...]:
+        return tuple((middle + rng.uniform(-1, 1, np.size(spread)) * spread).tolist())
 
-    def place(middle: tuple[float, ...], *spread: float) -> tuple[float, ...]:
-        return tuple((np.asarray(middle) + rng.uniform(-1, 1, len(spread)) * spread).tolist())
-
-    patterns = ("wood", "planks", "speckle", "plain")
     on_bracket = family.button_place[1] < -0.2
-    return Family(
-        top=furniture(family.top),
-        wall=furniture(family.wall),
-        door=furniture(family.door),
-        drawer=furniture(family.drawer),
-        knob=fixture(family.knob),
-        handle=_jitter(rng, family.handle, 0.5, 0.06),
-        lever=fixture(family.lever),
-        button=fixture(family.button),
-        plank=_jitter(rng, family.plank, 0.5, 0.05),
-        patterns=(str(rng.choice(patterns)), str(rng.choice(patterns))),
-        button_place=place(family.button_place, *((0.01, 0.01, 0) if on_bracket else (0.025, 0.01, 0))),
-        switch_place=place(family.switch_place, 0.018, 0.012, 0.01),
-        knob_offset=place((family.knob_offset,), 0.03)[0],
-        drawer_x=place((family.drawer_x,), 0.025)[0],
+    return replace(
+        family,
+        **{part: color(part) for part in SPREAD},
+        patterns=(str(rng.choice(PATTERNS)), str(rng.choice(PATTERNS))),
+        button_place=near(family.button_place, (0.01 if on_bracket else 0.025, 0.01, 0)),
+        switch_place=near(family.switch_place, (0.018, 0.012, 0.01)),
+        knob_offset=near(family.knob_offset, 0.03)[0],
+        drawer_x=near(family.drawer_x, 0.025)[0],
         lengths=tuple(rng.permutation([SMALL, MIDDLE, BIG]).tolist()),
         button_radius=float(rng.uniform(0.036, 0.044)),
         handle_width=float(rng.uniform(0.17, 0.21)),
     )
 
 
-def _table_spec(family: Family) -> TableSpec:
-    large, small = family.patterns
-    return TableSpec(
-        top=Material(_rgb(family.top), large),
-        wall=Material(_rgb(family.wall), large),
-        door=Material(_rgb(family.door), small),
-        drawer=Material(_rgb(family.drawer), small),
-        plank=_rgb(family.plank),
-        knob=_rgb(family.knob),
-        handle=_rgb(family.handle),
-        lever=_rgb(family.lever),
-        button_color=_rgb(family.button),
-        button=family.button_place,
-        switch=family.switch_place,
-        knob_offset=family.knob_offset,
-        drawer_x=family.drawer_x,
-        led_x=float(np.clip(family.button_place[0], -0.2, 0.28)),
-        bulb_x=float(np.clip(family.switch_place[0], -0.36, 0.34)),
-        button_radius=family.button_radius,
-        handle_width=family.handle_width,
+def _build(name: str, design: Design) -> SceneConfig:
+    """The scene, its files written into the user's cache."""
+    files = arm_files() | table_files(design) | plane_files()
+    for block, length in zip(BLOCKS, design.lengths):
+        files |= block_files(block, BLOCK_COLORS[block], length)
+    folder = _store(files)
+    return SceneConfig(
+        name=name,
+        arm=ArmConfig(urdf=folder / "panda.urdf", pedestal=False),
+        blocks=tuple(
+            BlockConfig(block, folder / f"{block}.urdf", length=length)
+            for block, length in zip(BLOCKS, design.lengths)
+        ),
+        table=TableConfig(folder / "table.urdf", off_color=(0.3, 0.3, 0.33, 1.0), grips=design.grips()),
+        plane=folder / "plane.urdf",
+        surfaces=SURFACES,
+        scale=1.0,
     )
 
 
@@ -170,66 +142,13 @@ def _store(files: dict[str, bytes]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft", dir=folder.parent))
+        with tempfile.TemporaryDirectory(prefix=".draft", dir=folder.parent) as draft:
+            for name, content in files.items():
+                (Path(draft) / name).write_bytes(content)
+            os.rename(draft, folder)
     except OSError as error:
-        raise UserError(
-            f"{folder.parent}: cannot write the scene's files ({error.strerror}); set XDG_CACHE_HOME"
-        ) from error
-    try:
-        for name, content in files.items():
-            (draft / name).write_bytes(content)
-        os.rename(draft, folder)
-    except OSError:
         if not folder.is_dir():  # otherwise another process was first
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            raise UserError(
+                f"{folder.parent}: cannot write the scene's files ({error.strerror}); set XDG_CACHE_HOME"
+            ) from error
     return folder
-
-
-@lru_cache(maxsize=1)
-def _arm() -> Path:
-    return _store(arm_files(*ARM_COLORS)) / "panda.urdf"
-
-
-def _scene(name: str, family: Family) -> SceneConfig:
-    blocks = tuple(
-        BlockConfig(
-            block, _store(block_files(block, BLOCK_COLORS[block], length)) / f"{block}.urdf", length=length
-        )
-        for block, length in zip(BLOCKS, family.lengths)
-    )
-    table = _table_spec(family)
-    return SceneConfig(
-        name=name,
-        arm=ArmConfig(urdf=_arm(), pedestal=False),
-        blocks=blocks,
-        table=TableConfig(
-            urdf=_store(table_files(table)) / "table.urdf",
-            off_color=(0.3, 0.3, 0.33, 1.0),
-            grips=table.grips(),
-        ),
-        plane=_store(plane_files()) / "plane.urdf",
-        surfaces={
-            "table": ((-0.02, -0.13, 0.46), (0.28, -0.05, 0.46)),
-            "slider_left": ((-0.30, 0.085, 0.46), (-0.18, 0.10, 0.46)),
-            "slider_right": ((0.0, 0.085, 0.46), (0.12, 0.10, 0.46)),
-        },
-        scale=1.0,
-    )
-
-
-def builtin(name: str) -> SceneConfig:
-    """Scene "A", "B", "C" or "D" of the built-in table."""
-    if name not in SCENES:
-        raise UserError(f"scene {name!r}: not a built-in scene; choose one of {', '.join(SCENES)}")
-    return _scene(name, FAMILIES[name])
-
-
-def variation(name: str, seed: int) -> SceneConfig:
-    """The `seed`-th random relative of scene "A", "B" or "C"; the scene keeps the name of its family."""
-    families = [scene for scene in SCENES if scene != "D"]
-    if name not in families:
-        raise UserError(f"scene {name!r}: only {', '.join(families)} have variations to train on")
-    rng = np.random.default_rng([ord(name), seed])
-    return _scene(name, _vary(FAMILIES[name], rng))

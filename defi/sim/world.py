@@ -1,7 +1,11 @@
-"""A play table world: load, reset, step with relative actions, observe, render on request."""
+"""A play table world: load, reset, step with relative actions, observe, render on request.
+
+What a rollout needs of a simulator is the public methods of `World`; `defi.sim.official` has them too.
+"""
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -10,8 +14,8 @@ from defi.errors import UserError
 from defi.sim.arm import Arm
 from defi.sim.bullet import Bullet, pybullet
 from defi.sim.cameras import Camera
+from defi.sim.fixtures import Fixtures
 from defi.sim.judge import BlockState, Contact, JudgeState
-from defi.sim.mechanisms import Mechanisms
 from defi.sim.scene import BlockConfig, SceneConfig
 
 PHYSICS_RATE = 240  # Hz
@@ -19,9 +23,10 @@ CONTROL_RATE = 30  # Hz
 SUBSTEPS = PHYSICS_RATE // CONTROL_RATE
 GRAVITY = -9.8
 RELOADS = 8  # into one physics server: a new OpenGL context takes 0.5 s, but each load leaves 12 MB in it
+Pose = tuple[Sequence[float], Sequence[float]]  # position, Euler angles
 
 
-class World:
+class World(AbstractContextManager):
     """Robot, blocks, table and plane in a physics server of their own. A context manager.
 
     Bullet's order of contacts decides every later collision. It depends on the order and the poses in which
@@ -42,11 +47,11 @@ class World:
         static_size: int | None = None,
         gripper_size: int | None = None,
     ) -> None:
-        self.scene = scene
-        sizes = {name: scene.cameras[name].size for name in cameras}
-        asked = {"static": static_size, "gripper": gripper_size}
-        self._sizes = sizes | {name: asked[name] for name in cameras if asked[name] is not None}
-        self._renderer = renderer
+        given = {"static": static_size, "gripper": gripper_size}
+        sizes = {
+            name: given[name] if given[name] is not None else scene.cameras[name].size for name in cameras
+        }
+        self.scene, self._sizes, self._renderer = scene, sizes, renderer
         self._connect()
 
     def reload(self) -> None:
@@ -77,22 +82,19 @@ class World:
             block.name: bullet.load(block.urdf, *self._block_pose(block), globalScaling=scene.scale)
             for block in scene.blocks
         }
-        table = scene.table
-        body = bullet.load(table.urdf, table.position, table.euler, globalScaling=scene.scale)
-        self.table = Mechanisms(table, body, bullet)
+        self.table = Fixtures(scene.table, bullet, scene.scale)
         bullet.load(scene.plane, (0, 0, 0), (0, 0, 0))
         self.cameras = {
-            name: Camera(scene.cameras[name], size, bullet, scene.arm, self.arm.body)
-            for name, size in self._sizes.items()
+            name: Camera(scene.cameras[name], size, bullet, self.arm) for name, size in self._sizes.items()
         }
 
-    def _block_pose(self, block: BlockConfig) -> tuple[Sequence[float], Sequence[float]]:
-        """Position and Euler angles; drawn where the scene does not give them."""
+    def _block_pose(self, block: BlockConfig) -> Pose:
+        """Drawn where the scene does not give it."""
         position, euler = block.position, block.euler
-        if position is None:
+        if position == "any":
             surface = self._rng.choice(list(self.scene.surfaces))
             position = self._rng.uniform(*self.scene.surfaces[surface])
-        if euler is None:
+        if euler == "any":
             euler = self._rng.uniform([0, 0, -np.pi], [0, 0, np.pi])
         return position, euler
 
@@ -107,25 +109,23 @@ class World:
             self._scatter_blocks()
         else:
             self.table.reset(scene_obs[:4], scene_obs[4:6])
-            poses = np.reshape(scene_obs[6:], (len(self.blocks), 6))
-            for body, pose in zip(self.blocks.values(), poses):
-                self._put_block(body, pose[:3], pose[3:])
+            poses = np.reshape(scene_obs[6:], (len(self.blocks), 2, 3))
+            self._put_blocks([tuple(pose) for pose in poses])
         self.arm.reset(robot_obs)
         self._bullet.stepSimulation()
         self.table.refresh()
 
-    def _put_block(self, body: int, position: Sequence[float], euler: Sequence[float]) -> None:
-        quaternion = pybullet.getQuaternionFromEuler(euler)
-        self._bullet.resetBasePositionAndOrientation(body, position, quaternion)
+    def _put_blocks(self, poses: Sequence[Pose]) -> None:
+        for body, (position, euler) in zip(self.blocks.values(), poses):
+            quaternion = pybullet.getQuaternionFromEuler(euler)
+            self._bullet.resetBasePositionAndOrientation(body, position, quaternion)
 
     def _scatter_blocks(self) -> None:
         """Draw the blocks' poses until none touches another."""
-        bodies = list(self.blocks.values())
         for _ in range(1000):
-            for block, body in zip(self.scene.blocks, bodies):
-                self._put_block(body, *self._block_pose(block))
+            self._put_blocks([self._block_pose(block) for block in self.scene.blocks])
             self._bullet.stepSimulation()
-            pairs = itertools.combinations(bodies, 2)
+            pairs = itertools.combinations(self.blocks.values(), 2)
             if not any(self._bullet.getContactPoints(*pair) for pair in pairs):
                 return
         raise UserError(f"scene {self.scene.name}: no free place for the blocks; enlarge its surfaces")
@@ -150,8 +150,7 @@ class World:
         for body in self.blocks.values():
             position, quaternion = self._bullet.getBasePositionAndOrientation(body)
             poses += [*position, *pybullet.getEulerFromQuaternion(quaternion)]
-        table = self.table
-        return np.array([*table.positions, table.lightbulb, table.led, *poses])
+        return np.array([*self.table.positions, *self.table.lights.values(), *poses])
 
     def state(self) -> JudgeState:
         """What the judge looks at."""
@@ -162,14 +161,13 @@ class World:
             links=self.table.links,
             blocks={name: self._block_state(body) for name, body in self.blocks.items()},
             doors={"base__slide": slide, "base__drawer": drawer},
-            lights={"lightbulb": self.table.lightbulb, "led": self.table.led},
+            lights=dict(self.table.lights),
             robot_contacts=self._contacts(self.arm.body),
         )
 
     def _block_state(self, body: int) -> BlockState:
-        position, quaternion = self._bullet.getBasePositionAndOrientation(body)
-        linear, angular = self._bullet.getBaseVelocity(body)
-        return BlockState(body, position, quaternion, linear, angular, self._contacts(body))
+        pose, velocity = self._bullet.getBasePositionAndOrientation(body), self._bullet.getBaseVelocity(body)
+        return BlockState(body, *pose, *velocity, self._contacts(body))
 
     def _contacts(self, body: int) -> frozenset[Contact]:
         return frozenset((point[2], point[4]) for point in self._bullet.getContactPoints(body))
@@ -181,9 +179,6 @@ class World:
     def close(self) -> None:
         """Free the memory of the physics; the world cannot be used after that."""
         self._bullet.close()
-
-    def __enter__(self) -> "World":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -15,10 +15,10 @@ from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from defi.sim import official, renderers
 from defi.sim.renderers import NEEDED, egl_devices, find_renderer
+from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout import __main__ as command
 from Step3_DeFI.rollout.__main__ import CommandConfig, main
 from Step3_DeFI.rollout.evaluate import Evaluation
-from Step3_DeFI.train import roller
 
 GPU, MESA = {0: "Fast 1"}, {1: "llvmpipe (LLVM 15)"}
 CAVEAT = "does not compare with published ones"
@@ -70,7 +70,7 @@ def test_the_cpu_is_taken_only_when_asked_for(
     cfg = composed("step3_rollout", *settings, given)
     evaluation = Evaluation.prepare(typed(CommandConfig, cfg, "step3_rollout"))
     assert evaluation.renderer.kind == "cpu" and CAVEAT in evaluation.caveat
-    assert ("egl was asked for" in evaluation.drawing) == ("fallback" in given)
+    assert ("egl was asked for" in str(evaluation.renderer)) == ("fallback" in given)
 
 
 def test_processes_do_not_draw_differently(
@@ -88,8 +88,8 @@ def test_processes_do_not_draw_differently(
 def test_rollouts_during_training_follow(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renderers, "egl_devices", dict)
     with pytest.raises(UserError, match="sim.renderer=egl: no such EGL device works here"):
-        roller(composed("step3_train", "preset=tiny", f"sim.calvin_root={clone}"))
-    roller(composed("step3_train", "preset=tiny"))
+        rollouts(composed("step3_train", "preset=tiny", f"sim.calvin_root={clone}"))
+    rollouts(composed("step3_train", "preset=tiny"))
 
 
 @pytest.mark.parametrize("renderer", ["egl", "cpu"])
@@ -119,7 +119,7 @@ def test_the_doctor_shows_how_far_the_renderers_differ(clone: Path, egl: None) -
     _, chosen, *others = doctor.examine("CALVIN's renderer", doctor.check_clone, str(clone))
     assert chosen.verdict == "ok" and str(find_renderer("egl")) in chosen.detail
     cpu = others[-1]
-    assert (cpu.what, cpu.verdict) == ("sim.renderer=cpu", "note") and "no published one" in cpu.mend
+    assert (cpu.what, cpu.verdict) == ("sim.renderer=cpu", "note") and "no published one" in cpu.fix
     shares = [int(word.rstrip("%")) for word in cpu.detail.split() if word.endswith("%")]
     assert len(shares) == 2 and min(shares) > 10, "another domain in both views"
 

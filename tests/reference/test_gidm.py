@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from Step2_GIDM.adapter import load_published, to_published
 from Step2_GIDM.latent_action import LatentActionModel, LatentActionSizes, LatentActionTokenizer
-from Step2_GIDM.published import load_published, model_names, to_published, tokenizer_names
 
 TOLERANCE = 1e-5
 
@@ -61,8 +61,7 @@ def loaded(recording: Recording) -> LatentActionModel:
         decoder_blocks=blocks,
         commitment=recording.config.get("commit_weight", 0.25),
     )
-    names = model_names(recording.sizes(), decoder_blocks=blocks)
-    load_published(model, recording.weights, names, source=recording.source)
+    load_published(model, recording.weights, source=recording.source)
     return model
 
 
@@ -91,8 +90,7 @@ def test_latent_action_model(reference: Path) -> None:
         assert set(ours) | {"indices"} == set(recording.out), "every recorded output is compared"
         for name, value in ours.items():
             close(value, recording.out[name])
-        names = model_names(recording.sizes(), decoder_blocks=recording.config["dec_blocks"])
-        gradients = to_published({k: p.grad for k, p in model.named_parameters()}, names)
+        gradients = to_published(model, {k: p.grad for k, p in model.named_parameters()})
         assert recording.grad
         for name, value in recording.grad.items():
             close(gradients[name], value)
@@ -115,7 +113,7 @@ def test_tokenizer_in_the_policy(reference: Path) -> None:
         sizes = recording.sizes("lam.")
         tokenizer = LatentActionTokenizer(sizes)
         weights = {k.removeprefix("lam."): v for k, v in recording.weights.items() if k.startswith("lam.")}
-        load_published(tokenizer, weights, tokenizer_names(sizes), source=recording.source)
+        load_published(tokenizer, weights, source=recording.source)
         w = recording.weights
         features = recording.inputs["predicted_features"][:, recording.config["frames"]]
         hidden = torch.nn.functional.linear(features, w["goal_emb.0.weight"], w["goal_emb.0.bias"])
@@ -134,7 +132,6 @@ def test_published_round_trip(reference: Path) -> None:
     """Published weights → ours → published: identical."""
     for stem in ("gidm_latent_action_model", "gidm_controllable_latent_action_model"):
         for recording in recordings(reference, stem):
-            names = model_names(recording.sizes(), decoder_blocks=recording.config["dec_blocks"])
-            back = to_published(loaded(recording).state_dict(), names)
+            back = to_published(loaded(recording))
             assert set(back) == set(recording.weights)
             assert all(torch.equal(back[k], v) for k, v in recording.weights.items())

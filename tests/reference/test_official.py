@@ -10,7 +10,8 @@ from replay import replay
 
 pytest.importorskip("pybullet")
 from defi.errors import UserError
-from defi.sim.official import OfficialWorld, check_installed, compose
+from defi.sim.official import OfficialWorld, check_installed
+from defi.sim.scene import compose
 
 
 def replay_scene(reference: Path, path: Path) -> None:
@@ -31,13 +32,13 @@ def test_the_official_package_does_what_was_recorded(reference: Path) -> None:
 
 
 def test_the_package_s_own_configuration(reference: Path) -> None:
-    cfg = compose(reference / "calvin_root", "D", egl=True)
-    assert cfg.env.use_egl is True and cfg.env.use_vr is False
+    cfg = compose(reference / "calvin_root", "D")
+    assert cfg.env.use_vr is False
     assert Path(cfg.env.scene_cfg.data_path).is_dir()
     assert list(cfg.env.cameras) == ["static", "gripper"]
     assert cfg.env.robot_cfg.base_position == cfg.scene.robot_base_position
     with pytest.raises(UserError, match="Q: no such scene"):
-        compose(reference / "calvin_root", "Q", egl=False)
+        compose(reference / "calvin_root", "Q")
 
 
 def test_a_missing_package_is_told_before_anything_is_written(reference: Path, monkeypatch) -> None:

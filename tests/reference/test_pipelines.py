@@ -36,18 +36,18 @@ from Step1_GFDM.data import Clips, LatentClips, read_episodes
 from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.augment import Augmentation, Draw
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
-from Step2_GIDM.data.pairs import Clip, PairDataset
+from Step2_GIDM.data.build import build_pairs
+from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import PolicySamples
+from Step3_DeFI.data import open_samples
 from Step3_DeFI.observation import CAMERAS, to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.rollout.messages import Look
 from Step3_DeFI.rollout.policy import ModelPolicy
-from Step3_DeFI.train import open_samples
+from Step3_DeFI.rollout.simulator import Observation
+from Step3_DeFI.samples import PolicySamples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are left out|too few episodes):UserWarning")
 SIGMAS = 4  # that shares may differ by: dozens of them are compared
@@ -284,7 +284,7 @@ def parts(sets: Recorded) -> list[tuple[str, bool, int, dict[str, Any]]]:
 
 def opened(section: dict[str, Any], name: str, side: int, *, held_out: bool = False) -> PairDataset:
     """One data set of a mixture, without augmentation."""
-    pairs = held_out_pairs(section, side) if held_out else training_pairs(section, side, augment=False)
+    pairs = build_pairs(section, side, "held_out") if held_out else build_pairs(section, side, augment=False)
     return pairs.sets[name]
 
 
@@ -297,7 +297,7 @@ def test_pipelines_stage2_pairs_and_texts(sets: Recorded, mixture) -> None:
         for index in range(len(data)):
             clip, now = data.locate(index)
             pair = [clip.start + position for position in clip.pair(now, window - 1)]
-            mine.setdefault(data.source.clips.number(clip), []).append((pair, clip.text(now)))
+            mine.setdefault(data.source.episode(clip), []).append((pair, clip.text(now)))
         assert list(mine) == [episode["episode"] for episode in found["episodes"]]
         assert data.source.dropped == len(found["dropped"]) and not set(mine) & set(found["dropped"])
         for episode in found["episodes"]:
@@ -337,18 +337,18 @@ def test_pipelines_stage2_sets_too_small_to_hold_out(sets: Recorded, mixture) ->
         if "raises" not in data["parts"].get("held_out", {}):
             continue
         with pytest.warns(UserWarning, match=f"{name}: too few episodes to hold any out"):
-            held_out = held_out_pairs(mixture({name: 1.0}), 28)
+            held_out = build_pairs(mixture({name: 1.0}), 28, "held_out")
         assert len(held_out) == len(opened(mixture({name: 1.0}), name, 28))
 
 
 def test_pipelines_stage2_sizes_and_shares(stage2: dict[str, Any], sets: Recorded, mixture) -> None:
     for name, data in sets.items():
-        assert len(training_pairs(mixture({name: 1.0}), 28)) == data["num_transitions"]
+        assert len(build_pairs(mixture({name: 1.0}), 28)) == data["num_transitions"]
     for name, run in stage2["whole_run"].items():
         if name not in sets:
             continue
         _, *shape, side = run["videos_shape"]
-        pairs = training_pairs(mixture({name: 1.0}), side)
+        pairs = build_pairs(mixture({name: 1.0}), side)
         sample = pairs.sample(len(pairs) // 2, np.random.default_rng(0))["frames"]
         assert list(sample.shape) == [*shape, side] and str(sample.dtype) == run["dtype"]
         levels = sample * 255
@@ -361,7 +361,7 @@ def test_pipelines_stage2_mixture(stage2: dict[str, Any], sets: Recorded, mixtur
     weights = dict(run["mixture"])
     if not weights.keys() <= sets.keys():
         pytest.skip(f"of the mixture {', '.join(weights)} only {', '.join(sets)} are there")
-    pairs = training_pairs(mixture(weights), 28)
+    pairs = build_pairs(mixture(weights), 28)
     assert abs(len(pairs) - run["dataset_length"]) <= len(weights)
     shares = pairs.shares()
     for name, expected in zip(weights, run["sample_weights"]):
@@ -408,7 +408,7 @@ def test_pipelines_stage2_augmentation(
         pytest.skip("no augmented pictures")
     picture = pictures["augmented_source"]
 
-    class Still:
+    class Still(Source):
         clips, lengths, fingerprint = [Clip("picture", 0, 2)], np.array([2]), "still"
 
         def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
@@ -473,7 +473,7 @@ def samples(
         prepare(composed("step3_prepare", *source, "store.kind=images", f"output='{output}'"))
         source = [f"data.store='{output}'"]
     cfg = composed("step3_train", "output=unused", *source)
-    return open_samples(cfg.data, settings_of_policy, Path("unused"))["training"]
+    return open_samples(cfg.data, settings_of_policy)["training"]
 
 
 def test_pipelines_stage3_samples_texts_and_actions(
@@ -534,7 +534,6 @@ SMALL = {
     "gfdm.vae": "{block_out_channels: [32, 32], layers_per_block: 1}",
     "gidm": "{width: 32, encoder_blocks: 1, decoder_blocks: 1, heads: 2}",
     "gidm.dino": "{image_size: 28, width: 32, layers: 1, heads: 2}",
-    "policy": "{feature_tokens: 16, feature_channels: 64}",
     "policy.video_former": "{dim: 32, depth: 1}",
     "policy.action_head": "{dim: 32, encoder_layers: 1, decoder_layers: 1}",
 }
@@ -642,7 +641,7 @@ def test_pipelines_text_of_a_rollout(policy: DeFI, said: dict[str, Any]) -> None
         assert entry["rollout"]["clip_ids_equal_training"] and entry["rollout"]["t5_string_equal_training"]
 
         def act(text: str = entry["text"]) -> None:
-            acting.act([Look((0, 0, 0), "task", text, images)])
+            acting.act([Observation((0, 0, 0), "task", text, images)])
 
         assert spied(policy.t5, act).given == [entry["stage3_t5"]["string"]]
         assert set(spied(policy.gfdm.clip, act).given) == {entry["stage3_clip"]["string"]}
@@ -680,7 +679,7 @@ def test_pipelines_text_ids_of_clip(published_clip: CLIPText, said: dict[str, An
             if "ids" in entry[published]:
                 used = int(made["attention_mask"].sum())
                 assert made["input_ids"][0, :used].tolist() == entry[published]["ids"]
-        assert bool(published_clip.told([entry["text"]])) == (len(spy.made) == 2)
+        assert bool(published_clip.truncation_note([entry["text"]])) == (len(spy.made) == 2)
 
 
 # ------------------------------------------------------------ settings

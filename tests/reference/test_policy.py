@@ -9,19 +9,11 @@ from safetensors import safe_open
 
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.action_head import ActionDenoiser
+from Step3_DeFI.adapter import ACTION_DENOISER, VIDEO_FORMER, load_branch
 from Step3_DeFI.config import ActionHeadConfig
 from Step3_DeFI.diffusion import ddim as sample_ddim
 from Step3_DeFI.diffusion import denoising_loss, exponential_schedule, log_logistic, precondition
 from Step3_DeFI.gidm_branch import GIDMBranch
-from Step3_DeFI.published import (
-    ACTION_DENOISER,
-    ACTION_DENOISER_UNUSED,
-    VIDEO_FORMER,
-    inverse,
-    load_published_branch,
-    rename,
-    without,
-)
 from Step3_DeFI.video_former import VideoFormer
 
 SIGMA_DATA = 0.5
@@ -65,7 +57,7 @@ def denoiser(reference: Path) -> tuple[ActionDenoiser, Recording]:
         action_dim=c["action_dim"],
         chunk=c["action_seq_len"],
     )
-    model.load_state_dict(rename(without(w, ACTION_DENOISER_UNUSED), ACTION_DENOISER))
+    model.load_state_dict(ACTION_DENOISER.split(w))
     return model.eval(), record
 
 
@@ -146,9 +138,9 @@ def test_video_former(reference: Path):
         queries=c["num_latents"] // c["num_frame"],
         ff_mult=c["ff_mult"],
     )
-    model.load_state_dict(rename(record.weights, VIDEO_FORMER))
+    model.load_state_dict(VIDEO_FORMER.split(record.weights))
     assert_close(model(record.inputs["features"]), record.outputs["tokens"])
-    back = rename(model.state_dict(), inverse(VIDEO_FORMER))
+    back = VIDEO_FORMER.join(model.state_dict())
     assert back.keys() == record.weights.keys()
 
 
@@ -167,7 +159,7 @@ def test_gidm_branch(reference: Path):
         code_width=c["latent_dim"],
     )
     model = GIDMBranch(sizes, feature_channels=c["condition_dim"], frames=c["frames"])
-    load_published_branch(model, w)
+    load_branch(model, w)
     actions = model(
         record.inputs["predicted_features"],
         record.inputs["text_embedding"],

@@ -13,8 +13,8 @@ from defi.errors import UserError
 from defi.text import CLIPText, T5Text, TextConfig
 from Step1_GFDM.adapter import build as build_gfdm
 from Step2_GIDM import adapter as gidm_adapter
+from Step2_GIDM.adapter import dino_image_size
 from Step2_GIDM.dino import DinoPatches
-from Step2_GIDM.dino_hub import hub_image_size
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
@@ -66,7 +66,7 @@ def policy() -> DeFI:
     with torch.device("meta"):
         gfdm = build_gfdm(cfg)
         gfdm.clip = clip_base()
-        return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, t5=t5_base())
+        return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=build_gidm("language"))
 
 
 @pytest.mark.parametrize("variant", GIDM_FILES)
@@ -78,17 +78,17 @@ def test_gidm(reference: Path, variant: str) -> None:
     assert {n: t.shape for n, t in listed.items()} == {n: t.shape for n, t in released.items()}
     dino = {n.removeprefix(gidm_adapter.DINO): tuple(t.shape) for n, t in ours.items() if n not in listed}
     assert len(dino) == 176 and {name: dino[name] for name in DINO_HUB} == DINO_HUB
-    assert hub_image_size(meta(dino), model.config.dino, source="file") == DINO_POSITIONS
+    assert dino_image_size(meta(dino), model.config.dino, source="file") == DINO_POSITIONS
     report = gidm_adapter.adopt(
         model, released | meta({gidm_adapter.DINO + n: s for n, s in dino.items()}), source="x"
     )
-    assert set(report.loaded) == set(ours) and not report.spare
+    assert set(report.loaded) == set(ours) and not report.left_over
 
 
 def test_policy(reference: Path, policy: DeFI) -> None:
     released = manifest_part(reference, "defi_stage3_checkpoint")
     report = policy_adapter.adopt(policy, meta(released), source="policy.pt")
-    left_over = [name for names in report.spare.values() for name in names]
+    left_over = [name for names in report.left_over.values() for name in names]
     assert sorted([*report.loaded, *left_over]) == sorted(released)
     unused = [name for name in left_over if not name.startswith((policy_adapter.T5, policy_adapter.CLIP))]
     assert all(name.split(".")[2] in ("pos_emb", "goal_emb", "proprio_emb") for name in unused)
@@ -99,7 +99,7 @@ def test_policy(reference: Path, policy: DeFI) -> None:
 def test_parameters_of_the_policy(reference: Path, policy: DeFI) -> None:
     """Trained: what the released file holds, less frozen towers and what the forward pass never reads."""
     released = manifest_part(reference, "defi_stage3_checkpoint")
-    spare = (policy_adapter.T5, policy_adapter.CLIP, *policy_adapter.SPARE)
+    spare = (policy_adapter.T5, policy_adapter.CLIP, *policy_adapter.UNNEEDED)
     expected = sum(t.numel() for n, t in meta(released).items() if not n.startswith(spare))
     assert sum(p.numel() for _, p in policy.trainable()) == expected
 

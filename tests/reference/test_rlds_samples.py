@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from defi.config import CONFIG_DIR
 from defi.rlds import RLDSDataset
-from Step2_GIDM.data.build import held_out_pairs, training_pairs
+from Step2_GIDM.data.build import build_pairs
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_mixture_of_the_table(recorded: dict[Path, dict], table: dict, tmp_pat
     folders = list(recorded)
     section = table | {"root": str(folders[0].parent), "mixture": "all", "index": str(tmp_path)}
     section["mixtures"] = {"all": {folder.name: 1.0 for folder in folders}}
-    pairs, held_out = training_pairs(section, 56), held_out_pairs(section, 56)
+    pairs, held_out = build_pairs(section, 56), build_pairs(section, 56, "held_out")
     assert list(pairs.sets) == [folder.name for folder in folders]
     for folder in folders:
         lengths = [episode["length"] for episode in recorded[folder]["train"]]

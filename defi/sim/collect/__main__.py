@@ -16,7 +16,7 @@ from defi import __version__
 from defi.calvin import CalvinFolder
 from defi.config import entry, typed
 from defi.engine.output import check_output, prepare_output, write_file
-from defi.errors import UserError, going_on
+from defi.errors import UserError, writing
 from defi.files import read_json
 from defi.sim.collect.config import CollectConfig
 from defi.sim.collect.sessions import SESSIONS, Record, Session, assemble, collect_sessions, plan
@@ -46,7 +46,7 @@ def start_folder(config: CollectConfig) -> Path:
 def collect(config: CollectConfig, output: Path, console: Console) -> dict[Session, Record]:
     """Collect what is missing, number the frames, write the index files."""
     sessions = plan(config)
-    with going_on(output, "the demonstrations"):
+    with writing(output, "the demonstrations"):
         finished = collect_sessions(sessions, config, output)
         records = dict(track(finished, "sessions", total=len(sessions), console=console))
         for name, split in config.splits.items() if config.record else ():

@@ -1,36 +1,37 @@
-"""The table's moving parts: slide, drawer, a button that toggles the LED, a switch that lights the bulb."""
+"""What is fixed to the table: slide, drawer, a button that toggles the LED, a switch that lights the bulb."""
 
 from collections.abc import Sequence
 
-from defi.errors import UserError
+from defi.errors import reading
 from defi.sim.bullet import Bullet, pybullet
 from defi.sim.scene import TableConfig
 
 FORCE = 4
 JOINTS = ("base__slide", "base__drawer", "base__button", "base__switch")
 BUTTON, SWITCH = 2, 3  # places in JOINTS
+LIGHT_LINKS = {"lightbulb": "light_link", "led": "led_link"}
 
 
-class Mechanisms:
-    """State and logic of the four joints and two lights of the table `body`.
+class Fixtures:
+    """Loads the table; state and logic of its four joints and two lights.
 
     `positions` holds the joints (slide, drawer, button, switch) as last read by `refresh`; `links` maps the
-    table's link names to indices; `lightbulb` and `led` are 0 or 1.
+    table's link names to indices; `lights` (lightbulb, led) are 0 or 1.
     """
 
-    def __init__(self, config: TableConfig, body: int, bullet: Bullet) -> None:
-        self.config, self.body, self._bullet = config, body, bullet
-        infos = [bullet.getJointInfo(body, joint) for joint in range(bullet.getNumJoints(body))]
+    def __init__(self, config: TableConfig, bullet: Bullet, scale: float) -> None:
+        self.config, self._bullet = config, bullet
+        self.body = bullet.load(config.urdf, config.position, config.euler, globalScaling=scale)
+        infos = bullet.joints(self.body)
         self.links = {info[12].decode(): info[0] for info in infos} | {"base_link": -1}
         index = {info[1].decode(): info[0] for info in infos}
-        if not index.keys() >= set(JOINTS):
-            raise UserError(f"{config.urdf}: needs the joints {', '.join(JOINTS)}; not a play table")
-        self._joints = [index[name] for name in JOINTS]
+        with reading(config.urdf, "it is not a play table"):
+            self._joints = [index[name] for name in JOINTS]
         self._middle = [sum(infos[joint][8:10]) / 2 for joint in self._joints]
         for joint, name in zip(self._joints, JOINTS):
             mode = pybullet.POSITION_CONTROL if name == "base__button" else pybullet.VELOCITY_CONTROL
-            bullet.setJointMotorControl2(body, joint, mode, force=FORCE)  # the target of either is 0
-        self.lightbulb = self.led = 0
+            bullet.setJointMotorControl2(self.body, joint, mode, force=FORCE)  # the target of either is 0
+        self.lights = dict.fromkeys(LIGHT_LINKS, 0)
         self._button_on = self._switch_on = False
         self.refresh()
         self._was_pressed = self._past_middle(BUTTON)
@@ -46,31 +47,23 @@ class Mechanisms:
         """Set the joints and lights (bulb, LED). Whether the button *was* pressed survives."""
         for joint, position in zip(self._joints, joints):
             self._bullet.resetJointState(self.body, joint, position)
-        self._set_lightbulb(int(lights[0]))
-        self._set_led(int(lights[1]))
-        self._button_on = bool(self.led)
+        for name, on in zip(self.lights, lights):
+            self._set_light(name, int(on))
+        self._button_on = bool(self.lights["led"])
         self._switch_on = False
 
     def update(self) -> None:
         """After each action: let the button and the switch work on their lights."""
         self.refresh()
-        pressed = self._past_middle(BUTTON)
+        pressed, on = self._past_middle(BUTTON), self._past_middle(SWITCH)
         if pressed and not self._was_pressed:
             self._button_on = not self._button_on
-            self._set_led(int(self._button_on))
-        self._was_pressed = pressed
-        on = self._past_middle(SWITCH)
+            self._set_light("led", int(self._button_on))
         if on != self._switch_on:
-            self._set_lightbulb(int(on))
-        self._switch_on = on
+            self._set_light("lightbulb", int(on))
+        self._was_pressed, self._switch_on = pressed, on
 
-    def _set_lightbulb(self, on: int) -> None:
-        self.lightbulb = on
-        self._paint("light_link", self.config.bulb_color if on else self.config.off_color)
-
-    def _set_led(self, on: int) -> None:
-        self.led = on
-        self._paint("led_link", self.config.led_color if on else self.config.off_color)
-
-    def _paint(self, link: str, color: Sequence[float]) -> None:
-        self._bullet.changeVisualShape(self.body, self.links[link], rgbaColor=color)
+    def _set_light(self, name: str, on: int) -> None:
+        self.lights[name] = on
+        color = self.config.light_colors[name] if on else self.config.off_color
+        self._bullet.changeVisualShape(self.body, self.links[LIGHT_LINKS[name]], rgbaColor=color)

@@ -22,7 +22,7 @@ POOL = 8  # feature differences are averaged to at most POOL × POOL places
 
 
 @dataclass
-class Observed:
+class CodeEvaluation:
     """N pairs spread evenly over a data set, and what the model says of them.
 
     error: mean square of the predicted later features, per pair. copy_error: the same with the earlier
@@ -53,7 +53,7 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(model: GIDM, data: PairDataset | PairMixture, count: int) -> Observed:
+def evaluate_codes(model: GIDM, data: PairDataset | PairMixture, count: int) -> CodeEvaluation:
     """Run the model in eval mode over at most `count` pairs, at the largest distance."""
     model.eval()
     pairs = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int))
@@ -69,20 +69,18 @@ def observe(model: GIDM, data: PairDataset | PairMixture, count: int) -> Observe
         texts = [clip.text(now) for clip, now in map(data.locate, chosen)]
         small = F.interpolate(frames.flatten(0, 1), PICTURE, mode="bilinear", antialias=True)
         pictures = (small * 255).round().byte().unflatten(0, frames.shape[:2])
-        parts.append((pictures, *(t.cpu() for t in _look(model, frames.to(device), texts))))
-    return Observed(np.array(found), *(torch.cat(part) for part in zip(*parts)))
+        parts.append((pictures, *(t.cpu() for t in _evaluate_batch(model, frames.to(device), texts))))
+    return CodeEvaluation(np.array(found), *(torch.cat(part) for part in zip(*parts)))
 
 
-def _look(model: GIDM, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> tuple[Tensor, ...]:
+def _evaluate_batch(model: GIDM, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> tuple[Tensor, ...]:
     patches = model.patches(frames)
     now, later = patches.unbind(1)
     language = model.language(texts)
     actions = model.tokenizer(patches, *language)
-    mask = language[1] if language else None
-    tokens = actions.all_tokens()
-    predicted = model.core.decoder(now, tokens, actions.text, mask)
-    other = model.core.decoder(now, tokens.roll(1, dims=0), actions.text, mask)
-    errors = [(guess - later).square().mean((1, 2)) for guess in (predicted, now, other)]
+    tokens, text = actions.all_tokens(), (actions.text, *language[1:])
+    own, other = (model.core.decoder(now, given, *text) for given in (tokens, tokens.roll(1, dims=0)))
+    errors = [(guess - later).square().mean((1, 2)) for guess in (own, now, other)]
     grid = (later - now).transpose(1, 2).unflatten(2, (model.dino.grid, model.dino.grid))
     pooled = F.adaptive_avg_pool2d(grid, min(POOL, model.dino.grid))
     return actions.indices, pooled.flatten(1), *errors

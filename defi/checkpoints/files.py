@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defi.checkpoints.torchscript import is_torchscript, read_torchscript
+from defi.checkpoints.torchscript import is_torchscript, read_torchscript, runs_code
 from defi.engine.weights import read_tensors
-from defi.errors import UserError, one_line
+from defi.errors import UserError, reading
 from defi.files import read_json
 
 
@@ -41,7 +41,7 @@ WITHIN = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
-def read_foreign(file: Path | str) -> dict[str, Tensor]:
+def read_foreign(path: Path | str) -> dict[str, Tensor]:
     """The named tensors in a .safetensors file, a TorchScript archive, or a file of `torch.save`, on the CPU.
 
     Or in several files, by their index (`….index.json`) or its folder. Tensors stay on the disk until they
@@ -51,18 +51,26 @@ def read_foreign(file: Path | str) -> dict[str, Tensor]:
     Raises:
         UserError: a file is missing, damaged, holds no named tensors, or would run code when loaded.
     """
-    file = Path(file)
-    file = find_index(file) or file
+    path = Path(path)
+    file = find_index(path) or path
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no such file"
         raise UserError(f"{file}: {what}; give a checkpoint file (.ckpt, .pt, .safetensors)")
     return _unwrapped(_read_parts(file) if fnmatch(file.name, INDEX) else _read_file(file))
 
 
+def read_published(path: Path | str, mark: str, title: str) -> dict[str, Tensor]:
+    """As `read_foreign`, of a file that must hold the tensor `mark`: only those called `title` do."""
+    tensors = read_foreign(path)
+    if mark not in tensors:
+        raise UserError(f"{path}: no {title} (no {mark}); give its checkpoint, or another stage=")
+    return tensors
+
+
 def find_index(folder: Path) -> Path | None:
     """The index of weights that lie in several files of a folder, if there is one."""
-    whole = any(folder.glob("[!.]*.safetensors"))  # then an index of .bin files came along without them
-    found = [file for file in folder.glob(f"[!.]{INDEX}") if not (whole and ".bin." in file.name)]
+    unsplit = any(folder.glob("[!.]*.safetensors"))  # then an index of .bin files came along without them
+    found = [file for file in folder.glob(f"[!.]{INDEX}") if not (unsplit and ".bin." in file.name)]
     return min(found, key=lambda file: (len(file.name), file.name), default=None)
 
 
@@ -75,28 +83,30 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     for _ in ENTRIES:  # they may lie in each other, but a file may also lie in itself
         if isinstance(content, Mapping):
             content = next((content[e] for e in ENTRIES if isinstance(content.get(e), Mapping)), content)
-    return _named_tensors(content, file)
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{file}: holds a {type(content).__name__}, not named tensors; give a state_dict")
+    if other := next((name for name, value in content.items() if not isinstance(value, Tensor)), None):
+        kind = type(content[other]).__name__
+        raise UserError(f"{file}: {other} is a {kind}, not a tensor; give a state_dict of tensors")
+    return dict(content)
 
 
 def _read_parts(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names; each must be there."""
-    places = read_json(index, "copy the folder again").get("weight_map")
+    again = "copy the complete folder again"
+    places = read_json(index, again).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{index}: no index of weights (weight_map: {{tensor: file}}); copy the folder again")
+        raise UserError(f"{index}: no index of weights (weight_map: {{tensor: file}}); {again}")
     names = sorted(set(places.values()))
     if foreign := [name for name in names if not name or Path(name).name != name]:
         raise UserError(f"{index}: names {foreign[0]!r}, outside the folder; this checkpoint is not safe")
     parts = [index.with_name(name) for name in names]
     if missing := [part for part in parts if not part.is_file()]:
-        raise UserError(
-            f"{missing[0]}: missing, {len(missing)} of the {len(parts)} files that {index.name} counts; copy "
-            "the folder as a whole"
-        )
+        count = f"{len(missing)} of the {len(parts)} files in {index.name}"
+        raise UserError(f"{missing[0]}: missing, {count}; {again}")
     tensors = {name: tensor for part in parts for name, tensor in _read_file(part).items()}
     if lost := [name for name in places if name not in tensors]:
-        raise UserError(
-            f"{index}: {lost[0]} is in none of its files ({len(lost)} such); copy the folder again"
-        )
+        raise UserError(f"{index}: {lost[0]} is in none of its files ({len(lost)} such); {again}")
     return tensors
 
 
@@ -112,32 +122,17 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_pickled(file: Path) -> Any:
     """What `torch.save` wrote: tensors, containers and numbers only."""
-    try:
-        # Old files are no zip archives and cannot be mapped into memory.
-        with torch.serialization.safe_globals(SETTINGS):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{file}: refers to {named[1]}, which could run code when loaded, so it is not read; "
-                "get its tensors alone (safetensors, or a state_dict of tensors)"
-            ) from None
-        if "Unsupported operand" in str(error) and zipfile.is_zipfile(file):
-            raise UserError(
-                f"{file}: damaged, or pickled by another protocol than torch.save's own; save its tensors "
-                "again (safetensors, or torch.save without pickle_protocol)"
-            ) from None
-        raise UserError(f"{file}: damaged or no checkpoint ({one_line(error)}); download it again") from None
-    except Exception as error:  # whatever damaged bytes make the library raise
-        raise UserError(f"{file}: damaged or no checkpoint ({one_line(error)}); download it again") from None
-
-
-def _named_tensors(content: Any, file: Path) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{file}: holds a {type(content).__name__}, not named tensors; give a state_dict")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"{file}: {name} is a {type(value).__name__}, not a tensor; give a state_dict of tensors"
-            )
-    return dict(content)
+    with reading(file, "download it again, or give its tensors alone (safetensors)"):
+        try:
+            # Old files are no zip archives and cannot be mapped into memory.
+            with torch.serialization.safe_globals(SETTINGS):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except pickle.UnpicklingError as error:
+            if named := re.search(r"GLOBAL (\S+)", str(error)):
+                raise runs_code(file, named[1]) from None
+            if "Unsupported operand" in str(error) and zipfile.is_zipfile(file):
+                raise UserError(
+                    f"{file}: damaged, or pickled by another protocol than torch.save's own; save its "
+                    "tensors again (safetensors, or torch.save without pickle_protocol)"
+                ) from None
+            raise

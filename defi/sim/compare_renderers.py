@@ -15,39 +15,36 @@ FAR = 20  # levels of 255: clearly another colour
 Pictures = dict[str, UInt8[np.ndarray, "H W 3"]]
 
 
-def draw(calvin_root: str, scene: str, backend: str) -> Pictures:
+def _draw(calvin_root: str, scene: str, backend: str) -> Pictures:
     """Both cameras' pictures of a scene at rest, in this process."""
     with World(SceneConfig.from_calvin(calvin_root, scene), renderer=backend) as world:
         world.reset()
         return world.render()
 
 
-def portraits(calvin_root: str, scene: str) -> dict[Renderer, Pictures]:
+def draw_with_each(calvin_root: str, scene: str) -> dict[Renderer, Pictures]:
     """The pictures by each kind of renderer, first by the one that a rollout takes.
 
     Raises:
         UserError: no EGL device works here, or one that was found cannot draw the scene.
     """
-    software = ["mesa"] if devices("mesa") else []
-    kinds = dict.fromkeys([find_renderer("egl").kind, *software, "cpu"])
-    found = {}
-    for renderer in map(find_renderer, kinds):
+    pictures = {}
+    for kind in dict.fromkeys([find_renderer("egl").kind, *(["mesa"] if devices("mesa") else []), "cpu"]):
+        renderer = find_renderer(kind)
         with renderer.process() as process:
             try:
-                found[renderer] = process.submit(draw, calvin_root, scene, renderer.backend).result()
+                pictures[renderer] = process.submit(_draw, calvin_root, scene, renderer.backend).result()
             except BrokenProcessPool:
-                raise UserError(f"{renderer}: dies drawing scene {scene}; mend its driver") from None
-    return found
+                raise UserError(f"{renderer}: crashes drawing scene {scene}; update its driver") from None
+    return pictures
 
 
-def difference(first: Pictures, second: Pictures) -> str:
+def describe_difference(first: Pictures, second: Pictures) -> str:
     """Per camera the mean difference, and the share of pixels with a colour further apart than `FAR`."""
-    told = []
+    views = []
     for name, picture in first.items():
         apart = np.abs(picture.astype(int) - second[name])
         share = (apart.max(axis=-1) > FAR).mean()
-        told.append(
-            f"{name.removeprefix('rgb_')} view by {apart.mean():.1f} of 255 in the mean, "
-            f"{share:.0%} of its pixels by more than {FAR}"
-        )
-    return "; ".join(told)
+        view = f"{name.removeprefix('rgb_')} view by {apart.mean():.1f} of 255 in the mean"
+        views.append(f"{view}, {share:.0%} of its pixels by more than {FAR}")
+    return "; ".join(views)

@@ -1,0 +1,10 @@
+"""Data sets that pairs are made from: `data.source=videos` is the module `videos` here.
+
+To add one takes two files: a module here with a `Settings(PairsSettings)` that opens a `Source`, and its
+defaults, configs/data/pairs_<module>.yaml.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+SOURCES = {module.name: import_module(f"{__name__}.{module.name}").Settings for module in iter_modules(__path__)}
