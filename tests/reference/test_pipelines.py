@@ -629,7 +629,8 @@ def test_pipelines_text_of_stage_3(policy: DeFI, said: dict[str, Any]) -> None:
         if "string" in entry["stage3_goal_clip"]:  # else too long for the published code
             assert set(goal.given) == {entry["stage3_goal_clip"]["string"]}
             whole = len(policy.gfdm.clip.tokenizer(entry["text"])["input_ids"])
-            assert int(goal.made[-1]["attention_mask"].sum()) == min(whole, policy.gfdm.clip.longest)
+            mask = torch.as_tensor(goal.made[-1]["attention_mask"])
+            assert int(mask.sum()) == min(whole, policy.gfdm.clip.longest)
 
 
 def test_pipelines_text_of_a_rollout(policy: DeFI, said: dict[str, Any]) -> None:
