@@ -1,13 +1,12 @@
 """NumPy's `.npy` files from others: plain arrays, and the pickled dictionaries that CALVIN keeps in them.
 
-`numpy.load(allow_pickle=True)` calls whatever the pickle names. The unpickler here lets it name only NumPy's
-constructors, and replaces these by stand-ins that record their arguments: NumPy itself would trust a pickled
-type or shape. Arrays are then made by `numpy.frombuffer` from checked types and sizes.
+`numpy.load(allow_pickle=True)` calls whatever the pickle names. Here it may name only NumPy's constructors, and
+stand-ins record their arguments: NumPy itself would trust a pickled type or shape. Arrays are then made by
+`numpy.frombuffer` from checked types and sizes.
 """
 
 import io
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from defi.errors import reading
+from defi.files import PlainUnpickler
 
 FIX = "copy or write it again"
 NUMERIC = frozenset("biufcSU")
@@ -38,13 +38,9 @@ class _Recorded:
         self.state = state
 
 
-class _Unpickler(pickle._Unpickler):
-    """The one in Python: the one in C takes as much memory as the largest number of a memo entry asks for."""
-
-    def find_class(self, module: str, name: str) -> _Recorded:
-        if not GLOBALS.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
-        return _Recorded(name)
+class _Unpickler(PlainUnpickler):
+    def known(self, module: str, name: str) -> _Recorded | None:
+        return _Recorded(name) if GLOBALS.fullmatch(f"{module}.{name}") else None
 
 
 class _Builder:
@@ -63,16 +59,13 @@ class _Builder:
             return {self.build(key): self.build(item) for key, item in value.items()}
         if type(value) in (list, tuple, set, frozenset):
             return type(value)(map(self.build, value))
-        if type(value) is not _Recorded:
-            raise ValueError(f"it holds a {type(value).__name__}, which is not plain data")
-        if value.name == "_reconstruct":
-            return self.array(*value.state)
-        if value.name == "scalar":
+        name = value.name if type(value) is _Recorded else f"a {type(value).__name__}"
+        if name == "scalar":
             dtype, data = value.args
             return np.frombuffer(data, _numeric_type(dtype)).reshape(())[()]
-        raise ValueError(f"it calls {value.name}, which is not plain data")
-
-    def array(self, version: Any, shape: tuple, dtype: Any, fortran: bool, data: Any) -> np.ndarray:
+        if name != "_reconstruct":
+            raise ValueError(f"it holds {name}, which is not plain data")
+        _, shape, dtype, fortran, data = value.state
         if dtype.name == "dtype" and dtype.args[0] in ("O", "O8") and type(data) is list:
             flat = np.empty(len(data), object)
             for place, item in enumerate(data):
@@ -93,8 +86,8 @@ def _numeric_type(record: Any) -> np.dtype:
 def load_npy(path: Path, data: bytes | None = None) -> Any:
     """The array in a `.npy` file; the object itself (say, a dict) where a single pickled one is in it.
 
-    Pickles may hold dicts, lists, tuples, sets, numbers, strings, bytes, and NumPy arrays and scalars of
-    these. data: the file's bytes, where they were read already.
+    Pickles may hold dicts, lists, tuples, sets, numbers, strings, bytes, and NumPy arrays and scalars of these.
+    data: the file's bytes, where they were read already.
 
     Raises:
         UserError: the file is missing, damaged, or asks for anything else.
