@@ -125,10 +125,9 @@ def read_places(path: Path, places: Sequence[Place]) -> list[bytes]:
     Raises:
         UserError: the file is missing or shorter than that.
     """
-    with reading(path, "copy it again"):
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size  # a damaged place may ask for more memory than there is
-            for start, end in places:
-                if not 0 <= start <= end <= size:
-                    raise ValueError(f"it has no bytes {start} to {end}")
-            return [os.pread(file.fileno(), end - start, start) for start, end in places]
+    with reading(path, "copy it again"), open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size  # a damaged place may ask for more memory than there is
+        for start, end in places:
+            if not 0 <= start <= end <= size:
+                raise ValueError(f"it has no bytes {start} to {end}")
+        return [os.pread(file.fileno(), end - start, start) for start, end in places]

@@ -1,8 +1,8 @@
 """NumPy's `.npy` files from others: plain arrays, and the pickled dictionaries that CALVIN keeps in them.
 
-`numpy.load(allow_pickle=True)` calls whatever the pickle names. Here it may name only NumPy's constructors, and
-stand-ins record their arguments: NumPy itself would trust a pickled type or shape. Arrays are then made by
-`numpy.frombuffer` from checked types and sizes.
+`numpy.load(allow_pickle=True)` calls whatever the pickle names. Here it may name only NumPy's constructors,
+and stand-ins record their arguments: NumPy itself would trust a pickled type or shape. Arrays are then made
+by `numpy.frombuffer` from checked types and sizes.
 """
 
 import io
@@ -86,8 +86,8 @@ def _numeric_type(record: Any) -> np.dtype:
 def load_npy(path: Path, data: bytes | None = None) -> Any:
     """The array in a `.npy` file; the object itself (say, a dict) where a single pickled one is in it.
 
-    Pickles may hold dicts, lists, tuples, sets, numbers, strings, bytes, and NumPy arrays and scalars of these.
-    data: the file's bytes, where they were read already.
+    Pickles may hold dicts, lists, tuples, sets, numbers, strings, bytes, and NumPy arrays and scalars of
+    these. data: the file's bytes, where they were read already.
 
     Raises:
         UserError: the file is missing, damaged, or asks for anything else.
