@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,11 +35,11 @@ def open_files(folder: Path) -> "FolderFiles | ZipFiles":
     return FolderFiles(folder)
 
 
+@dataclass
 class FolderFiles:
-    """Files by their names below a folder."""
+    """Files by their names below a folder; iterating yields the names of those directly in it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def path(self, name: str) -> Path:
         """Where the file lies, for messages."""
@@ -49,7 +50,6 @@ class FolderFiles:
         return self.path(name)
 
     def read(self, name: str) -> bytes:
-        """A file's bytes. Raises UserError if it is missing or damaged."""
         with reading(self.path(name), COPY_AGAIN):
             return self.path(name).read_bytes()
 
@@ -57,7 +57,6 @@ class FolderFiles:
         return self.path(name).is_file()
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the files directly in the folder."""
         return (entry.name for entry in os.scandir(self.folder))
 
 
@@ -73,8 +72,7 @@ class ZipFiles:
         with reading(archive, "copy it again"):
             with zipfile.ZipFile(archive) as file:
                 members = file.infolist()
-            if min((member.header_offset for member in members), default=1) > 0:
-                # The directory that was found is that of a zip within this one: an .npz, say.
+            if min((member.header_offset for member in members), default=1) > 0:  # of an .npz in it, say
                 raise ValueError("its directory at the end is missing")
         ends = ((m.filename, f"/{m.filename}".find(f"/{folder}/")) for m in members)
         prefixes = {name[: at + len(folder) + 1] for name, at in ends if at >= 0} if folder != "." else {""}
@@ -120,11 +118,7 @@ class ZipFiles:
 
 
 def read_places(path: Path, places: Sequence[Place]) -> list[bytes]:
-    """Some bytes of a file; safe in any number of threads and processes.
-
-    Raises:
-        UserError: the file is missing or shorter than that.
-    """
+    """Some bytes of a file; safe in any number of threads and processes."""
     with reading(path, "copy it again"), open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size  # a damaged place may ask for more memory than there is
         for start, end in places:

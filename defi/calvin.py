@@ -80,9 +80,6 @@ def read_frame(
     """The arrays `keys` of one frame's file; its other members are not decompressed.
 
     file: what to read instead where the bytes do not lie at `path`, but in a zip, say.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds no frame in CALVIN's format.
     """
     arrays = {}
     with reading(path, "copy or collect it again"), zipfile.ZipFile(file or path) as archive:
@@ -144,7 +141,7 @@ class CalvinFolder:
                 raise ValueError("no frames in this split")
             if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
                 raise ValueError("a recording ends before it starts")
-        self.episodes: list[tuple[int, int]] = [(int(start), int(end)) for start, end in ids]
+        self.episodes: list[tuple[int, int]] = list(map(tuple, ids.tolist()))
         lengths = ids[:, 1] - ids[:, 0] + 1
         if LENGTHS in self._files and not np.array_equal(np.ravel(self._load(LENGTHS)), lengths):
             raise UserError(f"{self._files.path(LENGTHS)}: contradicts {INDEX}; {COPY_AGAIN}")
@@ -191,10 +188,8 @@ class CalvinFolder:
     def missing_text_note(self, *, fate: str) -> str:
         """A note on annotated spans without instruction and their `fate`; "" if there are none."""
         faults = [span.fault for span in self.spans if span.fault]
-        if not faults:
-            return ""
         count = f"{len(faults)} of {len(self.spans)} annotated spans have no instruction"
-        return f"{self.folder}: {count}: {fate}; the first: {faults[0]}"
+        return f"{self.folder}: {count}: {fate}; the first: {faults[0]}" if faults else ""
 
     @cached_property
     def scenes(self) -> dict[str, tuple[int, int]]:
@@ -213,11 +208,7 @@ class CalvinFolder:
         return read_frame(self.path(frame), keys, file=self._files.open(frame_name(frame)))
 
     def stack(self, key: str, frames: Iterable[int]) -> np.ndarray:
-        """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7].
-
-        Raises:
-            UserError: a frame is damaged, or a picture has another size than the first.
-        """
+        """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7]."""
         frames = list(frames)
         return stack_frames([self.frame(i, (key,))[key] for i in frames], [self.path(i) for i in frames])
 

@@ -49,11 +49,7 @@ class Source:
 
 
 def needed(cfg: DictConfig) -> dict[str, Source]:
-    """The sources that a preset needs, or those named by `only`.
-
-    Raises:
-        UserError: `only` names none, or the preset needs nothing.
-    """
+    """The sources that a preset needs, or those named by `only`."""
     sources = {name: typed(Source, values, f"sources.{name}") for name, values in cfg.sources.items()}
     if cfg.only is not None:
         for name in cfg.only:
@@ -68,11 +64,7 @@ def needed(cfg: DictConfig) -> dict[str, Source]:
 
 
 def fetch(source: Source) -> None:
-    """Download the files that are not there yet.
-
-    Raises:
-        UserError: no network while files are missing, or the repository is gone, wants a login, lacks a file.
-    """
+    """Download the files that are not there yet."""
     hub, folder = HfApi(), Path(source.folder)
     try:
         siblings = hub.model_info(source.repo, files_metadata=True).siblings

@@ -62,7 +62,7 @@ def _checked(values: Any, kind: type) -> Any:
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """A pickle's objects; `known` says what the names in it mean, others are refused, so that no code runs.
+    """Refuses what a pickle names, unless `find_class` of a subclass knows it: no code runs.
 
     The one in Python: the one in C takes as much memory as the largest number of a memo entry asks for. Byte
     arrays, which no file here needs, take what their length asks for.
@@ -72,22 +72,12 @@ class PlainUnpickler(pickle._Unpickler):
         code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
     }
 
-    def known(self, module: str, name: str) -> Any:
-        """What stands for a name; None where there is nothing."""
-        raise NotImplementedError
-
     def find_class(self, module: str, name: str) -> Any:
-        if (found := self.known(module, name)) is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
-        return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
 
 
 def check_sizes(values: Any, file: Path, name: str = "") -> None:
-    """Refuse a network's configuration with sizes that no network has, before one is built from it.
-
-    Raises:
-        UserError: so many layers, or a number so large, that building would not end.
-    """
+    """Refuse a network's configuration with sizes that no network has, before one is built from it."""
     if isinstance(values, dict):
         for key, value in values.items():
             check_sizes(value, file, str(key))
@@ -103,9 +93,6 @@ def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
     Linked folders are followed, since large data sets are spread over disks, but none is entered twice.
     Hidden files and folders are skipped (macOS puts `._a.mp4` beside `a.mp4`).
-
-    Raises:
-        UserError: a file's path is not UTF-8.
     """
     found: list[Path] = []
     entered: set[str] = set()

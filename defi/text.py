@@ -87,13 +87,15 @@ class _Tower(nn.Module):
     """What the two towers share: frozen, one forward per distinct string, saved as a Hugging Face folder."""
 
     architecture: ClassVar[Any]  # the model's class
-    marks: ClassVar[dict[str, str | None]]  # special tokens of a random one
+    marks: ClassVar[dict[str, str]]  # special tokens of a random one
     _sizes: Callable[..., PretrainedConfig]  # TextConfig and numbers of the tokens -> configuration of one
     _encode: Callable[[str], tuple[Tensor, Tensor]]
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.config = model.eval().requires_grad_(False), tokenizer, config
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = config
         self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @classmethod

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 
 import av
@@ -96,11 +95,7 @@ class VideoFile:
                 raise ValueError("it shows no frame")
 
     def rate(self) -> float:
-        """Frames per second so far, by when they are shown; what the file says if that is the same to a tick.
-
-        Raises:
-            UserError: neither is known.
-        """
+        """Frames per second so far, by when they are shown; as the file says where equal to a tick."""
         stated, known = self.stream.average_rate, set(self.times)
         if len(known) > 1 and None not in known:
             seconds = (max(known) - min(known)) * self.stream.time_base
@@ -126,11 +121,7 @@ def upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def number_video(path: Path) -> Numbering:
-    """Number the frames of a video by decoding it, once as long as the file does not change.
-
-    Raises:
-        UserError: as `VideoFile`.
-    """
+    """Number the frames of a video by decoding it, once as long as the file does not change."""
     with reading(path, FIX):
         return _number(path, os.stat(path).st_mtime_ns)
 
@@ -175,11 +166,7 @@ def frame_count(path: Path) -> int:
 
 
 def read_video(path: Path, every: int = 1) -> tuple[Frames, float]:
-    """Every `every`-th frame of a video, from its first, and how many of all its frames come per second.
-
-    Raises:
-        UserError: as `VideoFile`, or it does not say how many come per second.
-    """
+    """Every `every`-th frame of a video, from its first, and how many of all its frames come per second."""
     video = VideoFile(path)
     with reading(path, FIX):
         pictures = [upright(frame) for number, frame in enumerate(video) if number % every == 0]
@@ -191,26 +178,19 @@ def read_frames(
 ) -> Frames:
     """The frames `indices` of a video (default: all), in that order; repeated indices are fine.
 
-    Each is decoded from the last start before it.
-
-    Args:
-        numbering: the file's, where it is known.
-
-    Raises:
-        UserError: as `VideoFile`, or the file is shorter than an index or is no longer the one numbered.
+    Each is decoded from the last start before it. numbering: the file's, where it is known.
     """
     numbering = numbering or number_video(path)
     wanted = [int(i) for i in (range(numbering.frames) if indices is None else indices)]
     if wanted and not (min(wanted) >= 0 and max(wanted) < numbering.frames):
         raise UserError(f"{path}: has {numbering.frames} frames, frame {max(wanted)} was asked for")
 
-    def start(number: int) -> tuple[int, int | None]:
-        found = numbering.starts[bisect(numbering.starts, number, key=lambda start: start[0]) - 1]
-        return numbering.starts[0] if found[1] is None else found
-
+    groups: dict[tuple[int, int | None], set[int]] = {}
+    for number in wanted:
+        start = numbering.starts[bisect(numbering.starts, number, key=lambda start: start[0]) - 1]
+        groups.setdefault(numbering.starts[0] if start[1] is None else start, set()).add(number)
     pictures: dict[int, np.ndarray] = {}
-    for (first, time), group in groupby(sorted(set(wanted), key=lambda n: (start(n)[0], n)), start):
-        missing = set(group)
+    for (first, time), missing in groups.items():
         with reading(path, FIX):
             for number, frame in enumerate(VideoFile(path, time), first):
                 if number == first and time is not None and frame.pts < time:

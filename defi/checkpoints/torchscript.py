@@ -57,7 +57,7 @@ class _Unpickler(PlainUnpickler):
         self.root = next(n.split("/")[0] for n in archive.namelist() if n.endswith("/data.pkl"))
         super().__init__(archive.open(f"{self.root}/data.pkl"))
 
-    def known(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
         if (found := KNOWN.get(f"{module}.{name}")) is None:

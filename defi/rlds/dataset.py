@@ -65,9 +65,6 @@ def default_splits(folder: str | Path) -> tuple[str, str]:
     """Splits for training and for holding out: `val` where there is one, else the end of `train`.
 
     The end is 5 %, or the last episode (`FEW`). Where there is nothing but `val` (Ego4D), it serves for both.
-
-    Raises:
-        UserError: there is neither `train` nor `val`.
     """
     version = find_version(Path(folder))
     splits = read_splits(version)
@@ -117,11 +114,7 @@ class RLDSDataset:
         return len(self.lengths)
 
     def picture(self, key: str | None) -> str:
-        """The feature that `key` means: itself, or within `observation`; None: the only one there is.
-
-        Raises:
-            UserError: there is none, or None could mean several.
-        """
+        """The feature that `key` means: itself, or within `observation`; None: the only one there is."""
         matching = [name for name in self.pictures if key in (None, name, name.removeprefix("observation/"))]
         if len(matching) != 1:
             listed = ", ".join(name.removeprefix("observation/") for name in self.pictures)
@@ -132,9 +125,6 @@ class RLDSDataset:
         """The feature that holds instructions: `key`, or for None the usual places; None if there is none.
 
         Texts in it that are not UTF-8 are printed.
-
-        Raises:
-            UserError: the data set has no such feature.
         """
         if key is None:
             key = next((name for name in LANGUAGE if name in self._texts), None)
@@ -182,21 +172,13 @@ class RLDSDataset:
         return read_places(self.shard(episode), self._places[picture][rows].tolist())
 
     def frames(self, episode: int, steps: Sequence[int], picture: str) -> UInt8[np.ndarray, "N H W 3"]:
-        """Pictures of some steps; nothing else is read or decoded.
-
-        Raises:
-            UserError: a picture is damaged, or of another size than the first.
-        """
+        """Pictures of some steps; nothing else is read or decoded."""
         places = [f"{self.shard(episode)}: episode {episode}, step {step}: {picture}" for step in steps]
         coded = self.encoded(episode, steps, picture)
         return stack_frames([decode_picture(*each) for each in zip(coded, places)], places)
 
     def values(self, episode: int, name: str) -> np.ndarray | list[str]:
-        """A feature of all steps (say, `action`): an array [steps, ...], or a list of texts.
-
-        Raises:
-            UserError: there is no such feature, it is not of a kind that is read, or the record is damaged.
-        """
+        """A feature of all steps (say, `action`): an array [steps, ...], or a list of texts."""
         feature = self.spec.get(STEPS + name)
         if feature is None or feature.kind not in ("tensor", "text"):
             kind = "missing" if feature is None else f"a {feature.kind}"

@@ -138,9 +138,6 @@ def choose_split(folder: Path, splits: Mapping[str, Split], wanted: str) -> tupl
     """A split and the episodes of it that `train`, `train[:95%]`, `val[10:20]` or `train[-100:]` names.
 
     Per cent are rounded to the nearest episode, as TFDS does.
-
-    Raises:
-        UserError: there is no such split, or nothing is left of it.
     """
     match = SLICE.fullmatch(wanted)
     if match is None or match["name"] not in splits:

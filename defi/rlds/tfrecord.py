@@ -34,11 +34,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """All records of a file, checked: where each is, for errors; the first byte of its data, and the data.
-
-    Raises:
-        UserError: the file is missing, truncated or compressed, or a checksum is wrong.
-    """
+    """All records of a file, checked: where each is, for errors; the first byte of its data, and the data."""
     with reading(path, FIX), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for number in count():
