@@ -119,9 +119,13 @@ class ZipFiles:
 
 def read_places(path: Path, places: Sequence[Place]) -> list[bytes]:
     """Some bytes of a file; safe in any number of threads and processes."""
-    with reading(path, "copy it again"), open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size  # a damaged place may ask for more memory than there is
-        for start, end in places:
-            if not 0 <= start <= end <= size:
-                raise ValueError(f"it has no bytes {start} to {end}")
-        return [os.pread(file.fileno(), end - start, start) for start, end in places]
+    with reading(path, "copy it again"):
+        descriptor = os.open(path, os.O_RDONLY)  # half the time of `open`
+        try:
+            size = os.fstat(descriptor).st_size  # a damaged place may ask for more memory than there is
+            for start, end in places:
+                if not 0 <= start <= end <= size:
+                    raise ValueError(f"it has no bytes {start} to {end}")
+            return [os.pread(descriptor, end - start, start) for start, end in places]
+        finally:
+            os.close(descriptor)

@@ -73,7 +73,7 @@ class PlainUnpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
+        raise pickle.UnpicklingError(f"refers to {module}.{name}, which could run code")
 
 
 def check_sizes(values: Any, file: Path, name: str = "") -> None:

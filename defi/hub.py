@@ -33,11 +33,8 @@ def load_model(cls: Any, source: Path | str) -> Any:
 def local_only(source: Path | str) -> bool:
     """Whether to load `source` from the disk alone: it is a folder, or the server does not answer.
 
-    A model that was downloaded before is found without a server.
-
-    Raises:
-        UserError: it is a path where nothing is (a repository of anybody's may have that name), or the
-            folder's config.json describes a network that fits no memory.
+    A model that was downloaded before is found without a server. A path where nothing is raises UserError: a
+    repository of anybody's may have that name.
     """
     path = Path(source)
     if os.path.isdir(path):  # unlike Path.is_dir for any name, too long ones as well

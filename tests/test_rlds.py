@@ -25,7 +25,7 @@ from defi.engine.data import SeededDataset
 from defi.errors import UserError
 from defi.rlds import RLDSDataset, default_splits
 from defi.rlds.dataset import _scan
-from defi.rlds.spec import Split, choose_split, read_spec
+from defi.rlds.spec import Split, choose_split
 from defi.rlds.tfrecord import masked_crc, parse_example, read_records
 from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.pairs import PairDataset
@@ -248,8 +248,8 @@ def test_folders_that_hold_no_rlds(tmp_path: Path, toy: Path) -> None:
     with pytest.raises(UserError, match=r"dataset_info\.json: cannot be read"):
         opened(toy)
     (toy / "1.0.0" / "features.json").write_text('{"featuresDict": {"features": {}}}')
-    with pytest.raises(UserError, match="no feature `steps`"):
-        read_spec(toy / "1.0.0")
+    with pytest.raises(UserError, match=r"features\.json: names no RGB pictures in its steps"):
+        opened(toy)
 
 
 # ------------------------------------------------------------ fine, but of another look

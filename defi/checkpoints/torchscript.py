@@ -17,6 +17,7 @@ from torch import Tensor
 from defi.errors import UserError, reading
 from defi.files import PlainUnpickler
 
+FIX = "download it again, or get its tensors alone (safetensors)"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
 DTYPES += (torch.int8, torch.uint8, torch.bool)
 KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -52,17 +53,15 @@ KNOWN = {
 class _Unpickler(PlainUnpickler):
     """Calls nothing but the harmless functions of this module."""
 
-    def __init__(self, archive: zipfile.ZipFile, file: Path) -> None:
-        self.archive, self.file, self.contents = archive, file, {}
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self.archive, self.contents = archive, {}
         self.root = next(n.split("/")[0] for n in archive.namelist() if n.endswith("/data.pkl"))
         super().__init__(archive.open(f"{self.root}/data.pkl"))
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
-        if (found := KNOWN.get(f"{module}.{name}")) is None:
-            raise runs_code(self.file, f"{module}.{name}")
-        return found
+        return KNOWN.get(f"{module}.{name}") or super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, *_ = pid
@@ -73,14 +72,6 @@ class _Unpickler(PlainUnpickler):
             self.contents[key] = bytearray(self.archive.read(member))
         content = self.contents[key]
         return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-
-
-def runs_code(file: Path, name: str) -> UserError:
-    """The error for a pickle that asks for something else than tensors and containers."""
-    return UserError(
-        f"{file}: refers to {name}, which could run code when loaded, so it is not read; "
-        "get its tensors alone (safetensors, or a state_dict of tensors)"
-    )
 
 
 def is_torchscript(file: Path) -> bool:
@@ -98,8 +89,8 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the archive is damaged, or its pickle asks for more than tensors and containers.
     """
-    with reading(file, "download it again"), zipfile.ZipFile(file) as archive:
-        tensors = dict(_tensors(_Unpickler(archive, file).load(), "", set()))
+    with reading(file, FIX), zipfile.ZipFile(file) as archive:
+        tensors = dict(_tensors(_Unpickler(archive).load(), "", set()))
     if not tensors:
         raise UserError(f"{file}: a TorchScript archive without tensors; give another file")
     return tensors

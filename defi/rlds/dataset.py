@@ -90,14 +90,12 @@ class RLDSDataset:
         self.folder = find_version(Path(folder))
         self.name = self.folder.resolve().parent.name
         self.spec = read_spec(self.folder)
-        self.split, chosen = choose_split(self.folder, read_splits(self.folder), split)
         features = {path: f for path, f in self.spec.items() if path.startswith(STEPS)}
         pictures = [path for path, feature in features.items() if feature.is_picture]
         texts = {path: feature for path, feature in features.items() if feature.is_instruction(path)}
         if not pictures:
-            raise UserError(
-                f"{self.folder / FEATURES}: names no RGB pictures in its steps; nothing to learn from"
-            )
+            raise UserError(f"{self.folder / FEATURES}: names no RGB pictures in its steps, to learn from")
+        self.split, chosen = choose_split(self.folder, read_splits(self.folder), split)
         data, parts = _identify(self.folder, self.split)
         self.fingerprint = f"{data}-{split}"
         place = _make_index(self.folder, self.split, pictures, texts, Path(index), parts)

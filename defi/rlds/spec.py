@@ -72,10 +72,7 @@ def read_spec(folder: Path) -> dict[str, Feature]:
     """Leaves of features.json by path ("steps/observation/image")."""
     file = folder / FEATURES
     with reading(file, FIX):
-        spec = dict(_leaves(read_json(file, FIX), ""))
-    if not any(path.startswith(STEPS) for path in spec):
-        raise UserError(f"{file}: has no feature `steps`, so this is no data set of episodes (RLDS)")
-    return spec
+        return dict(_leaves(read_json(file, FIX), ""))
 
 
 def _leaves(node: Mapping[str, Any], path: str, *, sequences: int = 0) -> Iterator[tuple[str, Feature]]:
