@@ -95,7 +95,7 @@ class VideoFile:
                 raise ValueError("it shows no frame")
 
     def rate(self) -> float:
-        """Frames per second so far, by when they are shown; as the file says where equal to a tick."""
+        """Frames per second so far, by when they are shown; the stated rate where both agree to a tick."""
         stated, known = self.stream.average_rate, set(self.times)
         if len(known) > 1 and None not in known:
             seconds = (max(known) - min(known)) * self.stream.time_base
