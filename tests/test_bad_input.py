@@ -18,7 +18,7 @@ from benchmarks.rlds_writer import encode, features_dict, image, text, write_set
 from defi.calvin import ANNOTATIONS, encode_frame, frame_name
 from defi.engine.data import readable
 from defi.errors import UserError
-from defi.rlds import RLDSDataset, index
+from defi.rlds import RLDSDataset, dataset
 from defi.rlds.tfrecord import read_records
 from defi.video import write_mp4
 from Step1_GFDM import prepare
@@ -372,12 +372,12 @@ def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(
     start = list(read_records(files[1]))[1][1] - 12
     read: list[int] = []
 
-    def scan(shard: Path, *args, _scan=index._scan, **named):
+    def scan(shard: Path, *args, _scan=dataset._scan, **named):
         read.append(files.index(shard))
         return _scan(shard, *args, **named)
 
-    monkeypatch.setattr(index, "READERS", 1)
-    monkeypatch.setattr(index, "_scan", scan)
+    monkeypatch.setattr(dataset, "READERS", 1)
+    monkeypatch.setattr(dataset, "_scan", scan)
     for damaged, message in (
         (good[:-40], "truncated"),
         (good[: start + 50] + b"?" + good[start + 51 :], "wrong checksum"),
@@ -396,7 +396,7 @@ def test_a_full_disk_while_rlds_is_indexed(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = write_videos(tmp_path, {"train": [[3], [3]]})
-    files, write, save = iter(range(room)), index.write_file, np.save
+    files, write, save = iter(range(room)), dataset.write_file, np.save
 
     def take(path: Path | str) -> None:
         if next(files, None) is None:
@@ -411,7 +411,7 @@ def test_a_full_disk_while_rlds_is_indexed(
         save(file, array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "write_file", limited)
+        patch.setattr(dataset, "write_file", limited)
         patch.setattr(np, "save", limited_save)
         with pytest.raises(
             UserError, match=r"index/.*: No space left on device; free some space, or set data\.index"

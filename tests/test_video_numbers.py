@@ -21,8 +21,7 @@ import pytest
 from PIL import Image
 
 from defi.errors import UserError
-from defi.frame_numbers import number_video
-from defi.video import frame_count, read_frames, read_video
+from defi.video import frame_count, number_video, read_frames, read_video
 from Step1_GFDM.sources import read_source
 from Step2_GIDM.data.sources.videos import VideoClips
 
