@@ -30,9 +30,15 @@ import numpy as np
 from benchmarks.timed_world import TimedWorld
 from defi.sim.judge import solved
 from defi.sim.renderers import KINDS, Renderer, egl_devices, find_renderer
-from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, run_chains
-from Step3_DeFI.rollout.protocol import build_chains, build_scene, world_maker
+from Step3_DeFI.rollout.protocol import (
+    RolloutConfig,
+    SimConfig,
+    VideoConfig,
+    build_chains,
+    build_scene,
+    world_maker,
+)
 from Step3_DeFI.rollout.simulator import Observation
 
 PROCESSORS = len(os.sched_getaffinity(0))

@@ -47,7 +47,7 @@ from Step2_GIDM.model import GIDM
 from Step3_DeFI import sources
 from Step3_DeFI.compare import compare
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.protocol import read_phrasings
+from Step3_DeFI.rollout.protocol import SimConfig, read_instructions
 from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries
 from Step3_DeFI.rollout.simulator import ChainResult
 from Step3_DeFI.store import PolicyStore, StoreManifest
@@ -168,7 +168,7 @@ def read_words(folder: Path) -> None:
     for name in ("words.yaml", "words.npy"):
         assert all(
             isinstance(text, str)
-            for texts in read_phrasings(folder / name, "give another").values()
+            for texts in read_instructions(SimConfig(instructions=str(folder / name)))[1].values()
             for text in texts
         )
 

@@ -6,10 +6,9 @@ import numpy as np
 from fake_world import FakeWorld, judge, start_of
 
 from defi.sim.renderers import Renderer
-from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation
-from Step3_DeFI.rollout.protocol import Protocol, short_hash
-from Step3_DeFI.rollout.simulator import ChainSpec, Observation
+from Step3_DeFI.rollout.protocol import Protocol, RolloutConfig, short_hash
+from Step3_DeFI.rollout.simulator import Agent, ChainSpec, Observation
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
@@ -30,6 +29,11 @@ class FakePolicy:
                 chunk[3, 2] = np.nan
             chunks.append(chunk)
         return np.stack(chunks)
+
+
+def policy_agent(ask: Callable[[Observation], np.ndarray]) -> Agent:
+    """Acts by what `ask` answers, as a simulator does with the policy's answers."""
+    return lambda world, task, words, seed: ask(Observation(seed, task, words, world.render()))
 
 
 def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings: object) -> Evaluation:

@@ -16,15 +16,15 @@ import numpy as np
 import psutil
 import pytest
 from fake_world import FakeWorld, Mishaps, broken_world, start_of
-from rollout_fakes import FakePolicy, fake_evaluation
+from rollout_fakes import FakePolicy, fake_evaluation, policy_agent
 
 from defi.errors import UserError
-from Step3_DeFI.rollout.config import SimConfig
 from Step3_DeFI.rollout.evaluate import evaluate, run_chains
 from Step3_DeFI.rollout.fleet import MOST_DEATHS, Fleet
 from Step3_DeFI.rollout.policy import Batcher
+from Step3_DeFI.rollout.protocol import SimConfig
 from Step3_DeFI.rollout.results import ChainLog, lengths
-from Step3_DeFI.rollout.simulator import Observation, Setup, attempt, policy_agent, random_agent, run_chain
+from Step3_DeFI.rollout.simulator import Observation, Setup, attempt, random_agent, run_chain
 
 
 def outcome(chains) -> list[tuple]:

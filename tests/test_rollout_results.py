@@ -16,14 +16,13 @@ from rollout_fakes import fake_evaluation
 from defi.errors import UserError
 from Step3_DeFI.compare import compare, comparison_table, remarks
 from Step3_DeFI.quickstart import SMOKE, remark
-from Step3_DeFI.rollout.report import result_table, task_table, write_report
+from Step3_DeFI.rollout.report import choose_videos, result_table, task_table, write_report
 from Step3_DeFI.rollout.results import (
     ChainLog,
     Results,
-    chain_length,
+    lengths,
     mean_interval,
     paired_difference,
-    rate_interval,
     read_results,
     running_average,
     summaries,
@@ -31,7 +30,6 @@ from Step3_DeFI.rollout.results import (
     versions,
 )
 from Step3_DeFI.rollout.simulator import ChainResult
-from Step3_DeFI.rollout.videos import choose_videos
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
@@ -77,9 +75,9 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
 
 
 def test_length_is_the_leading_tasks_within_the_limit():
-    assert [chain_length(c.steps, 720) for c in CHAINS] == [5, 3, 0, 2]
-    assert [chain_length(c.steps, 360) for c in CHAINS] == [5, 1, 0, 1]
-    assert chain_length((10, None, 10), 720) == 1
+    assert lengths(CHAINS, 720).tolist() == [5, 3, 0, 2]
+    assert lengths(CHAINS, 360).tolist() == [5, 1, 0, 1]
+    assert lengths([chain(0, 10, None, 10)], 720).tolist() == [1]
 
 
 def test_summary_of_chains_by_hand():
@@ -93,9 +91,10 @@ def test_summary_of_chains_by_hand():
     assert sum(count["solved"] for count in counts.values()) == 7
 
 
-def test_rate_interval_is_wilsons():
-    assert rate_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
-    low, high = rate_interval(0, 60)
+def test_rate_intervals_are_wilsons():
+    first, *_ = summarise([chain(i, 10 if i < 8 else None, None) for i in range(10)], 360)["success"]
+    assert first["interval"] == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    low, high = summarise([chain(i, None) for i in range(60)], 360)["success"][0]["interval"]
     assert low == 0 and high == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-6)
 
 

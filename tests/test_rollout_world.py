@@ -16,12 +16,17 @@ from defi.sim.renderers import find_renderer
 from defi.sim.scene import SceneConfig
 from defi.sim.scenes import builtin
 from defi.sim.tasks import TASKS as TASK_NAMES
-from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, run_chains
-from Step3_DeFI.rollout.protocol import build_chains, read_instructions, start_state
-from Step3_DeFI.rollout.report import write_report
+from Step3_DeFI.rollout.protocol import (
+    RolloutConfig,
+    SimConfig,
+    VideoConfig,
+    build_chains,
+    read_instructions,
+    start_state,
+)
+from Step3_DeFI.rollout.report import choose_videos, write_report
 from Step3_DeFI.rollout.simulator import ScriptedAgent, attempt, random_agent, run_chain
-from Step3_DeFI.rollout.videos import choose_videos
 
 TASKS = [
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from defi.engine.output import check_output, is_leftover, prepare_output, write_
 from defi.errors import UserError, writing
 from defi.files import read_json
 from defi.processes import print_once, processes
-from Step3_DeFI.rollout.config import CommandConfig
+from Step3_DeFI.config import PRECISIONS
+from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate
 from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
+from Step3_DeFI.rollout.protocol import AGENTS, RolloutConfig, choose
 from Step3_DeFI.rollout.report import result_table, task_table, write_report
 from Step3_DeFI.rollout.results import RESULTS
 
@@ -25,6 +27,36 @@ IDENTITY = "rollout.json"
 # Settings that finished chains do not depend on.
 HOWEVER_DONE = {"processes", "videos", "baseline", "output", "resume", "overwrite"}
 HOWEVER_DONE |= {"checkpoint", "gfdm", "gidm", "threads"}  # hashes and threads as resolved are in `known`
+
+
+@dataclass
+class CommandConfig(RolloutConfig):
+    """A rollout as a command: who acts, and where the result goes."""
+
+    agent: str = "policy"
+    checkpoint: str | None = None
+    gfdm: str | None = None
+    gidm: str | None = None
+    sampler: str | None = None
+    sampler_steps: int | None = None
+    guidance: float | None = None
+    precision: str | None = None
+    threads: int | None = None
+    output: str = "outputs/rollout"
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("agent", self.agent, AGENTS)
+        choose("sampler", self.sampler, (None, *SAMPLERS))
+        choose("precision", self.precision, (None, *PRECISIONS))
+        if self.agent == "policy" and self.checkpoint is None:
+            raise UserError("checkpoint=: not given; name a stage-3 run's output folder, or agent=random")
+        if "scripted" in (self.agent, self.baseline) and self.sim.calvin_root is not None:
+            raise UserError("scripted: knows the built-in tables only; use sim=builtin, or another agent")
+        if self.baseline == self.agent:
+            raise UserError(f"baseline={self.baseline}: the same as agent; leave one of them out")
 
 
 @entry("step3_rollout")
@@ -55,7 +87,9 @@ def main(cfg: DictConfig) -> None:
         if known.get("device") == "cpu":
             known["threads"] = threads  # rounding depends on it
         if state.is_main_process:
-            open_output(output, config, identity_of(evaluation, known))
+            settings = {key: value for key, value in asdict(config).items() if key not in HOWEVER_DONE}
+            seen = {"renderer": str(evaluation.renderer), "checkpoint": None}  # which may have moved
+            open_output(output, config, asdict(evaluation.protocol) | settings | known | seen)
         state.wait_for_everyone()
         results = evaluate(evaluation, config.agent, policy, identity=known, output=output, state=state)
     if state.is_main_process:
@@ -70,19 +104,14 @@ def main(cfg: DictConfig) -> None:
         console.print(f"  {output / RESULTS}\n  {report}", markup=False, soft_wrap=True)
 
 
-def identity_of(evaluation: Evaluation, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that finished chains depend on: a continued run must agree in all of it."""
-    settings = {key: value for key, value in asdict(evaluation.config).items() if key not in HOWEVER_DONE}
-    policy = {key: value for key, value in known.items() if key != "checkpoint"}
-    renderer = {"renderer": str(evaluation.renderer)}
-    return json.loads(json.dumps(asdict(evaluation.protocol) | settings | policy | renderer))
-
-
 def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]) -> None:
-    """Make the output folder, or check that what is in it is an earlier part of this same run."""
-    file = output / IDENTITY
+    """Make the output folder, or check that what is in it is an earlier part of this same run.
+
+    identity: everything that finished chains depend on; a continued run must agree in all of it.
+    """
+    identity = json.loads(json.dumps(identity))  # as it will be read
     if config.resume and output.is_dir() and not all(map(is_leftover, output.iterdir())):
-        before = read_json(file, "not the output of a rollout; choose another output=")
+        before = read_json(output / IDENTITY, "not the output of a rollout; choose another output=")
         for key in identity:
             if before.get(key) != identity[key]:
                 raise UserError(
@@ -92,7 +121,7 @@ def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]
         return
     prepare_output(output, resume=config.resume, overwrite=config.overwrite)
     with writing(output, IDENTITY):
-        write_file(file, json.dumps(identity, indent=1))
+        write_file(output / IDENTITY, json.dumps(identity, indent=1))
 
 
 if __name__ == "__main__":

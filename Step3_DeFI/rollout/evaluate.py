@@ -13,15 +13,22 @@ from accelerate import PartialState
 
 from defi.engine.log import ProgressDisplay
 from defi.errors import writing
+from defi.sim.judge import solved
 from defi.sim.renderers import Renderer, default_kind, find_renderer
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.config import AGENTS, RolloutConfig
 from Step3_DeFI.rollout.fleet import Fleet
-from Step3_DeFI.rollout.policy import Batcher, ModelPolicy, Policy, policy_threads
-from Step3_DeFI.rollout.protocol import Protocol, build_chains, build_scene, world_maker
+from Step3_DeFI.rollout.policy import Batcher, ModelPolicy, policy_threads
+from Step3_DeFI.rollout.protocol import (
+    AGENTS,
+    Protocol,
+    RolloutConfig,
+    build_chains,
+    build_scene,
+    world_maker,
+)
+from Step3_DeFI.rollout.report import write_clip
 from Step3_DeFI.rollout.results import ChainLog, Results, lengths, running_average, summaries, versions
 from Step3_DeFI.rollout.simulator import ChainResult, ChainSpec, Clip, Judge, Setup
-from Step3_DeFI.rollout.videos import write_clip
 
 OTHER_PICTURES = (
     "This number does not compare with published ones: it was drawn on the CPU, CALVIN's data and the "
@@ -49,8 +56,6 @@ class Evaluation:
             UserError: an unknown task or scene, a wrong clone, an impossible chain, a renderer that does not
                 work here.
         """
-        from defi.sim.judge import solved
-
         scene = build_scene(config.sim, config.scene)
         protocol, chains = build_chains(config, scene)
         kind = config.sim.renderer or default_kind(config.sim.calvin_root)
@@ -81,7 +86,7 @@ class Evaluation:
 def run_chains(
     evaluation: Evaluation,
     agent: str,
-    policy: Policy | None = None,
+    policy: ModelPolicy | None = None,
     *,
     name: str = "chains",
     output: Path | None = None,
@@ -91,7 +96,7 @@ def run_chains(
     """Run all chains that `output` does not hold yet.
 
     Args:
-        policy: answers the observations of the agent `policy`; the others need none.
+        policy: answers the observations of the agent `policy` (with `act`); the others need none.
         output: folder for `<name>.jsonl` and clips (of `chains` only); None keeps nothing on disk.
         state: the processes of `accelerate launch`, each of which takes a contiguous part of the chains and
             returns all of them; None: this process alone.
@@ -122,7 +127,7 @@ def run_chains(
             if log:
                 with writing(output, log.path.name):
                     log.append(event)
-            progress.show(len(found), running_average(lengths(list(found.values()), setup.limit)))
+            progress.show(len(found), running_average(lengths(found.values(), setup.limit)))
     if state:
         state.wait_for_everyone()
     found = log.read() if log else found
@@ -132,7 +137,7 @@ def run_chains(
 def evaluate(
     evaluation: Evaluation,
     agent: str,
-    policy: Policy | None = None,
+    policy: ModelPolicy | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
     output: Path | None = None,
@@ -148,33 +153,24 @@ def evaluate(
     earlier = len(ChainLog(output).read()) if output else 0
     began, started = time.monotonic(), datetime.now(timezone.utc)
     chains = run_chains(evaluation, agent, policy, output=output, **how)
-    seconds = time.monotonic() - began
+    run = {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": time.monotonic() - began,  # of this start
+        "earlier_chains": earlier,  # finished before it
+        "control_steps": sum(chain.control_steps for chain in chains),
+        "observations": sum(chain.observations for chain in chains),
+        "renderer": str(evaluation.renderer),
+        "caveat": evaluation.caveat,
+        "settings": asdict(config),
+        "versions": versions(),
+    }
     baseline = None
     if config.baseline:
         beside = run_chains(evaluation, config.baseline, name="baseline", output=output, **how)
-        baseline = {
-            "agent": config.baseline,
-            "limits": summaries(beside, config.max_steps),
-            "chains": [asdict(chain) for chain in beside],
-        }
-    return Results(
-        policy={"kind": agent, **(identity or {})},
-        protocol=asdict(evaluation.protocol),
-        run={
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": seconds,  # of this start
-            "earlier_chains": earlier,  # finished before it
-            "control_steps": sum(chain.control_steps for chain in chains),
-            "observations": sum(chain.observations for chain in chains),
-            "renderer": str(evaluation.renderer),
-            "caveat": evaluation.caveat,
-            "settings": asdict(config),
-            "versions": versions(),
-        },
-        limits=summaries(chains, config.max_steps),
-        chains=chains,
-        baseline=baseline,
-    )
+        limits = summaries(beside, config.max_steps)
+        baseline = {"agent": config.baseline, "limits": limits, "chains": list(map(asdict, beside))}
+    who, limits = {"kind": agent, **(identity or {})}, summaries(chains, config.max_steps)
+    return Results(who, asdict(evaluation.protocol), run, limits, chains, baseline)
 
 
 def evaluate_policy(

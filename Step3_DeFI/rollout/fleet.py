@@ -48,23 +48,15 @@ class Simulator:
             self.connection.send(message)
         self.last_contact = time.monotonic()
 
-    def receive(self) -> Observation | Clip | ChainResult | Exception | None:
-        """Its next message; None if it has died."""
-        self.last_contact = time.monotonic()
-        with suppress(*GONE):
-            return self.connection.recv()
-
-    def last_line(self) -> str:
-        """The last line it printed."""
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-
-    def stop(self) -> None:
+    def stop(self) -> str:
+        """End the process; returns the last line it printed."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
-        self._log.close()
+        self._log.seek(0)
+        with self._log:
+            lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else "it printed nothing"
 
 
 class Fleet:
@@ -96,8 +88,7 @@ class Fleet:
         while self._pending or self._busy():
             for simulator in self.simulators:
                 if simulator.chain is None and self._pending:
-                    simulator.chain = self._next()
-                    simulator.send(simulator.chain)
+                    self._begin_chain(simulator)
             working = [simulator for simulator in self._busy() if not simulator.waiting]
             patience = self.batcher.patience(len(working)) if self.batcher else None
             ready = wait([s.connection for s in working], self.silence if patience is None else patience)
@@ -115,42 +106,44 @@ class Fleet:
     def _busy(self) -> list[Simulator]:
         return [simulator for simulator in self.simulators if simulator.chain is not None]
 
-    def _next(self) -> ChainSpec:
+    def _begin_chain(self, simulator: Simulator) -> None:
         """The first pending chain whose row of the policy's batch the fewest running chains share."""
         row = self.batcher.row if self.batcher else lambda index: 0
-        taken = Counter(row(simulator.chain.index) for simulator in self._busy())
-        chain = min(self._pending, key=lambda chain: taken[row(chain.index)])
-        self._pending.remove(chain)
-        return chain
+        taken = Counter(row(busy.chain.index) for busy in self._busy())
+        simulator.chain = min(self._pending, key=lambda chain: taken[row(chain.index)])
+        self._pending.remove(simulator.chain)
+        simulator.send(simulator.chain)
 
     def _handle(self, simulator: Simulator) -> Iterator[Clip | ChainResult]:
         """Take the next message of a simulator."""
-        match simulator.receive():
-            case None:
-                self._replace(simulator, simulator.last_line())
-            case UserError() as error:
-                raise error
-            case Exception() as error:
-                raise RuntimeError(f"chain {simulator.chain.index}: {error}")
-            case Observation() as observation:
-                self.batcher.add(simulator, observation)
-                simulator.waiting = True
-            case Clip() as clip:
-                yield clip
-            case ChainResult() as result:
-                simulator.chain = None
-                yield result
+        simulator.last_contact = time.monotonic()
+        try:
+            message = simulator.connection.recv()
+        except GONE:
+            self._replace(simulator)
+            return
+        if isinstance(message, UserError):
+            raise message
+        if isinstance(message, Exception):
+            raise RuntimeError(f"chain {simulator.chain.index}: {message}")
+        if isinstance(message, Observation):
+            self.batcher.add(simulator, message)
+            simulator.waiting = True
+            return
+        if isinstance(message, ChainResult):
+            simulator.chain = None
+        yield message
 
-    def _replace(self, simulator: Simulator, reason: str) -> None:
+    def _replace(self, simulator: Simulator, reason: str = "") -> None:
         """A new process for one that died; its chain is run again from the start."""
-        chain = simulator.chain
+        chain, last_line = simulator.chain, simulator.stop()
         self._deaths[chain.index] += 1
+        self.simulators[self.simulators.index(simulator)] = Simulator(self.setup)
         if self._deaths[chain.index] == MOST_DEATHS:
             raise UserError(
-                f"chain {chain.index}: its simulator process died {MOST_DEATHS} times ({reason}); "
-                "finished chains are kept: remove the cause and continue with resume=true"
+                f"chain {chain.index}: its simulator process died {MOST_DEATHS} times "
+                f"({reason or last_line}); finished chains are kept: remove the cause and continue with "
+                "resume=true"
             )
         self._pending.insert(0, chain)
-        simulator.stop()
-        self.simulators[self.simulators.index(simulator)] = Simulator(self.setup)
         self.replaced += 1

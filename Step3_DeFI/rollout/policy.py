@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,6 @@ from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.simulator import Actions, Observation
 
 
-class Policy(Protocol):
-    """Chooses actions from pictures and words."""
-
-    def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K 7"]:
-        """A chunk of K actions per observation, scaled as in the data. Noise depends on its seed alone."""
-
-
 class ModelPolicy:
     """A DeFI model as a policy, on the model's device.
 
@@ -45,6 +38,7 @@ class ModelPolicy:
         self._autocast = {"dtype": PRECISIONS[precision], "enabled": precision != "no"}
 
     def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K 7"]:
+        """A chunk of K actions per observation, scaled as in the data. Noise depends on its seed alone."""
         images = torch.stack([observe(each.images, self.model.image_size) for each in observations])
         noise = self.model.noise(torch.tensor([seed_of("rollout", *each.seed) for each in observations]))
         texts = [each.instruction for each in observations]
@@ -61,13 +55,14 @@ class Batcher:
     the same row: its index modulo `batch`.
 
     Args:
+        policy: a `ModelPolicy`, or anything else with its `act`.
         batch: rows of every call.
         chunk: actions of each answer that are executed; None for all.
     """
 
-    def __init__(self, policy: Policy, batch: int, chunk: int | None = None) -> None:
+    def __init__(self, policy: ModelPolicy, batch: int, chunk: int | None = None) -> None:
         self.policy, self.batch, self.chunk = policy, batch, chunk
-        self._rows: list[dict[Hashable, tuple[float, Observation]]] = [{} for _ in range(batch)]
+        self._waiting: list[tuple[Hashable, Observation, float]] = []  # who, with what, since when
         self._call_seconds = 0.0
         self.calls = 0
 
@@ -76,7 +71,7 @@ class Batcher:
 
     def add(self, asker: Hashable, observation: Observation) -> None:
         """An observation of `asker`, who waits for the answer."""
-        self._rows[self.row(observation.seed[1])][asker] = (time.monotonic(), observation)
+        self._waiting.append((asker, observation, time.monotonic()))
 
     def patience(self, coming: int) -> float | None:
         """Seconds to wait for more observations before calling the policy; None if nobody waits.
@@ -84,12 +79,11 @@ class Batcher:
         A full batch goes at once, and so does one that nobody else can join (`coming` counts the simulators
         at work). Otherwise half a call's duration is waited: a call costs the same, however full.
         """
-        if not any(self._rows):
+        if not self._waiting:
             return None
-        if not coming or all(self._rows):
+        if not coming or len({self.row(seen.seed[1]) for _, seen, _ in self._waiting}) == self.batch:
             return 0.0
-        oldest = min(since for row in self._rows for since, _ in row.values())
-        return max(0.0, oldest + self._call_seconds / 2 - time.monotonic())
+        return max(0.0, self._waiting[0][2] + self._call_seconds / 2 - time.monotonic())
 
     def answer(self) -> Iterator[tuple[Hashable, Actions]]:
         """Call the policy once for the longest waiting observation of each row.
@@ -97,11 +91,15 @@ class Batcher:
         Raises:
             UserError: the policy returns something that is not a finite chunk of 7-D actions.
         """
-        askers = [min(row, key=lambda key: row[key][0], default=None) for row in self._rows]
-        picked = [None if asker is None else row.pop(asker)[1] for asker, row in zip(askers, self._rows)]
-        filler = next(filter(None, picked))
+        picked: dict[int, tuple[Hashable, Observation]] = {}
+        waiting, self._waiting = self._waiting, []
+        for asker, observation, since in waiting:
+            if picked.setdefault(self.row(observation.seed[1]), (asker, observation))[0] is not asker:
+                self._waiting.append((asker, observation, since))
+        filler = next(iter(picked.values()))
         began = time.monotonic()
-        actions = np.asarray(self.policy.act([observation or filler for observation in picked]))
+        batch = [picked.get(row, filler)[1] for row in range(self.batch)]
+        actions = np.asarray(self.policy.act(batch))
         self._call_seconds = time.monotonic() - began
         self.calls += 1
         if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
@@ -109,15 +107,14 @@ class Batcher:
                 f"the policy returned actions of shape {actions.shape}, the simulator takes "
                 f"({self.batch}, K, 7): position, rotation, gripper; use a checkpoint trained on rel_actions"
             )
-        for asker, observation, chunk in zip(askers, picked, actions):
-            if observation and not np.isfinite(chunk).all():
+        for row, (asker, observation) in picked.items():
+            if not np.isfinite(actions[row]).all():
                 _, chain, number = observation.seed
                 raise UserError(
                     f"chain {chain}, {observation.task}, observation {number}: the policy returned NaN or "
                     "infinite actions; its weights or its precision are broken, try another checkpoint"
                 )
-            if observation:
-                yield asker, chunk[: self.chunk]
+            yield asker, actions[row, : self.chunk]
 
 
 def load_policy(
@@ -147,9 +144,8 @@ def trained_precision(checkpoint: Path | str) -> str:
     """The precision that a checkpoint was trained with; `no` where nothing is known of its training."""
     precision = flatten(read_run_config(checkpoint)).get("trainer.precision", "no")
     if precision not in PRECISIONS:
-        raise UserError(
-            f"{checkpoint}: was trained with trainer.precision={precision}; give precision= no, fp16 or bf16"
-        )
+        trained = f"{checkpoint}: was trained with trainer.precision={precision}"
+        raise UserError(f"{trained}; give precision= no, fp16 or bf16")
     return precision
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -105,11 +106,6 @@ class Setup:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def policy_agent(ask: Callable[[Observation], Actions]) -> Agent:
-    """Shows the world to a policy elsewhere: `ask` sends an observation and returns its chunk of actions."""
-    return lambda world, task, words, seed: ask(Observation(seed, task, words, world.render()))
-
-
 def random_agent(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
     """Uniform actions in [-1, 1], the gripper at random per chunk of 10: what chance alone achieves."""
     actions = np.random.default_rng(seed).uniform(-1, 1, (10, 7))
@@ -128,9 +124,8 @@ class ScriptedAgent:
         if self.begun != (seed[1], task):
             self.begun, self.expert = (seed[1], task), Expert(task, world)
         action = self.expert.act(world)
-        if action is None:  # done, as far as it can tell: wait
-            action = np.array([0, 0, 0, 0, 0, 0, world.arm.gripper_action])
-        return np.asarray(action, dtype=np.float64)[None]
+        waiting = [0, 0, 0, 0, 0, 0, world.arm.gripper_action]  # where it is done, as far as it can tell
+        return np.array([waiting if action is None else action], dtype=np.float64)
 
 
 def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Iterator[Clip | ChainResult]:
@@ -173,8 +168,10 @@ def attempt(
     frames = [world.render()] if film else []
     taken = 0
     while taken < setup.limit:
-        for action in act()[: setup.limit - taken]:
-            world.step(binarise(action))
+        actions = np.array(act()[: setup.limit - taken], dtype=np.float64)
+        actions[:, 6] = np.where(actions[:, 6] > 0, 1.0, -1.0)  # the gripper opens, or closes
+        for action in actions:
+            world.step(action)
             taken += 1
             solved = setup.judge(task, start, world.state())
             if film and (solved or taken % setup.film_every == 0):
@@ -184,40 +181,25 @@ def attempt(
     return None, frames
 
 
-def binarise(action: Float[np.ndarray, "7"]) -> Float[np.ndarray, "7"]:
-    """The gripper opens (+1) on positive values and closes (-1) otherwise."""
-    action = np.array(action, dtype=np.float64)
-    action[6] = 1.0 if action[6] > 0 else -1.0
-    return action
-
-
-def serve(connection: Connection) -> None:
-    """Run the chains that arrive until the connection is closed."""
-    setup: Setup = connection.recv()
-
-    def ask(observation: Observation) -> Actions:
-        connection.send(observation)
-        return connection.recv()
-
-    agents = {"policy": policy_agent(ask), "random": random_agent, "scripted": ScriptedAgent()}
-    world = setup.make_world()
-    try:
-        while True:
-            for message in run_chain(world, agents[setup.agent], connection.recv(), setup):
-                connection.send(message)
-            if setup.fresh:
-                world.reload()
-    finally:
-        world.close()
-
-
 def main() -> None:
-    """`python -c … <file descriptor>`: serve, and send what went wrong as an exception."""
+    """`python -c … <file descriptor>`: run the chains that arrive; send what goes wrong, as an exception."""
     for number in LEFT_TO_THE_EVALUATION:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
+
+    def ask_policy(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
+        connection.send(Observation(seed, task, instruction, world.render()))
+        return connection.recv()
+
+    agents = {"policy": ask_policy, "random": random_agent, "scripted": ScriptedAgent()}
     try:
-        serve(connection)
+        setup: Setup = connection.recv()
+        with closing(setup.make_world()) as world:
+            while True:
+                for message in run_chain(world, agents[setup.agent], connection.recv(), setup):
+                    connection.send(message)
+                if setup.fresh:
+                    world.reload()
     except GONE:
         return
     except UserError as error:
