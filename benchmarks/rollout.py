@@ -138,7 +138,9 @@ def rollout(sim: SimConfig, scene: str, chains: int, limit: int) -> dict[str, An
         timed = partial(
             TimedWorld, Path(folder), build_scene(sim, scene), renderer=evaluation.renderer.backend
         )
-        evaluation = dataclasses.replace(evaluation, make_world=timed)
+        evaluation = dataclasses.replace(
+            evaluation, setup=dataclasses.replace(evaluation.setup, make_world=timed)
+        )
         memory = MemoryWatch()
         memory.start()
         with stopwatch() as rate:

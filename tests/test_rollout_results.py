@@ -137,8 +137,9 @@ def test_paired_difference_of_equal_policies_is_chance():
 
 
 def test_running_average():
-    assert running_average(np.array([2])) == "average length 2.00"
-    assert running_average(np.array([0, 5, 0, 5])) == "average length 2.50 ± 2.83"
+    full, none = chain(0, *[10] * 5), chain(0, None)
+    assert running_average([chain(0, 10, 10, None)], 360) == "average length 2.00"
+    assert running_average([none, full, none, full], 360) == "average length 2.50 ± 2.83"
 
 
 # ---------------------------------------------------------------- files

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import replace
-from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -45,9 +45,9 @@ def end_of(world) -> np.ndarray:
 
 def test_chains_do_not_depend_on_what_ran_before_or_on_filming():
     evaluation = small()
-    unsolved = replace(evaluation.setup("random", filmed=False), judge=lambda task, a, b: False, limit=25)
+    unsolved = replace(evaluation.setup, agent="random", judge=lambda task, a, b: False, limit=25)
     ends = []
-    with evaluation.make_world() as world:
+    with evaluation.setup.make_world() as world:
         for order, film in (((0, 1), None), ((1,), 2), ((2, 0, 1), 1)):
             for index in order:
                 world.reload()
@@ -83,12 +83,11 @@ def test_result_is_the_same_on_more_processes():
 def test_films_have_the_first_the_last_and_every_nth_state():
     evaluation = small()
     chain = evaluation.chains[0]
-    task, words = chain.tasks[0], chain.instructions[0]
-    with evaluation.make_world() as world:
-        act = partial(ScriptedAgent(), world, task, words, (0, 0, 0))
+    task, words, seeds = chain.tasks[0], chain.instructions[0], ((0, 0, n) for n in count())
+    with evaluation.setup.make_world() as world:
         world.reset(chain.robot_obs, chain.scene_obs)
-        setup = replace(evaluation.setup("scripted", filmed=True), limit=150, film_every=8)
-        taken, frames = attempt(world, act, task, setup, film=True)
+        setup = replace(evaluation.setup, agent="scripted", limit=150, film_every=8)
+        taken, frames = attempt(world, ScriptedAgent(), task, words, seeds, setup, film=True)
     assert taken is not None and len(frames) == 1 + taken // 8 + (taken % 8 > 0)
     assert all(frame["rgb_static"].shape == (48, 48, 3) for frame in frames)
 
@@ -158,7 +157,7 @@ def test_words_come_from_the_file_that_is_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("{open_drawer: [")
     for name, message in (
         ("words.yaml", "no instruction for open_drawer"),
-        ("broken.yaml", "not YAML .*; check sim.instructions"),
+        ("broken.yaml", "cannot be read .*; check sim.instructions"),
         ("none.yaml", "missing; check sim.instructions"),
     ):
         with pytest.raises(UserError, match=f"{name}: {message}"):

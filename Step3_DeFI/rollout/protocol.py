@@ -22,7 +22,6 @@ from defi.sim.tasks import INSTRUCTIONS, TASKS, Situation
 from Step3_DeFI.rollout.simulator import ChainSpec
 
 CLONE_INSTRUCTIONS = "calvin_models/conf/annotations/new_playtable_validation.yaml"
-AGENTS = {"policy": "DeFI", "random": "random actions", "scripted": "scripted policy"}
 
 
 def choose(key: str, value: str | None, choices: Iterable[str | None]) -> None:

@@ -13,9 +13,8 @@ from rich.table import Table
 
 from defi import html
 from defi.video import draw_text, write_mp4
-from Step3_DeFI.rollout.protocol import AGENTS
 from Step3_DeFI.rollout.results import Results
-from Step3_DeFI.rollout.simulator import Clip
+from Step3_DeFI.rollout.simulator import AGENTS, Clip
 
 SEQUENCES = {"official": "official sequences", "subset": "chains"}
 WORLDS = {"fresh": "a newly loaded world per chain", "persistent": "one world per process"}

@@ -63,8 +63,9 @@ def paired_difference(a: Int[np.ndarray, " N"], b: Int[np.ndarray, " N"]) -> dic
     return {"difference": float(change.mean()), "interval": interval, "p": p, "differs": p < 0.05}
 
 
-def running_average(values: Int[np.ndarray, " N"]) -> str:
-    """Mean and 95 % interval, by the normal approximation: for the screen, while chains finish."""
+def running_average(chains: Iterable[ChainResult], limit: int) -> str:
+    """Mean length and 95 % interval, by the normal approximation: for the screen, while chains finish."""
+    values = lengths(chains, limit)
     half = f" ± {1.96 * values.std(ddof=1) / np.sqrt(len(values)):.2f}" if len(values) > 1 else ""
     return f"average length {values.mean():.2f}{half}"
 

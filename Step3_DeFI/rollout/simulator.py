@@ -30,6 +30,7 @@ Judge = Callable[[str, Any, Any], bool]
 Agent = Callable[[Any, str, str, Seed], Actions]
 """(world, task, instruction, seed) → the actions to execute before it is asked again."""
 
+AGENTS = {"policy": "DeFI", "random": "random actions", "scripted": "scripted policy"}
 # Ctrl-C and what Slurm sends reach every process of a run. The evaluation, or the training around it, decides
 # what becomes of them; a simulator ends with its connection, or is killed.
 LEFT_TO_THE_EVALUATION = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -83,27 +84,19 @@ class ChainResult:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a simulator process gets first.
+    """What a simulator process gets first."""
 
-    Args:
-        make_world: returns a `defi.sim.world.World`, or something that behaves like one.
-        agent: who acts: policy (asked over the connection), random or scripted (both act in this process).
-        limit: control steps per task.
-        fresh: load the world anew before each chain. Bullet's contact order remembers what ran before
-            in the same world, so only then does a chain not depend on those before it.
-        filmed: so many chains, the first, are filmed, a picture every `film_every` control steps.
-        environment: variables that the process is started with.
-    """
-
-    make_world: Callable[[], Any]
+    make_world: Callable[[], Any]  # returns a `defi.sim.world.World`, or something that behaves like one
     judge: Judge
-    agent: str
     seed: int
-    limit: int
+    limit: int  # control steps per task
+    agent: str = "policy"  # asked over the connection; or random or scripted: these act in this process
+    # Load the world anew before each chain. Bullet's contact order remembers what ran before in the same
+    # world, so only then does a chain not depend on those before it.
     fresh: bool = True
-    filmed: int = 0
+    filmed: int = 0  # so many chains, the first, are filmed, a picture every `film_every` control steps
     film_every: int = 3
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables for the process
 
 
 def random_agent(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
@@ -130,17 +123,14 @@ class ScriptedAgent:
 
 def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Iterator[Clip | ChainResult]:
     """Run a chain to its first unsolved task: a clip of each attempt, if it is filmed, then the result."""
-    began, asked = time.perf_counter(), itertools.count()
+    began, steps = time.perf_counter(), []
+    seeds = ((setup.seed, chain.index, observation) for observation in itertools.count())
+    film = chain.index < setup.filmed
     world.reset(chain.robot_obs, chain.scene_obs)
-    steps: list[int | None] = []
     for position, (task, words) in enumerate(zip(chain.tasks, chain.instructions)):
-
-        def act(task: str = task, words: str = words) -> Actions:
-            return agent(world, task, words, (setup.seed, chain.index, next(asked)))
-
-        taken, frames = attempt(world, act, task, setup, film=chain.index < setup.filmed)
+        taken, frames = attempt(world, agent, task, words, seeds, setup, film=film)
         steps.append(taken)
-        if frames:
+        if film:
             images = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
             yield Clip(chain.index, position, task, words, taken is not None, images)
         if taken is None:
@@ -150,13 +140,20 @@ def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Itera
         tasks=chain.tasks,
         steps=tuple(steps),
         control_steps=sum(setup.limit if taken is None else taken for taken in steps),
-        observations=next(asked),
+        observations=next(seeds)[2],
         seconds=time.perf_counter() - began,
     )
 
 
 def attempt(
-    world: Any, act: Callable[[], Actions], task: str, setup: Setup, *, film: bool = False
+    world: Any,
+    agent: Agent,
+    task: str,
+    instruction: str,
+    seeds: Iterator[Seed],
+    setup: Setup,
+    *,
+    film: bool = False,
 ) -> tuple[int | None, list[Images]]:
     """Try one task for at most `setup.limit` control steps; judged after every step.
 
@@ -164,11 +161,11 @@ def attempt(
         The control steps it took, or None; pictures of the first state, every `film_every`-th step, and the
         last. What is left of a chunk when the task is solved is not executed.
     """
-    start = world.state()
+    start, taken = world.state(), 0
     frames = [world.render()] if film else []
-    taken = 0
     while taken < setup.limit:
-        actions = np.array(act()[: setup.limit - taken], dtype=np.float64)
+        chunk = agent(world, task, instruction, next(seeds))[: setup.limit - taken]
+        actions = np.array(chunk, dtype=np.float64)
         actions[:, 6] = np.where(actions[:, 6] > 0, 1.0, -1.0)  # the gripper opens, or closes
         for action in actions:
             world.step(action)
