@@ -50,7 +50,7 @@ def fails(module, capsys: pytest.CaptureFixture, *settings: str) -> str:
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        (prepare, "data=captioned_videos", "none/captions.jsonl: no such file; give the captions"),
+        (prepare, "data=captioned_videos", "none/captions.jsonl: missing; give the captions"),
         (prepare, "data=captioned_vpp", "none/annotation/train: no annotations"),
         (prepare, "data=captioned_hdf5 data.cameras={a:b}", "none: no HDF5 files here"),
         (prepare, "data=captioned_rlds", "none: no features.json here"),
@@ -195,7 +195,7 @@ def captions_without_words(root: Path) -> str:
         for name, text in zip("abc", ["go", "\u200b", "go"])
     ]
     (root / "captions.jsonl").write_text("\n".join(lines))
-    return f"{root}/captions.jsonl: the caption of b.mp4 is blank"
+    return f"{root}/b.mp4: its caption is blank"
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,14 @@ def test_hidden_files_and_marks_of_encoding(inputs: Path, tmp_path: Path) -> Non
     [
         (
             '{"video": "a.mp4", "text": "Tür"}'.encode("latin-1"),
-            "not UTF-8 (invalid start byte); save it as UTF-8",
+            "cannot be read ('utf-8' codec can't decode byte 0xfc in position 29",
         ),
-        ('{"video": "a.mp4", "text": "Tür"}'.encode("utf-16"), "not UTF-8 (invalid start byte)"),
-        (b'{"video": "a.mp4", "text": 3}', "line 1: the caption is 3; expected is one text in UTF-8"),
-        (b'{"video": "a.mp4", "text": "T\\udcfcr"}', "line 1: the caption is not UTF-8"),
+        (
+            '{"video": "a.mp4", "text": "Tür"}'.encode("utf-16"),
+            "cannot be read ('utf-8' codec can't decode byte 0xff in position 0",
+        ),
+        (b'{"video": "a.mp4", "text": 3}', "entry 1: the caption is 3; expected is one text in UTF-8"),
+        (b'{"video": "a.mp4", "text": "T\\udcfcr"}', "entry 1: the caption is not UTF-8"),
     ],
 )
 def test_captions_that_are_no_text(
