@@ -27,11 +27,11 @@ def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
     """
     shared = sorted(set(a.protocol["max_steps"]) & set(b.protocol["max_steps"]))
     for key, first in a.protocol.items():
-        if first != b.protocol[key] and not (key == "max_steps" and shared):
-            raise UserError(
-                f"{key}: {first} in the first result, {b.protocol[key]} in the second: different protocols "
-                "cannot be compared; evaluate both with the same settings"
-            )
+        second = b.protocol.get(key)
+        if first != second and not (key == "max_steps" and shared):
+            differ = f"{key}: {first} in the first result, {second} in the second"
+            fix = "different protocols cannot be compared; evaluate both with the same settings"
+            raise UserError(f"{differ}: {fix}")
     pairs = {limit: (lengths(a.chains, limit), lengths(b.chains, limit)) for limit in shared}
     return {str(limit): paired_difference(*pair) for limit, pair in pairs.items()}
 

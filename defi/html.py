@@ -59,9 +59,7 @@ TEMPLATES.filters["embed"] = embed
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Fill in a template and write the page, replacing an older one in one step; its folder is made.
 
-    Args:
-        template: path from the root of the packages, such as `Step3_DeFI/rollout/report.html.j2`.
-        values: all that the template shows; one that it asks for and does not get is an error.
+    `template` is a path from the root of the packages; a value that it asks for and does not get is an error.
     """
     page = TEMPLATES.get_template(template).render(values)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,6 @@ from Step3_DeFI.rollout.results import (
     paired_difference,
     read_results,
     running_average,
-    summaries,
     summarise,
     versions,
 )
@@ -50,7 +49,7 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
     evaluation = fake_evaluation(chains=len(chains), max_steps=[360, 720])
     return Results(
         policy={"kind": "policy", "checkpoint": "outputs/<policy>", "fingerprint": "abc"},
-        protocol=asdict(evaluation.protocol) | protocol,
+        protocol=evaluation.protocol | protocol,
         run={
             "started": "2026-01-01T00:00:00+00:00",
             "seconds": 75.0,
@@ -61,11 +60,12 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
             "settings": asdict(evaluation.config),
             "versions": versions(),
         },
-        limits=summaries(chains, [360, 720]),
         chains=chains,
         baseline={
             "agent": "random",
-            "limits": summaries([chain(i, None) for i in range(4)], [360, 720]),
+            "limits": {
+                limit: summarise([chain(i, None) for i in range(4)], int(limit)) for limit in ("360", "720")
+            },
             "chains": [],
         },
     )
@@ -163,7 +163,7 @@ def test_results_are_read_back_as_written(tmp_path):
         ("{", "cannot be read (Expecting property name"),
         ("[]", "cannot be read ('list' object has no attribute 'get')"),
         ('{"format": 99}', "cannot be read (format 99, this version reads 1)"),
-        ('{"format": 1, "chains": []}', "cannot be read ('protocol')"),
+        ('{"format": 1, "chains": []}', "cannot be read ('policy')"),
     ],
 )
 def test_files_that_are_no_results(tmp_path, content, message):
@@ -182,7 +182,8 @@ def test_an_unfinished_run_is_not_a_wrong_folder(tmp_path):
 def test_results_of_earlier_versions_are_read(tmp_path):
     """What is called `observations` was called `looks`."""
     written = results()
-    text = json.dumps(asdict(written)).replace('"observations"', '"looks"')
+    written.save(tmp_path / "results.json")
+    text = (tmp_path / "results.json").read_text().replace('"observations"', '"looks"')
     (tmp_path / "results.json").write_text(text)
     read = read_results(tmp_path)
     assert read.chains == written.chains and compare(read, written)["720"]["difference"] == 0
@@ -224,8 +225,7 @@ def test_comparison_of_different_protocols_is_refused():
 
 
 def test_comparison_needs_one_shared_limit():
-    other = replace(results(max_steps=[720]), limits=summaries(CHAINS, [720]))
-    assert set(compare(results(), other)) == {"720"}
+    assert set(compare(results(), results(max_steps=[720]))) == {"720"}
     with pytest.raises(UserError, match="max_steps"):
         compare(results(), results(max_steps=[100]))
 

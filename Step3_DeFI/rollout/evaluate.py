@@ -28,24 +28,15 @@ from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.fleet import Batcher, Fleet
 from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
-from Step3_DeFI.rollout.protocol import (
-    Protocol,
-    RolloutConfig,
-    build_chains,
-    build_scene,
-    choose,
-    world_maker,
-)
+from Step3_DeFI.rollout.protocol import RolloutConfig, build_chains, build_scene, choose, world_maker
 from Step3_DeFI.rollout.report import result_table, task_table, write_clip, write_report
-from Step3_DeFI.rollout.results import RESULTS, ChainLog, Results, running_average, summaries, versions
+from Step3_DeFI.rollout.results import RESULTS, ChainLog, Results, running_average, versions
 from Step3_DeFI.rollout.simulator import AGENTS, ChainResult, ChainSpec, Clip, Setup
 
 IDENTITY = "rollout.json"
 # Settings that finished chains do not depend on.
 HOWEVER_DONE = {"processes", "videos", "baseline", "output", "resume", "overwrite"}
 HOWEVER_DONE |= {"checkpoint", "gfdm", "gidm", "threads"}  # hashes and threads as resolved are in `known`
-
-
 OTHER_PICTURES = (
     "This number does not compare with published ones: it was drawn on the CPU, CALVIN's data and the "
     "published evaluations with EGL. The pictures differ: in scene D the static view by 21 of 255 in the "
@@ -85,17 +76,17 @@ class CommandConfig(RolloutConfig):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that is set up: nothing has run yet, everything has been checked."""
+    """An evaluation that is set up and checked: the chains, and what runs them. Nothing has run yet."""
 
     config: RolloutConfig
-    protocol: Protocol
+    protocol: Mapping[str, Any]
     chains: Sequence[ChainSpec]
     setup: Setup
     renderer: Renderer
 
     @classmethod
     def prepare(cls, config: RolloutConfig, rank: int = 0) -> "Evaluation":
-        """Chains, scene, judge and renderer of `config`, for the process `rank` of `accelerate launch`.
+        """For the process `rank` of `accelerate launch`.
 
         Raises:
             UserError: an unknown task or scene, a wrong clone, an impossible chain, a renderer that does not
@@ -119,7 +110,7 @@ class Evaluation:
     @property
     def caveat(self) -> str | None:
         """What keeps the number from being compared with published ones, as far as pictures go."""
-        return OTHER_PICTURES if self.protocol.assets == "calvin" and self.renderer.kind == "cpu" else None
+        return OTHER_PICTURES if self.protocol["assets"] == "calvin" and self.renderer.kind == "cpu" else None
 
 
 def run_chains(
@@ -139,9 +130,6 @@ def run_chains(
         output: folder for `<name>.jsonl` and clips (of `chains` only); None keeps nothing on disk.
         state: the processes of `accelerate launch`, each of which takes a contiguous part of the chains and
             returns all of them; None: this process alone.
-
-    Raises:
-        UserError: a simulator process cannot run a chain, or `output` cannot be written to.
     """
     config = evaluation.config
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
@@ -183,11 +171,9 @@ def evaluate(
     output: Path | None = None,
     **how: Any,
 ) -> Results:
-    """Run an agent, and the baseline beside it on the same chains.
+    """Run an agent, and the baseline beside it on the same chains: arguments as for `run_chains`.
 
-    Args:
-        identity: what is known about the policy, for the record.
-        policy, output, how: as for `run_chains`.
+    `identity` is what is known about the policy, for the record.
     """
     config = evaluation.config
     earlier = len(ChainLog(output).read()) if output else 0
@@ -204,24 +190,21 @@ def evaluate(
         "settings": asdict(config),
         "versions": versions(),
     }
-    baseline = None
+    results = Results({"kind": agent, **(identity or {})}, evaluation.protocol, run, chains)
     if config.baseline:
-        beside = run_chains(evaluation, config.baseline, name="baseline", output=output, **how)
-        limits = summaries(beside, config.max_steps)
-        baseline = {"agent": config.baseline, "limits": limits, "chains": list(map(asdict, beside))}
-    who, limits = {"kind": agent, **(identity or {})}, summaries(chains, config.max_steps)
-    return Results(who, asdict(evaluation.protocol), run, limits, chains, baseline)
+        chains = run_chains(evaluation, config.baseline, name="baseline", output=output, **how)
+        limits = replace(results, chains=chains).limits
+        baseline = {"agent": config.baseline, "limits": limits, "chains": list(map(asdict, chains))}
+        results = replace(results, baseline=baseline)
+    return results
 
 
 def evaluate_policy(
     model: DeFI, evaluation: Evaluation, *, precision: str = "no", output: Path | None = None
 ) -> dict[str, float]:
-    """A rollout during training: averages and success rates under names for a log.
+    """A small rollout during training: averages and success rates under names for a log.
 
-    Args:
-        evaluation: a small one (`Evaluation.prepare`); its simulator processes are started for this call.
-        precision: the training's.
-        output: folder for chains and clips, replacing what an earlier call left there; None keeps nothing.
+    `output` is for chains and clips, replacing what an earlier call left there; None keeps nothing.
     """
     if output is not None:
         for earlier in output.glob("chains*.jsonl"):
@@ -266,7 +249,7 @@ def main(cfg: DictConfig) -> None:
         if state.is_main_process:
             settings = {key: value for key, value in asdict(config).items() if key not in HOWEVER_DONE}
             seen = {"renderer": str(evaluation.renderer), "checkpoint": None}  # which may have moved
-            open_output(output, config, asdict(evaluation.protocol) | settings | known | seen)
+            open_output(output, config, {**evaluation.protocol} | settings | known | seen)
         state.wait_for_everyone()
         results = evaluate(evaluation, config.agent, policy, identity=known, output=output, state=state)
     if state.is_main_process:

@@ -78,11 +78,7 @@ class Batcher:
     def __init__(self, policy: ModelPolicy, batch: int, chunk: int | None = None) -> None:
         self.policy, self.batch, self.chunk = policy, batch, chunk
         self._waiting: list[tuple[Hashable, Observation, float]] = []  # who, with what, since when
-        self._call_seconds = 0.0
-        self.calls = 0
-
-    def row(self, chain: int) -> int:
-        return chain % self.batch
+        self._call_seconds, self.calls = 0.0, 0
 
     def add(self, asker: Hashable, observation: Observation) -> None:
         """An observation of `asker`, who waits for the answer."""
@@ -96,27 +92,21 @@ class Batcher:
         """
         if not self._waiting:
             return None
-        if not coming or len({self.row(seen.seed[1]) for _, seen, _ in self._waiting}) == self.batch:
+        if not coming or len({seen.seed[1] % self.batch for _, seen, _ in self._waiting}) == self.batch:
             return 0.0
         return max(0.0, self._waiting[0][2] + self._call_seconds / 2 - time.monotonic())
 
     def answer(self) -> Iterator[tuple[Hashable, Actions]]:
-        """Call the policy once for the longest waiting observation of each row.
-
-        Raises:
-            UserError: the policy returns something that is not a finite chunk of 7-D actions.
-        """
+        """Call the policy once for the longest waiting observation of each row."""
         picked: dict[int, tuple[Hashable, Observation]] = {}
         waiting, self._waiting = self._waiting, []
         for asker, observation, since in waiting:
-            if picked.setdefault(self.row(observation.seed[1]), (asker, observation))[0] is not asker:
+            if picked.setdefault(observation.seed[1] % self.batch, (asker, observation))[0] is not asker:
                 self._waiting.append((asker, observation, since))
-        filler = next(iter(picked.values()))
-        began = time.monotonic()
+        filler, began = next(iter(picked.values())), time.monotonic()
         batch = [picked.get(row, filler)[1] for row in range(self.batch)]
         actions = np.asarray(self.policy.act(batch))
-        self._call_seconds = time.monotonic() - began
-        self.calls += 1
+        self._call_seconds, self.calls = time.monotonic() - began, self.calls + 1
         if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
             raise UserError(
                 f"the policy returned actions of shape {actions.shape}, the simulator takes "
@@ -124,11 +114,9 @@ class Batcher:
             )
         for row, (asker, observation) in picked.items():
             if not np.isfinite(actions[row]).all():
-                _, chain, number = observation.seed
-                raise UserError(
-                    f"chain {chain}, {observation.task}, observation {number}: the policy returned NaN or "
-                    "infinite actions; its weights or its precision are broken, try another checkpoint"
-                )
+                where = "chain {1}, {task}, observation {2}".format(*observation.seed, task=observation.task)
+                fix = "its weights or its precision are broken, try another checkpoint"
+                raise UserError(f"{where}: the policy returned NaN or infinite actions; {fix}")
             yield asker, actions[row, : self.chunk]
 
 
@@ -181,9 +169,9 @@ class Fleet:
 
     def _begin_chain(self, simulator: Simulator) -> None:
         """The first pending chain whose row of the policy's batch the fewest running chains share."""
-        row = self.batcher.row if self.batcher else lambda index: 0
-        taken = Counter(row(busy.chain.index) for busy in self._busy())
-        simulator.chain = min(self._pending, key=lambda chain: taken[row(chain.index)])
+        rows = self.batcher.batch if self.batcher else 1
+        taken = Counter(busy.chain.index % rows for busy in self._busy())
+        simulator.chain = min(self._pending, key=lambda chain: taken[chain.index % rows])
         self._pending.remove(simulator.chain)
         simulator.send(simulator.chain)
 

@@ -95,23 +95,6 @@ class RolloutConfig:
         choose("baseline", self.baseline, (None, "random", "scripted"))
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """What two evaluations must share for their numbers to be compared; of the limits, one is enough."""
-
-    scene: str
-    assets: str  # builtin, or calvin for the scenes of a clone
-    backend: str  # native, or calvin_env for the official package
-    sequences: str  # official, or subset where tasks were named
-    sequence_hash: str  # of start states and tasks of all chains in order
-    chains: int
-    length: int
-    max_steps: tuple[int, ...]
-    instruction_source: str
-    instruction_hash: str  # of the words of all chains in order
-    world: str
-
-
 def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
@@ -134,41 +117,46 @@ def world_maker(sim: SimConfig, scene: SceneConfig, renderer: str) -> Callable[[
     return partial(World, scene, renderer=renderer, **sizes)
 
 
-def build_chains(config: RolloutConfig, scene: SceneConfig) -> tuple[Protocol, list[ChainSpec]]:
-    """All chains with the first phrasing of each task, and the protocol that they make up."""
-    if config.tasks is not None:
-        drawn = sequences.chains(config.tasks, config.chains, config.length, config.seed)
-    elif config.length == sequences.CHAIN_LENGTH:
-        drawn = sequences.sequences(config.chains)
-    else:
+def build_chains(config: RolloutConfig, scene: SceneConfig) -> tuple[dict[str, Any], list[ChainSpec]]:
+    """All chains with the first phrasing of each task, and the protocol that they make up.
+
+    The protocol is what two evaluations must share for their numbers to be compared; of its limits
+    (`max_steps`), one is enough.
+    """
+    official = config.tasks is None
+    if official and config.length != sequences.CHAIN_LENGTH:
         raise UserError(
             f"length={config.length}: the official sequences have {sequences.CHAIN_LENGTH} tasks; "
             "name tasks=[…] for chains of another length"
         )
+    if official:
+        drawn = sequences.sequences(config.chains)
+    else:
+        drawn = sequences.chains(config.tasks, config.chains, config.length, config.seed)
     source, phrasings = read_instructions(config.sim)
     words = [tuple(phrasings[task][0] for task in chain.tasks) for chain in drawn]
     chains = [
         ChainSpec(index, chain.tasks, words[index], *start_state(chain.initial_state, scene))
         for index, chain in enumerate(drawn)
     ]
-    protocol = Protocol(
-        scene=config.scene,
-        assets="calvin" if config.sim.calvin_root else "builtin",
-        backend=config.sim.backend,
-        sequences="official" if config.tasks is None else "subset",
-        sequence_hash=short_hash([[chain.initial_state, chain.tasks] for chain in drawn]),
-        chains=len(chains),
-        length=len(chains[0].tasks),
-        max_steps=tuple(config.max_steps),
-        instruction_source=source,
-        instruction_hash=short_hash(words),
-        world=config.sim.world,
-    )
+    protocol = {
+        "scene": config.scene,
+        "assets": "calvin" if config.sim.calvin_root else "builtin",
+        "backend": config.sim.backend,
+        "sequences": "official" if official else "subset",
+        "sequence_hash": short_hash([[chain.initial_state, chain.tasks] for chain in drawn]),
+        "chains": len(chains),
+        "length": len(chains[0].tasks),
+        "max_steps": list(config.max_steps),
+        "instruction_source": source,
+        "instruction_hash": short_hash(words),
+        "world": config.sim.world,
+    }
     return protocol, chains
 
 
 def start_state(situation: Situation, scene: SceneConfig) -> tuple[np.ndarray, np.ndarray]:
-    """robot_obs [15] and scene_obs [24] of a situation, the blocks in the scene's order."""
+    """robot_obs [15] and scene_obs [24], the blocks in the scene's order."""
     robot_obs, scene_obs = sequences.start_state(situation)
     poses = dict(zip(BLOCKS, np.split(scene_obs[6:], len(BLOCKS))))
     return robot_obs, np.concatenate([scene_obs[:6], *(poses[block.name] for block in scene.blocks)])
@@ -179,9 +167,6 @@ def read_instructions(sim: SimConfig) -> tuple[str, Mapping[str, Sequence[str]]]
 
     They come from the file `sim.instructions`, YAML as in a clone (task: [phrasing, …]) or a data set's
     embeddings.npy (task: {ann: [phrasing, …]}), else from the clone, else they are this project's own.
-
-    Raises:
-        UserError: no such file, or one that lacks a task.
     """
     if sim.instructions:
         file, source, fix = Path(sim.instructions), Path(sim.instructions).name, "check sim.instructions"
@@ -198,5 +183,5 @@ def read_instructions(sim: SimConfig) -> tuple[str, Mapping[str, Sequence[str]]]
         texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
         if not isinstance(texts, (list, tuple)) or not texts:
             raise UserError(f"{file}: no instruction for {task} (a list of phrasings); {fix}")
-        phrasings[task] = [str(text) for text in texts]
+        phrasings[task] = list(map(str, texts))
     return source, phrasings

@@ -22,16 +22,15 @@ CLIP_HEIGHT = 200  # pixels of both pictures
 STEPS_PER_SECOND = 30
 MOST_VIDEOS = 12  # of each outcome
 NOT_CALVIN = "This is not CALVIN's protocol (its scene D, its sequences): published numbers do not compare."
-# Average length on CALVIN, ABC→D, 1000 sequences: MINT-SJTU/Evo-SOTA.io, 14 July 2026, all self-reported.
-PUBLISHED = {
+LEADERBOARD = "MINT-SJTU/Evo-SOTA.io, 14 July 2026, self-reported"
+PUBLISHED = {  # average length on CALVIN, ABC→D, 1000 sequences
     "MMaDA-VLA": 4.78, "Xiaomi-Robotics-0": 4.75, "π-RL (with reinforcement learning)": 4.71,
     "AVA-VLA": 4.65, "FLOWER": 4.53, "DeFI": 4.51, "VLA-Adapter-Pro": 4.50, "HARP-VLA": 4.48,
     "DreamVLA": 4.44, "X-VLA": 4.43, "UnifiedVLA": 4.41, "VPP": 4.33, "Seer": 4.28, "UP-VLA": 4.08,
     "MoDE": 4.01, "Moto": 3.10, "GR-1": 3.06,
 }  # fmt: skip
-PUBLISHED_STEPS = {"X-VLA": "720", "VPP": "360"}  # per task, where stated
-PUBLISHED_SOURCE = {"DeFI": "arXiv 2604.16391; the released settings have 720 steps"}
-LEADERBOARD = "MINT-SJTU/Evo-SOTA.io, 14 July 2026, self-reported"
+STEPS = {"X-VLA": "720", "VPP": "360"}  # per task, where stated
+SOURCES = {"DeFI": "arXiv 2604.16391; the released settings have 720 steps"}
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
@@ -114,13 +113,7 @@ def report_values(results: Results, videos: Path) -> dict[str, Any]:
     if not run["earlier_chains"]:
         figures["time"] = str(timedelta(seconds=round(run["seconds"])))
     published = [
-        (
-            name,
-            average,
-            PUBLISHED_STEPS.get(name, "not stated"),
-            PUBLISHED_SOURCE.get(name, LEADERBOARD),
-            False,
-        )
+        (name, average, STEPS.get(name, "not stated"), SOURCES.get(name, LEADERBOARD), False)
         for name, average in PUBLISHED.items()
     ]
     for row in own:
@@ -175,8 +168,7 @@ def write_clip(folder: Path, clip: Clip, every: int) -> None:
 
 def choose_videos(folder: Path, outcome: str, most: int) -> dict[Path, str]:
     """Up to `most` videos of an outcome, with captions: one of each task, then second ones, and so on."""
-    seen: Counter[str] = Counter()
-    ranked = []
+    seen, ranked = Counter(), []
     for path in sorted(folder.glob(f"*_?_{outcome}_*.mp4")):
         chain, position, _, task = path.stem.split("_", 3)
         seen[task] += 1

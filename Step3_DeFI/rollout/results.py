@@ -11,6 +11,7 @@ import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,8 @@ import numpy as np
 from jaxtyping import Int
 from scipy.stats import binomtest
 
-from defi.config import typed
 from defi.engine.output import write_file
 from defi.errors import UserError, reading
-from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.simulator import ChainResult
 
 FORMAT = 1
@@ -90,10 +89,6 @@ def summarise(chains: Sequence[ChainResult], limit: int) -> dict[str, Any]:
     }
 
 
-def summaries(chains: Sequence[ChainResult], max_steps: Sequence[int]) -> dict[str, dict[str, Any]]:
-    return {str(limit): summarise(chains, limit) for limit in max_steps}
-
-
 class ChainLog:
     """Finished chains, one JSON line each, flushed to the disk as they come.
 
@@ -105,11 +100,7 @@ class ChainLog:
         self.path = folder / (f"{name}.{rank}.jsonl" if rank else f"{name}.jsonl")
 
     def read(self) -> dict[int, ChainResult]:
-        """All finished chains by index. A last line that a kill left unfinished is left out.
-
-        Raises:
-            UserError: a line is damaged.
-        """
+        """All finished chains by index. A last line that a kill left unfinished is left out."""
         found = {}
         for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
             lines = path.read_text(errors="replace").split("\n")[:-1]
@@ -147,13 +138,16 @@ class Results:
     policy: Mapping[str, Any]  # kind, and for a checkpoint its path, fingerprint, step
     protocol: Mapping[str, Any]  # what must agree for two numbers to be comparable
     run: Mapping[str, Any]  # when, how long, on what, with which settings and versions
-    limits: Mapping[str, Mapping[str, Any]]  # per limit of control steps ("360") what `summarise` says
     chains: tuple[ChainResult, ...]  # all, in order
     baseline: Mapping[str, Any] | None = None  # of the run beside it: {"agent", "limits", "chains"}
-    format: int = FORMAT
+
+    @cached_property
+    def limits(self) -> dict[str, dict[str, Any]]:
+        """Per limit of control steps ("360") what `summarise` says."""
+        return {str(limit): summarise(self.chains, limit) for limit in self.protocol["max_steps"]}
 
     def save(self, path: Path) -> None:
-        write_file(path, json.dumps(asdict(self), indent=1))
+        write_file(path, json.dumps({"format": FORMAT, **asdict(self), "limits": self.limits}, indent=1))
 
 
 def read_results(path: Path | str) -> Results:
@@ -170,15 +164,15 @@ def read_results(path: Path | str) -> Results:
         values = json.loads(file.read_text())
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
-        protocol = asdict(typed(Protocol, values["protocol"], f"{file}: protocol"))
-        run, chains = values["run"], tuple(map(chain_from_json, values["chains"]))
-        if not (
-            len(chains) == protocol["chains"] > 0
-            and all(isinstance(part, dict) for part in (run["settings"], run["versions"], values["policy"]))
-        ):
-            raise ValueError("chains or settings are missing")
-        limits = summaries(chains, protocol["max_steps"])
-        return Results(**values | {"protocol": protocol, "chains": chains, "limits": limits})
+        policy, protocol, run = values["policy"], values["protocol"], values["run"]
+        results = Results(
+            policy, protocol, run, tuple(map(chain_from_json, values["chains"])), values["baseline"]
+        )
+        if not all(isinstance(part, dict) for part in (policy, protocol, run["settings"], run["versions"])):
+            raise ValueError("settings are missing")
+        if not len(results.chains) == protocol["chains"] or not results.limits:
+            raise ValueError("chains are missing")
+        return results
 
 
 def versions() -> dict[str, str]:

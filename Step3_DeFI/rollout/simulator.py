@@ -22,18 +22,12 @@ from jaxtyping import Float, UInt8
 from defi.errors import UserError
 
 Actions = Float[np.ndarray, "K 7"]
-Seed = tuple[int, int, int]
-"""(run, chain, observation): all that a random number may depend on."""
 Images = Mapping[str, UInt8[np.ndarray, "H W 3"]]
-Judge = Callable[[str, Any, Any], bool]
-"""(task, state at its start, state now) → solved?"""
-Agent = Callable[[Any, str, str, Seed], Actions]
-"""(world, task, instruction, seed) → the actions to execute before it is asked again."""
+Seed = tuple[int, int, int]  # (run, chain, observation): all that a random number may depend on
+Judge = Callable[[str, Any, Any], bool]  # (task, state at its start, state now) → solved?
+Agent = Callable[[Any, str, str, Seed], Actions]  # (world, task, instruction, seed) → what to do next
 
 AGENTS = {"policy": "DeFI", "random": "random actions", "scripted": "scripted policy"}
-# Ctrl-C and what Slurm sends reach every process of a run. The evaluation, or the training around it, decides
-# what becomes of them; a simulator ends with its connection, or is killed.
-LEFT_TO_THE_EVALUATION = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # the other side of a connection
 
 
@@ -149,7 +143,7 @@ def attempt(
     world: Any,
     agent: Agent,
     task: str,
-    instruction: str,
+    words: str,
     seeds: Iterator[Seed],
     setup: Setup,
     *,
@@ -164,7 +158,7 @@ def attempt(
     start, taken = world.state(), 0
     frames = [world.render()] if film else []
     while taken < setup.limit:
-        chunk = agent(world, task, instruction, next(seeds))[: setup.limit - taken]
+        chunk = agent(world, task, words, next(seeds))[: setup.limit - taken]
         actions = np.array(chunk, dtype=np.float64)
         actions[:, 6] = np.where(actions[:, 6] > 0, 1.0, -1.0)  # the gripper opens, or closes
         for action in actions:
@@ -180,7 +174,8 @@ def attempt(
 
 def main() -> None:
     """`python -c … <file descriptor>`: run the chains that arrive; send what goes wrong, as an exception."""
-    for number in LEFT_TO_THE_EVALUATION:
+    # Ctrl-C and what Slurm sends reach every process of a run; the evaluation decides what becomes of them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
 
