@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from Step2_GIDM.flow import BLOCK, GRID, SIDE, STRIDE, displacement, mean_displa
 
 ROWS, EXAMPLES = 8, 3
 FEWEST = 3  # pairs of a code that is shown
+STYLE = {"font.size": 7, "axes.titlesize": 8, "figure.titlesize": 9, "legend.fontsize": 6}
 
 
 def most_informative_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> tuple[int, float]:
@@ -27,6 +29,7 @@ def most_informative_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 
     return int(shares.argmax()), float(shares.max())
 
 
+@matplotlib.rc_context(STYLE)
 def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
     """One row per frequent code of the most informative place: mean displacement, and pairs as overlays."""
     frames = seen.frames.float() / 255
@@ -40,8 +43,7 @@ def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
     figure = Figure((8, 1.2 + 2.1 * rows), layout="constrained")
     figure.suptitle(
         f"Code at place {place + 1}: explains {share:.0%} of the motion's variance. "
-        "Red: before, cyan: after. Examples are evenly spaced, not chosen.",
-        fontsize=9,
+        "Red: before, cyan: after. Examples are evenly spaced, not chosen."
     )
     grid = figure.add_gridspec(rows + 1, EXAMPLES + 1, height_ratios=[0.7] + [1] * rows)
     usage = figure.add_subplot(grid[0, :], title="use of the codes", ylabel="share", xticks=range(codes))
@@ -49,13 +51,13 @@ def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
     weights = [np.full(len(place), 1 / seen.indices.numel()) for place in places]
     labels = [f"place {number}" for number in range(1, len(places) + 1)]
     usage.hist(places, np.arange(codes + 1) - 0.5, weights=weights, stacked=True, rwidth=0.8, label=labels)
-    usage.legend(fontsize=6, ncols=2)
+    usage.legend(ncols=2)
     for row, code in enumerate(shown, start=1):
         members = (assigned == code).nonzero().flatten()
         field, *examples = (figure.add_subplot(grid[row, column]) for column in range(EXAMPLES + 1))
         _draw_field(field, frames[members, 0], move[members], weight[members])
         words = direction(*moves[members].mean(0).tolist())
-        field.set_title(f"code {code} ({len(members)} pairs): {words}", fontsize=8)
+        field.set_title(f"code {code} ({len(members)} pairs): {words}")
         picks = members[torch.linspace(0, len(members) - 1, EXAMPLES).round().long()]
         for axis, pick in zip(examples, picks):
             axis.imshow(overlay(frames[pick]))

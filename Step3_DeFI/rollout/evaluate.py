@@ -89,8 +89,7 @@ class Evaluation:
         """For the process `rank` of `accelerate launch`.
 
         Raises:
-            UserError: an unknown task or scene, a wrong clone, an impossible chain, a renderer that does not
-                work here.
+            UserError: an unknown task or scene, a wrong clone, an impossible chain, no such renderer here.
         """
         scene = build_scene(config.sim, config.scene)
         protocol, chains = build_chains(config, scene)
@@ -228,10 +227,8 @@ def main(cfg: DictConfig) -> None:
     evaluation = Evaluation.prepare(config, state.process_index)
     kinds = sorted(set(gather_object([evaluation.renderer.kind])))
     if len(kinds) > 1:
-        raise UserError(
-            f"sim.renderer: the processes of this run would draw with different ones ({', '.join(kinds)}); "
-            "name one that works for all of them, such as sim.renderer=mesa"
-        )
+        found = f"the processes of this run would draw with different ones ({', '.join(kinds)})"
+        raise UserError(f"sim.renderer: {found}; name one that works for all, such as sim.renderer=mesa")
     print_once(f"renderer: {evaluation.renderer}")
     print_once(evaluation.caveat or "")
     policy, known = None, {}
@@ -269,16 +266,12 @@ def open_output(output: Path, config: CommandConfig, identity: Mapping[str, Any]
 
     identity: everything that finished chains depend on; a continued run must agree in all of it.
     """
-    identity = json.loads(json.dumps(identity))  # as it will be read
-    if config.resume and output.is_dir() and not all(map(is_leftover, output.iterdir())):
-        before = read_json(output / IDENTITY, "not the output of a rollout; choose another output=")
-        for key in identity:
-            if before.get(key) != identity[key]:
-                raise UserError(
-                    f"{output}: was begun with {key}={before.get(key)}, now it is {identity[key]}; "
-                    "continue with the same settings, or choose another output="
-                )
-        return
-    prepare_output(output, resume=config.resume, overwrite=config.overwrite)
-    with writing(output, IDENTITY):
-        write_file(output / IDENTITY, json.dumps(identity, indent=1))
+    if not config.resume or not output.is_dir() or all(map(is_leftover, output.iterdir())):
+        prepare_output(output, resume=config.resume, overwrite=config.overwrite)
+        with writing(output, IDENTITY):
+            write_file(output / IDENTITY, json.dumps(identity, indent=1))
+    before = read_json(output / IDENTITY, "not the output of a rollout; choose another output=")
+    for key, value in json.loads(json.dumps(identity)).items():
+        if before.get(key) != value:
+            begun = f"{output}: was begun with {key}={before.get(key)}, now it is {value}"
+            raise UserError(f"{begun}; continue with the same settings, or choose another output=")

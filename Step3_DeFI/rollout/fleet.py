@@ -108,10 +108,9 @@ class Batcher:
         actions = np.asarray(self.policy.act(batch))
         self._call_seconds, self.calls = time.monotonic() - began, self.calls + 1
         if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
-            raise UserError(
-                f"the policy returned actions of shape {actions.shape}, the simulator takes "
-                f"({self.batch}, K, 7): position, rotation, gripper; use a checkpoint trained on rel_actions"
-            )
+            wanted = f"the simulator takes ({self.batch}, K, 7): position, rotation, gripper"
+            fix = "use a checkpoint trained on rel_actions"
+            raise UserError(f"the policy returned actions of shape {actions.shape}, {wanted}; {fix}")
         for row, (asker, observation) in picked.items():
             if not np.isfinite(actions[row]).all():
                 where = "chain {1}, {task}, observation {2}".format(*observation.seed, task=observation.task)
@@ -201,10 +200,8 @@ class Fleet:
         self._deaths[chain.index] += 1
         self.simulators[self.simulators.index(simulator)] = Simulator(self.setup)
         if self._deaths[chain.index] == MOST_DEATHS:
-            raise UserError(
-                f"chain {chain.index}: its simulator process died {MOST_DEATHS} times "
-                f"({reason or last_line}); finished chains are kept: remove the cause and continue with "
-                "resume=true"
-            )
+            died = f"its simulator process died {MOST_DEATHS} times ({reason or last_line})"
+            fix = "finished chains are kept: remove the cause and continue with resume=true"
+            raise UserError(f"chain {chain.index}: {died}; {fix}")
         self._pending.insert(0, chain)
         self.replaced += 1

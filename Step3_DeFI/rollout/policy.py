@@ -79,9 +79,9 @@ def trained_precision(checkpoint: Path | str) -> str:
 
 def identify(checkpoint: Path | str) -> dict[str, Any]:
     """What the record says about a checkpoint: where, which weights, which step."""
+    known = {"checkpoint": str(checkpoint), "fingerprint": fingerprint(find_weights(checkpoint))}
     manifest = read_manifest(checkpoint, DeFI.stage)
-    known = {key: manifest[key] for key in ("step", "preset", "version")}
-    return {"checkpoint": str(checkpoint), "fingerprint": fingerprint(find_weights(checkpoint)), **known}
+    return known | {key: manifest[key] for key in ("step", "preset", "version")}
 
 
 @contextmanager
