@@ -34,14 +34,9 @@ def write_gallery(path: Path, films: dict[str, dict[Path, str]], metrics: dict[s
         spread = np.linspace(0, len(shown) - 1, min(MOST_FILMS, len(shown))).round().astype(int)
         chosen = [list(shown.items())[i] for i in spread]
         sets[name] = {"films": chosen, "total": len(shown), **_measured(metrics["sets"][name])}
-    html.write_page(
-        path,
-        "Step1_GFDM/gallery.html.j2",
-        title="Imagined futures",
-        subtitle=f"{metrics['checkpoint']}, split {metrics['split']}",
-        sets=sets,
-        overall=_measured(metrics),
-    )
+    subtitle, overall = f"{metrics['checkpoint']}, split {metrics['split']}", _measured(metrics)
+    values = {"title": "Imagined futures", "subtitle": subtitle, "sets": sets, "overall": overall}
+    html.write_page(path, "Step1_GFDM/gallery.html.j2", **values)
 
 
 def _measured(figures: dict[str, Any]) -> dict[str, Any]:
@@ -53,10 +48,11 @@ def _measured(figures: dict[str, Any]) -> dict[str, Any]:
         lines = {"imagined": part[name], "first frame repeated": part[f"{name}_still"]}
         points = {label: (range(1, len(values)), values[1:]) for label, values in lines.items()}
         charts[title] = html.line_chart(points, x_label="frame after the given one")
-    ratio = figures["one_step"]["features"]
     notes = ["One-step error: root mean square, of the clean latents that stage 3's single pass predicts."]
-    if ratio is not None:
-        notes.append(f"Influence of the noise on its features: {ratio:.2f} (best 0).")
+    if figures["one_step"]["features"] is not None:
+        notes.append(
+            f"Influence of the noise on its features: {figures['one_step']['features']:.2f} (best 0)."
+        )
     if figures.get("fvd"):
         notes.append(describe_fvd(figures["fvd"]))
     return {"charts": charts, "notes": " ".join(notes)}
@@ -64,8 +60,7 @@ def _measured(figures: dict[str, Any]) -> dict[str, Any]:
 
 def describe_fvd(fvd: dict[str, Any]) -> str:
     """FVD with all that must stand beside it, in one line."""
-    words = (
-        f"FVD {fvd['imagined']:.1f} (first frame repeated {fvd['still']:.1f}), "
-        f"{fvd['clips']} imagined and as many real clips"
+    still, clips = f"{fvd['imagined']:.1f} (first frame repeated {fvd['still']:.1f})", fvd["clips"]
+    return f"FVD {still}, {clips} imagined and as many real clips" + (
+        f": {fvd['warning']}." if fvd["warning"] else "."
     )
-    return words + (f": {fvd['warning']}." if fvd["warning"] else ".")

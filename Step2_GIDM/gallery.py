@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -16,20 +17,19 @@ from Step2_GIDM.flow import BLOCK, GRID, SIDE, STRIDE, displacement, mean_displa
 
 ROWS, EXAMPLES = 8, 3
 FEWEST = 3  # pairs of a code that is shown
+STYLE = {"font.size": 7, "axes.titlesize": 8, "figure.titlesize": 9, "legend.fontsize": 6}
 
 
 def most_informative_place(indices: Int[Tensor, "N Q"], moves: Float[Tensor, "N 2"]) -> tuple[int, float]:
     """The place among the Q whose code says most about the motion, and the share of variance it explains."""
-    total = (moves - moves.mean(0)).square().sum().clamp(min=1e-12)
-    shares = []
-    for place in indices.T:
-        groups = [moves[place == code] for code in place.unique()]
-        within = sum((group - group.mean(0)).square().sum() for group in groups)
-        shares.append(float(1 - within / total))
-    best = int(np.argmax(shares))
-    return best, shares[best]
+    moves = moves - moves.mean(0)
+    chosen = torch.nn.functional.one_hot(indices).to(moves.dtype)  # [N,Q,codes]
+    sums = torch.einsum("nqc,nd->qcd", chosen, moves).square().sum(-1)
+    shares = (sums / chosen.sum(0).clamp(min=1)).sum(-1) / moves.square().sum().clamp(min=1e-12)
+    return int(shares.argmax()), float(shares.max())
 
 
+@matplotlib.rc_context(STYLE)
 def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
     """One row per frequent code of the most informative place: mean displacement, and pairs as overlays."""
     frames = seen.frames.float() / 255
@@ -43,17 +43,21 @@ def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
     figure = Figure((8, 1.2 + 2.1 * rows), layout="constrained")
     figure.suptitle(
         f"Code at place {place + 1}: explains {share:.0%} of the motion's variance. "
-        "Red: before, cyan: after. Examples are evenly spaced, not chosen.",
-        fontsize=9,
+        "Red: before, cyan: after. Examples are evenly spaced, not chosen."
     )
     grid = figure.add_gridspec(rows + 1, EXAMPLES + 1, height_ratios=[0.7] + [1] * rows)
-    _draw_usage(figure.add_subplot(grid[0, :]), seen.indices, codes)
+    usage = figure.add_subplot(grid[0, :], title="use of the codes", ylabel="share", xticks=range(codes))
+    places = list(seen.indices.T.numpy())
+    weights = [np.full(len(place), 1 / seen.indices.numel()) for place in places]
+    labels = [f"place {number}" for number in range(1, len(places) + 1)]
+    usage.hist(places, np.arange(codes + 1) - 0.5, weights=weights, stacked=True, rwidth=0.8, label=labels)
+    usage.legend(ncols=2)
     for row, code in enumerate(shown, start=1):
         members = (assigned == code).nonzero().flatten()
         field, *examples = (figure.add_subplot(grid[row, column]) for column in range(EXAMPLES + 1))
         _draw_field(field, frames[members, 0], move[members], weight[members])
         words = direction(*moves[members].mean(0).tolist())
-        field.set_title(f"code {code} ({len(members)} pairs): {words}", fontsize=8)
+        field.set_title(f"code {code} ({len(members)} pairs): {words}")
         picks = members[torch.linspace(0, len(members) - 1, EXAMPLES).round().long()]
         for axis, pick in zip(examples, picks):
             axis.imshow(overlay(frames[pick]))
@@ -91,16 +95,3 @@ def _draw_field(
     strong = total > 0.25 * total.max().clamp(min=1e-6)
     arrows = (x[strong], y[strong], field[0][strong], field[1][strong])
     axis.quiver(*arrows, angles="xy", scale_units="xy", scale=1, color="crimson", width=0.012)
-
-
-def _draw_usage(axis: Axes, indices: Int[Tensor, "N Q"], codes: int) -> None:
-    bottom = np.zeros(codes)
-    for number, place in enumerate(indices.T, start=1):
-        share = torch.bincount(place, minlength=codes).numpy() / indices.numel()
-        axis.bar(range(codes), share, bottom=bottom, label=f"place {number}")
-        bottom += share
-    axis.set_xticks(range(codes))
-    axis.set_ylabel("share", fontsize=7)
-    axis.set_title("use of the codes", fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.legend(fontsize=6, ncols=2)

@@ -7,12 +7,12 @@ compared, which needs far fewer sequences than comparing the two averages.
 import argparse
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from defi.config import one_line_errors
 from defi.errors import UserError
+from Step3_DeFI.rollout.report import text_table
 from Step3_DeFI.rollout.results import Results, lengths, paired_difference, read_results
 
 NOTED = ("seed", "chunk", "batch", "sampler", "sampler_steps", "guidance", "precision", "sim")
@@ -27,27 +27,24 @@ def compare(a: Results, b: Results) -> dict[str, dict[str, Any]]:
     """
     shared = sorted(set(a.protocol["max_steps"]) & set(b.protocol["max_steps"]))
     for key, first in a.protocol.items():
-        if first != b.protocol[key] and not (key == "max_steps" and shared):
-            raise UserError(
-                f"{key}: {first} in the first result, {b.protocol[key]} in the second: different protocols "
-                "cannot be compared; evaluate both with the same settings"
-            )
-    return {
-        str(limit): paired_difference(lengths(a.chains, limit), lengths(b.chains, limit)) for limit in shared
-    }
+        second = b.protocol.get(key)
+        if first != second and not (key == "max_steps" and shared):
+            differ = f"{key}: {first} in the first result, {second} in the second"
+            fix = "different protocols cannot be compared; evaluate both with the same settings"
+            raise UserError(f"{differ}: {fix}")
+    pairs = {limit: (lengths(a.chains, limit), lengths(b.chains, limit)) for limit in shared}
+    return {str(limit): paired_difference(*pair) for limit, pair in pairs.items()}
 
 
 def comparison_table(a: Results, b: Results) -> Table:
-    title = f"{len(a.chains)} chains, paired; average lengths, b − a with its 95 % interval"
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for column in ("steps", "a", "b", "b − a", "p", "beyond chance"):
-        table.add_column(column, justify="right", no_wrap=True)
+    lines = []
     for limit, found in compare(a, b).items():
         averages = (f"{side.limits[limit]['average']:.2f}" for side in (a, b))
         change = "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["difference"], *found["interval"])
         p = f"{found['p']:.2g}" if found["p"] >= 0.001 else "< 0.001"
-        table.add_row(limit, *averages, change, p, "yes" if found["differs"] else "no")
-    return table
+        lines.append((limit, *averages, change, p, "yes" if found["differs"] else "no"))
+    title = f"{len(a.chains)} chains, paired; average lengths, b − a with its 95 % interval"
+    return text_table(title, ("steps", "a", "b", "b − a", "p", "beyond chance"), lines)
 
 
 def remarks(a: Results, b: Results) -> list[str]:
@@ -58,12 +55,15 @@ def remarks(a: Results, b: Results) -> list[str]:
     drawn = a.run.get("renderer"), b.run.get("renderer")
     if drawn[0] != drawn[1]:
         found.append(f"renderer differs: {drawn[0]} | {drawn[1]}: they saw other pictures of the same scenes")
+    caveats = {"a": a.run.get("caveat"), "b": b.run.get("caveat")}
+    found += [f"{name}: {caveat}" for name, caveat in caveats.items() if caveat]
+    first, second = ({key: side.run["settings"].get(key) for key in NOTED} for side in (a, b))
+    first, second = first | a.run["versions"], second | b.run["versions"]
     found += [
-        f"{name}: {side.run['caveat']}" for name, side in (("a", a), ("b", b)) if side.run.get("caveat")
+        f"{key} differs: {value} | {second.get(key)}"
+        for key, value in first.items()
+        if value != second.get(key)
     ]
-    pairs = [(key, a.run["settings"].get(key), b.run["settings"].get(key)) for key in NOTED]
-    pairs += [(key, version, b.run["versions"].get(key)) for key, version in a.run["versions"].items()]
-    found += [f"{key} differs: {first} | {second}" for key, first, second in pairs if first != second]
     if a.policy.get("fingerprint") == b.policy.get("fingerprint") is not None:
         found.append("both results are of the same weights")
     return found

@@ -61,8 +61,8 @@ def plot_actions(predicted: Tensor, expert: Tensor, texts: list[str], file: Path
 
 def rollouts(cfg: DictConfig) -> Inspect:
     """Small rollouts; imports the simulation only where they are asked for."""
-    from Step3_DeFI.rollout.config import RolloutConfig
     from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy
+    from Step3_DeFI.rollout.protocol import RolloutConfig
 
     evaluation = Evaluation.prepare(typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout"))
     precision = cfg.trainer.precision

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -31,23 +32,12 @@ def remark(folder: Path) -> str:
     return SMOKE if file.is_file() and file.read_text().strip() == "smoke" else ""
 
 
-def finished_steps(folder: Path) -> list[dict[str, Any]]:
-    """The steps in their order: `done/<name>` holds seconds, title and command, separated by tabs."""
-    lines = [file.read_text().rstrip("\n").split("\t", 2) for file in sorted((folder / "done").glob("*"))]
-    return [
-        {"title": title, "time": timedelta(seconds=int(seconds)), "command": command}
-        for seconds, title, command in lines
-    ]
-
-
-def loss_chart(run: Path) -> str:
+def loss_chart(run: Path) -> Figure:
     """The training loss of a run, and what was held out."""
     found = curves(run)
-    lines = {"training": found["train/loss"]}
-    lines |= {
-        name.partition("/")[2].replace("_", " "): line for name, line in found.items() if "held_out" in name
-    }
-    return html.line_chart(lines, x_label="step", log_y=True)
+    held_out = {name: line for name, line in found.items() if "held_out" in name}
+    named = {name.partition("/")[2].replace("_", " "): line for name, line in held_out.items()}
+    return html.line_chart({"training": found["train/loss"], **named}, x_label="step", log_y=True)
 
 
 def probe_scores(health: Mapping[str, Any]) -> dict[str, str]:
@@ -56,25 +46,24 @@ def probe_scores(health: Mapping[str, Any]) -> dict[str, str]:
     return {name: "—" if score is None else f"{score:.3g}" for name, score in scores.items()}
 
 
-def write(folder: Path) -> Path:
-    """Write report.html from everything in the folder of a quickstart.
-
-    Raises:
-        UserError: the quickstart is not finished there.
-    """
+@entry("quickstart")
+def main(cfg: DictConfig) -> None:
+    """Write report.html from everything in the folder of a quickstart."""
+    folder = Path(cfg.output)
     if not (folder / "rollout" / RESULTS).is_file():
         raise UserError(f"{folder}: no finished quickstart; run scripts/quickstart.sh output={folder}")
-    steps = finished_steps(folder)
+    # `done/<name>` of each step, in their order, holds seconds, title and command, separated by tabs.
+    lines = [file.read_text().rstrip("\n").split("\t", 2) for file in sorted((folder / "done").glob("*"))]
+    steps = [(timedelta(seconds=int(seconds)), title, command) for seconds, title, command in lines]
     health = read_json(folder / "codes" / "health.json", "run scripts/quickstart.sh again")
-    values = report_values(read_results(folder / "rollout"), folder / "rollout" / "videos")
-    total = sum((step["time"] for step in steps), timedelta())
-    overview = {**values["figures"], "time": total}
-    return html.write_page(
+    results = read_results(folder / "rollout")
+    values = report_values(results, folder / "rollout" / "videos")
+    report = html.write_page(
         folder / "report.html",
         "Step3_DeFI/quickstart.html.j2",
         title="DeFI quickstart",
         remark=remark(folder),
-        overview=overview,
+        overview={**values["figures"], "time": sum((time for time, _, _ in steps), timedelta())},
         steps=steps,
         futures=sorted((folder / "imagined").rglob("*.mp4"))[:MOST_FUTURES],
         losses={title: loss_chart(folder / "ckpts" / name) for name, title in LOSSES.items()},
@@ -83,17 +72,10 @@ def write(folder: Path) -> Path:
         codes_picture=folder / "codes" / "gallery.png",
         **values,
     )
-
-
-@entry("quickstart")
-def main(cfg: DictConfig) -> None:
-    folder = Path(cfg.output)
-    report = write(folder)
     console = Console(highlight=False)
-    console.print(result_table(read_results(folder / "rollout")))
-    if words := remark(folder):
-        console.print(words, soft_wrap=True)
-    console.print(f"Report: {report}", markup=False, soft_wrap=True)
+    console.print(result_table(results))
+    for line in filter(None, (remark(folder), f"Report: {report}")):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,15 @@ import numpy as np
 from benchmarks.timed_world import TimedWorld
 from defi.sim.judge import solved
 from defi.sim.renderers import KINDS, Renderer, egl_devices, find_renderer
-from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, run_chains
-from Step3_DeFI.rollout.protocol import build_chains, build_scene, world_maker
+from Step3_DeFI.rollout.protocol import (
+    RolloutConfig,
+    SimConfig,
+    VideoConfig,
+    build_chains,
+    build_scene,
+    world_maker,
+)
 from Step3_DeFI.rollout.simulator import Observation
 
 PROCESSORS = len(os.sched_getaffinity(0))
@@ -132,7 +138,9 @@ def rollout(sim: SimConfig, scene: str, chains: int, limit: int) -> dict[str, An
         timed = partial(
             TimedWorld, Path(folder), build_scene(sim, scene), renderer=evaluation.renderer.backend
         )
-        evaluation = dataclasses.replace(evaluation, make_world=timed)
+        evaluation = dataclasses.replace(
+            evaluation, setup=dataclasses.replace(evaluation.setup, make_world=timed)
+        )
         memory = MemoryWatch()
         memory.start()
         with stopwatch() as rate:

@@ -34,10 +34,16 @@ CHART_STYLE = {
 MOST_POINTS = 400  # of a curve
 
 
-def embed(file: Path) -> str:
-    """A file as a `data:` address, its kind taken from its name."""
-    kind, _ = mimetypes.guess_type(file.name)
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+@matplotlib.rc_context(CHART_STYLE)
+def embed(content: Path | Figure) -> str:
+    """A file, its kind taken from its name, or a chart as SVG, as a `data:` address."""
+    if isinstance(content, Path):
+        kind, data = mimetypes.guess_type(content.name)[0], content.read_bytes()
+    else:
+        buffer = io.BytesIO()
+        content.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        kind, data = "image/svg+xml", buffer.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 TEMPLATES = Environment(
@@ -53,9 +59,7 @@ TEMPLATES.filters["embed"] = embed
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Fill in a template and write the page, replacing an older one in one step; its folder is made.
 
-    Args:
-        template: path from the root of the packages, such as `Step3_DeFI/rollout/report.html.j2`.
-        values: all that the template shows; one that it asks for and does not get is an error.
+    `template` is a path from the root of the packages; a value that it asks for and does not get is an error.
     """
     page = TEMPLATES.get_template(template).render(values)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,24 +67,14 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     return path
 
 
+@matplotlib.rc_context(CHART_STYLE)
 def line_chart(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, log_y: bool = False
-) -> str:
-    """Curves {name: (x, y)} as the `data:` address of an SVG picture without background.
+) -> Figure:
+    """Curves {name: (x, y)}. Long ones are thinned, keeping their ends; few points are marked.
 
     Values that are not finite (on a log axis: not positive) leave gaps.
     """
-    with matplotlib.rc_context(CHART_STYLE):
-        figure = draw_lines(curves, x_label=x_label, log_y=log_y)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def draw_lines(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, log_y: bool = False
-) -> Figure:
-    """The chart of `line_chart`. Long curves are thinned, keeping their ends; few points are marked."""
     figure = Figure((4.2, 2.3), layout="constrained")
     axis = figure.subplots()
     for name, (x, y) in curves.items():

@@ -13,7 +13,7 @@ from benchmarks.rlds_writer import write_videos
 from defi.engine.checkpoint import find_weights
 from Step1_GFDM.eval import main as imagine
 from Step2_GIDM.label import main as label
-from Step3_DeFI.rollout.__main__ import main as roll_out
+from Step3_DeFI.rollout.evaluate import main as roll_out
 
 CHAINS, EPISODES = 4, 4
 SCRIPT = "<script>alert(1)</script>"

@@ -47,8 +47,8 @@ from Step2_GIDM.model import GIDM
 from Step3_DeFI import sources
 from Step3_DeFI.compare import compare
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.protocol import read_phrasings
-from Step3_DeFI.rollout.results import ChainLog, Results, read_results, summaries
+from Step3_DeFI.rollout.protocol import SimConfig, read_instructions
+from Step3_DeFI.rollout.results import ChainLog, Results, read_results
 from Step3_DeFI.rollout.simulator import ChainResult
 from Step3_DeFI.store import PolicyStore, StoreManifest
 
@@ -168,7 +168,7 @@ def read_words(folder: Path) -> None:
     for name in ("words.yaml", "words.npy"):
         assert all(
             isinstance(text, str)
-            for texts in read_phrasings(folder / name, "give another").values()
+            for texts in read_instructions(SimConfig(instructions=str(folder / name)))[1].values()
             for text in texts
         )
 
@@ -282,13 +282,13 @@ def read_foreigners(folder: Path) -> None:
 def make_results(folder: Path) -> None:
     tasks = tuple(INSTRUCTIONS)[:5]
     chains = tuple(ChainResult(i, tasks, (10, 20, None), 40, 5, 1.0) for i in range(3))
-    protocol = asdict(fake_evaluation(chains=3).protocol)
+    protocol = fake_evaluation(chains=3).protocol
     run = {"seconds": 75.0, "settings": {"seed": 0}, "renderer": "none", "versions": {}, "started": "2026"}
     log = ChainLog(folder, "chains")
     for chain in chains:
         log.append(chain)
     policy = {"kind": "policy", "checkpoint": "x", "fingerprint": "y"}
-    Results(policy, protocol, run, summaries(chains, [30, 60]), chains).save(folder / "results.json")
+    Results(policy, protocol, run, chains).save(folder / "results.json")
 
 
 def read_rollout(folder: Path) -> None:

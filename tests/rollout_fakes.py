@@ -6,10 +6,9 @@ import numpy as np
 from fake_world import FakeWorld, judge, start_of
 
 from defi.sim.renderers import Renderer
-from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation
-from Step3_DeFI.rollout.protocol import Protocol, short_hash
-from Step3_DeFI.rollout.simulator import ChainSpec, Observation
+from Step3_DeFI.rollout.protocol import RolloutConfig, short_hash
+from Step3_DeFI.rollout.simulator import Agent, ChainSpec, Observation, Setup
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
@@ -32,6 +31,11 @@ class FakePolicy:
         return np.stack(chunks)
 
 
+def policy_agent(ask: Callable[[Observation], np.ndarray]) -> Agent:
+    """Acts by what `ask` answers, as a simulator does with the policy's answers."""
+    return lambda world, task, words, seed: ask(Observation(seed, task, words, world.render()))
+
+
 def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings: object) -> Evaluation:
     """Chains of five tasks in the fake world, from evenly spread starts."""
     config = RolloutConfig(**{"chains": 12, "max_steps": [30, 60], **settings})
@@ -45,17 +49,19 @@ def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings:
         )
         for index in range(config.chains)
     ]
-    protocol = Protocol(
-        scene="fake",
-        assets="builtin",
-        backend="native",
-        sequences="subset",
-        sequence_hash=short_hash([chain.tasks for chain in chains]),
-        chains=config.chains,
-        length=5,
-        max_steps=tuple(config.max_steps),
-        instruction_source="tests",
-        instruction_hash=short_hash([chain.instructions for chain in chains]),
-        world=config.sim.world,
-    )
-    return Evaluation(config, protocol, chains, make_world, judge, Renderer("cpu", "none"))
+    protocol = {
+        "scene": "fake",
+        "assets": "builtin",
+        "backend": "native",
+        "sequences": "subset",
+        "sequence_hash": short_hash([chain.tasks for chain in chains]),
+        "chains": config.chains,
+        "length": 5,
+        "max_steps": config.max_steps,
+        "instruction_source": "tests",
+        "instruction_hash": short_hash([chain.instructions for chain in chains]),
+        "world": config.sim.world,
+    }
+    limit, fresh, every = max(config.max_steps), config.sim.world == "fresh", config.videos.every
+    setup = Setup(make_world, judge, seed=config.seed, limit=limit, fresh=fresh, film_every=every)
+    return Evaluation(config, protocol, chains, setup, Renderer("cpu", "none"))

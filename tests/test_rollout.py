@@ -16,15 +16,14 @@ import numpy as np
 import psutil
 import pytest
 from fake_world import FakeWorld, Mishaps, broken_world, start_of
-from rollout_fakes import FakePolicy, fake_evaluation
+from rollout_fakes import FakePolicy, fake_evaluation, policy_agent
 
 from defi.errors import UserError
-from Step3_DeFI.rollout.config import SimConfig
 from Step3_DeFI.rollout.evaluate import evaluate, run_chains
-from Step3_DeFI.rollout.fleet import MOST_DEATHS, Fleet
-from Step3_DeFI.rollout.policy import Batcher
+from Step3_DeFI.rollout.fleet import MOST_DEATHS, Batcher, Fleet
+from Step3_DeFI.rollout.protocol import SimConfig
 from Step3_DeFI.rollout.results import ChainLog, lengths
-from Step3_DeFI.rollout.simulator import Observation, Setup, attempt, policy_agent, random_agent, run_chain
+from Step3_DeFI.rollout.simulator import Observation, Setup, attempt, random_agent, run_chain
 
 
 def outcome(chains) -> list[tuple]:
@@ -38,7 +37,7 @@ def one_by_one(evaluation, batch: int) -> list[tuple]:
     """The result by definition: chain after chain, each in a new world, in its row of a batch."""
     policy = FakePolicy()
     chains = []
-    setup = evaluation.setup("policy", filmed=False)
+    setup = evaluation.setup
     for chain in evaluation.chains:
         row = chain.index % batch
         agent = policy_agent(lambda seen, row=row: policy.act([seen] * batch)[row])
@@ -109,15 +108,15 @@ class Chunks:
 
     calls = 0
 
-    def __call__(self) -> np.ndarray:
+    def __call__(self, *_: object) -> np.ndarray:
         self.calls += 1
         return np.tile([0.1, 0, 0, 0, 0, 0, 0.3], (10, 1)) * [1, 1, 1, 1, 1, 1, (-1) ** self.calls]
 
 
 def test_attempt_stops_within_a_chunk_and_binarises_the_gripper():
     world, act = Counter(), Chunks()
-    setup = Setup(Counter, lambda task, a, b: b - a == 13, "policy", seed=0, limit=60)
-    taken, _ = attempt(world, act, "task", setup)
+    setup = Setup(Counter, lambda task, a, b: b - a == 13, seed=0, limit=60)
+    taken, _ = attempt(world, act, "task", "words", iter(range(9)), setup)
     assert (taken, world.steps, act.calls) == (13, 13, 2)
     assert [action[6] for action in world.actions] == [-1.0] * 10 + [1.0] * 3
     assert world.actions[0][0] == 0.1
@@ -125,8 +124,8 @@ def test_attempt_stops_within_a_chunk_and_binarises_the_gripper():
 
 def test_attempt_ends_at_the_limit_inside_a_chunk():
     world, act = Counter(), Chunks()
-    setup = Setup(Counter, lambda task, a, b: False, "policy", seed=0, limit=25)
-    assert attempt(world, act, "task", setup) == (None, [])
+    setup = Setup(Counter, lambda task, a, b: False, seed=0, limit=25)
+    assert attempt(world, act, "task", "words", iter(range(9)), setup) == (None, [])
     assert (world.steps, act.calls) == (25, 3)
 
 
@@ -163,7 +162,7 @@ def test_seeds_of_a_chain_are_of_run_chain_and_observation():
     seeds = []
     agent = policy_agent(lambda seen: seeds.append(seen.seed) or FakePolicy().act([seen])[0])
     evaluation = fake_evaluation(chains=2, seed=7)
-    setup = evaluation.setup("policy", filmed=False)
+    setup = evaluation.setup
     (result,) = run_chain(FakeWorld(), agent, evaluation.chains[1], setup)
     assert seeds == [(7, 1, number) for number in range(result.observations)] and len(seeds) > 2
 
@@ -177,7 +176,7 @@ def test_dead_simulator_is_replaced_and_its_chain_run_again(tmp_path, kind):
     mishaps = Mishaps(tmp_path / "struck", start_of(1), kind)
     evaluation = fake_evaluation(partial(FakeWorld, mishaps), chains=5, batch=2)
     batcher = Batcher(FakePolicy(), 2)
-    with Fleet(evaluation.setup("policy", filmed=False), 2, batcher, silence=3) as fleet:
+    with Fleet(evaluation.setup, 2, batcher, silence=3) as fleet:
         results = sorted(fleet.run(evaluation.chains), key=lambda chain: chain.index)
     assert (tmp_path / "struck").exists() and fleet.replaced == 1
     assert outcome(results) == expected
@@ -229,7 +228,7 @@ def test_actions_of_another_space_are_refused(shape):
 def test_signals_to_all_processes_are_left_to_the_evaluation(number):
     evaluation = fake_evaluation(chains=3)
     batcher = Batcher(FakePolicy(), 1)
-    with Fleet(evaluation.setup("policy", filmed=False), 1, batcher) as fleet:
+    with Fleet(evaluation.setup, 1, batcher) as fleet:
         running = fleet.run(evaluation.chains)
         results = [next(running)]
         (simulator,) = fleet.simulators
@@ -314,7 +313,7 @@ def test_the_batcher_waits_for_others_but_not_in_vain():
 def test_batches_are_filled():
     batcher = Batcher(FakePolicy(), 4)
     evaluation = fake_evaluation(chains=16)
-    with Fleet(evaluation.setup("policy", filmed=False), 4, batcher) as fleet:
+    with Fleet(evaluation.setup, 4, batcher) as fleet:
         observations = sum(chain.observations for chain in fleet.run(evaluation.chains))
     assert batcher.calls < observations
 

@@ -1,12 +1,12 @@
 """A DeFI checkpoint rolled out: the same actions whatever shares the batch, and the whole command."""
 
 import errno
-import inspect
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from inspect import unwrap
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,7 @@ from defi.engine.data import seed_of
 from defi.errors import UserError
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import rollouts
-from Step3_DeFI.rollout.__main__ import CommandConfig, main
-from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy, run_chains
+from Step3_DeFI.rollout.evaluate import CommandConfig, Evaluation, evaluate_policy, main, run_chains
 from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
 from Step3_DeFI.rollout.results import ChainLog, read_results
 from Step3_DeFI.rollout.simulator import Observation
@@ -173,7 +172,7 @@ def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, 
     for given, recorded in (([], "bf16"), (["precision=no"], "no")):
         output = tmp_path / f"rollout_{recorded}"
         settings = [f"checkpoint={tmp_path / 'bf16'}", f"output={output}", "processes=1", "max_steps=[20]"]
-        inspect.unwrap(main)(composed([*settings, *given]))
+        unwrap(main)(composed([*settings, *given]))
         assert json.loads((output / "rollout.json").read_text())["precision"] == recorded
 
 
@@ -244,7 +243,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
         (["resume=true", "sampler=heun"], "was begun with sampler=None, now it is heun"),
     ):
         with pytest.raises(UserError, match=message):
-            inspect.unwrap(main)(composed([*settings, *changed]))
+            unwrap(main)(composed([*settings, *changed]))
     assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
@@ -274,11 +273,11 @@ def test_wrong_settings_are_one_line(settings: list[str], message: str):
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        ("Step3_DeFI.rollout.__main__.write_file", "rollout.json"),
+        ("Step3_DeFI.rollout.evaluate.write_file", "rollout.json"),
         ("Step3_DeFI.rollout.evaluate.write_clip", "a clip"),
         ("Step3_DeFI.rollout.evaluate.ChainLog.append", "chains.jsonl"),
         ("Step3_DeFI.rollout.results.Results.save", "results.json and the report"),
-        ("Step3_DeFI.rollout.__main__.write_report", "results.json and the report"),
+        ("Step3_DeFI.rollout.evaluate.write_report", "results.json and the report"),
     ],
 )
 def test_a_full_disk_is_one_line_and_resume_goes_on(
@@ -292,9 +291,9 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(
     settings = ["agent=random", f"output={tmp_path}"]
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(place, full)
-        inspect.unwrap(main)(composed(settings))
+        unwrap(main)(composed(settings))
     assert str(caught.value).startswith(f"{tmp_path}: cannot write {what} (No space left on device); ")
-    inspect.unwrap(main)(composed([*settings, "resume=true"]))
+    unwrap(main)(composed([*settings, "resume=true"]))
     assert len(read_results(tmp_path).chains) == 2
 
 

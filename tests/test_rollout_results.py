@@ -16,22 +16,19 @@ from rollout_fakes import fake_evaluation
 from defi.errors import UserError
 from Step3_DeFI.compare import compare, comparison_table, remarks
 from Step3_DeFI.quickstart import SMOKE, remark
-from Step3_DeFI.rollout.report import result_table, task_table, write_report
+from Step3_DeFI.rollout.report import choose_videos, result_table, task_table, write_report
 from Step3_DeFI.rollout.results import (
     ChainLog,
     Results,
-    chain_length,
+    lengths,
     mean_interval,
     paired_difference,
-    rate_interval,
     read_results,
     running_average,
-    summaries,
     summarise,
     versions,
 )
 from Step3_DeFI.rollout.simulator import ChainResult
-from Step3_DeFI.rollout.videos import choose_videos
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
@@ -52,7 +49,7 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
     evaluation = fake_evaluation(chains=len(chains), max_steps=[360, 720])
     return Results(
         policy={"kind": "policy", "checkpoint": "outputs/<policy>", "fingerprint": "abc"},
-        protocol=asdict(evaluation.protocol) | protocol,
+        protocol=evaluation.protocol | protocol,
         run={
             "started": "2026-01-01T00:00:00+00:00",
             "seconds": 75.0,
@@ -63,11 +60,12 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
             "settings": asdict(evaluation.config),
             "versions": versions(),
         },
-        limits=summaries(chains, [360, 720]),
         chains=chains,
         baseline={
             "agent": "random",
-            "limits": summaries([chain(i, None) for i in range(4)], [360, 720]),
+            "limits": {
+                limit: summarise([chain(i, None) for i in range(4)], int(limit)) for limit in ("360", "720")
+            },
             "chains": [],
         },
     )
@@ -77,9 +75,9 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
 
 
 def test_length_is_the_leading_tasks_within_the_limit():
-    assert [chain_length(c.steps, 720) for c in CHAINS] == [5, 3, 0, 2]
-    assert [chain_length(c.steps, 360) for c in CHAINS] == [5, 1, 0, 1]
-    assert chain_length((10, None, 10), 720) == 1
+    assert lengths(CHAINS, 720).tolist() == [5, 3, 0, 2]
+    assert lengths(CHAINS, 360).tolist() == [5, 1, 0, 1]
+    assert lengths([chain(0, 10, None, 10)], 720).tolist() == [1]
 
 
 def test_summary_of_chains_by_hand():
@@ -93,9 +91,10 @@ def test_summary_of_chains_by_hand():
     assert sum(count["solved"] for count in counts.values()) == 7
 
 
-def test_rate_interval_is_wilsons():
-    assert rate_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
-    low, high = rate_interval(0, 60)
+def test_rate_intervals_are_wilsons():
+    first, *_ = summarise([chain(i, 10 if i < 8 else None, None) for i in range(10)], 360)["success"]
+    assert first["interval"] == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    low, high = summarise([chain(i, None) for i in range(60)], 360)["success"][0]["interval"]
     assert low == 0 and high == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-6)
 
 
@@ -138,8 +137,9 @@ def test_paired_difference_of_equal_policies_is_chance():
 
 
 def test_running_average():
-    assert running_average(np.array([2])) == "average length 2.00"
-    assert running_average(np.array([0, 5, 0, 5])) == "average length 2.50 ± 2.83"
+    full, none = chain(0, *[10] * 5), chain(0, None)
+    assert running_average([chain(0, 10, 10, None)], 360) == "average length 2.00"
+    assert running_average([none, full, none, full], 360) == "average length 2.50 ± 2.83"
 
 
 # ---------------------------------------------------------------- files
@@ -163,7 +163,7 @@ def test_results_are_read_back_as_written(tmp_path):
         ("{", "cannot be read (Expecting property name"),
         ("[]", "cannot be read ('list' object has no attribute 'get')"),
         ('{"format": 99}', "cannot be read (format 99, this version reads 1)"),
-        ('{"format": 1, "chains": []}', "cannot be read ('protocol')"),
+        ('{"format": 1, "chains": []}', "cannot be read ('policy')"),
     ],
 )
 def test_files_that_are_no_results(tmp_path, content, message):
@@ -182,7 +182,8 @@ def test_an_unfinished_run_is_not_a_wrong_folder(tmp_path):
 def test_results_of_earlier_versions_are_read(tmp_path):
     """What is called `observations` was called `looks`."""
     written = results()
-    text = json.dumps(asdict(written)).replace('"observations"', '"looks"')
+    written.save(tmp_path / "results.json")
+    text = (tmp_path / "results.json").read_text().replace('"observations"', '"looks"')
     (tmp_path / "results.json").write_text(text)
     read = read_results(tmp_path)
     assert read.chains == written.chains and compare(read, written)["720"]["difference"] == 0
@@ -224,8 +225,7 @@ def test_comparison_of_different_protocols_is_refused():
 
 
 def test_comparison_needs_one_shared_limit():
-    other = replace(results(max_steps=[720]), limits=summaries(CHAINS, [720]))
-    assert set(compare(results(), other)) == {"720"}
+    assert set(compare(results(), results(max_steps=[720]))) == {"720"}
     with pytest.raises(UserError, match="max_steps"):
         compare(results(), results(max_steps=[100]))
 

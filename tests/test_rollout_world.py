@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import replace
-from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -16,12 +16,17 @@ from defi.sim.renderers import find_renderer
 from defi.sim.scene import SceneConfig
 from defi.sim.scenes import builtin
 from defi.sim.tasks import TASKS as TASK_NAMES
-from Step3_DeFI.rollout.config import RolloutConfig, SimConfig, VideoConfig
 from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, run_chains
-from Step3_DeFI.rollout.protocol import build_chains, read_instructions, start_state
-from Step3_DeFI.rollout.report import write_report
+from Step3_DeFI.rollout.protocol import (
+    RolloutConfig,
+    SimConfig,
+    VideoConfig,
+    build_chains,
+    read_instructions,
+    start_state,
+)
+from Step3_DeFI.rollout.report import choose_videos, write_report
 from Step3_DeFI.rollout.simulator import ScriptedAgent, attempt, random_agent, run_chain
-from Step3_DeFI.rollout.videos import choose_videos
 
 TASKS = [
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
@@ -40,9 +45,9 @@ def end_of(world) -> np.ndarray:
 
 def test_chains_do_not_depend_on_what_ran_before_or_on_filming():
     evaluation = small()
-    unsolved = replace(evaluation.setup("random", filmed=False), judge=lambda task, a, b: False, limit=25)
+    unsolved = replace(evaluation.setup, agent="random", judge=lambda task, a, b: False, limit=25)
     ends = []
-    with evaluation.make_world() as world:
+    with evaluation.setup.make_world() as world:
         for order, film in (((0, 1), None), ((1,), 2), ((2, 0, 1), 1)):
             for index in order:
                 world.reload()
@@ -78,12 +83,11 @@ def test_result_is_the_same_on_more_processes():
 def test_films_have_the_first_the_last_and_every_nth_state():
     evaluation = small()
     chain = evaluation.chains[0]
-    task, words = chain.tasks[0], chain.instructions[0]
-    with evaluation.make_world() as world:
-        act = partial(ScriptedAgent(), world, task, words, (0, 0, 0))
+    task, words, seeds = chain.tasks[0], chain.instructions[0], ((0, 0, n) for n in count())
+    with evaluation.setup.make_world() as world:
         world.reset(chain.robot_obs, chain.scene_obs)
-        setup = replace(evaluation.setup("scripted", filmed=True), limit=150, film_every=8)
-        taken, frames = attempt(world, act, task, setup, film=True)
+        setup = replace(evaluation.setup, agent="scripted", limit=150, film_every=8)
+        taken, frames = attempt(world, ScriptedAgent(), task, words, seeds, setup, film=True)
     assert taken is not None and len(frames) == 1 + taken // 8 + (taken % 8 > 0)
     assert all(frame["rgb_static"].shape == (48, 48, 3) for frame in frames)
 
@@ -95,10 +99,10 @@ def test_protocol_tells_sequences_words_and_limits_apart():
     one = small().protocol
     assert one == small().protocol
     seeded, limited = small(seed=1).protocol, small(max_steps=[100]).protocol
-    assert seeded.sequence_hash != one.sequence_hash
-    assert limited == replace(one, max_steps=(100,))
+    assert seeded["sequence_hash"] != one["sequence_hash"]
+    assert limited == one | {"max_steps": [100]}
     official = Evaluation.prepare(RolloutConfig(chains=3)).protocol
-    assert (official.sequences, official.length) == ("official", 5)
+    assert (official["sequences"], official["length"]) == ("official", 5)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_words_come_from_the_file_that_is_named(tmp_path):
     for name in ("embeddings.npy", "words.yaml"):
         config = RolloutConfig(chains=2, sim=SimConfig(instructions=str(tmp_path / name)))
         protocol, chains = build_chains(config, builtin("D"))
-        assert protocol.instruction_source == name
+        assert protocol["instruction_source"] == name
         assert chains[0].instructions == tuple(f"please {task}" for task in chains[0].tasks)
     del texts["open_drawer"]
     OmegaConf.save(OmegaConf.create(texts), tmp_path / "words.yaml")
@@ -166,7 +170,7 @@ def test_words_of_a_clone_are_used(reference):
     source, phrasings = read_instructions(sim)
     config = RolloutConfig(chains=2, sim=sim)
     protocol, chains = build_chains(config, SceneConfig.from_calvin(root, "D"))
-    assert protocol.instruction_source == source and source.endswith(".yaml")
+    assert protocol["instruction_source"] == source and source.endswith(".yaml")
     assert chains[0].instructions == tuple(phrasings[task][0] for task in chains[0].tasks)
 
 

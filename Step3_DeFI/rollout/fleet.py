@@ -6,15 +6,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
+import numpy as np
+
 from defi.errors import UserError
-from Step3_DeFI.rollout.policy import Batcher
-from Step3_DeFI.rollout.simulator import GONE, ChainResult, ChainSpec, Clip, Observation, Setup
+from Step3_DeFI.rollout.policy import ModelPolicy
+from Step3_DeFI.rollout.simulator import GONE, Actions, ChainResult, ChainSpec, Clip, Observation, Setup
 
 MOST_DEATHS = 3
 # A plain subprocess, not one of `multiprocessing`: that would import the main module again in every child,
@@ -48,23 +50,73 @@ class Simulator:
             self.connection.send(message)
         self.last_contact = time.monotonic()
 
-    def receive(self) -> Observation | Clip | ChainResult | Exception | None:
-        """Its next message; None if it has died."""
-        self.last_contact = time.monotonic()
-        with suppress(*GONE):
-            return self.connection.recv()
-
-    def last_line(self) -> str:
-        """The last line it printed."""
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-
-    def stop(self) -> None:
+    def stop(self) -> str:
+        """End the process; returns the last line it printed."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
-        self._log.close()
+        self._log.seek(0)
+        with self._log:
+            lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else "it printed nothing"
+
+
+class Batcher:
+    """Collects observations and calls the policy, in batches that change nothing about the answers.
+
+    A network's floating-point result for a sample may depend on how many samples share the batch and on the
+    sample's row, never on what the other rows hold. So that a chain's actions are the same on any number of
+    processes, every batch has the same number of rows (empty ones are filled up), and a chain always takes
+    the same row: its index modulo `batch`.
+
+    Args:
+        policy: a `ModelPolicy`, or anything else with its `act`.
+        batch: rows of every call.
+        chunk: actions of each answer that are executed; None for all.
+    """
+
+    def __init__(self, policy: ModelPolicy, batch: int, chunk: int | None = None) -> None:
+        self.policy, self.batch, self.chunk = policy, batch, chunk
+        self._waiting: list[tuple[Hashable, Observation, float]] = []  # who, with what, since when
+        self._call_seconds, self.calls = 0.0, 0
+
+    def add(self, asker: Hashable, observation: Observation) -> None:
+        """An observation of `asker`, who waits for the answer."""
+        self._waiting.append((asker, observation, time.monotonic()))
+
+    def patience(self, coming: int) -> float | None:
+        """Seconds to wait for more observations before calling the policy; None if nobody waits.
+
+        A full batch goes at once, and so does one that nobody else can join (`coming` counts the simulators
+        at work). Otherwise half a call's duration is waited: a call costs the same, however full.
+        """
+        if not self._waiting:
+            return None
+        if not coming or len({seen.seed[1] % self.batch for _, seen, _ in self._waiting}) == self.batch:
+            return 0.0
+        return max(0.0, self._waiting[0][2] + self._call_seconds / 2 - time.monotonic())
+
+    def answer(self) -> Iterator[tuple[Hashable, Actions]]:
+        """Call the policy once for the longest waiting observation of each row."""
+        picked: dict[int, tuple[Hashable, Observation]] = {}
+        waiting, self._waiting = self._waiting, []
+        for asker, observation, since in waiting:
+            if picked.setdefault(observation.seed[1] % self.batch, (asker, observation))[0] is not asker:
+                self._waiting.append((asker, observation, since))
+        filler, began = next(iter(picked.values())), time.monotonic()
+        batch = [picked.get(row, filler)[1] for row in range(self.batch)]
+        actions = np.asarray(self.policy.act(batch))
+        self._call_seconds, self.calls = time.monotonic() - began, self.calls + 1
+        if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
+            wanted = f"the simulator takes ({self.batch}, K, 7): position, rotation, gripper"
+            fix = "use a checkpoint trained on rel_actions"
+            raise UserError(f"the policy returned actions of shape {actions.shape}, {wanted}; {fix}")
+        for row, (asker, observation) in picked.items():
+            if not np.isfinite(actions[row]).all():
+                where = "chain {1}, {task}, observation {2}".format(*observation.seed, task=observation.task)
+                fix = "its weights or its precision are broken, try another checkpoint"
+                raise UserError(f"{where}: the policy returned NaN or infinite actions; {fix}")
+            yield asker, actions[row, : self.chunk]
 
 
 class Fleet:
@@ -96,8 +148,7 @@ class Fleet:
         while self._pending or self._busy():
             for simulator in self.simulators:
                 if simulator.chain is None and self._pending:
-                    simulator.chain = self._next()
-                    simulator.send(simulator.chain)
+                    self._begin_chain(simulator)
             working = [simulator for simulator in self._busy() if not simulator.waiting]
             patience = self.batcher.patience(len(working)) if self.batcher else None
             ready = wait([s.connection for s in working], self.silence if patience is None else patience)
@@ -115,42 +166,42 @@ class Fleet:
     def _busy(self) -> list[Simulator]:
         return [simulator for simulator in self.simulators if simulator.chain is not None]
 
-    def _next(self) -> ChainSpec:
+    def _begin_chain(self, simulator: Simulator) -> None:
         """The first pending chain whose row of the policy's batch the fewest running chains share."""
-        row = self.batcher.row if self.batcher else lambda index: 0
-        taken = Counter(row(simulator.chain.index) for simulator in self._busy())
-        chain = min(self._pending, key=lambda chain: taken[row(chain.index)])
-        self._pending.remove(chain)
-        return chain
+        rows = self.batcher.batch if self.batcher else 1
+        taken = Counter(busy.chain.index % rows for busy in self._busy())
+        simulator.chain = min(self._pending, key=lambda chain: taken[chain.index % rows])
+        self._pending.remove(simulator.chain)
+        simulator.send(simulator.chain)
 
     def _handle(self, simulator: Simulator) -> Iterator[Clip | ChainResult]:
         """Take the next message of a simulator."""
-        match simulator.receive():
-            case None:
-                self._replace(simulator, simulator.last_line())
-            case UserError() as error:
-                raise error
-            case Exception() as error:
-                raise RuntimeError(f"chain {simulator.chain.index}: {error}")
-            case Observation() as observation:
-                self.batcher.add(simulator, observation)
-                simulator.waiting = True
-            case Clip() as clip:
-                yield clip
-            case ChainResult() as result:
-                simulator.chain = None
-                yield result
+        simulator.last_contact = time.monotonic()
+        try:
+            message = simulator.connection.recv()
+        except GONE:
+            self._replace(simulator)
+            return
+        if isinstance(message, UserError):
+            raise message
+        if isinstance(message, Exception):
+            raise RuntimeError(f"chain {simulator.chain.index}: {message}")
+        if isinstance(message, Observation):
+            self.batcher.add(simulator, message)
+            simulator.waiting = True
+            return
+        if isinstance(message, ChainResult):
+            simulator.chain = None
+        yield message
 
-    def _replace(self, simulator: Simulator, reason: str) -> None:
+    def _replace(self, simulator: Simulator, reason: str = "") -> None:
         """A new process for one that died; its chain is run again from the start."""
-        chain = simulator.chain
+        chain, last_line = simulator.chain, simulator.stop()
         self._deaths[chain.index] += 1
-        if self._deaths[chain.index] == MOST_DEATHS:
-            raise UserError(
-                f"chain {chain.index}: its simulator process died {MOST_DEATHS} times ({reason}); "
-                "finished chains are kept: remove the cause and continue with resume=true"
-            )
-        self._pending.insert(0, chain)
-        simulator.stop()
         self.simulators[self.simulators.index(simulator)] = Simulator(self.setup)
+        if self._deaths[chain.index] == MOST_DEATHS:
+            died = f"its simulator process died {MOST_DEATHS} times ({reason or last_line})"
+            fix = "finished chains are kept: remove the cause and continue with resume=true"
+            raise UserError(f"chain {chain.index}: {died}; {fix}")
+        self._pending.insert(0, chain)
         self.replaced += 1

@@ -1,12 +1,11 @@
-"""The policy of a rollout: a DeFI checkpoint, and the observations of many simulators answered in batches."""
+"""The policy of a rollout: a DeFI checkpoint that acts."""
 
 import os
-import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +20,7 @@ from defi.errors import UserError
 from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.simulator import Actions, Observation
-
-
-class Policy(Protocol):
-    """Chooses actions from pictures and words."""
-
-    def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K 7"]:
-        """A chunk of K actions per observation, scaled as in the data. Noise depends on its seed alone."""
+from Step3_DeFI.rollout.simulator import Observation
 
 
 class ModelPolicy:
@@ -45,79 +37,12 @@ class ModelPolicy:
         self._autocast = {"dtype": PRECISIONS[precision], "enabled": precision != "no"}
 
     def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K 7"]:
+        """A chunk of K actions per observation, scaled as in the data. Noise depends on its seed alone."""
         images = torch.stack([observe(each.images, self.model.image_size) for each in observations])
         noise = self.model.noise(torch.tensor([seed_of("rollout", *each.seed) for each in observations]))
         texts = [each.instruction for each in observations]
         with torch.autocast(self.model.device.type, **self._autocast):
             return self.model.act(images, texts, noise=noise).float().cpu().numpy()
-
-
-class Batcher:
-    """Collects observations and calls the policy, in batches that change nothing about the answers.
-
-    A network's floating-point result for a sample may depend on how many samples share the batch and on the
-    sample's row, never on what the other rows hold. So that a chain's actions are the same on any number of
-    processes, every batch has the same number of rows (empty ones are filled up), and a chain always takes
-    the same row: its index modulo `batch`.
-
-    Args:
-        batch: rows of every call.
-        chunk: actions of each answer that are executed; None for all.
-    """
-
-    def __init__(self, policy: Policy, batch: int, chunk: int | None = None) -> None:
-        self.policy, self.batch, self.chunk = policy, batch, chunk
-        self._rows: list[dict[Hashable, tuple[float, Observation]]] = [{} for _ in range(batch)]
-        self._call_seconds = 0.0
-        self.calls = 0
-
-    def row(self, chain: int) -> int:
-        return chain % self.batch
-
-    def add(self, asker: Hashable, observation: Observation) -> None:
-        """An observation of `asker`, who waits for the answer."""
-        self._rows[self.row(observation.seed[1])][asker] = (time.monotonic(), observation)
-
-    def patience(self, coming: int) -> float | None:
-        """Seconds to wait for more observations before calling the policy; None if nobody waits.
-
-        A full batch goes at once, and so does one that nobody else can join (`coming` counts the simulators
-        at work). Otherwise half a call's duration is waited: a call costs the same, however full.
-        """
-        if not any(self._rows):
-            return None
-        if not coming or all(self._rows):
-            return 0.0
-        oldest = min(since for row in self._rows for since, _ in row.values())
-        return max(0.0, oldest + self._call_seconds / 2 - time.monotonic())
-
-    def answer(self) -> Iterator[tuple[Hashable, Actions]]:
-        """Call the policy once for the longest waiting observation of each row.
-
-        Raises:
-            UserError: the policy returns something that is not a finite chunk of 7-D actions.
-        """
-        askers = [min(row, key=lambda key: row[key][0], default=None) for row in self._rows]
-        picked = [None if asker is None else row.pop(asker)[1] for asker, row in zip(askers, self._rows)]
-        filler = next(filter(None, picked))
-        began = time.monotonic()
-        actions = np.asarray(self.policy.act([observation or filler for observation in picked]))
-        self._call_seconds = time.monotonic() - began
-        self.calls += 1
-        if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
-            raise UserError(
-                f"the policy returned actions of shape {actions.shape}, the simulator takes "
-                f"({self.batch}, K, 7): position, rotation, gripper; use a checkpoint trained on rel_actions"
-            )
-        for asker, observation, chunk in zip(askers, picked, actions):
-            if observation and not np.isfinite(chunk).all():
-                _, chain, number = observation.seed
-                raise UserError(
-                    f"chain {chain}, {observation.task}, observation {number}: the policy returned NaN or "
-                    "infinite actions; its weights or its precision are broken, try another checkpoint"
-                )
-            if observation:
-                yield asker, chunk[: self.chunk]
 
 
 def load_policy(
@@ -147,17 +72,16 @@ def trained_precision(checkpoint: Path | str) -> str:
     """The precision that a checkpoint was trained with; `no` where nothing is known of its training."""
     precision = flatten(read_run_config(checkpoint)).get("trainer.precision", "no")
     if precision not in PRECISIONS:
-        raise UserError(
-            f"{checkpoint}: was trained with trainer.precision={precision}; give precision= no, fp16 or bf16"
-        )
+        trained = f"{checkpoint}: was trained with trainer.precision={precision}"
+        raise UserError(f"{trained}; give precision= no, fp16 or bf16")
     return precision
 
 
 def identify(checkpoint: Path | str) -> dict[str, Any]:
     """What the record says about a checkpoint: where, which weights, which step."""
+    known = {"checkpoint": str(checkpoint), "fingerprint": fingerprint(find_weights(checkpoint))}
     manifest = read_manifest(checkpoint, DeFI.stage)
-    known = {key: manifest[key] for key in ("step", "preset", "version")}
-    return {"checkpoint": str(checkpoint), "fingerprint": fingerprint(find_weights(checkpoint)), **known}
+    return known | {key: manifest[key] for key in ("step", "preset", "version")}
 
 
 @contextmanager

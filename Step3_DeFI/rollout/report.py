@@ -1,42 +1,36 @@
-"""The result for people: tables at the terminal, and report.html (`report.html.j2`) with bars and videos."""
+"""The result for people: tables at the terminal, videos, and report.html (`report.html.j2`) with both."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.box import SIMPLE
 from rich.table import Table
 
 from defi import html
-from Step3_DeFI.rollout.config import AGENTS
+from defi.video import draw_text, write_mp4
 from Step3_DeFI.rollout.results import Results
-from Step3_DeFI.rollout.videos import choose_videos
+from Step3_DeFI.rollout.simulator import AGENTS, Clip
 
 SEQUENCES = {"official": "official sequences", "subset": "chains"}
 WORLDS = {"fresh": "a newly loaded world per chain", "persistent": "one world per process"}
+CLIP_HEIGHT = 200  # pixels of both pictures
+STEPS_PER_SECOND = 30
 MOST_VIDEOS = 12  # of each outcome
 NOT_CALVIN = "This is not CALVIN's protocol (its scene D, its sequences): published numbers do not compare."
 LEADERBOARD = "MINT-SJTU/Evo-SOTA.io, 14 July 2026, self-reported"
-PUBLISHED = (  # average length on CALVIN, ABC→D, 1000 sequences; steps per task; source
-    ("MMaDA-VLA", 4.78, "not stated", LEADERBOARD),
-    ("Xiaomi-Robotics-0", 4.75, "not stated", LEADERBOARD),
-    ("π-RL (with reinforcement learning)", 4.71, "not stated", LEADERBOARD),
-    ("AVA-VLA", 4.65, "not stated", LEADERBOARD),
-    ("FLOWER", 4.53, "not stated", LEADERBOARD),
-    ("DeFI", 4.51, "not stated", "arXiv 2604.16391; the released settings have 720 steps"),
-    ("VLA-Adapter-Pro", 4.50, "not stated", LEADERBOARD),
-    ("HARP-VLA", 4.48, "not stated", LEADERBOARD),
-    ("DreamVLA", 4.44, "not stated", LEADERBOARD),
-    ("X-VLA", 4.43, "720", LEADERBOARD),
-    ("UnifiedVLA", 4.41, "not stated", LEADERBOARD),
-    ("VPP", 4.33, "360", LEADERBOARD),
-    ("Seer", 4.28, "not stated", LEADERBOARD),
-    ("UP-VLA", 4.08, "not stated", LEADERBOARD),
-    ("MoDE", 4.01, "not stated", LEADERBOARD),
-    ("Moto", 3.10, "not stated", LEADERBOARD),
-    ("GR-1", 3.06, "not stated", LEADERBOARD),
-)
+PUBLISHED = {  # average length on CALVIN, ABC→D, 1000 sequences
+    "MMaDA-VLA": 4.78, "Xiaomi-Robotics-0": 4.75, "π-RL (with reinforcement learning)": 4.71,
+    "AVA-VLA": 4.65, "FLOWER": 4.53, "DeFI": 4.51, "VLA-Adapter-Pro": 4.50, "HARP-VLA": 4.48,
+    "DreamVLA": 4.44, "X-VLA": 4.43, "UnifiedVLA": 4.41, "VPP": 4.33, "Seer": 4.28, "UP-VLA": 4.08,
+    "MoDE": 4.01, "Moto": 3.10, "GR-1": 3.06,
+}  # fmt: skip
+STEPS = {"X-VLA": "720", "VPP": "360"}  # per task, where stated
+SOURCES = {"DeFI": "arXiv 2604.16391; the released settings have 720 steps"}
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
@@ -67,16 +61,24 @@ def conditions(results: Results) -> str:
     )
 
 
-def result_table(results: Results) -> Table:
-    """Average length and success at each position, for the terminal."""
-    table = Table(title=conditions(results), title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
-    table.add_column(no_wrap=True)
-    for title in ("steps", "average length", *(f"{i + 1}" for i in range(results.protocol["length"]))):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows(results):
-        rates = (f"{100 * success['rate']:.0f}%" for success in row["success"])
-        table.add_row(row["who"], row["limit"], row["average"], *rates)
+def text_table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    """A table for the terminal, its first column at the left."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
     return table
+
+
+def result_table(results: Results) -> Table:
+    """Average length and success at each position."""
+    positions = (str(i + 1) for i in range(results.protocol["length"]))
+    lines = [
+        (row["who"], row["limit"], row["average"], *(f"{success['rate']:.0%}" for success in row["success"]))
+        for row in rows(results)
+    ]
+    return text_table(conditions(results), ("", "steps", "average length", *positions), lines)
 
 
 def task_rates(results: Results) -> list[tuple[str, int, int, float]]:
@@ -89,12 +91,8 @@ def task_rates(results: Results) -> list[tuple[str, int, int, float]]:
 def task_table(results: Results) -> Table:
     """The same for the terminal."""
     title = f"Per task, within {max(results.limits, key=int)} steps"
-    table = Table("task", title=title, title_justify="left", box=SIMPLE)
-    for column in ("solved", "tried", "rate"):
-        table.add_column(column, justify="right")
-    for task, solved, tried, rate in task_rates(results):
-        table.add_row(task, str(solved), str(tried), f"{100 * rate:.0f}%")
-    return table
+    lines = [(task, f"{n}", f"{tried}", f"{rate:.0%}") for task, n, tried, rate in task_rates(results)]
+    return text_table(title, ("task", "solved", "tried", "rate"), lines)
 
 
 def write_report(path: Path, results: Results, videos: Path) -> Path:
@@ -114,7 +112,10 @@ def report_values(results: Results, videos: Path) -> dict[str, Any]:
     figures["solved the first task"] = f"{100 * own[-1]['success'][0]['rate']:.0f} %"
     if not run["earlier_chains"]:
         figures["time"] = str(timedelta(seconds=round(run["seconds"])))
-    published = [(*entry, False) for entry in PUBLISHED]
+    published = [
+        (name, average, STEPS.get(name, "not stated"), SOURCES.get(name, LEADERBOARD), False)
+        for name, average in PUBLISHED.items()
+    ]
     for row in own:
         source = f"this run, {protocol['chains']} sequences, {row['average']}"
         published.append((row["who"], results.limits[row["limit"]]["average"], row["limit"], source, True))
@@ -142,10 +143,34 @@ def record(results: Results) -> dict[str, str]:
     facts = {**results.policy, **results.protocol}
     facts |= {key: run["settings"][key] for key in ("seed", "chunk", "batch", "sim")}
     facts |= {key: run.get(key) for key in ("started", "renderer", "control_steps", "observations")}
-    return {key.replace("_", " "): _plain(value) for key, value in (facts | run["versions"]).items()}
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            facts[key] = ", ".join(f"{name} {part}" for name, part in value.items())
+        elif isinstance(value, (list, tuple)):
+            facts[key] = ", ".join(map(str, value))
+    return {key.replace("_", " "): str(value) for key, value in (facts | run["versions"]).items()}
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {part}" for key, part in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def write_clip(folder: Path, clip: Clip, every: int) -> None:
+    """Write a clip, both cameras side by side and the instruction below, that plays at the robot's speed.
+
+    Its name is `<chain>_<position>_<solved|failed>_<task>.mp4`.
+    """
+    outcome = "solved" if clip.solved else "failed"
+    path = folder / f"{clip.chain:04d}_{clip.position + 1}_{outcome}_{clip.task}.mp4"
+    captioned = []
+    for images in zip(*clip.images.values()):
+        sizes = [(round(each.shape[1] * CLIP_HEIGHT / each.shape[0]), CLIP_HEIGHT) for each in images]
+        scaled = [Image.fromarray(each).resize(size, Image.BILINEAR) for each, size in zip(images, sizes)]
+        captioned.append(draw_text(np.concatenate(scaled, axis=1), clip.instruction))
+    write_mp4(path, np.stack(captioned), STEPS_PER_SECOND / every)
+
+
+def choose_videos(folder: Path, outcome: str, most: int) -> dict[Path, str]:
+    """Up to `most` videos of an outcome, with captions: one of each task, then second ones, and so on."""
+    seen, ranked = Counter(), []
+    for path in sorted(folder.glob(f"*_?_{outcome}_*.mp4")):
+        chain, position, _, task = path.stem.split("_", 3)
+        seen[task] += 1
+        ranked.append((seen[task], task, path, f"{task}: chain {int(chain)}, task {position}"))
+    return {path: caption for _, _, path, caption in sorted(ranked)[:most]}

@@ -6,42 +6,33 @@ the largest limit holds the scores at all smaller ones: a task solved too late e
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from scipy.stats import binomtest
 
-from defi.config import typed
 from defi.engine.output import write_file
 from defi.errors import UserError, reading
-from Step3_DeFI.rollout.protocol import Protocol
 from Step3_DeFI.rollout.simulator import ChainResult
 
 FORMAT = 1
 RESULTS = "results.json"
 PACKAGES = ("defi-robot", "torch", "numpy", "pybullet", "diffusers", "transformers")
-CONFIDENCE_Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 DRAWS = 20_000
 
 
-# ---------------------------------------------------------------- statistics
-
-
-def chain_length(steps: Sequence[int | None], limit: int) -> int:
-    """Leading tasks solved within `limit` control steps each."""
-    late = (number for number, taken in enumerate(steps) if taken is None or taken > limit)
-    return next(late, len(steps))
-
-
-def lengths(chains: Sequence[ChainResult], limit: int) -> Int[np.ndarray, " N"]:
-    return np.array([chain_length(chain.steps, limit) for chain in chains], dtype=np.int64)
+def lengths(chains: Iterable[ChainResult], limit: int) -> Int[np.ndarray, " N"]:
+    """Of each chain the number of leading tasks solved within `limit` control steps each."""
+    late = [[taken is None or taken > limit for taken in (*chain.steps, None)] for chain in chains]
+    return np.array([each.index(True) for each in late], dtype=np.int64)
 
 
 def mean_interval(values: Int[np.ndarray, " N"]) -> tuple[float, float]:
@@ -53,15 +44,6 @@ def mean_interval(values: Int[np.ndarray, " N"]) -> tuple[float, float]:
     drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=DRAWS)
     low, high = np.quantile(drawn @ distinct / len(values), [0.025, 0.975])
     return float(low), float(high)
-
-
-def rate_interval(solved: int, tried: int) -> tuple[float, float]:
-    """95 % interval of a success rate (Wilson's), meaningful also where none or all succeed."""
-    z2 = CONFIDENCE_Z**2
-    rate = solved / tried
-    middle = (rate + z2 / (2 * tried)) / (1 + z2 / tried)
-    half = CONFIDENCE_Z / (1 + z2 / tried) * math.sqrt(rate * (1 - rate) / tried + z2 / (4 * tried**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def paired_difference(a: Int[np.ndarray, " N"], b: Int[np.ndarray, " N"]) -> dict[str, Any]:
@@ -76,41 +58,35 @@ def paired_difference(a: Int[np.ndarray, " N"], b: Int[np.ndarray, " N"]) -> dic
     # Flipping n differences of size s at random leaves s·(2·heads − n), heads ~ Binomial(n, ½).
     heads = np.random.default_rng(0).binomial(counts, 0.5, size=(DRAWS, len(counts)))
     extreme = int((np.abs((2 * heads - counts) @ sizes) >= abs(change.sum())).sum())
-    p = (extreme + 1) / (DRAWS + 1)
-    interval = mean_interval(change)
+    p, interval = (extreme + 1) / (DRAWS + 1), mean_interval(change)
     return {"difference": float(change.mean()), "interval": interval, "p": p, "differs": p < 0.05}
 
 
-def running_average(values: Int[np.ndarray, " N"]) -> str:
-    """Mean and 95 % interval, by the normal approximation: for the screen, while chains finish."""
-    average = f"average length {values.mean():.2f}"
-    if len(values) < 2:
-        return average
-    return f"{average} ± {CONFIDENCE_Z * values.std(ddof=1) / np.sqrt(len(values)):.2f}"
+def running_average(chains: Iterable[ChainResult], limit: int) -> str:
+    """Mean length and 95 % interval, by the normal approximation: for the screen, while chains finish."""
+    values = lengths(chains, limit)
+    half = f" ± {1.96 * values.std(ddof=1) / np.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"average length {values.mean():.2f}{half}"
 
 
 def summarise(chains: Sequence[ChainResult], limit: int) -> dict[str, Any]:
-    """Average length, success at each position, and counts per task, at one limit.
+    """Average length, success at each position with Wilson's interval, and counts per task, at one limit.
 
     A task is tried where all before it were solved.
     """
     values = lengths(chains, limit)
-    reached = [int((values > position).sum()) for position in range(len(chains[0].tasks))]
+    reached = [binomtest(int((values > i).sum()), len(values)) for i in range(len(chains[0].tasks))]
     tried = Counter(task for chain, length in zip(chains, values) for task in chain.tasks[: length + 1])
     solved = Counter(task for chain, length in zip(chains, values) for task in chain.tasks[:length])
     return {
         "average": float(values.mean()),
         "interval": mean_interval(values),
-        "success": [{"rate": n / len(values), "interval": rate_interval(n, len(values))} for n in reached],
+        "success": [
+            {"rate": test.statistic, "interval": list(map(float, test.proportion_ci(method="wilson")))}
+            for test in reached
+        ],
         "tasks": {task: {"solved": solved[task], "tried": tried[task]} for task in sorted(tried)},
     }
-
-
-def summaries(chains: Sequence[ChainResult], max_steps: Sequence[int]) -> dict[str, dict[str, Any]]:
-    return {str(limit): summarise(chains, limit) for limit in max_steps}
-
-
-# ---------------------------------------------------------------- files
 
 
 class ChainLog:
@@ -124,11 +100,7 @@ class ChainLog:
         self.path = folder / (f"{name}.{rank}.jsonl" if rank else f"{name}.jsonl")
 
     def read(self) -> dict[int, ChainResult]:
-        """All finished chains by index. A last line that a kill left unfinished is left out.
-
-        Raises:
-            UserError: a line is damaged.
-        """
+        """All finished chains by index. A last line that a kill left unfinished is left out."""
         found = {}
         for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
             lines = path.read_text(errors="replace").split("\n")[:-1]
@@ -149,43 +121,33 @@ class ChainLog:
 
 def chain_from_json(values: dict[str, Any]) -> ChainResult:
     """Raises ValueError, TypeError or KeyError for what is no chain."""
-    values = {
-        "observations" if key == "looks" else key: value for key, value in values.items()
-    }  # once `looks`
-    chain = ChainResult(**values | {"tasks": tuple(values["tasks"]), "steps": tuple(values["steps"])})
-    steps = [taken for taken in chain.steps if taken is not None]
-    if not (
-        all(isinstance(n, int) for n in (chain.index, chain.control_steps, chain.observations, *steps))
-        and isinstance(chain.seconds, (int, float))
-        and all(isinstance(task, str) for task in chain.tasks)
-    ):
+    if "looks" in values:  # what the first version called them
+        values = values | {"observations": values.pop("looks")}
+    tasks, steps, seconds = tuple(values["tasks"]), tuple(values["steps"]), float(values["seconds"])
+    chain = ChainResult(**values | {"tasks": tasks, "steps": steps, "seconds": seconds})
+    counts = (chain.index, chain.control_steps, chain.observations, *(taken or 0 for taken in steps))
+    if not all(isinstance(n, int) for n in counts) or not all(isinstance(task, str) for task in tasks):
         raise TypeError("not a chain")
     return chain
 
 
 @dataclass(frozen=True)
 class Results:
-    """A finished evaluation.
+    """A finished evaluation."""
 
-    Args:
-        policy: kind, and for a checkpoint its path, fingerprint, step.
-        protocol: what must agree for two numbers to be comparable.
-        run: when, how long, on what, with which settings and versions.
-        limits: per limit of control steps ("360") what `summarise` says.
-        chains: every chain, in order.
-        baseline: the same of the run beside it: {"agent", "limits", "chains"}.
-    """
+    policy: Mapping[str, Any]  # kind, and for a checkpoint its path, fingerprint, step
+    protocol: Mapping[str, Any]  # what must agree for two numbers to be comparable
+    run: Mapping[str, Any]  # when, how long, on what, with which settings and versions
+    chains: tuple[ChainResult, ...]  # all, in order
+    baseline: Mapping[str, Any] | None = None  # of the run beside it: {"agent", "limits", "chains"}
 
-    policy: Mapping[str, Any]
-    protocol: Mapping[str, Any]
-    run: Mapping[str, Any]
-    limits: Mapping[str, Mapping[str, Any]]
-    chains: tuple[ChainResult, ...]
-    baseline: Mapping[str, Any] | None = None
-    format: int = FORMAT
+    @cached_property
+    def limits(self) -> dict[str, dict[str, Any]]:
+        """Per limit of control steps ("360") what `summarise` says."""
+        return {str(limit): summarise(self.chains, limit) for limit in self.protocol["max_steps"]}
 
     def save(self, path: Path) -> None:
-        write_file(path, json.dumps(asdict(self), indent=1))
+        write_file(path, json.dumps({"format": FORMAT, **asdict(self), "limits": self.limits}, indent=1))
 
 
 def read_results(path: Path | str) -> Results:
@@ -202,16 +164,15 @@ def read_results(path: Path | str) -> Results:
         values = json.loads(file.read_text())
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
-        protocol = asdict(typed(Protocol, values["protocol"], f"{file}: protocol"))
-        run, chains = values["run"], tuple(map(chain_from_json, values["chains"]))
-        averages = [values["limits"][str(limit)]["average"] for limit in protocol["max_steps"]]
-        if not (
-            len(chains) == protocol["chains"] > 0
-            and all(isinstance(average, (int, float)) for average in averages)
-            and all(isinstance(part, dict) for part in (run["settings"], run["versions"], values["policy"]))
-        ):
-            raise ValueError("chains, averages or settings are missing")
-        return Results(**values | {"protocol": protocol, "chains": chains})
+        policy, protocol, run = values["policy"], values["protocol"], values["run"]
+        results = Results(
+            policy, protocol, run, tuple(map(chain_from_json, values["chains"])), values["baseline"]
+        )
+        if not all(isinstance(part, dict) for part in (policy, protocol, run["settings"], run["versions"])):
+            raise ValueError("settings are missing")
+        if not len(results.chains) == protocol["chains"] or not results.limits:
+            raise ValueError("chains are missing")
+        return results
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,17 +22,12 @@ from jaxtyping import Float, UInt8
 from defi.errors import UserError
 
 Actions = Float[np.ndarray, "K 7"]
-Seed = tuple[int, int, int]
-"""(run, chain, observation): all that a random number may depend on."""
 Images = Mapping[str, UInt8[np.ndarray, "H W 3"]]
-Judge = Callable[[str, Any, Any], bool]
-"""(task, state at its start, state now) → solved?"""
-Agent = Callable[[Any, str, str, Seed], Actions]
-"""(world, task, instruction, seed) → the actions to execute before it is asked again."""
+Seed = tuple[int, int, int]  # (run, chain, observation): all that a random number may depend on
+Judge = Callable[[str, Any, Any], bool]  # (task, state at its start, state now) → solved?
+Agent = Callable[[Any, str, str, Seed], Actions]  # (world, task, instruction, seed) → what to do next
 
-# Ctrl-C and what Slurm sends reach every process of a run. The evaluation, or the training around it, decides
-# what becomes of them; a simulator ends with its connection, or is killed.
-LEFT_TO_THE_EVALUATION = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+AGENTS = {"policy": "DeFI", "random": "random actions", "scripted": "scripted policy"}
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # the other side of a connection
 
 
@@ -82,32 +78,19 @@ class ChainResult:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a simulator process gets first.
+    """What a simulator process gets first."""
 
-    Args:
-        make_world: returns a `defi.sim.world.World`, or something that behaves like one.
-        agent: who acts: policy (asked over the connection), random or scripted (both act in this process).
-        limit: control steps per task.
-        fresh: load the world anew before each chain. Bullet's contact order remembers what ran before
-            in the same world, so only then does a chain not depend on those before it.
-        filmed: so many chains, the first, are filmed, a picture every `film_every` control steps.
-        environment: variables that the process is started with.
-    """
-
-    make_world: Callable[[], Any]
+    make_world: Callable[[], Any]  # returns a `defi.sim.world.World`, or something that behaves like one
     judge: Judge
-    agent: str
     seed: int
-    limit: int
+    limit: int  # control steps per task
+    agent: str = "policy"  # asked over the connection; or random or scripted: these act in this process
+    # Load the world anew before each chain. Bullet's contact order remembers what ran before in the same
+    # world, so only then does a chain not depend on those before it.
     fresh: bool = True
-    filmed: int = 0
+    filmed: int = 0  # so many chains, the first, are filmed, a picture every `film_every` control steps
     film_every: int = 3
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def policy_agent(ask: Callable[[Observation], Actions]) -> Agent:
-    """Shows the world to a policy elsewhere: `ask` sends an observation and returns its chunk of actions."""
-    return lambda world, task, words, seed: ask(Observation(seed, task, words, world.render()))
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables for the process
 
 
 def random_agent(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
@@ -128,24 +111,20 @@ class ScriptedAgent:
         if self.begun != (seed[1], task):
             self.begun, self.policy = (seed[1], task), ScriptedPolicy(task, world)
         action = self.policy.act(world)
-        if action is None:  # done, as far as it can tell: wait
-            action = np.array([0, 0, 0, 0, 0, 0, world.arm.gripper_action])
-        return np.asarray(action, dtype=np.float64)[None]
+        waiting = [0, 0, 0, 0, 0, 0, world.arm.gripper_action]  # where it is done, as far as it can tell
+        return np.array([waiting if action is None else action], dtype=np.float64)
 
 
 def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Iterator[Clip | ChainResult]:
     """Run a chain to its first unsolved task: a clip of each attempt, if it is filmed, then the result."""
-    began, asked = time.perf_counter(), itertools.count()
+    began, steps = time.perf_counter(), []
+    seeds = ((setup.seed, chain.index, observation) for observation in itertools.count())
+    film = chain.index < setup.filmed
     world.reset(chain.robot_obs, chain.scene_obs)
-    steps: list[int | None] = []
     for position, (task, words) in enumerate(zip(chain.tasks, chain.instructions)):
-
-        def act(task: str = task, words: str = words) -> Actions:
-            return agent(world, task, words, (setup.seed, chain.index, next(asked)))
-
-        taken, frames = attempt(world, act, task, setup, film=chain.index < setup.filmed)
+        taken, frames = attempt(world, agent, task, words, seeds, setup, film=film)
         steps.append(taken)
-        if frames:
+        if film:
             images = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
             yield Clip(chain.index, position, task, words, taken is not None, images)
         if taken is None:
@@ -155,13 +134,20 @@ def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Itera
         tasks=chain.tasks,
         steps=tuple(steps),
         control_steps=sum(setup.limit if taken is None else taken for taken in steps),
-        observations=next(asked),
+        observations=next(seeds)[2],
         seconds=time.perf_counter() - began,
     )
 
 
 def attempt(
-    world: Any, act: Callable[[], Actions], task: str, setup: Setup, *, film: bool = False
+    world: Any,
+    agent: Agent,
+    task: str,
+    words: str,
+    seeds: Iterator[Seed],
+    setup: Setup,
+    *,
+    film: bool = False,
 ) -> tuple[int | None, list[Images]]:
     """Try one task for at most `setup.limit` control steps; judged after every step.
 
@@ -169,12 +155,14 @@ def attempt(
         The control steps it took, or None; pictures of the first state, every `film_every`-th step, and the
         last. What is left of a chunk when the task is solved is not executed.
     """
-    start = world.state()
+    start, taken = world.state(), 0
     frames = [world.render()] if film else []
-    taken = 0
     while taken < setup.limit:
-        for action in act()[: setup.limit - taken]:
-            world.step(binarise(action))
+        chunk = agent(world, task, words, next(seeds))[: setup.limit - taken]
+        actions = np.array(chunk, dtype=np.float64)
+        actions[:, 6] = np.where(actions[:, 6] > 0, 1.0, -1.0)  # the gripper opens, or closes
+        for action in actions:
+            world.step(action)
             taken += 1
             solved = setup.judge(task, start, world.state())
             if film and (solved or taken % setup.film_every == 0):
@@ -184,40 +172,26 @@ def attempt(
     return None, frames
 
 
-def binarise(action: Float[np.ndarray, "7"]) -> Float[np.ndarray, "7"]:
-    """The gripper opens (+1) on positive values and closes (-1) otherwise."""
-    action = np.array(action, dtype=np.float64)
-    action[6] = 1.0 if action[6] > 0 else -1.0
-    return action
-
-
-def serve(connection: Connection) -> None:
-    """Run the chains that arrive until the connection is closed."""
-    setup: Setup = connection.recv()
-
-    def ask(observation: Observation) -> Actions:
-        connection.send(observation)
-        return connection.recv()
-
-    agents = {"policy": policy_agent(ask), "random": random_agent, "scripted": ScriptedAgent()}
-    world = setup.make_world()
-    try:
-        while True:
-            for message in run_chain(world, agents[setup.agent], connection.recv(), setup):
-                connection.send(message)
-            if setup.fresh:
-                world.reload()
-    finally:
-        world.close()
-
-
 def main() -> None:
-    """`python -c … <file descriptor>`: serve, and send what went wrong as an exception."""
-    for number in LEFT_TO_THE_EVALUATION:
+    """`python -c … <file descriptor>`: run the chains that arrive; send what goes wrong, as an exception."""
+    # Ctrl-C and what Slurm sends reach every process of a run; the evaluation decides what becomes of them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
+
+    def ask_policy(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
+        connection.send(Observation(seed, task, instruction, world.render()))
+        return connection.recv()
+
+    agents = {"policy": ask_policy, "random": random_agent, "scripted": ScriptedAgent()}
     try:
-        serve(connection)
+        setup: Setup = connection.recv()
+        with closing(setup.make_world()) as world:
+            while True:
+                for message in run_chain(world, agents[setup.agent], connection.recv(), setup):
+                    connection.send(message)
+                if setup.fresh:
+                    world.reload()
     except GONE:
         return
     except UserError as error:

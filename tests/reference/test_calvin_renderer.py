@@ -16,9 +16,8 @@ from defi.errors import UserError
 from defi.sim import official, renderers
 from defi.sim.renderers import NEEDED, egl_devices, find_renderer
 from Step3_DeFI.preview import rollouts
-from Step3_DeFI.rollout import __main__ as command
-from Step3_DeFI.rollout.__main__ import CommandConfig, main
-from Step3_DeFI.rollout.evaluate import Evaluation
+from Step3_DeFI.rollout import evaluate as command
+from Step3_DeFI.rollout.evaluate import CommandConfig, Evaluation, main
 
 GPU, MESA = {0: "Fast 1"}, {1: "llvmpipe (LLVM 15)"}
 CAVEAT = "does not compare with published ones"
@@ -53,8 +52,8 @@ def test_egl_is_the_default(
     cfg = composed("step3_rollout", given, f"sim.calvin_root={clone}", "agent=random", "chains=1")
     evaluation = Evaluation.prepare(typed(CommandConfig, cfg, "step3_rollout"))
     assert evaluation.renderer.kind == kind and evaluation.caveat is None
-    assert evaluation.make_world.keywords["renderer"] == "egl"
-    assert evaluation.setup("random", filmed=False).environment == evaluation.renderer.environment
+    assert evaluation.setup.make_world.keywords["renderer"] == "egl"
+    assert evaluation.setup.environment == evaluation.renderer.environment
 
 
 @pytest.mark.parametrize("given", ["sim.renderer=cpu", "sim.renderer_fallback=true"])
