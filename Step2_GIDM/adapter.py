@@ -16,7 +16,7 @@ from transformers import Dinov2WithRegistersModel
 from defi.checkpoints.files import read_published
 from defi.checkpoints.loading_report import LoadingReport, compare
 from defi.checkpoints.names import Names, below, under
-from defi.errors import UserError
+from defi.errors import reading
 from defi.text import T5Text
 from Step2_GIDM.dino import DinoConfig, DinoPatches
 from Step2_GIDM.latent_action import LatentActionTokenizer
@@ -62,22 +62,17 @@ _DECODER = {
     **_block("decoder.blocks.*", "decoder.transformer_blocks.*", temporal=False),
     "decoder.out": "decoder.out",
 }
-# By whether the model has a second, frozen codebook.
-_TABLES = {False: _TOKENIZER | _LANGUAGE, True: _TOKENIZER | _CONTROLLABLE}
-TOKENIZER_NAMES = {frozen: Names(table) for frozen, table in _TABLES.items()}
-MODEL_NAMES = {
-    frozen: Names({f"tokenizer.{ours}": theirs for ours, theirs in table.items()} | _DECODER)
-    for frozen, table in _TABLES.items()
-}
 # Counters of the quantizer: state of a training run, not weights.
 COUNTERS = ("usage", "recent", "restarts")
 
 
 def names_of(module: nn.Module) -> Names:
     """The table for a `LatentActionModel` or a `LatentActionTokenizer`."""
-    alone = isinstance(module, LatentActionTokenizer)
-    sizes = module.sizes if alone else module.tokenizer.sizes
-    return (TOKENIZER_NAMES if alone else MODEL_NAMES)[sizes.frozen_codes is not None]
+    tokenizer = module if isinstance(module, LatentActionTokenizer) else module.tokenizer
+    table = _TOKENIZER | (_LANGUAGE if tokenizer.sizes.frozen_codes is None else _CONTROLLABLE)
+    if module is not tokenizer:
+        table = {f"tokenizer.{ours}": theirs for ours, theirs in table.items()} | _DECODER
+    return Names(table)
 
 
 def to_published(module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -104,7 +99,6 @@ def load_published(module: nn.Module, tensors: Mapping[str, Tensor], *, source: 
 # ---------------------------------------------------------------- DINOv2: torch.hub's names → transformers'
 
 POSITIONS = "pos_embed"
-_SCALES = {f"ls{scale}.gamma": f"layer_scale{scale}.lambda1" for scale in (1, 2)}
 # Of the attention layers in transformers, (q, k, v), out: since version 5, and before.
 _ATTENTION = (
     (tuple(f"attention.{part}_proj" for part in "qkv"), "attention.o_proj"),
@@ -134,17 +128,9 @@ def dino_names(model: Dinov2WithRegistersModel) -> Names:
 
 
 def dino_image_size(tensors: Mapping[str, Tensor], config: DinoConfig, *, source: object) -> int:
-    """Side of the images, in pixels, that the position embeddings were made for (518 as published).
-
-    Raises:
-        UserError: they are missing or belong to no square of patches.
-    """
-    if POSITIONS not in tensors:
-        raise UserError(f"{source}: holds no DINOv2 ({POSITIONS} is missing); give the complete checkpoint")
-    shape = tuple(tensors[POSITIONS].shape)
-    if math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
-        raise UserError(f"{source}: {POSITIONS} has shape {shape}, expected 1 + n² positions; give DINOv2's")
-    return math.isqrt(shape[1] - 1) * config.patch
+    """Side of the images, in pixels, that the position embeddings were made for (518 as published)."""
+    with reading(str(source), f"give the complete checkpoint, with DINOv2's {POSITIONS}"):
+        return math.isqrt(tensors[POSITIONS].shape[1] - 1) * config.patch
 
 
 # ---------------------------------------------------------------- the checkpoint
@@ -170,11 +156,7 @@ def publish_towers(model: GIDM) -> dict[str, Tensor]:
 
 
 def adopt(model: GIDM, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
-    """Load a published checkpoint into `model`, encoders included.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape.
-    """
+    """Load a published checkpoint into `model`, encoders included; errors as `LoadingReport.check`."""
     trained = publish(model)
     report = compare(tensors, trained | publish_towers(model), source=source).check()
     copy_published(model.core, below({name: tensors[name] for name in trained}, LATENT))
@@ -192,9 +174,11 @@ def convert(cfg: DictConfig) -> tuple[GIDM, LoadingReport]:
     """
     tensors = read_published(cfg.source, MARK, TITLE)
     preset = GIDMConfig.from_preset(cfg)
-    parts = {name: replace(getattr(preset, name), pretrained=None) for name in ("dino", "text")}
-    config = replace(preset, **parts)
-    positions = dino_image_size(below(tensors, DINO), config.dino, source=cfg.source)
-    dino = DinoPatches.random(config.dino, positions=positions)
-    model = GIDM(config, dino=dino, text=T5Text.from_config(preset.text))
+    dino, text = (replace(part, pretrained=None) for part in (preset.dino, preset.text))
+    positions = dino_image_size(below(tensors, DINO), dino, source=cfg.source)
+    model = GIDM(
+        replace(preset, dino=dino, text=text),
+        dino=DinoPatches.random(dino, positions=positions),
+        text=T5Text.from_config(preset.text),
+    )
     return model, adopt(model, tensors, source=cfg.source)

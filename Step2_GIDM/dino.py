@@ -1,7 +1,6 @@
 """Frozen DINOv2 with registers: two frames become patch tokens."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -51,7 +50,7 @@ class DinoPatches(nn.Module):
     def from_config(cls, config: DinoConfig) -> "DinoPatches":
         """The pretrained encoder the config names, or the random one it describes."""
         if config.pretrained:
-            return cls.load(config.pretrained, config.image_size)
+            return cls(load_model(Dinov2WithRegistersModel, config.pretrained), config.image_size)
         return cls.random(config, positions=config.image_size)
 
     @classmethod
@@ -68,11 +67,6 @@ class DinoPatches(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return cls(Dinov2WithRegistersModel(sizes), config.image_size)
-
-    @classmethod
-    def load(cls, source: Path | str, image_size: int) -> "DinoPatches":
-        """From a Hugging Face folder or hub name."""
-        return cls(load_model(Dinov2WithRegistersModel, source), image_size)
 
     @property
     def width(self) -> int:

@@ -1,5 +1,7 @@
 """Displacement between two frames by block matching: coarse, but needs no weights and no training."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -21,15 +23,13 @@ def displacement(
     """
     grey = F.interpolate(frames.mean(dim=2), size=(SIDE, SIDE), mode="area")
     now, later = grey[:, :1], F.pad(grey[:, 1:], [REACH] * 4, mode="replicate")
-    shifts = range(-REACH, REACH + 1)
-    costs, moves = [], []
-    for dy in shifts:
-        for dx in shifts:
-            shifted = later[:, :, REACH + dy : REACH + dy + SIDE, REACH + dx : REACH + dx + SIDE]
-            cost = F.avg_pool2d((shifted - now).abs(), BLOCK, STRIDE)[:, 0]
-            # A small price of distance: among equally good matches (plain surfaces) the nearest wins.
-            costs.append(cost + 0.001 * (dx * dx + dy * dy) ** 0.5)
-            moves.append((dx, dy))
+    costs = []
+    moves = [(dx, dy) for dy, dx in itertools.product(range(-REACH, REACH + 1), repeat=2)]
+    for dx, dy in moves:
+        shifted = later[:, :, REACH + dy : REACH + dy + SIDE, REACH + dx : REACH + dx + SIDE]
+        cost = F.avg_pool2d((shifted - now).abs(), BLOCK, STRIDE)[:, 0]
+        # A small price of distance: among equally good matches (plain surfaces) the nearest wins.
+        costs.append(cost + 0.001 * (dx * dx + dy * dy) ** 0.5)
     best = torch.stack(costs).argmin(0)
     move = torch.tensor(moves, dtype=frames.dtype, device=frames.device)[best].permute(0, 3, 1, 2) / SIDE
     change = costs[moves.index((0, 0))]

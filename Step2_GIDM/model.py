@@ -7,7 +7,7 @@ action tokenizer and a decoder that predicts the later frame's patches. Actions 
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,6 @@ from Step2_GIDM.dino import DinoConfig, DinoPatches
 from Step2_GIDM.initial import use_codes_early
 from Step2_GIDM.latent_action import (
     LatentActionModel,
-    LatentActionOutput,
     LatentActions,
     LatentActionSizes,
     LatentActionTokenizer,
@@ -108,11 +107,8 @@ class GIDMConfig:
     def fake_batch(self, batch_size: int) -> dict[str, Any]:
         """Valid input of `GIDM.forward`, drawn at random."""
         side = self.dino.image_size
-        texts = ["open the drawer", "push the red block to the left", ""]
-        return {
-            "frames": torch.rand(batch_size, 2, 3, side, side),
-            "text": [texts[i % len(texts)] for i in range(batch_size)],
-        }
+        texts = ["open the drawer", "push the red block to the left", ""] * batch_size
+        return {"frames": torch.rand(batch_size, 2, 3, side, side), "text": texts[:batch_size]}
 
 
 class GIDM(StageModel):
@@ -152,7 +148,7 @@ class GIDM(StageModel):
         Args:
             batch: `frames` [B, 2, 3, H, W], now and later, in [0, 1]; `text`, B strings ("" if unknown).
         """
-        out = self.reconstruct(batch["frames"], batch["text"])
+        out = self.core(self.patches(batch["frames"]), *self.language(batch["text"]))
         codes, quantizer = out.actions.codes, self.tokenizer.quantizer
         return {
             "loss": out.loss,
@@ -167,10 +163,6 @@ class GIDM(StageModel):
     def patches(self, frames: Float[Tensor, "B 2 3 H W"]) -> Float[Tensor, "B 2 L C"]:
         """DINO's patch tokens of both frames."""
         return self.dino(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-
-    def reconstruct(self, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> LatentActionOutput:
-        """Latent actions, the later frame's features as predicted from them, and the losses."""
-        return self.core(self.patches(frames), *self.language(texts))
 
     def encode(self, patches: Float[Tensor, "B 2 L C"], texts: list[str]) -> LatentActions:
         """Latent actions only, without the decoder: `indices` [B, Q] name the motion between two frames."""
@@ -199,12 +191,7 @@ class GIDM(StageModel):
 
     @torch.no_grad()
     def adopt_first_stage(self, first: "GIDM") -> None:
-        """Controllable variant: take over queries and codebook of a trained `language` model."""
-        if first.config.codes != self.config.frozen_codes or first.config.variant != "language":
-            raise UserError(
-                f"gidm.frozen_codes={self.config.frozen_codes}: the first stage is a {first.config.variant} "
-                f"model of {first.config.codes} codes; set gidm.frozen_codes to that of a language model"
-            )
+        """Controllable variant: take over queries and codebook of a `language` model with `frozen_codes`."""
         self.tokenizer.frozen_quantizer.codebook.copy_(first.tokenizer.quantizer.codebook)
         self.tokenizer.encoder.queries[1].copy_(first.tokenizer.encoder.queries[0])
 
@@ -224,10 +211,11 @@ class GIDM(StageModel):
         check_sizes(values, file)
         config = typed(cls.config_class, values, str(file))
         dino, text = config.dino, config.text
+        own = dino if dino.pretrained else replace(dino, pretrained=str(folder / "dino"))
         with reading(file, "copy the checkpoint again"):
             model = cls(
                 config,
-                dino=None if dino.pretrained else DinoPatches.load(folder / "dino", dino.image_size),
+                dino=DinoPatches.from_config(own),
                 text=None if text.pretrained else T5Text.load(folder / "t5", text),
             )
         model.load_weights(folder)

@@ -1,6 +1,7 @@
-"""Clips of video → pairs of frames some distance apart."""
+"""Clips of video → pairs of frames some distance apart, of one data set or several."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -12,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from defi.errors import UserError
-from Step2_GIDM.data.augment import Augmentation, augment
-from Step2_GIDM.data.resize import resize
+from Step2_GIDM.data.images import Augmentation, augment, resize
 
 Part = Literal["training", "held_out", "all"]
 FARTHEST = 10**6  # frames between the two of a pair: hours of video
@@ -83,8 +83,8 @@ class PairsSettings:
 
     def __post_init__(self) -> None:
         if len(self.distance) != 2 or not 1 <= self.distance[0] <= self.distance[1] <= FARTHEST:
-            limits = f"with 1 <= low <= high <= {FARTHEST:,}"
-            raise UserError(f"data.distance={self.distance}: must be [low, high] {limits}")
+            must = f"must be [low, high] with 1 <= low <= high <= {FARTHEST:,}"
+            raise UserError(f"data.distance={self.distance}: {must}")
 
     def open(self, part: Part) -> Source:
         """The clips that are trained on, those that are held out, or all that the section does not leave out."""
@@ -135,11 +135,50 @@ class PairDataset(Dataset):
     def _read(self, clip: Clip, now: int, distance: int) -> UInt8[Tensor, "2 3 H W"]:
         return torch.from_numpy(self.source.read(clip, clip.pair(now, distance))).permute(0, 3, 1, 2)
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """`frames` [2, 3, H, W] in [0, 1], `text`: of the earlier frame."""
+    def sample(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """`frames` [2, 3, H, W] in [0, 1], `text`: of the earlier frame.
+
+        Without a generator nothing is drawn: the largest distance, no augmentation.
+        """
         clip, now = self.locate(index)
-        distance = int(rng.integers(self.distance[0], self.distance[1] + 1))
+        low, high = self.distance
+        distance = high if rng is None else int(rng.integers(low, high + 1))
         frames = resize(self._read(clip, now, distance), self.image_size)
-        if self.augmentation is not None:
+        if rng is not None and self.augmentation is not None:
             frames = augment(frames, self.augmentation.draw(rng))
         return {"frames": frames, "text": clip.text(now)}
+
+
+class PairMixture(Dataset):
+    """Several data sets as one. An epoch has `places` for each: its weight times its size, rounded.
+
+    With twice as many places as pairs each pair of the set comes twice in an epoch; with a tenth a place
+    stands for ten neighbouring pairs, of which the sample's generator draws one. The order over all places is
+    the engine's.
+    """
+
+    def __init__(self, sets: Mapping[str, PairDataset], places: Mapping[str, int]) -> None:
+        self.sets, self.places = sets, places
+        self._ends = np.cumsum([places[name] for name in sets])
+        lines = "".join(f"{name} {data.fingerprint} {places[name]}\n" for name, data in sets.items())
+        self.fingerprint = hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+    def shares(self) -> dict[str, float]:
+        """Share of each set in an epoch."""
+        return {name: count / len(self) for name, count in self.places.items()}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def member(self, index: int, u: float) -> tuple[PairDataset, int]:
+        """The set and its pair at place `index`; u in [0, 1) chooses among the pairs the place stands for."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        name = list(self.sets)[which]
+        pairs, count = self.sets[name], self.places[name]
+        place = index - int(self._ends[which]) + count
+        return pairs, min(int((place + u) * len(pairs) / count), len(pairs) - 1)
+
+    def sample(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """As the set's, of a pair at a place; without a generator the first."""
+        pairs, pair = self.member(index, 0 if rng is None else rng.random())
+        return pairs.sample(pair, rng)

@@ -1,6 +1,7 @@
 """What a file holds against what a model expects: each tensor loaded, left over for a reason, or an error."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,22 +12,29 @@ from torch import Tensor
 from defi.errors import UserError
 
 Shape = tuple[int, ...]
+FAULTS = {
+    "wrong shape": (
+        "{} has shape {}, expected {}",
+        "choose the preset that it fits (python -m defi.checkpoints.inspect)",
+    ),
+    "missing": ("{0} of shape {2} is missing", "give the complete checkpoint of this stage"),
+    "unknown": ("{0} is not of this model", "give the checkpoint of this stage"),
+}
+"""Kind of fault: what is said of a tensor (its name, found and expected shape), and what to do."""
 
 
 @dataclass
 class LoadingReport:
     """What becomes of each tensor of the file `source`. Names are those of the file.
 
-    loaded: taken over, with their shapes. left_over: not needed, by the reason.
-    missing: expected and not there. misshapen: found and expected shape. unknown: no use is known.
+    loaded: taken over, with their shapes. left_over: not needed, by the reason. faults: what does not fit, as
+    the kind (of `FAULTS`), the name, the found and the expected shape.
     """
 
     source: str
     loaded: dict[str, Shape] = field(default_factory=dict)
     left_over: dict[str, list[str]] = field(default_factory=dict)
-    missing: dict[str, Shape] = field(default_factory=dict)
-    misshapen: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str, Shape | None, Shape | None]] = field(default_factory=list)
 
     def check(self) -> "LoadingReport":
         """Itself, if every tensor has a place.
@@ -34,45 +42,26 @@ class LoadingReport:
         Raises:
             DoesNotFit: names the file, the first tensor that does not fit, its expected shape, and how many.
         """
-        if self.misshapen:
-            name, (found, wanted) = next(iter(self.misshapen.items()))
-            fault = f"{name} has shape {found}, expected {wanted} ({len(self.misshapen)} such)"
-            fix = "choose the preset that it fits (python -m defi.checkpoints.inspect)"
-        elif self.missing:
-            name, wanted = next(iter(self.missing.items()))
-            fault = f"{name} of shape {wanted} is missing ({len(self.missing)} such)"
-            fix = "give the complete checkpoint of this stage"
-        elif self.unknown:
-            fault = f"{self.unknown[0]} is not of this model ({len(self.unknown)} such)"
-            fix = "give the checkpoint of this stage"
-        else:
-            return self
-        raise DoesNotFit(self, f"{self.source}: {fault}; {fix}")
+        for kind, (text, fix) in FAULTS.items():
+            if found := [tensor for fault, *tensor in self.faults if fault == kind]:
+                raise DoesNotFit(self, f"{self.source}: {text.format(*found[0])} ({len(found)} such); {fix}")
+        return self
 
     def table(self) -> Table:
-        """For the terminal: parts loaded, what is missing, what is left over and why."""
+        """For the terminal: parts loaded, what is left over and why, what does not fit."""
         table = Table(title=escape(self.source), title_justify="left", box=None, pad_edge=False)
         for column in ("", "tensors", "parameters", "what"):
             table.add_column(column, justify="right" if column in ("tensors", "parameters") else "left")
         parts: dict[str, list[int]] = {}
         for name, shape in self.loaded.items():
             parts.setdefault(part_of(name), []).append(math.prod(shape))
-        rows = [("loaded", len(sizes), f"{sum(sizes):,}", part) for part, sizes in parts.items()]
-        rows += [
-            ("left over", len(names), "", f"{in_common(names)}: {why}")
-            for why, names in self.left_over.items()
-        ]
-        rows += [
-            ("[red]wrong shape[/]", 1, "", f"{name}: {found}, expected {wanted}")
-            for name, (found, wanted) in self.misshapen.items()
-        ]
-        rows += [
-            ("[red]missing[/]", 1, f"{math.prod(shape):,}", f"{name} {shape}")
-            for name, shape in self.missing.items()
-        ]
-        rows += [("[red]unknown[/]", 1, "", name) for name in self.unknown]
-        for kind, count, parameters, what in rows:
-            table.add_row(kind, f"{count:,}", parameters, escape(what))
+        for part, sizes in parts.items():
+            table.add_row("loaded", f"{len(sizes):,}", f"{sum(sizes):,}", escape(part))
+        for why, names in self.left_over.items():
+            table.add_row("left over", f"{len(names):,}", "", escape(f"{in_common(names)}: {why}"))
+        for kind, *tensor in self.faults:
+            size = f"{math.prod(tensor[2]):,}" if kind == "missing" else ""
+            table.add_row(f"[red]{kind}[/]", "1", size, escape(FAULTS[kind][0].format(*tensor)))
         return table
 
 
@@ -96,35 +85,26 @@ def compare(
     unneeded: reasons by name or beginning of a name ("lam.decoder."), for tensors that a model does without.
     """
     report = LoadingReport(str(source))
-    for name, tensor in tensors.items():
-        found = tuple(tensor.shape)
-        if name in expected:
-            wanted = tuple(expected[name].shape)
-            if found == wanted:
-                report.loaded[name] = found
-            else:
-                report.misshapen[name] = (found, wanted)
-        elif reason := next((why for start, why in (unneeded or {}).items() if name.startswith(start)), None):
+    for name in {**tensors, **expected}:
+        found, wanted = (tuple(side[name].shape) if name in side else None for side in (tensors, expected))
+        reason = next((why for start, why in (unneeded or {}).items() if name.startswith(start)), None)
+        if found == wanted:
+            report.loaded[name] = found
+        elif wanted is None and reason:
             report.left_over.setdefault(reason, []).append(name)
         else:
-            report.unknown.append(name)
-    report.missing = {name: tuple(t.shape) for name, t in expected.items() if name not in tensors}
+            kind = "missing" if found is None else "unknown" if wanted is None else "wrong shape"
+            report.faults.append((kind, name, found, wanted))
     return report
 
 
 def part_of(name: str) -> str:
     """The part of a model that a tensor belongs to: its name's first two parts, less where it has fewer."""
     parts = name.split(".")
-    return ".".join(parts[: min(2, max(1, len(parts) - 1))])
+    return ".".join(parts[:-1][:2] or parts)
 
 
 def in_common(names: Sequence[str]) -> str:
     """What names have in common, for people: the name itself, or their beginning and an ellipsis."""
-    if len(names) == 1:
-        return names[0]
-    shared = []
-    for column in zip(*(name.split(".") for name in names)):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return ".".join([*shared, "…"])
+    shared = os.path.commonprefix([name.split(".") for name in names])
+    return names[0] if len(names) == 1 else ".".join([*shared, "…"])

@@ -1,5 +1,6 @@
 """Tensor names of two implementations of one network, one table for both directions."""
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -16,33 +17,33 @@ class Names:
     """
 
     def __init__(self, table: Mapping[str, str | tuple[str, ...]]) -> None:
-        entries = [(name, (parts,) if isinstance(parts, str) else parts) for name, parts in table.items()]
-        self._split = [(_pattern(name), parts) for name, parts in entries]
-        self._join = [
-            (_pattern(part), name, i, len(parts)) for name, parts in entries for i, part in enumerate(parts)
-        ]
+        self._table = {name: (of,) if isinstance(of, str) else of for name, of in table.items()}
 
     def split(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the table's names → their parts."""
         return {
             _fill(part, match): piece
             for name, tensor in tensors.items()
-            for pattern, parts in self._split
-            if (match := pattern.fullmatch(name))
+            for whole, parts in self._table.items()
+            if (match := _pattern(whole).fullmatch(name))
             for part, piece in zip(parts, tensor.chunk(len(parts)))
         }
 
     def join(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts → tensors under the table's names; one of which parts are missing is left out."""
+        places = [
+            (_pattern(p), whole, i, len(of)) for whole, of in self._table.items() for i, p in enumerate(of)
+        ]
         found: dict[str, list[Tensor | None]] = {}
         for name, tensor in tensors.items():
-            for pattern, whole, i, count in self._join:
+            for pattern, whole, i, count in places:
                 if match := pattern.fullmatch(name):
                     found.setdefault(_fill(whole, match), [None] * count)[i] = tensor
         complete = {name: parts for name, parts in found.items() if not any(part is None for part in parts)}
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in complete.items()}
 
 
+@functools.cache
 def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\*", r"(\d+)") + r"((?:\..+)?)")
 

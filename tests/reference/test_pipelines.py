@@ -35,8 +35,8 @@ from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.data import Clips, LatentClips, read_episodes
 from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
-from Step2_GIDM.data.augment import Augmentation, Draw
 from Step2_GIDM.data.build import build_pairs
+from Step2_GIDM.data.images import Augmentation, Draw
 from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter

@@ -89,14 +89,14 @@ class RLDSClips(Source):
         if self.dropped:
             why = "they have no instruction (data.drop_unlabelled)"
             warnings.warn(f"{what} {self.dropped:,} are left out: {why}", stacklevel=2)
-        self.scope = f"{data.folder} ({split})"
+        self.scope, others = f"{data.folder} ({split})", data.split.episodes - len(data)
         self.left_out = [f"the split {other} (data.split)" for other in read_splits(data.folder) if other != name]
-        if more := data.split.episodes - len(data):
-            self.left_out.append(f"{more:,} episodes of {name} (data.split)")
-        if self.dropped:
-            self.left_out.append(f"{self.dropped:,} episodes without an instruction (data.drop_unlabelled)")
-        if any(self.trim):
-            self.left_out.append(f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)")
+        for number, text in (
+            (others, f"{others:,} episodes of {name} (data.split)"),
+            (self.dropped, f"{self.dropped:,} episodes without an instruction (data.drop_unlabelled)"),
+            (sum(self.trim), f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)"),
+        ):
+            self.left_out += [text] if number else []
 
     def clip(self, number: int) -> Clip:
         episode, first, length = int(self.episodes[number]), self.trim[0], int(self.lengths[number])
