@@ -26,15 +26,15 @@ TITLE = "published GIDM (Lightning)"
 MARK = "lam.patch_up.weight"
 LATENT, DINO, T5 = "lam.", "lam.dino_encoder.", "lam.text_encoder."
 
-# ---------------------------------------------------------------- the latent action model: ours → published
+# The latent action model: our names → published.
 
 
-def _block(ours: str, theirs: str, *, temporal: bool) -> dict[str, str | tuple[str, ...]]:
-    norms = ("spatial_norm", "temporal_norm", "ffn_norm") if temporal else ("spatial_norm", "ffn_norm")
-    table: dict[str, str | tuple[str, ...]] = {
-        f"{ours}.{norm}": f"{theirs}.norm{i}" for i, norm in enumerate(norms, start=1)
-    }
-    for kind in ("spatial", "temporal") if temporal else ("spatial",):
+def _block(ours: str, theirs: str, *kinds: str) -> dict[str, str | tuple[str, ...]]:
+    """Names of a block with attention of these kinds, each with its norm, then a feed-forward layer."""
+    table: dict[str, str | tuple[str, ...]] = {}
+    for i, kind in enumerate([*kinds, "ffn"], start=1):
+        table[f"{ours}.{kind}_norm"] = f"{theirs}.norm{i}"
+    for kind in kinds:
         table[f"{ours}.{kind}.qkv"] = tuple(f"{theirs}.{kind}_attn.to_{part}" for part in "qkv")
         table[f"{ours}.{kind}.out"] = f"{theirs}.{kind}_attn.to_out.0"
     return table | {f"{ours}.ffn.0": f"{theirs}.ffn.0", f"{ours}.ffn.2": f"{theirs}.ffn.3"}
@@ -42,7 +42,7 @@ def _block(ours: str, theirs: str, *, temporal: bool) -> dict[str, str | tuple[s
 
 _TOKENIZER = {
     "encoder.embed": "encoder.ffn",
-    **_block("encoder.blocks.*", "encoder.transformer_blocks.*", temporal=True),
+    **_block("encoder.blocks.*", "encoder.transformer_blocks.*", "spatial", "temporal"),
     "encoder.embed_text": "lang_proj",
     "encoder.to_code.0": "to_codebook",
     "from_code": "action_up",
@@ -59,7 +59,7 @@ _CONTROLLABLE = {
 _DECODER = {
     "decoder.embed_patches": "patch_up",
     "decoder.embed": "decoder.ffn",
-    **_block("decoder.blocks.*", "decoder.transformer_blocks.*", temporal=False),
+    **_block("decoder.blocks.*", "decoder.transformer_blocks.*", "spatial"),
     "decoder.out": "decoder.out",
 }
 # Counters of the quantizer: state of a training run, not weights.
@@ -96,14 +96,8 @@ def load_published(module: nn.Module, tensors: Mapping[str, Tensor], *, source: 
     return report
 
 
-# ---------------------------------------------------------------- DINOv2: torch.hub's names → transformers'
-
+# DINOv2: torch.hub's names → transformers'.
 POSITIONS = "pos_embed"
-# Of the attention layers in transformers, (q, k, v), out: since version 5, and before.
-_ATTENTION = (
-    (tuple(f"attention.{part}_proj" for part in "qkv"), "attention.o_proj"),
-    (tuple(f"attention.attention.{part}" for part in ("query", "key", "value")), "attention.output.dense"),
-)
 _DINO = {
     "cls_token": "embeddings.cls_token",
     POSITIONS: "embeddings.position_embeddings",
@@ -118,11 +112,13 @@ _DINO = {
 
 def dino_names(model: Dinov2WithRegistersModel) -> Names:
     """torch.hub's names (`dinov2_vitb14_reg`), and those of transformers' model."""
-    present = model.state_dict().keys()
-    qkv, out = next(names for names in _ATTENTION if f"encoder.layer.0.{names[1]}.weight" in present)
+    if "encoder.layer.0.attention.o_proj.weight" in model.state_dict():  # since version 5
+        qkv, out = [f"{part}_proj" for part in "qkv"], "o_proj"
+    else:
+        qkv, out = [f"attention.{part}" for part in ("query", "key", "value")], "output.dense"
     attention = {
-        "blocks.*.attn.qkv": tuple(f"encoder.layer.*.{part}" for part in qkv),
-        "blocks.*.attn.proj": f"encoder.layer.*.{out}",
+        "blocks.*.attn.qkv": tuple(f"encoder.layer.*.attention.{part}" for part in qkv),
+        "blocks.*.attn.proj": f"encoder.layer.*.attention.{out}",
     }
     return Names(_DINO | attention)
 
@@ -131,9 +127,6 @@ def dino_image_size(tensors: Mapping[str, Tensor], config: DinoConfig, *, source
     """Side of the images, in pixels, that the position embeddings were made for (518 as published)."""
     with reading(str(source), f"give the complete checkpoint, with DINOv2's {POSITIONS}"):
         return math.isqrt(tensors[POSITIONS].shape[1] - 1) * config.patch
-
-
-# ---------------------------------------------------------------- the checkpoint
 
 
 def build(cfg: DictConfig) -> GIDM:

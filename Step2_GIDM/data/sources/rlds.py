@@ -39,19 +39,16 @@ class Settings(PairsSettings):
 
     def open(self, part: Part) -> "RLDSClips":
         split = self.held_out if part == "held_out" else self.split
-        return RLDSClips(self, split or self._default_split(part))
-
-    def _default_split(self, part: Part) -> str:
-        """As the published code splits: where 95 % of the episodes are all of them, it trains on all."""
-        splits = default_splits(self.root)
-        if part == "all":
-            return splits[0].partition("[")[0]
-        if splits != FEW:
-            return splits[part == "held_out"]
-        if part == "held_out":
-            what = "too few episodes to hold any out; pictures and health are of those that are trained on"
-            warnings.warn(f"{self.root}: {what} (data.held_out)", stacklevel=2)
-        return "train"
+        if not split:
+            training, held_out = splits = default_splits(self.root)
+            if splits == FEW:  # as the published code: where 95 % of the episodes are all of them, it trains on all
+                training = held_out = "train"
+                if part == "held_out":
+                    what = "too few episodes to hold any out; pictures and health are of the training's"
+                    warnings.warn(f"{self.root}: {what} (data.held_out)", stacklevel=2)
+            split = held_out if part == "held_out" else training
+            split = split.partition("[")[0] if part == "all" else split
+        return RLDSClips(self, split)
 
     def data(self, split: str) -> RLDSDataset:
         return RLDSDataset(self.root, split, index=self.index)
