@@ -11,8 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from defi.checkpoints.loading_report import LoadingReport, compare
-from defi.checkpoints.names import under
+from defi.checkpoints.matching import LoadingReport, compare, under
 from defi.errors import UserError
 from defi.text import CLIPText
 from Step1_GFDM import pipeline

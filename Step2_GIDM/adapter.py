@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import Dinov2WithRegistersModel
 
 from defi.checkpoints.files import read_published
-from defi.checkpoints.loading_report import LoadingReport, compare
-from defi.checkpoints.names import Names, below, under
+from defi.checkpoints.matching import LoadingReport, Names, below, compare, under
 from defi.errors import reading
 from defi.text import T5Text
 from Step2_GIDM.dino import DinoConfig, DinoPatches
@@ -81,18 +80,12 @@ def to_published(module: nn.Module, tensors: Mapping[str, Tensor] | None = None)
     return {name: t[None, None] if name.startswith("action_latent") else t for name, t in split.items()}
 
 
-def copy_published(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy published tensors, which must be complete, into `module`; its counters stay as they are."""
-    own = module.state_dict()
+def load_published(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
+    """Load published tensors into `module`, strictly; its counters stay as they are."""
+    report, own = compare(tensors, to_published(module), source=source).check(), module.state_dict()
     counters = {name: tensor for name, tensor in own.items() if name.rsplit(".", 1)[-1] in COUNTERS}
     weights = names_of(module).join(tensors)
     module.load_state_dict(counters | {name: t.reshape(own[name].shape) for name, t in weights.items()})
-
-
-def load_published(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
-    """Load published tensors into `module`, strictly: a name or shape that does not fit is a `UserError`."""
-    report = compare(tensors, to_published(module), source=source).check()
-    copy_published(module, tensors)
     return report
 
 
@@ -152,7 +145,7 @@ def adopt(model: GIDM, tensors: Mapping[str, Tensor], *, source: object) -> Load
     """Load a published checkpoint into `model`, encoders included; errors as `LoadingReport.check`."""
     trained = publish(model)
     report = compare(tensors, trained | publish_towers(model), source=source).check()
-    copy_published(model.core, below({name: tensors[name] for name in trained}, LATENT))
+    load_published(model.core, below({name: tensors[name] for name in trained}, LATENT), source=source)
     dino = model.dino.model
     dino.load_state_dict(dino_names(dino).split(below(tensors, DINO)))
     if text := below(tensors, T5):

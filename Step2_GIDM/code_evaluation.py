@@ -12,7 +12,6 @@ from torch import Tensor
 from defi.engine.data import readable
 from Step2_GIDM.data.images import resize
 from Step2_GIDM.data.pairs import PairDataset, PairMixture
-from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import perplexity
 
@@ -23,6 +22,11 @@ POOL = 8  # feature differences are averaged to at most POOL × POOL places
 STARTS, ACTIONS = 8, 12  # clips that actions are applied in, and actions, each from a clip of its own
 CANDIDATES = 24  # frames of a clip that a prediction may turn out to be
 MOVES = 0.005  # displacement, as a share of the side, from which a pair counts as moving
+
+# Displacement by block matching.
+SIDE = 56  # pixels at which blocks are compared
+BLOCK, STRIDE, REACH = 8, 4, 9  # block size, distance between blocks, furthest displacement searched
+GRID = (SIDE - BLOCK) // STRIDE + 1
 
 
 @dataclass
@@ -90,6 +94,36 @@ def evaluate_codes(model: GIDM, data: PairDataset | PairMixture, count: int) -> 
         pictures = (small(frames) * 255).round().byte()
         parts.append((pictures, *(tensor.cpu() for tensor in (actions.indices, difference, *errors))))
     return CodeEvaluation(np.array(pairs), *(torch.cat(part) for part in zip(*parts)))
+
+
+def displacement(
+    frames: Float[Tensor, "N 2 3 H W"],
+) -> tuple[Float[Tensor, "N 2 G G"], Float[Tensor, "N G G"]]:
+    """Where each block of the earlier frame is in the later one: coarse, but without weights or training.
+
+    Returns:
+        (dx, dy) of every block as a share of the picture's side, x to the right, y downwards; and its weight:
+        how much the block changed (0 for a still background, so that weighted means speak of what moved).
+    """
+    grey = F.interpolate(frames.mean(dim=2), size=(SIDE, SIDE), mode="area")
+    now, later = grey[:, :1], F.pad(grey[:, 1:], [REACH] * 4, mode="replicate")
+    costs = []
+    moves = [(dx, dy) for dy, dx in itertools.product(range(-REACH, REACH + 1), repeat=2)]
+    for dx, dy in moves:
+        shifted = later[:, :, REACH + dy : REACH + dy + SIDE, REACH + dx : REACH + dx + SIDE]
+        cost = F.avg_pool2d((shifted - now).abs(), BLOCK, STRIDE)[:, 0]
+        # A small price of distance: among equally good matches (plain surfaces) the nearest wins.
+        costs.append(cost + 0.001 * (dx * dx + dy * dy) ** 0.5)
+    best = torch.stack(costs).argmin(0)
+    move = torch.tensor(moves, dtype=frames.dtype, device=frames.device)[best].permute(0, 3, 1, 2) / SIDE
+    change = costs[moves.index((0, 0))]
+    weight = torch.where(change > 0.02, change, 0) * (move.abs().sum(1) > 0)
+    return move, weight
+
+
+def mean_displacement(move: Float[Tensor, "N 2 G G"], weight: Float[Tensor, "N G G"]) -> Float[Tensor, "N 2"]:
+    """One (dx, dy) per pair: the mean over blocks, each by how much it changed; 0 where nothing did."""
+    return (move * weight[:, None]).sum((2, 3)) / weight.sum((1, 2)).clamp(min=1e-6)[:, None]
 
 
 @dataclass

@@ -11,8 +11,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from defi.engine.output import write_file
-from Step2_GIDM.code_evaluation import CodeEvaluation, Transfer
-from Step2_GIDM.flow import BLOCK, GRID, SIDE, STRIDE, displacement, mean_displacement
+from Step2_GIDM.code_evaluation import (
+    BLOCK,
+    GRID,
+    SIDE,
+    STRIDE,
+    CodeEvaluation,
+    Transfer,
+    displacement,
+    mean_displacement,
+)
 
 ROWS, EXAMPLES = 8, 3
 FEWEST = 3  # pairs of a code that is shown

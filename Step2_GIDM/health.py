@@ -7,9 +7,8 @@ Does a latent action of one clip mean the same in another (transfer)?
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -38,8 +37,7 @@ PENALTIES = np.logspace(-3, 3, 13)  # of the ridge regression, as shares of the 
 FOLDS = 5  # of the cross-validation that chooses one
 
 
-@dataclass
-class Probed:
+class Probed(NamedTuple):
     """Pairs with what the robot did between their frames."""
 
     seen: CodeEvaluation
@@ -49,22 +47,18 @@ class Probed:
     @classmethod
     def of(cls, data: PairDataset, seen: CodeEvaluation) -> "Probed":
         """Summed relative motion and mean gripper command between the frames of each pair."""
-        source = data.source
-        assert isinstance(source, CalvinClips)
-        numbers = {clip: number for number, clip in enumerate(source.clips)}
+        numbers = {clip: number for number, clip in enumerate(data.source.clips)}
         clips, rows = [], []
-        for pair in seen.pairs:
-            clip, now = data.locate(int(pair))
+        for clip, now in map(data.locate, seen.pairs.tolist()):
             moves = clip.pair(now, data.distance[1])[1] - now  # 0 where both are the clip's last frame
             first = clip.start + now
-            actions = source.data.stack("rel_actions", range(first, first + max(1, moves)))
+            actions = data.source.data.stack("rel_actions", range(first, first + max(1, moves)))
             clips.append(numbers[clip])
             rows.append([*actions[:moves, :6].sum(0), actions[:, 6].mean()])
         return cls(seen, np.array(clips), np.array(rows))
 
 
 def one_hot(indices: Int[np.ndarray, "N Q"], codes: int) -> Float[np.ndarray, "N QC"]:
-    """Codes as indicator columns, one group per place."""
     return np.eye(codes)[indices].reshape(len(indices), -1)
 
 

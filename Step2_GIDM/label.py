@@ -1,16 +1,13 @@
 """Latent actions of every pair of frames: `python -m Step2_GIDM.label …` (configs/step2_label.yaml).
 
 One row per frame of a clip, as in training: the clip's `name` and `start`, the frame's `text`, `frame` and
-`later` (positions in the clip; at its end both are the last), `indices` [Q] (codes). The codes' vectors are
-the rows of the `codebook` [codes, Z].
+`later` (positions in the clip; at its end both are the last), `indices` [Q] (codes, rows of `codebook`).
 
-    codes.parquet   written clip by clip, so of any length; the codebook as JSON in the file's metadata.
-                    Needs the package pyarrow
-    codes.npz       plain arrays, one per column, and `codebook`; held in memory
+    codes.parquet   written clip by clip, so of any length; the codebook as JSON in the file's metadata
+    codes.npz       plain arrays, one per column, and `codebook` [codes, Z]; held in memory
 
 All of a data set is labelled where its section does not ask for less: RLDS' whole `train`, all of CALVIN's
-recordings (`data.language=true`: the annotated spans, with their instructions). A clip that cannot be read is
-left out; the last line says what was labelled, and what was not.
+recordings. A clip that cannot be read is left out; the last line says what was labelled, and what was not.
 
 The processes of `accelerate launch` take clips in turn. The file appears when it is complete; it is the same
 for any number of processes, and after a run that was killed.

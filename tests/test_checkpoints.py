@@ -29,8 +29,7 @@ from defi.checkpoints import clip as clip_adapter
 from defi.checkpoints import inspect
 from defi.checkpoints.convert import adapter
 from defi.checkpoints.files import SETTINGS, read_foreign
-from defi.checkpoints.loading_report import compare, in_common
-from defi.checkpoints.names import Names
+from defi.checkpoints.matching import Names, compare, in_common
 from defi.checkpoints.torchscript import read_torchscript
 from defi.config import compose_preset
 from defi.engine import checkpoint

@@ -12,13 +12,12 @@ from sklearn.metrics import r2_score
 from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.errors import UserError
 from defi.video import write_mp4
-from Step2_GIDM.code_evaluation import CodeEvaluation
+from Step2_GIDM.code_evaluation import CodeEvaluation, displacement, mean_displacement
 from Step2_GIDM.data.build import build_pairs, read_section
 from Step2_GIDM.data.images import Augmentation, Draw, augment, crop, recolour, resize
 from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.data.sources.calvin import CalvinClips
 from Step2_GIDM.data.sources.videos import VideoClips
-from Step2_GIDM.flow import displacement, mean_displacement
 from Step2_GIDM.gallery import direction, most_informative_place
 from Step2_GIDM.health import Probed, fit_and_predict, one_hot, probe, report
 from Step3_DeFI.quickstart import probe_scores
@@ -41,7 +40,7 @@ class Numbered(Source):
 
 def seen(data: PairDataset, index: int) -> tuple[int, int, int]:
     """Clip, earlier and later position as the frames of a pair show them."""
-    frames = data.frames(index)
+    frames = data.frames(*data.locate(index), data.distance[1])
     assert (frames[0, 0] == frames[1, 0]).all(), "both frames are of one clip"
     return int(frames[0, 0, 0, 0]), int(frames[0, 1, 0, 0]), int(frames[1, 1, 0, 0])
 

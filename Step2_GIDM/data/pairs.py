@@ -85,6 +85,8 @@ class PairsSettings:
         if len(self.distance) != 2 or not 1 <= self.distance[0] <= self.distance[1] <= FARTHEST:
             must = f"must be [low, high] with 1 <= low <= high <= {FARTHEST:,}"
             raise UserError(f"data.distance={self.distance}: {must}")
+        if self.stride < 1:
+            raise UserError(f"data.stride={self.stride}: must be at least 1")
 
     def open(self, part: Part) -> Source:
         """The clips that are trained on, those that are held out, or all that the section does not leave out."""
@@ -111,8 +113,6 @@ class PairDataset(Dataset):
         stride: int = 1,
         augmentation: Augmentation | None = None,
     ) -> None:
-        if stride < 1:
-            raise UserError(f"data.stride={stride}: must be at least 1")
         self.source, self.image_size, self.distance, self.stride = source, image_size, distance, stride
         self.augmentation, self.fingerprint = augmentation, source.fingerprint
         if source.lengths.max(initial=0) < 2:
@@ -128,11 +128,8 @@ class PairDataset(Dataset):
         before = int(self._ends[which - 1]) if which else 0
         return self.source.clip(which), (index - before) * self.stride
 
-    def frames(self, index: int) -> UInt8[Tensor, "2 3 H W"]:
-        """The two frames of pair `index` at the largest distance, as they are stored."""
-        return self._read(*self.locate(index), self.distance[1])
-
-    def _read(self, clip: Clip, now: int, distance: int) -> UInt8[Tensor, "2 3 H W"]:
+    def frames(self, clip: Clip, now: int, distance: int) -> UInt8[Tensor, "2 3 H W"]:
+        """A frame of a clip and the one `distance` later, as they are stored."""
         return torch.from_numpy(self.source.read(clip, clip.pair(now, distance))).permute(0, 3, 1, 2)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
@@ -143,7 +140,7 @@ class PairDataset(Dataset):
         clip, now = self.locate(index)
         low, high = self.distance
         distance = high if rng is None else int(rng.integers(low, high + 1))
-        frames = resize(self._read(clip, now, distance), self.image_size)
+        frames = resize(self.frames(clip, now, distance), self.image_size)
         if rng is not None and self.augmentation is not None:
             frames = augment(frames, self.augmentation.draw(rng))
         return {"frames": frames, "text": clip.text(now)}

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from defi.checkpoints.files import read_published
-from defi.checkpoints.loading_report import LoadingReport, compare
-from defi.checkpoints.names import Names
+from defi.checkpoints.matching import LoadingReport, Names, compare
 from defi.errors import UserError, reading
 from defi.hub import local_only
 from defi.text import CLIPText, TextConfig

@@ -16,7 +16,7 @@ from types import ModuleType
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from defi.checkpoints.loading_report import DoesNotFit
+from defi.checkpoints.matching import DoesNotFit
 from defi.config import entry
 from defi.engine import checkpoint
 from defi.engine.model import StageModel
@@ -35,9 +35,8 @@ ADAPTERS = {
 def adapter(stage: str) -> ModuleType:
     """The module that knows a stage's published checkpoints.
 
-    It has `TITLE`, `MARK`, a tensor that only they have, `read(path)`, `convert(cfg)` → (model, report), and
-    for the stages `build(cfg)`, a new model of a preset, and `publish(model)`, its trained part under the
-    published names.
+    It has `TITLE`, `MARK`, a tensor that only they have, `convert(cfg)` → (model, report), and for the stages
+    `build(cfg)`, a new model of a preset, and `publish(model)`, its trained part under the published names.
     """
     if stage not in ADAPTERS:
         raise UserError(f"stage={stage}: choose one of {', '.join(ADAPTERS)}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from defi.checkpoints.convert import ADAPTERS, adapter
 from defi.checkpoints.files import find_index, read_foreign
-from defi.checkpoints.loading_report import part_of
+from defi.checkpoints.matching import part_of
 from defi.config import compose_preset, entry, presets
 from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest
 from defi.errors import UserError
