@@ -164,7 +164,7 @@ def convert(cfg: DictConfig) -> tuple[GIDM, LoadingReport]:
     positions = dino_image_size(below(tensors, DINO), dino, source=cfg.source)
     model = GIDM(
         replace(preset, dino=dino, text=text),
-        dino=DinoPatches.random(dino, positions=positions),
+        dino=DinoPatches.from_config(dino, positions=positions),
         text=T5Text.from_config(preset.text),
     )
     return model, adopt(model, tensors, source=cfg.source)

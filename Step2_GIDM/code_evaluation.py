@@ -26,7 +26,7 @@ MOVES = 0.005  # displacement, as a share of the side, from which a pair counts 
 # Displacement by block matching.
 SIDE = 56  # pixels at which blocks are compared
 BLOCK, STRIDE, REACH = 8, 4, 9  # block size, distance between blocks, furthest displacement searched
-GRID = (SIDE - BLOCK) // STRIDE + 1
+CENTRES = (torch.arange(0, SIDE - BLOCK + 1, STRIDE) + BLOCK / 2) / SIDE  # of the G blocks of a line
 
 
 @dataclass

@@ -11,16 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from defi.engine.output import write_file
-from Step2_GIDM.code_evaluation import (
-    BLOCK,
-    GRID,
-    SIDE,
-    STRIDE,
-    CodeEvaluation,
-    Transfer,
-    displacement,
-    mean_displacement,
-)
+from Step2_GIDM.code_evaluation import CENTRES, CodeEvaluation, Transfer, displacement, mean_displacement
 
 ROWS, EXAMPLES = 8, 3
 FEWEST = 3  # pairs of a code that is shown
@@ -112,8 +103,7 @@ def _draw_field(
     axis.imshow(now.mean((0, 1)).numpy(), cmap="gray", vmin=0, vmax=1.4)
     total = weight.sum(0)
     field = (move * weight[:, None]).sum(0) / total.clamp(min=1e-6) * side
-    centres = (torch.arange(GRID) * STRIDE + BLOCK / 2) * side / SIDE
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    y, x = torch.meshgrid(CENTRES * side, CENTRES * side, indexing="ij")
     strong = total > 0.25 * total.max().clamp(min=1e-6)
     arrows = (x[strong], y[strong], field[0][strong], field[1][strong])
     axis.quiver(*arrows, angles="xy", scale_units="xy", scale=1, color="crimson", width=0.012)

@@ -91,9 +91,8 @@ def label(model: GIDM, source: Source, distance: int, write: Write) -> str:
         raise UserError("data: no clip has a frame; give longer videos")
     if not clips:
         raise UserError(f"data: none of {len(filled)} clips can be read; the first: {faults[0]}")
-    left_out = [f"clips that cannot be read ({len(faults):,})"] if faults else []
-    if empty := len(source.lengths) - len(filled):
-        left_out.append(f"clips without frames ({empty:,})")
+    counts = {"that cannot be read": len(faults), "without frames": len(source.lengths) - len(filled)}
+    left_out = [f"clips {which} ({count:,})" for which, count in counts.items() if count]
     left_out += source.left_out
     labelled = f"{rows:,} pairs of {clips:,} clips of {source.scope}"
     return f"{labelled}; left out: {', '.join(left_out)}" if left_out else labelled

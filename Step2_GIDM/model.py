@@ -89,21 +89,6 @@ class GIDMConfig:
         """From a composed configuration: its sections `gidm` and `text.t5`."""
         return typed(cls, {**cfg["gidm"], "text": cfg["text"]["t5"]}, "gidm")
 
-    def sizes(self, *, patch_width: int, text_width: int) -> LatentActionSizes:
-        """Of the tokenizer, over patches and text states of these widths."""
-        language = self.variant == "language"
-        return LatentActionSizes(
-            patch_width=patch_width,
-            text_width=text_width if language else None,
-            width=self.width,
-            blocks=self.encoder_blocks,
-            heads=self.heads,
-            queries=self.queries,
-            codes=self.codes,
-            code_width=self.code_width,
-            frozen_codes=None if language else self.frozen_codes,
-        )
-
     def fake_batch(self, batch_size: int) -> dict[str, Any]:
         """Valid input of `GIDM.forward`, drawn at random."""
         side = self.dino.image_size
@@ -127,11 +112,20 @@ class GIDM(StageModel):
         self.config = config
         self.dino = dino or DinoPatches.from_config(config.dino)
         self.text = text or T5Text.from_config(config.text)
-        self.core = LatentActionModel(
-            config.sizes(patch_width=self.dino.width, text_width=self.text.width),
-            decoder_blocks=config.decoder_blocks,
-            commitment=config.commitment,
+        language = config.variant == "language"
+        sizes = LatentActionSizes(
+            patch_width=self.dino.width,
+            text_width=self.text.width if language else None,
+            width=config.width,
+            blocks=config.encoder_blocks,
+            heads=config.heads,
+            queries=config.queries,
+            codes=config.codes,
+            code_width=config.code_width,
+            frozen_codes=None if language else config.frozen_codes,
         )
+        blocks, commitment = config.decoder_blocks, config.commitment
+        self.core = LatentActionModel(sizes, decoder_blocks=blocks, commitment=commitment)
         self.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
         if config.initial == "early_codes":
             use_codes_early(self.core)

@@ -16,14 +16,7 @@ from Step2_GIDM.data.pairs import FARTHEST, Clip, PairDataset, PairsSettings, Pa
 
 @dataclass(kw_only=True)
 class Settings(PairsSettings):
-    """`held_out` and `split` as TFDS names them; None: `default_splits`.
-
-    image: picture, a key under `steps/observation`; None: the only one.
-    language: instruction, a path under `steps`; None: where data sets usually keep it, "" if nowhere.
-    trim: how many steps are left out at the start and at the end of every episode.
-    drop_unlabelled: leave out episodes without an instruction at any step that is left.
-    index: folder that keeps the places of pictures.
-    """
+    """See configs/data/pairs_rlds.yaml. Of an episode's steps `trim` are left out, at its start and its end."""
 
     split: str | None
     image: str | None
