@@ -19,7 +19,7 @@ HEAVIEST = 10**6  # weight: places of an epoch are counted in 64 bits
 def build_pairs(
     data: Section, image_size: int, part: Part = "training", *, augment: bool = True
 ) -> PairDataset | PairMixture:
-    """Pairs of the section's training clips, augmented as it says, or of those that are held out, as they are."""
+    """Pairs of the section's training clips, augmented as it says, or of those held out, as they are."""
 
     def pairs_of(settings: PairsSettings) -> PairDataset:
         return PairDataset(

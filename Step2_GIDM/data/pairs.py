@@ -70,8 +70,8 @@ class Source:
 class PairsSettings:
     """What every data set's section says; the defaults are those of configs/data/pairs_<source>.yaml.
 
-    held_out: the part for pictures and health. weight: in a mixture. distance: [low, high], frames between the
-    two of a pair. stride: frames between the starts of pairs.
+    held_out: the part for pictures and health. weight: in a mixture. distance: [low, high], frames between
+    the two of a pair. stride: frames between the starts of pairs.
     """
 
     root: str
@@ -89,7 +89,7 @@ class PairsSettings:
             raise UserError(f"data.stride={self.stride}: must be at least 1")
 
     def open(self, part: Part) -> Source:
-        """The clips that are trained on, those that are held out, or all that the section does not leave out."""
+        """The clips that are trained on, those held out, or all that the section does not leave out."""
         raise NotImplementedError
 
     def size(self, pairs: "PairDataset") -> int:
@@ -98,7 +98,7 @@ class PairsSettings:
 
 
 class PairDataset(Dataset):
-    """Every frame of every clip, with the one `distance` frames later: at the end the last frame, its own too.
+    """Every frame of every clip, with the one `distance` frames later; at the end the last, its own too.
 
     The distance is drawn uniformly from [low, high], and one augmentation for both frames, from the generator
     that the engine makes for (seed, epoch, index).

@@ -16,7 +16,7 @@ from Step2_GIDM.data.pairs import FARTHEST, Clip, PairDataset, PairsSettings, Pa
 
 @dataclass(kw_only=True)
 class Settings(PairsSettings):
-    """See configs/data/pairs_rlds.yaml. Of an episode's steps `trim` are left out, at its start and its end."""
+    """See configs/data/pairs_rlds.yaml. trim: steps left out at the start and the end of every episode."""
 
     split: str | None
     image: str | None
@@ -34,7 +34,7 @@ class Settings(PairsSettings):
         split = self.held_out if part == "held_out" else self.split
         if not split:
             training, held_out = splits = default_splits(self.root)
-            if splits == FEW:  # as the published code: where 95 % of the episodes are all of them, it trains on all
+            if splits == FEW:  # the published code, whose 95 % of few episodes are all, trains on all
                 training = held_out = "train"
                 if part == "held_out":
                     what = "too few episodes to hold any out; pictures and health are of the training's"
@@ -80,7 +80,8 @@ class RLDSClips(Source):
             why = "they have no instruction (data.drop_unlabelled)"
             warnings.warn(f"{what} {self.dropped:,} are left out: {why}", stacklevel=2)
         self.scope, others = f"{data.folder} ({split})", data.split.episodes - len(data)
-        self.left_out = [f"the split {other} (data.split)" for other in read_splits(data.folder) if other != name]
+        unused = read_splits(data.folder).keys() - {name}
+        self.left_out = [f"the split {other} (data.split)" for other in sorted(unused)]
         for number, text in (
             (others, f"{others:,} episodes of {name} (data.split)"),
             (self.dropped, f"{self.dropped:,} episodes without an instruction (data.drop_unlabelled)"),
@@ -98,4 +99,5 @@ class RLDSClips(Source):
         return int(clip.name.rpartition(":")[2]) - self.data.first
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
-        return self.data.frames(self.episode(clip), [clip.start + position for position in positions], self.picture)
+        steps = [clip.start + position for position in positions]
+        return self.data.frames(self.episode(clip), steps, self.picture)

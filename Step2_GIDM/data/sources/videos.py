@@ -31,7 +31,8 @@ class VideoClips(Source):
     def __init__(self, root: Path) -> None:
         files = [root] if root.is_file() else find_files(root, VIDEO_SUFFIXES)
         if not files:
-            what = f"no videos here ({', '.join(VIDEO_SUFFIXES)})" if root.exists() else "no such file or folder"
+            kinds = ", ".join(VIDEO_SUFFIXES)
+            what = f"no videos here ({kinds})" if root.exists() else "no such file or folder"
             raise UserError(f"{root}: {what}; give a folder of videos")
         found = [number_video(root)] if root.is_file() else number_videos(root, files)
         damaged = [fault for fault in found if isinstance(fault, UserError)]
