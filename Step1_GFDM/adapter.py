@@ -15,9 +15,9 @@ from defi.checkpoints.matching import LoadingReport, compare, under
 from defi.errors import UserError
 from defi.text import CLIPText
 from Step1_GFDM import pipeline
+from Step1_GFDM.build import build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
-from Step1_GFDM.parts import build_unet, build_vae
 
 TITLE = "published video model (diffusers folder)"
 MARK = "unet.conv_in.weight"

@@ -1,7 +1,7 @@
 """Sizes and constants of stage 1; the defaults are those of the published model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,11 +80,11 @@ class FeatureConfig:
 
 @dataclass
 class GFDMConfig:
-    """frames: F. frame_step: steps of the recording from one of them to the next, so that frame i is
+    """frames: F. frame_step: steps of the recording from one frame to the next, so that frame i is
     i · frame_step steps ahead. image_size: H = W in pixels. pretrained: a Stable Video Diffusion folder to
-    start from instead of random weights; its sizes then take the place of `unet` and `vae`.
-    gradient_checkpointing: in training, compute the UNet's activations again on the way back instead of
-    keeping them."""
+    start from instead of random weights; its sizes then replace `unet` and `vae`.
+    gradient_checkpointing: in training, compute the UNet's activations again instead of keeping them.
+    """
 
     frames: int = 16
     frame_step: int = 2
@@ -106,10 +106,6 @@ class GFDMConfig:
     def from_preset(cls, cfg: Mapping[str, Any]) -> "GFDMConfig":
         """From a composed configuration: its sections `gfdm` and `text.clip`."""
         return typed(cls, {**cfg["gfdm"], "clip": cfg["text"]["clip"]}, "gfdm")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON; `typed(GFDMConfig, …)` reads them back."""
-        return asdict(self)
 
     @property
     def clip_frames(self) -> range:

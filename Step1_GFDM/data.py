@@ -12,6 +12,7 @@ latent_videos_svd, which the annotations do not name.
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,20 +28,22 @@ from torch.utils.data import Dataset
 
 from defi.config import typed
 from defi.engine.weights import fingerprint
-from defi.errors import UserError
+from defi.errors import UserError, one_line, reading
 from defi.files import read_json
 from defi.instructions import read_instructions
 from defi.processes import print_once
+from Step1_GFDM.config import GFDMConfig
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
 LATENTS = "latents"  # the tensor's name in a .safetensors file
 MOST_FRAMES = 10**8  # of a video: more than a month
+AGAIN = "run Step1_GFDM.prepare again"
 
 
 @dataclass
-class ClipsConfig:
-    """How one data set is cut into clips; numbers of frames count those of the recording, stored or not.
+class LatentSetConfig:
+    """How clips are taken from one data set; numbers of frames count those of the recording, stored or not.
 
     weight: share of this set in a mixture. clips: `window`, F frames `stride` apart (None: the model's
     `frame_step`), a window every `every` frames (None: as `stride`), the last frame repeated past the end; or
@@ -59,9 +62,8 @@ class ClipsConfig:
     def __post_init__(self) -> None:
         if self.clips not in ("window", "spread"):
             raise UserError(f"data.sets.clips={self.clips}: must be window or spread")
-        cameras_fit = all(0 <= share < math.inf for share in self.cameras)
-        steps_fit = all(steps is None or steps >= 1 for steps in (self.stride, self.every))
-        if not steps_fit or not 0 < self.weight < math.inf or not cameras_fit:
+        given = [n for n in (self.weight, self.stride, self.every) if n is not None]
+        if not all(0 < n < math.inf for n in given) or not all(0 <= n < math.inf for n in self.cameras):
             raise UserError(
                 f"{self.root}: stride={self.stride}, every={self.every}, weight={self.weight}, "
                 f"cameras={self.cameras}: must be positive numbers, a camera's share may be 0"
@@ -77,6 +79,10 @@ class Episode:
     frames: int | None  # None: the annotation does not say
     latents: list[str]
     videos: list[str]
+
+
+class NotJSON(UserError):
+    """An annotation that is none: left out, as the published code does."""
 
 
 def inside(root: Path, path: str) -> str:
@@ -95,53 +101,31 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-class NotJSON(UserError):
-    """An annotation that is none: left out, as the published code does."""
-
-
 def read_episode(root: Path, file: Path) -> Episode:
     """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
 
-    Raises:
-        UserError: names the file; `NotJSON` where that is all that is wrong.
+    Raises UserError that names the file; `NotJSON` where that is all that is wrong.
     """
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise NotJSON(f"{file}: not JSON ({error}); copy it again, or remove it") from None
-    except (OSError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy it again, or remove it") from None
-    try:
+    fix = "copy it again, or remove it"
+    with reading(file, fix):
+        try:
+            values = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise NotJSON(f"{file}: not JSON ({one_line(error)}); {fix}") from None
         texts = read_instructions(as_list(values["texts"]), f"{file}: a text")
         if not texts:
             raise UserError(f"{file}: has no caption; stage 1 needs texts")
         frames = len(values["state"]) if "state" in values else values.get("video_length", 0)
         if not 0 <= frames <= MOST_FRAMES:
-            raise UserError(
-                f"{file}: video_length={frames}: no video is that long; give its number of frames"
-            )
-        return Episode(
-            str(values.get("episode_id", file.stem)),
-            texts,
-            int(frames) or None,
-            [
-                inside(root, latent["latent_video_path"])
-                for latent in as_list(values.get("latent_videos", []))
-            ],
-            [inside(root, video["video_path"]) for video in as_list(values["videos"])],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: not an annotation ({error!r}); run Step1_GFDM.prepare again") from error
+            raise UserError(f"{file}: video_length={frames}: no video is that long; give its frames")
+        latents = [each["latent_video_path"] for each in as_list(values.get("latent_videos", []))]
+        videos = [each["video_path"] for each in as_list(values["videos"])]
+        latents, videos = ([inside(root, path) for path in paths] for paths in (latents, videos))
+        return Episode(str(values.get("episode_id", file.stem)), texts, int(frames) or None, latents, videos)
 
 
 def annotation_files(root: Path, split: str) -> list[Path]:
-    """Of a split, by name.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Of a split, by name. Raises UserError if there are none."""
     of_calvin = root / "annotation_abc_13" / {"val": "val_d"}.get(split, split)
     folder = of_calvin if of_calvin.is_dir() else root / "annotation" / split
     files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
@@ -151,113 +135,99 @@ def annotation_files(root: Path, split: str) -> list[Path]:
 
 
 def read_episodes(root: str | Path, split: str) -> list[Episode]:
-    """All annotations of a split, by name; a printed line tells of those that are not JSON.
+    """All annotations of a split, by name; a printed line counts those that are not JSON.
 
-    Raises:
-        UserError: no such folder, nothing in it, or an annotation that lacks something.
+    Raises UserError if there are none, or one lacks something.
     """
-    root = Path(root)
-    files = annotation_files(root, split)
 
     def read(file: Path) -> Episode | NotJSON:
         try:
-            return read_episode(root, file)
+            return read_episode(Path(root), file)
         except NotJSON as error:
             return error
 
+    files = annotation_files(Path(root), split)
     with ThreadPoolExecutor(8) as pool:  # a hundred thousand small files, perhaps over a network
         found = list(pool.map(read, files))
-    damaged = [each for each in found if isinstance(each, NotJSON)]
-    if len(damaged) == len(found):
-        raise damaged[0]
-    if damaged:
-        print_once(f"{files[0].parent}: left out {len(damaged)} of {len(found)} annotations: {damaged[0]}")
-    return [each for each in found if isinstance(each, Episode)]
+    episodes = [each for each in found if isinstance(each, Episode)]
+    faults = [each for each in found if isinstance(each, NotJSON)]
+    if faults and not episodes:
+        raise faults[0]
+    if faults:
+        print_once(f"{files[0].parent}: left out {len(faults)} of {len(files)} annotations: {faults[0]}")
+    return episodes
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Of a prepared folder; of VPP's own sets, which have none, what may be taken for granted."""
+    file = root / MANIFEST
+    return read_json(file, AGAIN) if file.is_file() else {"data": {"every": 1}}
 
 
 def stored_step(root: Path) -> int:
-    """Steps of the recording from one stored frame to the next: 1 without a manifest, as in VPP's own sets.
-
-    Raises:
-        UserError: the manifest is damaged.
-    """
-    file, mend = root / MANIFEST, "run Step1_GFDM.prepare again"
-    if not file.is_file():
-        return 1
-    source = read_json(file, mend).get("data")
+    """Steps of the recording from one stored frame to the next."""
+    source = read_manifest(root).get("data")
     step = source.get("every") if isinstance(source, dict) else None
     if not isinstance(step, int) or step < 1:
-        raise UserError(f"{file}: data.every={step}: must be the step between stored frames; {mend}")
+        raise UserError(f"{root / MANIFEST}: data.every={step}: must be the step between frames; {AGAIN}")
     return step
 
 
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
-    """Some frames of an episode's latents, as float32; only what lies between them is read.
+    """Some frames of an episode's latents, as float32; only what lies between them is read, but of a `.pt` in
+    PyTorch's old format, which cannot be mapped into memory.
 
-    Raises:
-        UserError: the file is missing, damaged, shorter than an index, or a `.pt` of PyTorch's old format.
+    Raises UserError for a missing, damaged or shorter file.
     """
-    try:
+    with reading(path, f"copy it again, or {AGAIN}"):
         first, last = int(indices.min()), int(indices.max())
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 part = file.get_slice(LATENTS)[first : last + 1]
         else:
-            part = torch.load(path, weights_only=True, map_location="cpu", mmap=True)[first : last + 1]
+            mapped = zipfile.is_zipfile(path)
+            part = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)[first : last + 1]
+        if part.dim() != 4:
+            raise ValueError(f"holds {list(part.shape)}, not latents [frames, 4, h, w]")
         return part[torch.from_numpy(indices - first)].float()
-    except Exception as error:  # whatever damaged bytes make the libraries raise
-        how = "convert it with Step1_GFDM.convert" if "mmap" in str(error) else "run Step1_GFDM.prepare again"
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot read latents ({reason}); {how}") from error
 
 
-class Clips:
+class LatentSet:
     """The clips of one data set: windows of every episode, or one clip of each."""
 
-    def __init__(self, config: ClipsConfig, *, frames: int, frame_step: int, split: str) -> None:
-        """frames, frame_step: of the model. Raises UserError for what cannot be cut as the config says."""
-        self.config, self.frames, self.root = config, frames, Path(config.root)
-        self.stride, self.every = self._in_stored_frames(stored := stored_step(self.root), frame_step)
-        longest = config.longest or math.inf
-        episodes = read_episodes(config.root, split)
-        for episode in episodes:
-            self._check(episode)
-        self.episodes = [e for e in episodes if (e.frames - 1) * stored < longest]
-        if not self.episodes:
-            raise UserError(f"{config.root}: no video has at most {config.longest} frames; raise longest")
-        if longer := len(episodes) - len(self.episodes):
-            print_once(
-                f"{self.root}: left out {longer} of {len(episodes)} videos, longer than {longest} frames"
-            )
-        windows = config.clips == "window"
-        self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
-
-    def _in_stored_frames(self, stored: int, frame_step: int) -> tuple[int, int]:
-        """stride and every, of which the files hold one frame in `stored`."""
-        stride = self.config.stride or frame_step
-        every = self.config.every or stride
-        if self.config.clips == "window" and (stride % stored or every % stored):
+    def __init__(self, config: LatentSetConfig, model: GFDMConfig, split: str) -> None:
+        """Raises UserError where the stored frames do not give such clips."""
+        self.config, self.frames, self.root = config, model.frames, Path(config.root)
+        windows, stored = config.clips == "window", stored_step(self.root)
+        stride = config.stride or model.frame_step
+        every = config.every or stride
+        if windows and (stride % stored or every % stored):
             raise UserError(
                 f"{self.root}: stores one frame in {stored} of its recordings, too few for stride={stride}, "
                 f"every={every} (frames of the recording; null: gfdm.frame_step); prepare it again with "
                 f"data.every={math.gcd(stride, every)}, or give multiples of {stored}"
             )
-        return stride // stored, every // stored
+        self.stride, self.every = stride // stored, every // stored
+        found, longest = read_episodes(config.root, split), config.longest or math.inf
+        for episode in found:
+            self._check(episode)
+        self.episodes = [e for e in found if (e.frames - 1) * stored < longest]
+        if not self.episodes:
+            raise UserError(f"{config.root}: no video has at most {longest} frames; raise longest")
+        if longer := len(found) - len(self.episodes):
+            print_once(f"{self.root}: left out {longer} of {len(found)} videos, longer than {longest} frames")
+        self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
 
     def _check(self, episode: Episode) -> None:
-        where = f"{self.root}: episode {episode.id}"
+        fault = ""
         if not episode.latents or not episode.frames:
-            raise UserError(
-                f"{where} has no latents or no length; encode it with Step1_GFDM.prepare, source vpp"
+            fault = " has no latents or no length; encode it with Step1_GFDM.prepare, source vpp"
+        elif not any(self.config.cameras[: len(episode.latents)]):
+            fault = (
+                f": cameras={self.config.cameras} gives none of its {len(episode.latents)} cameras a share"
             )
-        if not any(self._camera_shares(episode)):
-            raise UserError(
-                f"{where}: cameras={self.config.cameras} gives none of its {len(episode.latents)} cameras a "
-                "share; give one of them more than 0"
-            )
-
-    def _camera_shares(self, episode: Episode) -> list[float]:
-        return self.config.cameras[: len(episode.latents)]
+        if fault:
+            raise UserError(f"{self.root}: episode {episode.id}{fault}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -288,60 +258,46 @@ class Clips:
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Latents [F, 4, h, w] of a randomly chosen camera, and the first of the texts."""
         episode, start = self.locate(index)
-        shares = np.array(self._camera_shares(episode))
+        shares = np.array(self.config.cameras[: len(episode.latents)])
         camera = int(rng.choice(len(shares), p=shares / shares.sum()))
         return {"latents": self.latents(episode, start, camera), "text": episode.texts[0]}
 
 
-def open_sets(cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str) -> dict[str, Clips]:
+def open_sets(cfg: Mapping[str, Any], model: GFDMConfig, split: str) -> dict[str, LatentSet]:
     """The data sets of the `data` section of a configuration, by name."""
-    sets = {name: typed(ClipsConfig, section, f"data.sets.{name}") for name, section in cfg["sets"].items()}
-    return {n: Clips(c, frames=frames, frame_step=frame_step, split=split) for n, c in sets.items()}
+    sets = {n: typed(LatentSetConfig, section, f"data.sets.{n}") for n, section in cfg["sets"].items()}
+    return {name: LatentSet(config, model, split) for name, config in sets.items()}
 
 
-def made_by_another(sets: Iterable[Clips], vae: Path) -> str | None:
-    """Says so if latents are not this autoencoder's. Folders without a manifest are taken on trust.
+def check_latents(sets: Iterable[LatentSet], vae: Path, size: torch.Size, *, pretrained: bool) -> None:
+    """Raises UserError if another autoencoder than the model's made the latents, or another `size` [4, h, w].
 
-    Raises:
-        UserError: a manifest is damaged.
+    A pretrained model has a file of its own: another fingerprint is only noted then.
     """
     used = fingerprint(vae)
-    for clips in sets:
-        file = clips.root / MANIFEST
-        made = read_json(file, "run Step1_GFDM.prepare again").get("vae") if file.is_file() else used
+    for latents in sets:
+        made = read_manifest(latents.root).get("vae", used)
+        wrong = f"{latents.root / MANIFEST}: these latents were made by autoencoder {made}, {vae} is {used}"
+        if made != used and not pretrained:
+            raise UserError(f"{wrong}; give the data and the autoencoder that belong together, or {AGAIN}")
         if made != used:
-            return f"{file}: these latents were made by autoencoder {made}, {vae} is {used}"
-    return None
+            print_once(f"note: {wrong}; these must be the same weights in another file")
+        found = latents.clip(0, np.random.default_rng(0))["latents"].shape[1:]
+        if found != size:
+            wrong = f"its latents are {list(found)}, the model's {list(size)}"
+            raise UserError(f"{latents.root}: {wrong}; prepare them with the model's image_size=")
 
 
-def check_size(sets: Iterable[Clips], expected: torch.Size) -> None:
-    """Raises UserError if latents are not of the model's size [4, h, w]."""
-    for clips in sets:
-        found = clips.clip(0, np.random.default_rng(0))["latents"].shape[1:]
-        if found != expected:
-            raise UserError(
-                f"{clips.root}: its latents are {list(found)}, the model's {list(expected)}; "
-                "prepare them with the model's image_size="
-            )
-
-
-class LatentClips(Dataset):
-    """A mixture of data sets by weight: sample i first draws its data set, then is its clip i, counted round.
+class LatentMixture(Dataset):
+    """Data sets mixed by weight: sample i first draws its data set, then is its clip i, counted round.
 
     So a pass over the data is as long as the largest set, and small ones repeat.
     """
 
-    def __init__(self, sets: Mapping[str, Clips]) -> None:
-        self.sets = list(sets.values())
-        weights = np.array([clips.config.weight for clips in self.sets])
+    def __init__(self, sets: Iterable[LatentSet]) -> None:
+        self.sets = list(sets)
+        weights = np.array([latents.config.weight for latents in self.sets])
         self.weights = weights / weights.sum()
-
-    @classmethod
-    def from_config(
-        cls, cfg: Mapping[str, Any], *, frames: int, frame_step: int, split: str
-    ) -> "LatentClips":
-        """From the `data` section of a configuration: `sets`, by name."""
-        return cls(open_sets(cfg, frames=frames, frame_step=frame_step, split=split))
 
     def __len__(self) -> int:
         return max(map(len, self.sets))
@@ -353,4 +309,4 @@ class LatentClips(Dataset):
 
     def texts(self) -> Iterator[str]:
         """The text of every episode."""
-        return (episode.texts[0] for clips in self.sets for episode in clips.episodes)
+        return (episode.texts[0] for latents in self.sets for episode in latents.episodes)

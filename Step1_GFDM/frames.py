@@ -35,25 +35,20 @@ class FramesConfig:
     def __post_init__(self) -> None:
         if min(self.frames, self.stride) < 1:
             raise UserError(f"data.frames={self.frames}, data.stride={self.stride}: must be at least 1")
-        known = {"static", "gripper"}
-        if not self.cameras or set(self.cameras) - known or min(self.cameras.values()) <= 0:
+        if not self.cameras or set(self.cameras) - {"static", "gripper"} or min(self.cameras.values()) <= 0:
             raise UserError(f"data.cameras={self.cameras}: give static and gripper positive shares")
 
 
 class FrameClips(Dataset):
     """One clip per frame of the recordings; its camera is drawn, its end clamped to the recording's."""
 
-    def __init__(self, config: FramesConfig, split: str, image_size: int) -> None:
-        self.config, self.image_size = config, image_size
-        self.data = CalvinFolder(f"{config.root}/{split}")
+    def __init__(self, cfg: Mapping[str, Any], image_size: int, *, held_out: bool = False) -> None:
+        """cfg: the `data` section of a configuration."""
+        self.config, self.image_size = typed(FramesConfig, cfg, "data"), image_size
+        split = self.config.held_out if held_out else self.config.split
+        self.data = CalvinFolder(f"{self.config.root}/{split}")
         self.starts = [(frame, end) for start, end in self.data.episodes for frame in range(start, end + 1)]
         self.fingerprint = self.data.fingerprint
-
-    @classmethod
-    def from_config(cls, cfg: Mapping[str, Any], image_size: int, *, held_out: bool = False) -> "FrameClips":
-        """From the `data` section of a configuration: the training split, or the held-out one."""
-        config = typed(FramesConfig, cfg, "data")
-        return cls(config, config.held_out if held_out else config.split, image_size)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -67,9 +62,8 @@ class FrameClips(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """{"frames": [F, 3, H, W]}, determined by index and rng."""
         shares = np.array(list(self.config.cameras.values()))
-        return {
-            "frames": self.clip(index, str(rng.choice(list(self.config.cameras), p=shares / shares.sum())))
-        }
+        camera = str(rng.choice(list(self.config.cameras), p=shares / shares.sum()))
+        return {"frames": self.clip(index, camera)}
 
     def spread(self, count: int) -> Float[Tensor, "N F 3 H W"]:
         """`count` clips spread evenly over the data, cameras in turn; what cannot be read is left out."""

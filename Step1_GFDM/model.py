@@ -10,13 +10,17 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from jaxtyping import Float
 from torch import Tensor
 
-from defi.engine.data import SampleNoise
+from defi.engine.data import SampleNoise, sample_seeds
 from defi.engine.model import StageModel
 from defi.text import CLIPText
 from Step1_GFDM import pipeline
+from Step1_GFDM.build import build_scheduler, build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.parts import build_scheduler, build_unet, build_vae
 from Step1_GFDM.unet import up_block_features
+
+Video = Float[Tensor, "N F 4 h w"]  # latents of F frames
+Picture = Float[Tensor, "N 4 h w"]  # latents of one
+Text = Float[Tensor, "N T D2"]  # CLIP token states, twice
 
 
 class GFDM(StageModel):
@@ -55,13 +59,9 @@ class GFDM(StageModel):
         if config.pretrained is not None:
             parts, sizes = pipeline.load_foreign(Path(config.pretrained), clip)
             return cls(replace(config, **sizes), **parts, clip=clip)
-        return cls(
-            config,
-            unet=build_unet(config, clip.width),
-            vae=vae or build_vae(config.vae, config.image_size),
-            scheduler=build_scheduler(),
-            clip=clip,
-        )
+        vae = vae or build_vae(config.vae, config.image_size)
+        unet = build_unet(config, clip.width)
+        return cls(config, unet=unet, vae=vae, scheduler=build_scheduler(), clip=clip)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "GFDM":
@@ -70,12 +70,13 @@ class GFDM(StageModel):
         Raises:
             UserError: a file is missing or damaged, or a tensor does not fit its network.
         """
-        config = pipeline.read_config(Path(folder))
-        return cls(config, **pipeline.load_parts(Path(folder), config))
+        config, parts = pipeline.load(Path(folder))
+        return cls(config, **parts)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a diffusers folder with everything in it (`Step1_GFDM.pipeline`)."""
-        pipeline.save(self, folder)
+        parts = {"unet": self.unet, "vae": self.vae, "scheduler": self.scheduler}
+        pipeline.save(folder, self.config, self.clip, **parts)
 
     def load_weights(self, folder: Path) -> None:
         """Copy the UNet's weights from a saved folder into this model, in place and strictly."""
@@ -96,25 +97,25 @@ class GFDM(StageModel):
         """L of `features`: positions of up block 1, which ends two doublings above the lowest level."""
         return (self.config.latent_size // 2 ** (len(self.unet.config.block_out_channels) - 3)) ** 2
 
-    def noise(self, count: int, generator: torch.Generator | None = None) -> Float[Tensor, "N F 4 h w"]:
+    def noise(self, count: int, generator: torch.Generator | None = None) -> Video:
         """Standard normal noise for `count` clips, drawn on the generator's device."""
         size = self.config.latent_size
         shape = (count, self.config.frames, self.config.vae.latent_channels, size, size)
         device = generator.device if generator is not None else self.unet.device
         return torch.randn(shape, generator=generator, device=device).to(self.unet.device)
 
-    def encode_text(self, texts: list[str]) -> Float[Tensor, "N T D2"]:
+    def encode_text(self, texts: list[str]) -> Text:
         """CLIP token states concatenated with themselves."""
         states = self.clip.tokens(texts)
         return torch.cat([states, states], dim=-1)
 
     @torch.no_grad()
-    def encode_images(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 4 h w"]:
+    def encode_images(self, images: Float[Tensor, "N 3 H W"]) -> Picture:
         """Scaled latents (mode of the posterior) of images in [-1, 1]; float32, as the VAE may not be."""
         return self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float() * self.scaling
 
     @torch.no_grad()
-    def decode_latents(self, latents: Float[Tensor, "N F 4 h w"]) -> Float[Tensor, "N F 3 H W"]:
+    def decode_latents(self, latents: Video) -> Float[Tensor, "N F 3 H W"]:
         """Frames in [-1, 1] of scaled latents."""
         clips, frames = latents.shape[:2]
         images = self.vae.decode(latents.flatten(0, 1) / self.scaling, num_frames=frames).sample
@@ -128,15 +129,26 @@ class GFDM(StageModel):
         ids[:, 2] = noise_aug
         return ids
 
+    def beside_image(self, noisy: Video, image: Picture) -> Float[Tensor, "N F 8 h w"]:
+        """What the UNet sees: noisy latents, and on further channels the scaled image condition, unscaled."""
+        return torch.cat([noisy, (image / self.scaling).unsqueeze(1).expand_as(noisy)], dim=2)
+
+    def velocity(
+        self, noisy: Video, time: Tensor, *, image: Picture, text: Text, time_ids: Float[Tensor, "N 3"]
+    ) -> Video:
+        """The UNet's prediction. noisy: of unit deviation. time: ln(sigma)/4. image: scaled."""
+        given = self.beside_image(noisy, image)
+        return self.unet(given, time, encoder_hidden_states=text, added_time_ids=time_ids).sample
+
     def denoising_loss(
         self,
-        latents: Float[Tensor, "B F 4 h w"],
-        text: Float[Tensor, "B T D2"],
+        latents: Video,
+        text: Text,
         *,
-        condition: Float[Tensor, "B 4 h w"],
-        noise_aug: float | Float[Tensor, " B"] = 0.0,
-        noise: Float[Tensor, "B F 4 h w"],
-        normal: Float[Tensor, "B 1 1 1 1"],
+        condition: Picture,
+        noise_aug: float | Float[Tensor, " N"] = 0.0,
+        noise: Video,
+        normal: Float[Tensor, "N 1 1 1 1"],
     ) -> Float[Tensor, ""]:
         """EDM loss with sigma_data 1 (Karras et al. 2022, table 1), v-prediction preconditioning as in SVD.
 
@@ -145,14 +157,14 @@ class GFDM(StageModel):
         edm = self.config.diffusion
         sigma = torch.exp(edm.sigma_mean + edm.sigma_std * normal)
         noisy = latents + sigma * noise
-        image = (condition / self.scaling).unsqueeze(1).expand_as(latents)
-        prediction = self.unet(
-            torch.cat([noisy / (sigma**2 + 1).sqrt(), image], dim=2),
+        velocity = self.velocity(
+            noisy / (sigma**2 + 1).sqrt(),
             sigma.log().flatten() / 4,
-            encoder_hidden_states=text,
-            added_time_ids=self.time_ids(len(latents), edm.fps, edm.motion_bucket, noise_aug),
-        ).sample
-        denoised = -sigma / (sigma**2 + 1).sqrt() * prediction.float() + noisy / (sigma**2 + 1)
+            image=condition,
+            text=text,
+            time_ids=self.time_ids(len(latents), edm.fps, edm.motion_bucket, noise_aug),
+        )
+        denoised = -sigma / (sigma**2 + 1).sqrt() * velocity.float() + noisy / (sigma**2 + 1)
         return ((sigma**2 + 1) / sigma**2 * (denoised - latents) ** 2).mean()
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
@@ -182,48 +194,44 @@ class GFDM(StageModel):
         return {"loss": loss}
 
     @torch.no_grad()
-    def generate(
-        self,
-        latents: Float[Tensor, "N 4 h w"],
-        text: Float[Tensor, "N T D2"],
-        *,
-        noise: Float[Tensor, "N F 4 h w"],
-        steps: int | None = None,
-    ) -> Float[Tensor, "N F 4 h w"]:
+    def generate(self, latents: Picture, text: Text, *, noise: Video, steps: int | None = None) -> Video:
         """Scaled latents of the imagined clips, by Euler steps with classifier-free guidance.
 
         latents: the scaled image condition. text: `encode_text`. Guidance rises linearly over the frames;
         the unconditional branch has zero text and a zero image latent.
         """
-        sampling = self.config.sampling
-        image = (latents / self.scaling).unsqueeze(1).expand_as(noise)
-        image = torch.cat([torch.zeros_like(image), image])
-        text = torch.cat([torch.zeros_like(text), text])
-        edm = self.config.diffusion
+        sampling, edm = self.config.sampling, self.config.diffusion
+        image, text = (torch.cat([torch.zeros_like(given), given]) for given in (latents, text))
         time_ids = self.time_ids(len(text), edm.fps, edm.motion_bucket, sampling.noise_aug)
         guidance = torch.linspace(sampling.min_guidance, sampling.max_guidance, noise.shape[1])
         guidance = guidance.to(noise.device)[:, None, None, None]
         self.scheduler.set_timesteps(steps or sampling.steps)
         sample = noise * self.scheduler.init_noise_sigma
         for timestep in self.scheduler.timesteps:
-            scaled = self.scheduler.scale_model_input(torch.cat([sample, sample]), timestep)
-            prediction = self.unet(
-                torch.cat([scaled, image], dim=2),
-                timestep,
-                encoder_hidden_states=text,
-                added_time_ids=time_ids,
-            ).sample
-            without, conditioned = prediction.chunk(2)
+            noisy = self.scheduler.scale_model_input(torch.cat([sample, sample]), timestep)
+            velocity = self.velocity(noisy, timestep, image=image, text=text, time_ids=time_ids)
+            without, conditioned = velocity.chunk(2)
             guided = without + guidance * (conditioned - without)
             sample = self.scheduler.step(guided, timestep, sample).prev_sample
         return sample
 
+    @torch.inference_mode()
+    def imagine(
+        self, first: Picture, texts: list[str], *, seed: int, steps: int | None = None
+    ) -> Float[Tensor, "N F 3 H W"]:
+        """Imagined frames in [-1, 1], on the CPU, from scaled latents of the first ones; a clip's noise
+        depends on `seed` and on its place among the clips."""
+        device, size = self.unet.device, self.noise(1).shape[1:]
+        noise = SampleNoise(sample_seeds("imagined", seed, len(first)), device).normal("video", *size)
+        latents = self.generate(first.to(device), self.encode_text(texts), noise=noise, steps=steps)
+        return self.decode_latents(latents).cpu()
+
     def features(
         self,
-        latents: Float[Tensor, "N 4 h w"],
+        latents: Picture,
         texts: list[str],
         *,
-        noise: Float[Tensor, "N F 4 h w"] | None = None,
+        noise: Video | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "N F L C"]:
         """Features of the imagined future of each image: one partial UNet pass at the first sampling step.
@@ -236,31 +244,32 @@ class GFDM(StageModel):
         return maps.flatten(3).transpose(2, 3)
 
     def feature_maps(
-        self,
-        latents: Float[Tensor, "N 4 h w"],
-        text: Float[Tensor, "N T D2"],
-        *,
-        noise: Float[Tensor, "N F 4 h w"],
-        step: int = 1,
+        self, latents: Picture, text: Text, *, noise: Video, step: int = 1
     ) -> Float[Tensor, "N F C h2 w2"]:
         """`features` as maps, at the `step`-th sampling step; those before it run in full, unguided."""
-        wanted = self.config.features
-        time_ids = self.time_ids(len(latents), wanted.fps, wanted.motion_bucket, 0.0)
-        image = (latents / self.scaling).unsqueeze(1).expand_as(noise)
-        self.scheduler.set_timesteps(wanted.steps)
-        sample = noise * self.scheduler.init_noise_sigma
-        for timestep in self.scheduler.timesteps[: step - 1]:
-            scaled = self.scheduler.scale_model_input(sample, timestep)
-            prediction = self.unet(
-                torch.cat([scaled, image], dim=2),
-                timestep,
-                encoder_hidden_states=text,
-                added_time_ids=time_ids,
-            ).sample
-            sample = self.scheduler.step(prediction, timestep, sample).prev_sample
-        timestep = self.scheduler.timesteps[step - 1]
-        noisy = torch.cat([self.scheduler.scale_model_input(sample, timestep), image], dim=2)
         dtype = self.unet.dtype
-        return up_block_features(
-            self.unet, noisy.to(dtype), timestep.expand(len(latents)), text.to(dtype), time_ids
-        )
+        sample, time_ids = self._start(noise)
+        *earlier, timestep = self.scheduler.timesteps[:step]
+        for before in earlier:
+            noisy = self.scheduler.scale_model_input(sample, before)
+            velocity = self.velocity(noisy, before, image=latents, text=text, time_ids=time_ids)
+            sample = self.scheduler.step(velocity, before, sample).prev_sample
+        given = self.beside_image(self.scheduler.scale_model_input(sample, timestep), latents).to(dtype)
+        time = timestep.expand(len(latents))
+        return up_block_features(self.unet, given, time, text.to(dtype), time_ids)
+
+    @torch.no_grad()
+    def predict_once(self, latents: Picture, texts: list[str], *, noise: Video) -> Video:
+        """Scaled clean latents as predicted by the pass of `features`, run to its end."""
+        sample, time_ids = self._start(noise)
+        timestep, text = self.scheduler.timesteps[0], self.encode_text(texts)
+        noisy = self.scheduler.scale_model_input(sample, timestep)
+        velocity = self.velocity(noisy, timestep, image=latents, text=text, time_ids=time_ids)
+        return self.scheduler.step(velocity, timestep, sample).pred_original_sample
+
+    def _start(self, noise: Video) -> tuple[Video, Float[Tensor, "N 3"]]:
+        """Of the schedule that features are read from: the first sample, and the time ids."""
+        wanted = self.config.features
+        self.scheduler.set_timesteps(wanted.steps)
+        time_ids = self.time_ids(len(noise), wanted.fps, wanted.motion_bucket, 0.0)
+        return noise * self.scheduler.init_noise_sigma, time_ids

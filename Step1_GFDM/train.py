@@ -17,12 +17,10 @@ from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.data import sample_seeds
 from defi.engine.loop import train
 from defi.engine.output import check_output
-from defi.errors import UserError
 from defi.processes import print_once
 from defi.video import draw_text, to_uint8, write_mp4
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import SPLITS, LatentClips, check_size, made_by_another
-from Step1_GFDM.eval import imagine
+from Step1_GFDM.data import SPLITS, LatentMixture, check_latents, open_sets
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.vae import load_vae
 
@@ -34,20 +32,13 @@ def main(cfg: DictConfig) -> None:
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     config = GFDMConfig.from_preset(cfg)
-    data, held_out = (
-        LatentClips.from_config(cfg.data, frames=config.frames, frame_step=config.frame_step, split=split)
-        for split in SPLITS
-    )
-    vae = None
-    if config.pretrained is None:
-        if wrong := made_by_another(data.sets, find_weights(cfg.vae, "vae")):
-            raise UserError(f"{wrong}; give that one as vae=, or run Step1_GFDM.prepare again")
-        vae = load_vae(cfg.vae)
-    elif wrong := made_by_another(data.sets, Path(config.pretrained) / "vae"):
-        print(f"note: {wrong}; these must be the same weights in another file")
+    data, held_out = (LatentMixture(open_sets(cfg.data, config, split).values()) for split in SPLITS)
+    pretrained = config.pretrained is not None
+    encoder = Path(config.pretrained, "vae") if pretrained else find_weights(cfg.vae, "vae")
+    vae = None if pretrained else load_vae(cfg.vae)
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
-    check_size([*data.sets, *held_out.sets], model.noise(1).shape[2:])
+    check_latents([*data.sets, *held_out.sets], encoder, model.noise(1).shape[2:], pretrained=pretrained)
     print_once(model.clip.truncation_note(text for part in (data, held_out) for text in part.texts()))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -58,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         """Real clips beside imagined ones, and the held-out loss."""
         latents = torch.stack([clip["latents"] for clip in shown]).to(model.unet.device)
         texts = [clip["text"] for clip in shown]
-        imagined = imagine(model, latents[:, 0], texts, steps=None, seed=cfg.seed)
+        imagined = model.imagine(latents[:, 0], texts, seed=cfg.seed)
         real = model.decode_latents(latents).cpu()
         for number, (clip, beside, text) in enumerate(zip(imagined, real, texts)):
             frames = np.concatenate([to_uint8(beside), to_uint8(clip)], axis=2)

@@ -7,33 +7,23 @@ Runs under `accelerate launch` unchanged. Settings: configs/step1_vae.yaml.
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from omegaconf import DictConfig
-from PIL import Image
-from torch import Tensor
+from torchvision.utils import save_image
 
 from defi.config import entry
 from defi.engine.checkpoint import continues
 from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.loop import train
 from defi.engine.output import check_output
-from defi.video import to_uint8
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.eval import psnr
+from Step1_GFDM.evaluation.metrics import psnr
 from Step1_GFDM.frames import FrameClips
-from Step1_GFDM.principal import start_from_principal_components
+from Step1_GFDM.pca_init import start_from_principal_components
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 
 START_CLIPS = 100  # for the principal components
 SHOWN = 8
-
-
-def save_rows(path: Path, *rows: Float[Tensor, "N 3 H W"], zoom: int = 2) -> None:
-    """Write a PNG: the images of a row beside each other, the rows below each other, pixels enlarged."""
-    sheet = np.concatenate([np.concatenate(list(to_uint8(row)), axis=1) for row in rows])
-    Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)
 
 
 @entry("step1_vae")
@@ -41,8 +31,8 @@ def main(cfg: DictConfig) -> None:
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
     preset = GFDMConfig.from_preset(cfg)
-    clips = FrameClips.from_config(cfg.data, preset.image_size)
-    held_out = FrameClips.from_config(cfg.data, preset.image_size, held_out=True).spread(cfg.held_out)
+    clips = FrameClips(cfg.data, preset.image_size)
+    held_out = FrameClips(cfg.data, preset.image_size, held_out=True).spread(cfg.held_out)
     torch.manual_seed(cfg.seed)
     model = VideoVAE.from_config(VAEConfig(preset.image_size, preset.vae, cfg.kl))
     if not continues(cfg.output, cfg.resume):
@@ -50,7 +40,8 @@ def main(cfg: DictConfig) -> None:
 
     def preview(model: VideoVAE, step: int, folder: Path) -> dict[str, float]:
         back = model.reconstruct(held_out.to(model.deviation.device)).cpu()
-        save_rows(folder / "reconstructed.png", held_out[:SHOWN, 0], back[:SHOWN, 0])
+        rows = torch.cat([held_out[:SHOWN, 0], back[:SHOWN, 0]]) / 2 + 0.5
+        save_image(rows, folder / "reconstructed.png", nrow=len(rows) // 2, padding=0)
         return {"held_out_psnr": psnr(back.flatten(0, 1), held_out.flatten(0, 1)).mean().item()}
 
     train(

@@ -1,7 +1,7 @@
 """The temporal VAE of presets without pretrained weights: trained first, by a job of its own."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,19 +11,17 @@ from diffusers import AutoencoderKLTemporalDecoder
 from jaxtyping import Float
 from torch import Tensor
 
-from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import StageModel
 from defi.engine.weights import COPY_AGAIN
-from defi.errors import UserError, reading
+from defi.errors import reading
 from defi.files import read_json
 from Step1_GFDM import pipeline
+from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
-from Step1_GFDM.parts import build_vae
 
-CONFIG = "vae.json"
-LATENTS = "latents.json"  # `Latents`, for an exact resume
+MEASURED = "latents.json"  # their deviation, and in how many batches: for an exact resume
 MEMORY = 20  # batches over which the deviation of the latents is averaged
 
 
@@ -41,14 +39,6 @@ class VAEConfig:
         coarse = torch.rand(batch_size * frames, 3, 8, 8, generator=random) * 2 - 1
         images = F.interpolate(coarse, (self.image_size, self.image_size), mode="bilinear")
         return {"frames": images.unflatten(0, (batch_size, frames)), "seed": torch.arange(batch_size) + seed}
-
-
-@dataclass
-class Latents:
-    """What is measured while training: their deviation, and in how many batches."""
-
-    deviation: float
-    measured: int
 
 
 class VideoVAE(StageModel):
@@ -75,34 +65,20 @@ class VideoVAE(StageModel):
         """A VAE with random weights."""
         return cls(config, build_vae(config.sizes, config.image_size))
 
-    @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "VideoVAE":
-        """What `save_pretrained` wrote. Raises UserError for a missing or damaged file."""
-        file = Path(folder) / CONFIG
-        values = read_json(file, "give a checkpoint folder of Step1_GFDM.train_vae")
-        config = typed(VAEConfig, values, str(file))
-        with reading(file, COPY_AGAIN):
-            return cls(config, pipeline.load_part(AutoencoderKLTemporalDecoder, Path(folder)))
-
     def save_pretrained(self, folder: Path) -> None:
-        """Write the VAE as diffusers does, and `vae.json`."""
+        """Write the VAE as diffusers does (`load_vae`), and what an exact resume needs besides."""
         self.vae.register_to_config(scaling_factor=1 / self.deviation.item())
         self.vae.save_pretrained(folder)
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
-        latents = Latents(self.deviation.item(), int(self.measured))
-        (folder / LATENTS).write_text(json.dumps(asdict(latents)))
+        measured = {"deviation": self.deviation.item(), "measured": int(self.measured)}
+        (folder / MEASURED).write_text(json.dumps(measured))
 
     def load_weights(self, folder: Path) -> None:
+        file = Path(folder) / MEASURED
         pipeline.load_network(self.vae, Path(folder))
-        file = Path(folder) / LATENTS
-        values = read_json(file, "give a checkpoint of this version of the code")
-        latents = typed(Latents, values, str(file))
-        if not (0 < latents.deviation < 1e6 and 0 <= latents.measured < 2**31):
-            raise UserError(
-                f"{file}: deviation={latents.deviation}, measured={latents.measured}: cannot be; {COPY_AGAIN}"
-            )
-        self.deviation.fill_(latents.deviation)
-        self.measured.fill_(latents.measured)
+        with reading(file, COPY_AGAIN):
+            values = read_json(file, COPY_AGAIN)
+            self.deviation.fill_(values["deviation"])
+            self.measured.fill_(values["measured"])
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Loss of `frames` [B, F, 3, H, W] in [-1, 1]: short clips, so that the decoder learns time too."""
@@ -133,11 +109,8 @@ class VideoVAE(StageModel):
     def reconstruct(self, frames: Float[Tensor, "B F 3 H W"]) -> Float[Tensor, "B F 3 H W"]:
         """Frames through the latents' mode and back, in [-1, 1]."""
         codes = self.vae.encode(frames.flatten(0, 1)).latent_dist.mode()
-        return (
-            self.vae.decode(codes, num_frames=frames.shape[1])
-            .sample.clamp(-1, 1)
-            .unflatten(0, frames.shape[:2])
-        )
+        images = self.vae.decode(codes, num_frames=frames.shape[1]).sample
+        return images.clamp(-1, 1).unflatten(0, frames.shape[:2])
 
 
 def load_vae(path: Path | str) -> AutoencoderKLTemporalDecoder:

@@ -11,8 +11,7 @@ A data set is a folder with the splits `training` and `validation`; a split hold
 
 The folder may lie within a zip (`task_ABC_D.zip/training`), which is read without unpacking it.
 
-Reading never runs code from a file: the pickled dicts go through `defi.npy`. Every fault of a file is a
-`UserError` that names the file.
+Reading never runs code from a file: the pickled dicts go through `defi.npy`.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from defi.archive import COPY_AGAIN, FolderFiles, open_files
+from defi.archive import COPY_AGAIN, open_files
 from defi.errors import UserError, reading
 from defi.instructions import read_instruction
 from defi.npy import load_npy, plain_array
@@ -81,15 +80,14 @@ def read_frame(
     """The arrays `keys` of one frame's file; its other members are not decompressed.
 
     file: what to read instead where the bytes do not lie at `path`, but in a zip, say.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds no frame in CALVIN's format.
     """
-    with (
-        reading(path, "copy or collect it again"),
-        zipfile.ZipFile(path if file is None else file) as archive,
-    ):
-        arrays = {key: plain_array(_member(archive, f"{key}.npy")) for key in keys}
+    arrays = {}
+    with reading(path, "copy or collect it again"), zipfile.ZipFile(file or path) as archive:
+        for key in keys:
+            member = archive.getinfo(f"{key}.npy")
+            if member.file_size > LARGEST_MEMBER:  # zeros take a thousandth of their size
+                raise ValueError(f"{key}.npy has {member.file_size:,} bytes")
+            arrays[key] = plain_array(archive.read(member))
     for key, array in arrays.items():
         dtype, shape = FRAME.get(key, (array.dtype, array.shape))
         kind_fits = array.dtype == np.uint8 if dtype is np.uint8 else array.dtype.kind == np.dtype(dtype).kind
@@ -112,32 +110,13 @@ def check_gripper(path: Path, action: Float64[np.ndarray, "7"]) -> None:
         raise UserError(f"{path}: {value}, expected is 1 (open) or -1 (closed); write one of them")
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    if (size := archive.getinfo(name).file_size) > LARGEST_MEMBER:  # zeros take a thousandth of their size
-        raise ValueError(f"{name} has {size:,} bytes")
-    return archive.read(name)
-
-
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     return len(shape) == len(expected) and all(e in (None, n) for n, e in zip(shape, expected))
 
 
 def _items(value: Any) -> list[Any]:
     """A list or array as a list; a single text may stand there as it is."""
-    several = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
-    return list(value) if several else [value]
-
-
-def _span(path: Path, number: int, bounds: Sequence[int], text: Any, task: Any) -> Span:
-    where = f"{path}: the text of span {number} (frames {bounds[0]} to {bounds[1]})"
-    try:
-        instruction = read_instruction(text, where)
-        fault = "" if instruction else f"{where} is blank"
-    except UserError as error:
-        instruction, fault = "", str(error)
-    with contextlib.suppress(UserError):  # the task only names the span in counts
-        return Span(*bounds, instruction, read_instruction(task, where), fault)
-    return Span(*bounds, instruction, "", fault)
+    return list(value if isinstance(value, (list, tuple)) else np.atleast_1d(np.array(value, object)))
 
 
 class CalvinFolder:
@@ -150,9 +129,6 @@ class CalvinFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files = open_files(self.folder)
-        if isinstance(self._files, FolderFiles) and not self.folder.is_dir():
-            hint = "give a data set in CALVIN's format, or collect one: python -m defi.sim.collect"
-            raise UserError(f"{self.folder}: no such folder; {hint}")
         index = self._files.path(INDEX)
         if INDEX not in self._files:
             raise UserError(f"{index}: missing, so this is no split of a CALVIN data set; check the path")
@@ -165,26 +141,19 @@ class CalvinFolder:
                 raise ValueError("no frames in this split")
             if (ids[:, 0] < 0).any() or (ids[:, 1] < ids[:, 0]).any():
                 raise ValueError("a recording ends before it starts")
-        self.episodes: list[tuple[int, int]] = [(int(start), int(end)) for start, end in ids]
+        self.episodes: list[tuple[int, int]] = list(map(tuple, ids.tolist()))
         lengths = ids[:, 1] - ids[:, 0] + 1
         if LENGTHS in self._files and not np.array_equal(np.ravel(self._load(LENGTHS)), lengths):
             raise UserError(f"{self._files.path(LENGTHS)}: contradicts {INDEX}; {COPY_AGAIN}")
+        self.is_annotated = ANNOTATIONS in self._files  # whether it says what its demonstrations show
 
     def _load(self, name: str) -> Any:
         return load_npy(self._files.path(name), self._files.read(name))
-
-    def __repr__(self) -> str:
-        return f"CalvinFolder({str(self.folder)!r})"
 
     @cached_property
     def frame_ids(self) -> Int64[np.ndarray, " frames"]:
         """Numbers of all frames, in the order of the recordings."""
         return np.concatenate([np.arange(start, end + 1) for start, end in self.episodes])
-
-    @property
-    def is_annotated(self) -> bool:
-        """Whether the split says what its demonstrations show."""
-        return ANNOTATIONS in self._files
 
     @cached_property
     def spans(self) -> list[Span]:
@@ -199,20 +168,28 @@ class CalvinFolder:
             bounds = np.array(annotation["info"]["indx"], np.int64).reshape(-1, 2).tolist()
             if not len(bounds) == len(texts) == len(tasks):
                 raise ValueError(f"{len(bounds)} spans, {len(texts)} texts, {len(tasks)} tasks")
-        spans = [_span(path, n, *each) for n, each in enumerate(zip(bounds, texts, tasks))]
-        for span in spans:
-            if not any(start <= span.start <= span.end <= end for start, end in self.episodes):
-                outside = f"span ({span.start}, {span.end}) lies outside the recordings of {INDEX}"
+        spans = []
+        for number, ((first, last), text, task) in enumerate(zip(bounds, texts, tasks)):
+            if not any(start <= first <= last <= end for start, end in self.episodes):
+                outside = f"span ({first}, {last}) lies outside the recordings of {INDEX}"
                 raise UserError(f"{path}: {outside}; give both files of the same data set")
+            where = f"{path}: the text of span {number} (frames {first} to {last})"
+            instruction = fault = name = ""
+            try:
+                instruction = read_instruction(text, where)
+                fault = "" if instruction else f"{where} is blank"
+            except UserError as error:
+                fault = str(error)
+            with contextlib.suppress(UserError):  # the task only names the span in counts
+                name = read_instruction(task, where)
+            spans.append(Span(first, last, instruction, name, fault))
         return spans
 
     def missing_text_note(self, *, fate: str) -> str:
         """A note on annotated spans without instruction and their `fate`; "" if there are none."""
         faults = [span.fault for span in self.spans if span.fault]
-        if not faults:
-            return ""
         count = f"{len(faults)} of {len(self.spans)} annotated spans have no instruction"
-        return f"{self.folder}: {count}: {fate}; the first: {faults[0]}"
+        return f"{self.folder}: {count}: {fate}; the first: {faults[0]}" if faults else ""
 
     @cached_property
     def scenes(self) -> dict[str, tuple[int, int]]:
@@ -231,20 +208,12 @@ class CalvinFolder:
         return read_frame(self.path(frame), keys, file=self._files.open(frame_name(frame)))
 
     def stack(self, key: str, frames: Iterable[int]) -> np.ndarray:
-        """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7].
-
-        Raises:
-            UserError: a frame is damaged, or a picture has another size than the first.
-        """
+        """One array of several frames, e.g. `stack("rel_actions", range(start, end + 1))` -> [frames, 7]."""
         frames = list(frames)
         return stack_frames([self.frame(i, (key,))[key] for i in frames], [self.path(i) for i in frames])
 
     def check_frames(self, frames: Int64[np.ndarray, " N"]) -> None:
-        """Check that the files of some frames are there, without opening them.
-
-        Raises:
-            UserError: frames are missing; their number and the first are named.
-        """
+        """Raises UserError if the files of some frames are missing; none is opened."""
         found = [int(match[1]) for name in self._files if (match := FRAME_FILE.fullmatch(name))]
         missing = np.setdiff1d(frames, np.array(found, np.int64))
         if len(missing):
@@ -274,7 +243,7 @@ def encode_frame(frame: Mapping[str, np.ndarray]) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for key, (dtype, shape) in FRAME.items():
             array = np.ascontiguousarray(frame[key], dtype)
-            assert _fits(array.shape, shape), f"{key}: shape {array.shape}, expected {shape}"
+            assert _fits(array.shape, shape), (key, array.shape)
             method = zipfile.ZIP_DEFLATED if array.ndim == 3 else zipfile.ZIP_STORED
             archive.writestr(zipfile.ZipInfo(f"{key}.npy"), _npy(array), method, compresslevel=1)
     return buffer.getvalue()

@@ -37,6 +37,7 @@ RETIRED = {
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
     "data.tail": "use data.min_remaining instead",
+    "demos_per_unit": "use demos_per_session instead",
     **dict.fromkeys(
         (f"policy.{size}" for size in ("frames", "feature_tokens", "feature_channels", "sentence_width")),
         "it is read from the stage-1 checkpoint; leave this out",

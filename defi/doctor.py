@@ -49,24 +49,21 @@ def check_python() -> Iterator[Finding]:
     simulates = sys.version_info[:2] in ((3, 10), (3, 11))
     fix = "" if simulates else "use Python 3.10 or 3.11 to simulate; training works with this one"
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}", fix)
-    if _version(PROJECT) is None:
+    if not _version(PROJECT):
         raise UserError(f"{PROJECT} is not installed; run scripts/setup.sh")
     bad = []
     for needed in map(Requirement, importlib.metadata.requires(PROJECT) or ()):
-        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
-            found = _version(needed.name)
-            if not (found and needed.specifier.contains(found, prereleases=True)):
-                bad.append(f"{needed.name} {found or 'missing'} (needs {needed.specifier})")
+        found = _version(needed.name)
+        applies = needed.marker is None or needed.marker.evaluate({"extra": ""})
+        if applies and not (found and needed.specifier.contains(found, prereleases=True)):
+            bad.append(f"{needed.name} {found or 'missing'} (needs {needed.specifier})")
     if bad:
         raise UserError(f"{', '.join(bad)}; run scripts/setup.sh")
     yield Finding("packages", "all requirements are met")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _version(package: str) -> str:
+    return next((found.version for found in importlib.metadata.distributions(name=package)), "")
 
 
 def check_torch() -> Iterator[Finding]:
@@ -116,9 +113,8 @@ def check_clone(calvin_root: str) -> Iterator[Finding]:
     for scene in "ABCD":
         config = SceneConfig.from_calvin(calvin_root, scene)
         files += [config.arm.urdf, config.table.urdf, config.plane, *(block.urdf for block in config.blocks)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: missing; run `git submodule update --init --recursive` in the clone")
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{missing[0]}: missing; run `git submodule update --init --recursive` in the clone")
     yield Finding("CALVIN", f"{calvin_root}: scenes A, B, C, D and the instructions are there")
     yield from check_pictures(calvin_root)
 
@@ -148,8 +144,7 @@ def check_checkpoint(path: str) -> Iterator[Finding]:
     for key in sorted(now.keys() | then.keys()):
         old, new, name = then.get(key), now.get(key), key.replace(".", " ", 1)
         if old != new:
-            detail = f"the checkpoint was made with {old}, here it is {new}"
-            yield Finding(name, detail, meaning(name, old))
+            yield Finding(name, f"the checkpoint was made with {old}, here it is {new}", meaning(name, old))
 
 
 def meaning(name: str, old: Any) -> str:

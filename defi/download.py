@@ -49,16 +49,11 @@ class Source:
 
 
 def needed(cfg: DictConfig) -> dict[str, Source]:
-    """The sources that a preset needs, or those named by `only`.
-
-    Raises:
-        UserError: `only` names none, or the preset needs nothing.
-    """
+    """The sources that a preset needs, or those named by `only`."""
     sources = {name: typed(Source, values, f"sources.{name}") for name, values in cfg.sources.items()}
+    if unknown := [name for name in cfg.only or () if name not in sources]:
+        raise UserError(f"only={unknown[0]}: no such source; choose from {', '.join(sources)}")
     if cfg.only is not None:
-        for name in cfg.only:
-            if name not in sources:
-                raise UserError(f"only={name}: no such source; choose from {', '.join(sources)}")
         return {name: sources[name] for name in cfg.only}
     folders = {OmegaConf.select(cfg, f"{section}.pretrained") for section in PRETRAINED}
     chosen = {name: source for name, source in sources.items() if source.folder in folders}
@@ -68,11 +63,7 @@ def needed(cfg: DictConfig) -> dict[str, Source]:
 
 
 def fetch(source: Source) -> None:
-    """Download the files that are not there yet.
-
-    Raises:
-        UserError: no network while files are missing, or the repository is gone, wants a login, lacks a file.
-    """
+    """Download the files that are not there yet."""
     hub, folder = HfApi(), Path(source.folder)
     try:
         siblings = hub.model_info(source.repo, files_metadata=True).siblings
@@ -84,9 +75,7 @@ def fetch(source: Source) -> None:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise UserError(f"{source.page}: a file there is called {name!r}, outside {folder}")
         hub.snapshot_download(source.repo, local_dir=folder, allow_patterns=found)
-        for (
-            name
-        ) in found:  # the client takes a file as it is where it was changed at once, or the hub is gone
+        for name in found:  # the client does not see a change of the same second
             if (folder / name).stat().st_size != sizes[name]:
                 raise UserError(f"{folder / name}: has another size than on the hub; delete it, then repeat")
         print(f"{folder}: complete, {len(found)} files")
@@ -110,11 +99,9 @@ def fetch(source: Source) -> None:
 
 @entry("download")
 def main(cfg: DictConfig) -> None:
-    sources = needed(cfg).values()
-    for source in sources:
+    for source in needed(cfg).values():
         if source.note:
             print(f"note: {source.page}: {source.note}")
-    for source in sources:
         fetch(source)
 
 

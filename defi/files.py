@@ -1,7 +1,8 @@
-"""Files from others: small texts, read as plain data whatever is in them, and what lies below a folder."""
+"""Files from others: small texts and pickles, read as plain data, and what lies below a folder."""
 
 import json
 import os
+import pickle
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -60,12 +61,23 @@ def _checked(values: Any, kind: type) -> Any:
     return values
 
 
-def check_sizes(values: Any, file: Path, name: str = "") -> None:
-    """Refuse a network's configuration with sizes that no network has, before one is built from it.
+class PlainUnpickler(pickle._Unpickler):
+    """Refuses what a pickle names, unless `find_class` of a subclass knows it: no code runs.
 
-    Raises:
-        UserError: so many layers, or a number so large, that building would not end.
+    The one in Python: the one in C takes as much memory as the largest number of a memo entry asks for. Byte
+    arrays, which no file here needs, take what their length asks for.
     """
+
+    dispatch = {
+        code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"refers to {module}.{name}, which could run code")
+
+
+def check_sizes(values: Any, file: Path, name: str = "") -> None:
+    """Refuse a network's configuration with sizes that no network has, before one is built from it."""
     if isinstance(values, dict):
         for key, value in values.items():
             check_sizes(value, file, str(key))
@@ -81,9 +93,6 @@ def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
     Linked folders are followed, since large data sets are spread over disks, but none is entered twice.
     Hidden files and folders are skipped (macOS puts `._a.mp4` beside `a.mp4`).
-
-    Raises:
-        UserError: a file's path is not UTF-8.
     """
     found: list[Path] = []
     entered: set[str] = set()

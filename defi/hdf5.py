@@ -15,15 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from defi.errors import UserError, reading
 from defi.instructions import read_instruction
-
-if TYPE_CHECKING:
-    import h5py
 
 # Seconds of computing: some at least, and more for larger files and for what unpacking them makes of them.
 SECONDS, BYTES_PER_SECOND, UNPACKED_PER_SECOND = 3, 10**7, 10**8
@@ -67,17 +64,6 @@ def read_hdf5(path: Path, *, group: str = "", cameras: Mapping[str, str], text: 
 # ---------------------------------------------------------------- in the process
 
 
-def main() -> None:
-    """Write to standard output the parts of an `Episode`, or the error that reading ended with."""
-    asked = json.loads(sys.argv[1])
-    try:
-        with reading(asked["file"], FIX):
-            found = _read(**asked)
-    except UserError as error:
-        found = error
-    pickle.dump(found, sys.stdout.buffer, protocol=5)
-
-
 def _read(file: str, group: str, cameras: dict[str, str], text: str, every: int) -> tuple:
     try:
         import h5py
@@ -106,12 +92,8 @@ def _limit(size: int, unpacked: int = 0) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if soft == resource.RLIM_INFINITY else soft, hard))
 
 
-def find(group: "h5py.Group", path: str) -> Any:
-    """A member of a file. Links that lead out of the file are not followed.
-
-    Raises:
-        UserError: there is no such member, or it lies in another file.
-    """
+def find(group: Any, path: str) -> Any:
+    """A member of a file. Links that lead out of the file are not followed."""
     import h5py
 
     here = group.file.filename
@@ -167,7 +149,7 @@ def _pictures(data: Any, every: int) -> np.ndarray | list[bytes]:
     )
 
 
-def _rows(data: "h5py.Dataset", every: int) -> np.ndarray:
+def _rows(data: Any, every: int) -> np.ndarray:
     """Every `every`-th row. Each packed piece is read once; h5py's own steps take 4 to 30 times as long."""
     rows = np.empty((math.ceil(len(data) / every), *data.shape[1:]), data.dtype)
     packed = data.chunks[0] if data.chunks else 1
@@ -178,4 +160,10 @@ def _rows(data: "h5py.Dataset", every: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    asked = json.loads(sys.argv[1])
+    try:
+        with reading(asked["file"], FIX):
+            found = _read(**asked)
+    except UserError as error:
+        found = error
+    pickle.dump(found, sys.stdout.buffer, protocol=5)

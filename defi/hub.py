@@ -14,11 +14,7 @@ PATIENCE = 3.0  # seconds; the library itself would try for most of a minute, fi
 
 
 def from_pretrained(cls: Any, source: Path | str, **settings: Any) -> Any:
-    """`cls.from_pretrained` of a folder or hub name, which runs no code from there.
-
-    Raises:
-        UserError: nothing of this kind is there, or it is damaged.
-    """
+    """`cls.from_pretrained` of a folder or hub name, which runs no code from there."""
     where = source if "/" in str(source) else f"pretrained={str(source)[:200]}"
     with reading(where, f"give the folder or hub name of a {cls.__name__}"):
         safe = {"local_files_only": local_only(source), "trust_remote_code": False}
@@ -26,11 +22,7 @@ def from_pretrained(cls: Any, source: Path | str, **settings: Any) -> Any:
 
 
 def load_model(cls: Any, source: Path | str) -> Any:
-    """A model of the class `cls` from a folder or hub name; every one of its tensors must be there.
-
-    Raises:
-        UserError: as `from_pretrained`, or tensors are missing or of another shape.
-    """
+    """A model of the class `cls` from a folder or hub name; every one of its tensors must be there."""
     model, report = from_pretrained(cls, source, output_loading_info=True)
     if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
         what = f"{len(missing)} tensors of {cls.__name__} are missing or of another shape, first {missing[0]}"
@@ -41,11 +33,8 @@ def load_model(cls: Any, source: Path | str) -> Any:
 def local_only(source: Path | str) -> bool:
     """Whether to load `source` from the disk alone: it is a folder, or the server does not answer.
 
-    A model that was downloaded before is found without a server.
-
-    Raises:
-        UserError: it is a path where nothing is (a repository of anybody's may have that name), or the
-            folder's config.json describes a network that fits no memory.
+    A model that was downloaded before is found without a server. A path where nothing is raises UserError: a
+    repository of anybody's may have that name.
     """
     path = Path(source)
     if os.path.isdir(path):  # unlike Path.is_dir for any name, too long ones as well

@@ -33,11 +33,7 @@ def read_instruction(value: Any, where: str) -> str:
 
 
 def read_instructions(values: Iterable[Any], where: str) -> list[str]:
-    """The texts among some values; blank ones and, as long as there is a text, others are passed over.
-
-    Raises:
-        UserError: there is none, and not all are blank.
-    """
+    """The texts among some values; blank ones and, as long as there is a text, others are passed over."""
     texts, faults = [], []
     for value in values:
         try:

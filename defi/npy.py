@@ -1,14 +1,14 @@
 """NumPy's `.npy` files from others: plain arrays, and the pickled dictionaries that CALVIN keeps in them.
 
-`numpy.load(allow_pickle=True)` calls whatever the pickle names. The unpickler here lets it name only NumPy's
-constructors, and replaces these by stand-ins that record their arguments: NumPy itself would trust a pickled
-type or shape. Arrays are then made by `numpy.frombuffer` from checked types and sizes.
+`numpy.load(allow_pickle=True)` calls whatever the pickle names. Here it may name only NumPy's constructors,
+and stand-ins record their arguments: NumPy itself would trust a pickled type or shape. Arrays are then made
+by `numpy.frombuffer` from checked types and sizes.
 """
 
 import io
 import math
-import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from defi.errors import reading
+from defi.files import PlainUnpickler
 
 FIX = "copy or write it again"
 NUMERIC = frozenset("biufcSU")
@@ -38,50 +39,38 @@ class _Recorded:
         self.state = state
 
 
-class _Unpickler(pickle._Unpickler):
-    """The one in Python: the one in C takes as much memory as the largest number of a memo entry asks for."""
-
+class _Unpickler(PlainUnpickler):
     def find_class(self, module: str, name: str) -> _Recorded:
-        if not GLOBALS.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
-        return _Recorded(name)
+        known = GLOBALS.fullmatch(f"{module}.{name}")
+        return _Recorded(name) if known else super().find_class(module, name)
 
 
-class _Builder:
-    """Makes plain values of what was unpickled, at most `most`: a shared list can stand for any number."""
-
-    def __init__(self, most: int) -> None:
-        self.left = most
-
-    def build(self, value: Any) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError("it repeats its values too often")
-        if value is None or type(value) in (bool, int, float, complex, str, bytes):
-            return value
-        if type(value) is dict:
-            return {self.build(key): self.build(item) for key, item in value.items()}
-        if type(value) in (list, tuple, set, frozenset):
-            return type(value)(map(self.build, value))
-        if type(value) is not _Recorded:
-            raise ValueError(f"it holds a {type(value).__name__}, which is not plain data")
-        if value.name == "_reconstruct":
-            return self.array(*value.state)
-        if value.name == "scalar":
-            dtype, data = value.args
-            return np.frombuffer(data, _numeric_type(dtype)).reshape(())[()]
-        raise ValueError(f"it calls {value.name}, which is not plain data")
-
-    def array(self, version: Any, shape: tuple, dtype: Any, fortran: bool, data: Any) -> np.ndarray:
-        if dtype.name == "dtype" and dtype.args[0] in ("O", "O8") and type(data) is list:
-            flat = np.empty(len(data), object)
-            for place, item in enumerate(data):
-                flat[place] = self.build(item)
-        else:
-            flat = np.frombuffer(data, stored := _numeric_type(dtype)).astype(stored.newbyteorder("="))
-        if math.prod(shape) != flat.size:
-            raise ValueError("the size and contents of an array differ")
-        return flat.reshape(shape, order="F" if fortran else "C")
+def _plain(value: Any, left: Iterator) -> Any:
+    """The plain value of what was unpickled. left: yields once per value that it may have."""
+    if next(left, None) is None:  # a shared list can stand for any number of values
+        raise ValueError("it repeats its values too often")
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    if type(value) is dict:
+        return {_plain(key, left): _plain(item, left) for key, item in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_plain(item, left) for item in value)
+    name = value.name if type(value) is _Recorded else f"a {type(value).__name__}"
+    if name == "scalar":
+        dtype, data = value.args
+        return np.frombuffer(data, _numeric_type(dtype)).reshape(())[()]
+    if name != "_reconstruct":
+        raise ValueError(f"it holds {name}, which is not plain data")
+    _, shape, dtype, fortran, data = value.state
+    if dtype.name == "dtype" and dtype.args[0] in ("O", "O8") and type(data) is list:
+        flat = np.empty(len(data), object)
+        for place, item in enumerate(data):
+            flat[place] = _plain(item, left)
+    else:
+        flat = np.frombuffer(data, stored := _numeric_type(dtype)).astype(stored.newbyteorder("="))
+    if math.prod(shape) != flat.size:
+        raise ValueError("the size and contents of an array differ")
+    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def _numeric_type(record: Any) -> np.dtype:
@@ -105,7 +94,7 @@ def load_npy(path: Path, data: bytes | None = None) -> Any:
         shape, _, dtype = _header(file)
         if not dtype.hasobject:
             return plain_array(data)
-        array = _Builder(len(data) + SPARE_VALUES).build(_Unpickler(file).load())
+        array = _plain(_Unpickler(file).load(), iter(range(len(data) + SPARE_VALUES)))
         if type(array) is not np.ndarray or array.shape != shape or not array.dtype.hasobject:
             raise ValueError("the header does not describe the contents")
         return array.item() if array.size == 1 else array
@@ -130,11 +119,7 @@ def plain_array(data: bytes) -> np.ndarray:
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """The array of numbers in a `.npy` file, mapped into memory, read-only.
-
-    Raises:
-        UserError: the file is missing, shorter than its header says, or holds something else.
-    """
+    """The array of numbers in a `.npy` file, mapped into memory, read-only."""
     with reading(path, FIX):
         with path.open("rb") as file:
             _, _, dtype = _header(file)

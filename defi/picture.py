@@ -40,11 +40,7 @@ def decode_picture(coded: bytes, where: str) -> UInt8[np.ndarray, "H W 3"]:
 def stack_frames(
     frames: Sequence[UInt8[np.ndarray, "H W 3"]], places: Sequence[object]
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """One array of all frames. places: where each of them is, for errors.
-
-    Raises:
-        UserError: they are not all of one size.
-    """
+    """One array of all frames. places: where each of them is, for errors."""
     for frame, place in zip(frames, places):
         if frame.shape != frames[0].shape:
             before, after = (" x ".join(map(str, each.shape[:2])) for each in (frames[0], frame))

@@ -58,13 +58,13 @@ class TextConfig:
     cache: int = 20_000
 
 
-def build_tokenizer(*, bos: str | None, eos: str, pad: str, tokens: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(*, bos: str | None = None, eos: str, pad: str, tokens: int) -> PreTrainedTokenizerFast:
     """A tokenizer for any text: common words are one token, everything else falls back to bytes.
 
     WordPiece over byte-level characters: every byte is a piece, at the start of a word and within it, so no
     text is unknown, and nothing has to be trained or downloaded.
     """
-    special = [token for token in dict.fromkeys([pad, bos, eos]) if token is not None]
+    special = list(filter(None, dict.fromkeys([pad, bos, eos])))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = WORDS.read_text(encoding="utf-8").split()
     pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
@@ -87,7 +87,8 @@ class _Tower(nn.Module):
     """What the two towers share: frozen, one forward per distinct string, saved as a Hugging Face folder."""
 
     architecture: ClassVar[Any]  # the model's class
-    _random: ClassVar[Callable]  # TextConfig -> configuration and tokenizer of a random one
+    marks: ClassVar[dict[str, str]]  # special tokens of a random one
+    _sizes: Callable[..., PretrainedConfig]  # TextConfig and numbers of the tokens -> configuration of one
     _encode: Callable[[str], tuple[Tensor, Tensor]]
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> None:
@@ -102,7 +103,9 @@ class _Tower(nn.Module):
         """The pretrained tower the config names, or the random one it describes."""
         if config.pretrained:
             return cls.load(config.pretrained, config)
-        sizes, tokenizer = cls._random(config)
+        tokenizer = build_tokenizer(**cls.marks, tokens=config.tokens)
+        numbers = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in cls.marks}
+        sizes = cls._sizes(config, vocab_size=len(tokenizer), **numbers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return cls(cls.architecture(sizes), tokenizer, config)
@@ -150,6 +153,11 @@ class _Tower(nn.Module):
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def width(self) -> int:
+        """D, the width of the states."""
+        return self.model.config.hidden_size  # T5 calls it d_model as well
+
 
 class CLIPText(_Tower):
     """CLIP text tower (ViT-B/32 at full size): token states for video, a sentence for a policy.
@@ -159,28 +167,19 @@ class CLIPText(_Tower):
     """
 
     architecture = CLIPTextModelWithProjection
+    marks = {"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"}
 
-    @classmethod
-    def _random(cls, config: TextConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-        end = "<|endoftext|>"
-        tokenizer = build_tokenizer(bos="<|startoftext|>", eos=end, pad=end, tokens=config.tokens)
+    @staticmethod
+    def _sizes(config: TextConfig, **tokens: int) -> PretrainedConfig:
         return CLIPTextConfig(
-            vocab_size=len(tokenizer),
             hidden_size=config.width,
             intermediate_size=4 * config.width,
             projection_dim=config.projection,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             max_position_embeddings=max(POSITIONS, config.tokens),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ), tokenizer
-
-    @property
-    def width(self) -> int:
-        """D, the width of the token states."""
-        return self.model.config.hidden_size
+            **tokens,
+        )
 
     @property
     def projection(self) -> int:
@@ -246,25 +245,18 @@ class T5Text(_Tower):
     """T5 encoder (T5-base at full size): the states that the latent-action encoder attends to."""
 
     architecture = T5EncoderModel
+    marks = {"eos": "</s>", "pad": "<pad>"}
 
-    @classmethod
-    def _random(cls, config: TextConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-        tokenizer = build_tokenizer(bos=None, eos="</s>", pad="<pad>", tokens=config.tokens)
+    @staticmethod
+    def _sizes(config: TextConfig, **tokens: int) -> PretrainedConfig:
         return T5Config(
-            vocab_size=len(tokenizer),
             d_model=config.width,
             d_kv=config.width // config.heads,
             d_ff=4 * config.width,
             num_layers=config.layers,
             num_heads=config.heads,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ), tokenizer
-
-    @property
-    def width(self) -> int:
-        """D, the width of the states."""
-        return self.model.config.d_model
+            **tokens,
+        )
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         states, mask = self._encode_together([text], dropout=False)
@@ -282,9 +274,8 @@ class T5Text(_Tower):
         """
         if together or dropout:
             return self._encode_together(texts, dropout=dropout)
-        encoded = self._cached(texts)
-        states = nn.utils.rnn.pad_sequence([states for states, _ in encoded], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([mask for _, mask in encoded], batch_first=True)
+        encoded = zip(*self._cached(texts))
+        states, mask = (nn.utils.rnn.pad_sequence(list(each), batch_first=True) for each in encoded)
         if full_length:
             missing = -mask.shape[1] % self.config.tokens
             states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))

@@ -1,27 +1,163 @@
-"""Frames of video files by number, videos from frames, and the picture operations that all stages share."""
+"""Frames of videos by number, videos from frames, and the picture operations that all stages share.
+
+Frame n is the n-th that decoding from the beginning shows. What cannot be decoded, or is hidden, has no
+number. A cover picture is not the video. A file is decoded once to number its frames, and to find where else
+decoding may start and show the same pictures.
+"""
 
 import os
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from defi.errors import UserError, reading
-from defi.frame_numbers import FIX, Numbering, VideoFile, number_video, upright
 
 VIDEO_CODEC = {"codec": "libx264", "crf": "18", "preset": "veryfast"}
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+# FFmpeg goes by the content: a playlist named like a video would make it open other files.
+CONTAINERS = "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,"
+CONTAINERS += "mxf,nut,obu,ogg,rm,vc1,vvc,wtv,yuv4mpegpipe"
+APART = 12  # frames, at least, between places where reading starts; or a thousandth of all before
+FIX = "replace or remove it"
 
 Frames = UInt8[np.ndarray, "F H W 3"]
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """What it takes to read the frames of a video by number.
+
+    frames: how many there are.
+    starts: (frame, time): from this frame to the next start's, decoding from this time on (in ticks of the
+        stream; None: from the beginning) shows the right pictures.
+    """
+
+    frames: int
+    starts: tuple[tuple[int, int | None], ...]
+
+
+class VideoFile:
+    """A video, decoded from its beginning or from a time (in ticks of its stream). Iterating yields frames.
+
+    So far: `times` holds when each is shown, `keys` when each key frame is shown and when it is decoded.
+
+    Raises:
+        UserError: the file is missing, truncated, no video or shows no frame, or frames change their size.
+    """
+
+    def __init__(self, path: Path, time: int | None = None) -> None:
+        self.path, self.times, self.keys = path, [], {}
+        with reading(path, FIX):
+            if not Path(path).is_file():  # FFmpeg would take some names for addresses
+                raise FileNotFoundError
+            self.container = av.open(str(path), options={"format_whitelist": CONTAINERS})
+            videos = self.container.streams.video
+            self.stream = next((s for s in videos if not s.disposition & Disposition.attached_pic), None)
+            if self.stream is None or self.stream.codec_context is None:
+                raise ValueError("it has no stream that can be decoded")
+            self.stream.codec_context.thread_count = 1  # with more, damage shows what the memory held before
+            index, end = self.stream.index_entries, os.path.getsize(path)
+            if self.stream.frames and len(index) and index[-1].pos + index[-1].size > end:  # half a download
+                there = sum(entry.pos + entry.size <= end for entry in index)
+                raise ValueError(f"truncated: frame {there + 1} of {len(index)} lies beyond its end")
+            if time is not None:
+                self.container.seek(time, stream=self.stream)
+
+    def __iter__(self) -> Iterator[av.VideoFrame]:
+        size = None
+        with reading(self.path, FIX):
+            for packet in self.container.demux(self.stream):
+                if packet.is_keyframe and None not in (packet.pts, packet.dts):
+                    self.keys[packet.pts] = packet.dts
+                frames = []
+                with suppress(av.FFmpegError):  # it is damaged, or what it builds on is missing: no frame
+                    frames = packet.decode()
+                for frame in frames:
+                    if (size := size or (frame.width, frame.height)) != (frame.width, frame.height):
+                        raise UserError(f"{self.path}: its frames change their size; split it where they do")
+                    self.times.append(frame.pts)
+                    yield frame
+            if not self.times:
+                raise ValueError("it shows no frame")
+
+    def rate(self) -> float:
+        """Frames per second so far, by when they are shown; the stated rate where both agree to a tick."""
+        stated, known = self.stream.average_rate, set(self.times)
+        if len(known) > 1 and None not in known:
+            seconds = (max(known) - min(known)) * self.stream.time_base
+            if not stated or abs((len(known) - 1) / stated - seconds) > self.stream.time_base:
+                return float((len(known) - 1) / seconds)
+        if not stated:
+            raise UserError(f"{self.path}: states no frames per second; write it again with a frame rate")
+        return float(stated)
+
+
+def upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+    """A frame's pixels, turned (by the nearest right angle) and mirrored as the file says.
+
+    Its display matrix [[a, b], [c, d]] moves pixel (x, y) to (ax + cy, bx + dy).
+    """
+    pixels = frame.to_ndarray(format="rgb24")
+    if (matrix := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
+        return pixels
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def number_video(path: Path) -> Numbering:
+    """Number the frames of a video by decoding it, once as long as the file does not change."""
+    with reading(path, FIX):
+        return _number(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(maxsize=200)
+def _number(path: Path, changed: int) -> Numbering:
+    """Of a file as it is since `changed` (ns).
+
+    At key frames a second decoder starts and is watched up to the next: from where it shows something else
+    than the one that began with the file, frames are read from the beginning.
+    """
+    video, second = VideoFile(path), None
+    starts: list[tuple[int, int | None]] = [(0, None)]
+    for number, frame in enumerate(video):
+        if number == 0:
+            upright(frame)  # fails for pixels that no picture can be made of
+        if second and not _same(frame, next(second, None)):
+            starts.append((number, None))
+            second = None
+        if frame.pts in video.keys and number - starts[-1][0] >= max(APART, number // 1000):
+            for time in (frame.pts, video.keys[frame.pts]):  # some containers are searched by the other
+                with suppress(UserError):
+                    other = iter(VideoFile(path, time))
+                    if _same(frame, next(other, None)):
+                        starts.append((number, time))
+                        second = other
+                        break
+    return Numbering(len(video.times), tuple(starts))
+
+
+def _same(one: av.VideoFrame, other: av.VideoFrame | None) -> bool:
+    if other is None or one.pts != other.pts:
+        return False
+    planes = zip(one.planes, other.planes)  # quick to compare, but there may be anything beside the picture
+    same = all(np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)) for a, b in planes)
+    return same or np.array_equal(upright(one), upright(other))
 
 
 def frame_count(path: Path) -> int:
@@ -30,11 +166,7 @@ def frame_count(path: Path) -> int:
 
 
 def read_video(path: Path, every: int = 1) -> tuple[Frames, float]:
-    """Every `every`-th frame of a video, from its first, and how many of all its frames come per second.
-
-    Raises:
-        UserError: as `VideoFile`, or it does not say how many come per second.
-    """
+    """Every `every`-th frame of a video, from its first, and how many of all its frames come per second."""
     video = VideoFile(path)
     with reading(path, FIX):
         pictures = [upright(frame) for number, frame in enumerate(video) if number % every == 0]
@@ -46,26 +178,19 @@ def read_frames(
 ) -> Frames:
     """The frames `indices` of a video (default: all), in that order; repeated indices are fine.
 
-    Each is decoded from the last start before it.
-
-    Args:
-        numbering: the file's, where it is known.
-
-    Raises:
-        UserError: as `VideoFile`, or the file is shorter than an index or is no longer the one numbered.
+    Each is decoded from the last start before it. numbering: the file's, where it is known.
     """
     numbering = numbering or number_video(path)
     wanted = [int(i) for i in (range(numbering.frames) if indices is None else indices)]
     if wanted and not (min(wanted) >= 0 and max(wanted) < numbering.frames):
         raise UserError(f"{path}: has {numbering.frames} frames, frame {max(wanted)} was asked for")
 
-    def start(number: int) -> tuple[int, int | None]:
-        found = numbering.starts[bisect(numbering.starts, number, key=lambda start: start[0]) - 1]
-        return numbering.starts[0] if found[1] is None else found
-
+    groups: dict[tuple[int, int | None], set[int]] = {}
+    for number in wanted:
+        start = numbering.starts[bisect(numbering.starts, number, key=lambda start: start[0]) - 1]
+        groups.setdefault(numbering.starts[0] if start[1] is None else start, set()).add(number)
     pictures: dict[int, np.ndarray] = {}
-    for (first, time), group in groupby(sorted(set(wanted), key=lambda n: (start(n)[0], n)), start):
-        missing = set(group)
+    for (first, time), missing in groups.items():
         with reading(path, FIX):
             for number, frame in enumerate(VideoFile(path, time), first):
                 if number == first and time is not None and frame.pts < time:
@@ -93,9 +218,8 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
         stream.options = {key: VIDEO_CODEC[key] for key in ("crf", "preset")}
         stream.thread_count = 1
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     with open(partial, "rb") as file:
         os.fsync(file.fileno())

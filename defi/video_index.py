@@ -23,7 +23,7 @@ from rich.progress import track
 from defi.cache import take_turn, user_cache
 from defi.engine.output import write_file
 from defi.errors import UserError
-from defi.frame_numbers import Numbering, number_video
+from defi.video import Numbering, number_video
 
 VERSION = 3  # of the rule by which frames are numbered
 INDEX = "frames.jsonl"
@@ -33,7 +33,7 @@ MOST_FRAMES = 10**9
 LONGEST = 2**20  # bytes of a line; paths have at most 4096, some thousand starts the rest
 FEWEST = 1000  # videos for whose lines there is always space
 
-Stamp = tuple[int, int]  # bytes and time of change in ns; zeros: the file is not there
+Stamps = dict[str, tuple[int, int]]  # name -> bytes and time of change in ns; zeros: the file is not there
 Found = Numbering | str  # or why it has none
 
 
@@ -42,7 +42,11 @@ def number_videos(root: Path, files: Sequence[Path]) -> list[Numbering | UserErr
 
     One process of a training numbers what no index knows, and writes it down; the others wait.
     """
-    stamps = {file.relative_to(root).as_posix(): _stamp(file) for file in files}
+    stamps: Stamps = {file.relative_to(root).as_posix(): (0, 0) for file in files}
+    for name in stamps:
+        with suppress(OSError):
+            stat = (root / name).stat()
+            stamps[name] = stat.st_size, stat.st_mtime_ns
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     places = [root / ".defi", user_cache() / "videos" / digest]
     known = _known(places, stamps)
@@ -53,18 +57,13 @@ def number_videos(root: Path, files: Sequence[Path]) -> list[Numbering | UserErr
                 place, turn = folder, take_turn(folder)
                 break
         with turn:
-            known = _number_missing(root, stamps, _known(places, stamps), place)
+            known = _known(places, stamps)
+            _number_missing(root, stamps, known, place)
     found = ((root / name, known[name]) for name in stamps)
     return [UserError(f"{file}: {fault}") if isinstance(fault, str) else fault for file, fault in found]
 
 
-def _stamp(file: Path) -> Stamp:
-    with suppress(OSError):
-        return file.stat().st_size, file.stat().st_mtime_ns
-    return 0, 0
-
-
-def _known(places: Sequence[Path], stamps: dict[str, Stamp]) -> dict[str, Found]:
+def _known(places: Sequence[Path], stamps: Stamps) -> dict[str, Found]:
     """What the indices say of videos that are still as they were.
 
     An index may come with the videos from others: what is damaged says nothing, and it is read line by line,
@@ -96,34 +95,29 @@ def _checked(frames: int | str, starts: Sequence = ()) -> Found:
     return Numbering(frames, tuple(zip(numbers, times)))
 
 
-def _number_missing(
-    root: Path, stamps: dict[str, Stamp], known: dict[str, Found], place: Path | None
-) -> dict[str, Found]:
-    """`known` and all that was missing in it, written to `place` on the way."""
+def _number_missing(root: Path, stamps: Stamps, known: dict[str, Found], place: Path | None) -> None:
+    """Add to `known` what is missing in it, written to the index in `place` on the way."""
+
+    def number(name: str) -> Found:
+        try:
+            return number_video(root / name)
+        except UserError as error:
+            return str(error).removeprefix(f"{root / name}: ")  # the folder may be moved
+
     missing, due = [name for name in stamps if name not in known], monotonic() + PAUSE
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for first in track(range(0, len(missing), PART), "frames of videos", transient=True):
             part = missing[first : first + PART]
-            known |= zip(part, pool.map(_number, [root / name for name in part]))
-            if place is not None and (monotonic() >= due or part[-1] == missing[-1]):
-                _write(place / INDEX, stamps, known)
-                due = monotonic() + PAUSE
-    return known
-
-
-def _number(file: Path) -> Found:
-    try:
-        return number_video(file)
-    except UserError as error:
-        return str(error).removeprefix(f"{file}: ")  # the folder may be moved
-
-
-def _write(file: Path, stamps: dict[str, Stamp], known: dict[str, Found]) -> None:
-    lines = (
-        [name, *stamps[name], VERSION, *([found] if isinstance(found, str) else astuple(found))]
-        for name, found in known.items()
-    )
-    try:
-        write_file(file, "".join(json.dumps(line) + "\n" for line in lines))
-    except OSError as error:
-        warnings.warn(f"{file}: not written ({error.strerror}); frames will be counted again", stacklevel=2)
+            known |= zip(part, pool.map(number, part))
+            if place is None or (monotonic() < due and part[-1] != missing[-1]):
+                continue
+            values = {
+                name: (found,) if isinstance(found, str) else astuple(found) for name, found in known.items()
+            }
+            lines = (json.dumps([name, *stamps[name], VERSION, *values[name]]) + "\n" for name in known)
+            try:
+                write_file(place / INDEX, "".join(lines))
+            except OSError as error:
+                what = f"not written ({error.strerror}); frames will be counted again"
+                warnings.warn(f"{place / INDEX}: {what}", stacklevel=2)
+            due = monotonic() + PAUSE

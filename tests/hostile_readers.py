@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from checkpoint_fakes import PLAIN_HEAD, OpenAICLIP, small_clip, write_gidm, write_policy
+from diffusers import AutoencoderKLTemporalDecoder
 from engine_toy import Points, Toy, toy, trainer
 from policy_fakes import (
     PRESET,
@@ -40,9 +41,8 @@ from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents
 from Step1_GFDM.model import GFDM
-from Step1_GFDM.sources.hdf5 import HDF5Episodes
-from Step1_GFDM.sources.videos import CaptionedVideos
-from Step1_GFDM.vae import VideoVAE
+from Step1_GFDM.pipeline import load_part
+from Step1_GFDM.sources import read_source
 from Step2_GIDM.model import GIDM
 from Step3_DeFI import sources
 from Step3_DeFI.compare import compare
@@ -230,12 +230,13 @@ def make_captions(folder: Path) -> None:
 
 def read_all_captions(folder: Path) -> None:
     for name in ("captions.jsonl", "captions.csv", "labels.json"):
-        source = CaptionedVideos(folder / name, folder / "videos")
-        for recording in source.recordings[:5]:
-            path, texts = recording.place
+        splits = {"train": name, "val": name}
+        given = {"source": "videos", "root": str(folder), "videos": "videos", "splits": splits, "every": 2}
+        for recording in read_source(given).open("train").items[:5]:
+            path, texts = recording.read.args
             assert path.resolve().is_relative_to(folder.resolve()) and all(texts)
             if path.suffix == ".mp4":
-                source.read(recording, every=2)
+                recording.read()
 
 
 def make_hdf5(folder: Path) -> None:
@@ -252,12 +253,10 @@ def make_hdf5(folder: Path) -> None:
 
 
 def read_hdf5(folder: Path) -> None:
-    source = HDF5Episodes(
-        folder, cameras={"a": "raw", "b": "jpeg"}, text="language_instruction", instruction=None, fps=10,
-        groups="data",
-    )  # fmt: skip
-    for recording in source.recordings[:5]:
-        scene = source.read(recording, every=1)
+    given = {"source": "hdf5", "root": str(folder), "splits": {"train": ".", "val": "."}, "groups": "data"}
+    given |= {"cameras": {"a": "raw", "b": "jpeg"}, "text": "language_instruction"}
+    for recording in read_source(given).open("train").items[:5]:
+        scene = recording.read()
         assert {view.shape[-1] for view in scene.views.values()} == {3} and scene.texts[0]
 
 
@@ -303,6 +302,11 @@ def make_policy(folder: Path) -> None:
     DeFI.from_stages(policy_config(), gfdm=gfdm, gidm=gidm).save_pretrained(folder / "policy")
 
 
+def read_autoencoder(folder: Path) -> None:
+    load_part(AutoencoderKLTemporalDecoder, folder)
+    build_vae().load_weights(folder)
+
+
 READERS: dict[str, Reader] = {
     "run": Reader(
         make_run,
@@ -334,7 +338,7 @@ READERS: dict[str, Reader] = {
     "autoencoder": Reader(
         lambda folder: build_vae().save_pretrained(folder),
         ("*",),
-        lambda folder: VideoVAE.from_pretrained(folder).load_weights(folder),
+        read_autoencoder,
         0.3,
     ),
     "sources": Reader(make_sources, ("policy/sources.json",), read_sources, 0.3),

@@ -18,7 +18,7 @@ from benchmarks.rlds_writer import encode, features_dict, image, text, write_set
 from defi.calvin import ANNOTATIONS, encode_frame, frame_name
 from defi.engine.data import readable
 from defi.errors import UserError
-from defi.rlds import RLDSDataset, index
+from defi.rlds import RLDSDataset, dataset
 from defi.rlds.tfrecord import read_records
 from defi.video import write_mp4
 from Step1_GFDM import prepare
@@ -50,7 +50,7 @@ def fails(module, capsys: pytest.CaptureFixture, *settings: str) -> str:
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        (prepare, "data=captioned_videos", "none/captions.jsonl: no such file; give the captions"),
+        (prepare, "data=captioned_videos", "none/captions.jsonl: missing; give the captions"),
         (prepare, "data=captioned_vpp", "none/annotation/train: no annotations"),
         (prepare, "data=captioned_hdf5 data.cameras={a:b}", "none: no HDF5 files here"),
         (prepare, "data=captioned_rlds", "none: no features.json here"),
@@ -195,7 +195,7 @@ def captions_without_words(root: Path) -> str:
         for name, text in zip("abc", ["go", "\u200b", "go"])
     ]
     (root / "captions.jsonl").write_text("\n".join(lines))
-    return f"{root}/captions.jsonl: the caption of b.mp4 is blank"
+    return f"{root}/b.mp4: its caption is blank"
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,14 @@ def test_hidden_files_and_marks_of_encoding(inputs: Path, tmp_path: Path) -> Non
     [
         (
             '{"video": "a.mp4", "text": "Tür"}'.encode("latin-1"),
-            "not UTF-8 (invalid start byte); save it as UTF-8",
+            "cannot be read ('utf-8' codec can't decode byte 0xfc in position 29",
         ),
-        ('{"video": "a.mp4", "text": "Tür"}'.encode("utf-16"), "not UTF-8 (invalid start byte)"),
-        (b'{"video": "a.mp4", "text": 3}', "line 1: the caption is 3; expected is one text in UTF-8"),
-        (b'{"video": "a.mp4", "text": "T\\udcfcr"}', "line 1: the caption is not UTF-8"),
+        (
+            '{"video": "a.mp4", "text": "Tür"}'.encode("utf-16"),
+            "cannot be read ('utf-8' codec can't decode byte 0xff in position 0",
+        ),
+        (b'{"video": "a.mp4", "text": 3}', "entry 1: the caption is 3; expected is one text in UTF-8"),
+        (b'{"video": "a.mp4", "text": "T\\udcfcr"}', "entry 1: the caption is not UTF-8"),
     ],
 )
 def test_captions_that_are_no_text(
@@ -369,12 +372,12 @@ def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(
     start = list(read_records(files[1]))[1][1] - 12
     read: list[int] = []
 
-    def scan(shard: Path, *args, _scan=index._scan, **named):
+    def scan(shard: Path, *args, _scan=dataset._scan, **named):
         read.append(files.index(shard))
         return _scan(shard, *args, **named)
 
-    monkeypatch.setattr(index, "READERS", 1)
-    monkeypatch.setattr(index, "_scan", scan)
+    monkeypatch.setattr(dataset, "READERS", 1)
+    monkeypatch.setattr(dataset, "_scan", scan)
     for damaged, message in (
         (good[:-40], "truncated"),
         (good[: start + 50] + b"?" + good[start + 51 :], "wrong checksum"),
@@ -393,7 +396,7 @@ def test_a_full_disk_while_rlds_is_indexed(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = write_videos(tmp_path, {"train": [[3], [3]]})
-    files, write, save = iter(range(room)), index.write_file, np.save
+    files, write, save = iter(range(room)), dataset.write_file, np.save
 
     def take(path: Path | str) -> None:
         if next(files, None) is None:
@@ -408,7 +411,7 @@ def test_a_full_disk_while_rlds_is_indexed(
         save(file, array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "write_file", limited)
+        patch.setattr(dataset, "write_file", limited)
         patch.setattr(np, "save", limited_save)
         with pytest.raises(
             UserError, match=r"index/.*: No space left on device; free some space, or set data\.index"

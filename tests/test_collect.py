@@ -11,23 +11,22 @@ import numpy as np
 import psutil
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from rich.console import Console
 
 pytest.importorskip("pybullet")
 
 from defi.calvin import CalvinFolder
-from defi.config import CONFIG_DIR
+from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
-from defi.sim import units
-from defi.sim.collect import collect, read_settings, start_folder
-from defi.sim.experts import EXPERT_TASKS
-from defi.sim.play import REST, PlaySettings, path_to, smooth_noise, unit_frame
+from defi.sim.collect import sessions
+from defi.sim.collect.__main__ import collect, start_folder
+from defi.sim.collect.config import CollectConfig, PlayConfig
+from defi.sim.collect.play import REST, smooth_noise
+from defi.sim.collect.sessions import SESSIONS, session_frame
 from defi.sim.scenes import FAMILIES, builtin
-from defi.sim.sequences import initial_states, start_state
+from defi.sim.sequences import initial_states, shortest_path, start_state
 from defi.sim.situation import observe_situation
-from defi.sim.tasks import INSTRUCTIONS, TASK_TABLE
-from defi.sim.units import UNITS
+from defi.sim.tasks import INSTRUCTIONS, TASKS
 from defi.sim.world import World
 
 QUIET = Console(quiet=True)
@@ -36,28 +35,29 @@ SMALL = (
     "scenes=[A,B]",
     "variations=1",
     "demos_per_task=2",
-    "demos_per_unit=3",
+    "demos_per_session=3",
     "validation.demos_per_task=1",
     "static_size=24",
     "gripper_size=16",
 )
 
 
-def config(output: Path, *overrides: str) -> DictConfig:
+def read_config(output: Path, *overrides: str) -> CollectConfig:
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        return compose("collect", [f"output={output}", *SMALL, *overrides])
+        cfg = compose("collect", [f"output={output}", *SMALL, *overrides])
+    return typed(CollectConfig, cfg, "collect")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file() and UNITS not in path.parts]
+    files = [path for path in folder.rglob("*") if path.is_file() and SESSIONS not in path.parts]
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
 
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("collect") / "data"
-    cfg = config(output)
-    collect(read_settings(cfg), start_folder(cfg, read_settings(cfg)), 1, QUIET)
+    config = read_config(output, "workers=1")
+    collect(config, start_folder(config), QUIET)
     return output
 
 
@@ -67,35 +67,36 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_path_makes_a_task_possible() -> None:
     state = dict.fromkeys(("led", "lightbulb", "grasped"), 0) | {"slider": "left", "drawer": "closed"}
     state |= {"red_block": "table", "blue_block": "slider_left", "pink_block": "slider_right"}
-    assert path_to(state, ["open_drawer"], []) == ["open_drawer"]
-    assert path_to(state, ["close_drawer"], ["open_drawer", "turn_on_led"]) == ["open_drawer", "close_drawer"]
-    path = path_to(state, ["place_in_drawer"], list(TASK_TABLE))
+    assert shortest_path(state, "open_drawer", []) == ("open_drawer",)
+    assert shortest_path(state, "close_drawer", ["open_drawer", "turn_on_led"]) == (
+        "open_drawer",
+        "close_drawer",
+    )
+    path = shortest_path(state, "place_in_drawer")
     assert len(path) == 3
     assert path[-1] == "place_in_drawer"
     assert "open_drawer" in path
-    assert path_to(state, ["close_drawer"], ["turn_on_led"]) is None
+    assert shortest_path(state, "close_drawer", ["turn_on_led"]) is None
 
 
 def test_tasks_are_dealt_evenly(tmp_path: Path) -> None:
-    planned = units.plan(
-        read_settings(config(tmp_path / "x", "demos_per_task=8", "validation.demos_per_task=2"))
-    )
-    training = [unit for unit in planned if unit.split == "training"]
-    dealt = [task for unit in training for task in unit.tasks]
+    planned = sessions.plan(read_config(tmp_path / "x", "demos_per_task=8", "validation.demos_per_task=2"))
+    training = [session for session in planned if session.split == "training"]
+    dealt = [task for session in training for task in session.tasks]
     assert {task: dealt.count(task) for task in dealt} == dict.fromkeys(
         ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led"), 8
     )
-    scenes = [unit.scene for unit in training]
+    scenes = [session.scene for session in training]
     assert scenes == sorted(scenes)
     assert abs(scenes.count("A") - scenes.count("B")) <= 1
-    assert {unit.variation for unit in training} == {None, 1}
-    assert {unit.scene for unit in planned if unit.split == "validation"} == {"D"}
+    assert {session.variation for session in training} == {None, 1}
+    assert {session.scene for session in planned if session.split == "validation"} == {"D"}
 
 
 def test_noise_is_smooth_and_of_the_given_size() -> None:
-    settings = PlaySettings(1, 0.3, 0.1, 0.9, 0, 0, 0, 0, 1, 1)
+    config = PlayConfig(1, 0.3, 0.1, 0.9, 0, 0, 0, 0, 1, 1)
     scale = np.random.default_rng(0).uniform()
-    draws = smooth_noise(settings, np.random.default_rng(0))
+    draws = smooth_noise(config, np.random.default_rng(0))
     noise = np.array([next(draws) for _ in range(20_000)])
     np.testing.assert_allclose(noise.std(0), np.array([0.3] * 3 + [0.1] * 3 + [0]) * scale, rtol=0.1)
     steps = [np.corrcoef(noise[:-1, i], noise[1:, i])[0, 1] for i in range(6)]
@@ -118,7 +119,7 @@ def test_situations_are_read_off_the_world() -> None:
 
 def test_every_task_is_demonstrated(collected: Path) -> None:
     data = CalvinFolder(collected / "training")
-    counts = {task: [span.task for span in data.spans].count(task) for task in EXPERT_TASKS}
+    counts = {task: [span.task for span in data.spans].count(task) for task in TASKS}
     for task in ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led"):
         assert counts[task] >= 2
     assert all(span.instruction in INSTRUCTIONS[span.task] for span in data.spans)
@@ -168,31 +169,32 @@ def test_starts_are_those_that_the_previous_task_left(collected: Path) -> None:
 
 
 def test_another_seed_gives_other_data(collected: Path, tmp_path: Path) -> None:
-    settings = read_settings(config(tmp_path / "data", "seed=1"))
-    units.collect_unit(units.plan(settings)[0], settings, tmp_path / "data")
-    frame = (tmp_path / "data" / UNITS / units.plan(settings)[0].name / unit_frame(0)).read_bytes()
+    config = read_config(tmp_path / "data", "seed=1")
+    first = sessions.plan(config)[0]
+    sessions.collect_session(first, config, tmp_path / "data")
+    frame = (first.folder(tmp_path / "data") / session_frame(0)).read_bytes()
     assert frame != (collected / "training" / "episode_0000000.npz").read_bytes()
 
 
-def finished_units(output: Path) -> list[Path]:
-    return sorted((output / UNITS).glob("*[0-9]/record.json"))
+def finished_sessions(output: Path) -> list[Path]:
+    return sorted((output / SESSIONS).glob("*[0-9]/record.json"))
 
 
 def test_neither_a_kill_nor_the_number_of_workers_matters(collected: Path, tmp_path: Path) -> None:
-    """Killed after its first unit, a run keeps that and ends as one worker alone would have ended."""
+    """Killed after its first session, a run keeps that and ends as one worker alone would have ended."""
     output = tmp_path / "data"
     command = [sys.executable, "-m", "defi.sim.collect", f"output={output}", *SMALL, "workers=2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not finished_units(output):
+    while process.poll() is None and not finished_sessions(output):
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     assert not psutil.wait_procs(workers, timeout=60)[1]
-    kept = {path: path.stat().st_mtime_ns for path in finished_units(output)}
+    kept = {path: path.stat().st_mtime_ns for path in finished_sessions(output)}
     assert kept
-    cfg = config(output, "resume=true")
-    collect(read_settings(cfg), start_folder(cfg, read_settings(cfg)), 2, QUIET)
+    config = read_config(output, "resume=true", "workers=2")
+    collect(config, start_folder(config), QUIET)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert contents(output) == contents(collected)
 
@@ -200,14 +202,12 @@ def test_neither_a_kill_nor_the_number_of_workers_matters(collected: Path, tmp_p
 def test_numbering_the_frames_can_be_repeated(collected: Path) -> None:
     """As after a kill between the first frame that got its number and the last."""
     before = contents(collected)
-    settings = read_settings(config(collected))
-    first = units.plan(settings)[0]
-    last = units.read_record(collected / UNITS / first.name).frames - 1
-    os.replace(
-        collected / "training" / f"episode_{last:07d}.npz", collected / UNITS / first.name / unit_frame(last)
-    )
+    training = [each for each in sessions.plan(read_config(collected)) if each.split == "training"]
+    first = training[0].folder(collected)
+    last = sessions.Record.read(first).frames - 1
+    os.replace(collected / "training" / f"episode_{last:07d}.npz", first / session_frame(last))
     (collected / "training" / "ep_lens.npy").unlink()
-    units.assemble(units.plan(settings), settings, collected)
+    sessions.assemble(training, collected)
     assert contents(collected) == before
 
 
@@ -216,12 +216,10 @@ def test_numbering_the_frames_can_be_repeated(collected: Path) -> None:
 
 def test_an_existing_output_is_left_alone(collected: Path) -> None:
     before = contents(collected)
-    cfg = config(collected)
     with pytest.raises(UserError, match="exists and is not empty"):
-        start_folder(cfg, read_settings(cfg))
-    cfg = config(collected, "resume=true", "seed=5")
+        start_folder(read_config(collected))
     with pytest.raises(UserError, match=r"other settings \(seed\)"):
-        start_folder(cfg, read_settings(cfg))
+        start_folder(read_config(collected, "resume=true", "seed=5"))
     assert contents(collected) == before
 
 
@@ -233,18 +231,20 @@ def test_an_existing_output_is_left_alone(collected: Path) -> None:
         ("scenes=[A,D]", "scenes: D has no variations to train on; set variations=0"),
         ("scenes=[E]", "scenes: there is no scene E; choose from A, B, C, D"),
         ("validation.scenes=[Z]", "validation.scenes: there is no scene Z"),
-        ("demos_per_task=0", "demos_per_task=0: expected a whole number of 1 or more"),
-        ("workers=two", "workers=two: expected a whole number"),
+        ("demos_per_task=0", "demos_per_task=0: must be 1 or more"),
+        ("workers=two", "workers=two: .* could not be converted to Integer"),
+        ("play.hold=0", "play.hold=0: must be 1 or more"),
+        ("play.reset=often", "play.reset=often: .* could not be converted to Float"),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_settings(config(tmp_path / "data", override))
+        read_config(tmp_path / "data", override)
 
 
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "defi.sim.collect", f"output={tmp_path / 'data'}", *SMALL, "workers=1"]
-    small = ["demos_per_task=1", "demos_per_unit=4", "scenes=[A]", "validation.demos_per_task=0"]
+    small = ["demos_per_task=1", "demos_per_session=4", "scenes=[A]", "validation.demos_per_task=0"]
     run = subprocess.run([*command, *small], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "open_drawer" in run.stdout
@@ -252,13 +252,27 @@ def test_the_command(tmp_path: Path) -> None:
     data = CalvinFolder(tmp_path / "data" / "training")
     assert manifest["splits"]["training"]["frames"] == len(data.frame_ids)
     assert manifest["splits"]["training"]["fingerprint"] == data.fingerprint
-    assert not (tmp_path / "data" / UNITS).exists()
+    assert not (tmp_path / "data" / SESSIONS).exists()
     again = subprocess.run([*command, *small], capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
     assert "overwrite=true" in again.stderr
 
 
-def test_initial_states_reach_every_expert() -> None:
-    states = initial_states()
-    assert all(any(path_to(state, [task], EXPERT_TASKS) for state in states) for task in EXPERT_TASKS)
+def test_success_is_measured_without_recording(tmp_path: Path) -> None:
+    """Play without pictures: no frames, and the same numbers whatever the number of workers."""
+    manifests = []
+    for workers in (1, 2):
+        output = tmp_path / f"{workers}"
+        command = [sys.executable, "-m", "defi.sim.collect", f"output={output}", *SMALL]
+        subprocess.run([*command, f"workers={workers}", "record=false"], check=True, capture_output=True)
+        assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "settings.json"]
+        manifests.append(json.loads((output / "manifest.json").read_text()))
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["success"]["open_drawer"]["solved"] >= 3
+    attempts = [attempt for session in manifests[0]["sessions"] for attempt in session["attempts"]]
+    assert sum(numbers["attempts"] for numbers in manifests[0]["success"].values()) == len(attempts)
+
+
+def test_initial_states_reach_every_task() -> None:
+    assert all(any(shortest_path(state, task) for state in initial_states()) for task in TASKS)

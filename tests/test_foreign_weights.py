@@ -13,8 +13,8 @@ from defi.checkpoints.files import NumPyValue, read_foreign
 from defi.checkpoints.inspect import open_checkpoint
 from defi.errors import UserError
 from Step1_GFDM import pipeline
+from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
-from Step1_GFDM.parts import build_vae
 
 TENSORS = {"conv.weight": torch.arange(4.0), "conv.bias": torch.ones(2), "norm.weight": torch.zeros(3)}
 
@@ -61,7 +61,7 @@ def test_an_index_whose_files_were_not_asked_for(tmp_path: Path) -> None:
 
 def test_another_protocol_of_pickle_is_named(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "a.pt", pickle_protocol=4)
-    with pytest.raises(UserError, match="a.pt: damaged, or pickled by another protocol"):
+    with pytest.raises(UserError, match=r"a.pt: cannot be read \(damaged, or pickled by another protocol"):
         read_foreign(tmp_path / "a.pt")
 
 

@@ -11,6 +11,7 @@ import pickle
 import resource
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from hostile_readers import READERS
 from policy_fakes import build_gidm
 
 from defi.archive import open_files
+from defi.checkpoints.torchscript import read_torchscript
 from defi.errors import UserError
 from defi.files import read_yaml
 from defi.html import TEMPLATES
@@ -98,25 +100,45 @@ class Evil:
 def test_pickles_do_not_run(tmp_path: Path) -> None:
     canary = tmp_path / "pwned"
     np.save(tmp_path / "a.npy", np.array(Evil(canary), dtype=object))
-    with pytest.raises(UserError, match=r"a\.npy: cannot be read \(it names (posix|os)\.system"):
+    with pytest.raises(UserError, match=r"a\.npy: cannot be read \(refers to (posix|os)\.system"):
         load_npy(tmp_path / "a.npy")
     torch.save(Evil(canary), tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: cannot read latents"):
+    with pytest.raises(UserError, match=r"a\.pt: cannot be read"):
         read_latents(tmp_path / "a.pt", np.arange(2))
     assert not canary.exists()
 
 
-def test_a_short_pickle_may_not_ask_for_gigabytes(tmp_path: Path) -> None:
-    """The index of a memo entry makes the interpreter take memory up to it."""
+@pytest.mark.parametrize("read", [load_npy, read_torchscript])
+@pytest.mark.parametrize(
+    ("opcode", "size", "end"), [(pickle.LONG_BINPUT, 4, b""), (pickle.BYTEARRAY8, 8, b"\x01")]
+)
+def test_a_short_pickle_may_not_ask_for_gigabytes(
+    read: Callable, opcode: bytes, size: int, end: bytes, tmp_path: Path
+) -> None:
+    """The index of a memo entry, or the length of an array, makes the interpreter take memory up to it."""
+    content, short = (b"\x80\x05N" + opcode + n.to_bytes(size, "little") + end + b"." for n in (2**27, 1))
+    assert pickle.loads(short) in (None, bytearray(end)), "it is a pickle"
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
-    content = b"\x80\x02Nr" + (2**31 - 1).to_bytes(4, "little") + b"."
-    assert pickle.loads(b"\x80\x02Nr\x01\x00\x00\x00.") is None, "it is a pickle"
     file = tmp_path / "a.npy"
     file.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content)
+    if read is read_torchscript:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a/data.pkl", content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"a\.npy: cannot be read"):
-        load_npy(file)
+    with pytest.raises(UserError, match=r"a\.npy: (cannot be read|a TorchScript archive without tensors)"):
+        read(file)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5, "kilobytes"
+
+
+def test_a_torchscript_archive_may_not_grow(tmp_path: Path) -> None:
+    """What `torch.jit.save` wrote, packed: tensors could then take a thousand times the file's size."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), tmp_path / "a.pt")
+    assert len(read_torchscript(tmp_path / "a.pt")) == 2
+    with zipfile.ZipFile(tmp_path / "a.pt") as stored, zipfile.ZipFile(tmp_path / "b.pt", "w", 8) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(UserError, match=r"b\.pt: cannot be read \(its tensors are compressed\)"):
+        read_torchscript(tmp_path / "b.pt")
 
 
 def test_a_small_archive_may_not_grow(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from defi.engine.data import SeededDataset
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import LATENTS, LatentClips
+from Step1_GFDM.data import LATENTS, LatentMixture, open_sets
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.model import GIDM, GIDMConfig
@@ -126,18 +126,16 @@ def write_latents(root: Path, *, episodes: int = 3, frames: int = 9, size: int =
 
 
 @pytest.fixture(scope="module")
-def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[GFDM, LatentClips]:
+def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[GFDM, LatentMixture]:
     root = write_latents(tmp_path_factory.mktemp("latents"))
     cfg = composed("step1_train", *SMALL, f"data.root={root}")
     config = GFDMConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
-    data = LatentClips.from_config(
-        cfg.data, frames=config.frames, frame_step=config.frame_step, split="train"
-    )
+    data = LatentMixture(open_sets(cfg.data, config, "train").values())
     return GFDM.from_config(config).train(), data
 
 
-def test_stage_1_batch(stage1: tuple[GFDM, LatentClips]) -> None:
+def test_stage_1_batch(stage1: tuple[GFDM, LatentMixture]) -> None:
     model, data = stage1
     batch = batch_of(data, 6)
     spy = Spy(unet=model.unet)
@@ -163,7 +161,7 @@ def test_stage_1_batch(stage1: tuple[GFDM, LatentClips]) -> None:
     close(loss, (weight * (denoised - clean) ** 2).mean())
 
 
-def test_stage_1_draws(stage1: tuple[GFDM, LatentClips], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_1_draws(stage1: tuple[GFDM, LatentMixture], monkeypatch: pytest.MonkeyPatch) -> None:
     """ln σ is N(0.7, 1.6), 5 % of the texts are zeroed as a whole, the image condition never."""
     model, data = stage1
     count, seen = 2000, {}

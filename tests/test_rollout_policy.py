@@ -1,6 +1,7 @@
 """A DeFI checkpoint rolled out: the same actions whatever shares the batch, and the whole command."""
 
 import errno
+import inspect
 import json
 import os
 import subprocess
@@ -172,7 +173,7 @@ def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, 
     for given, recorded in (([], "bf16"), (["precision=no"], "no")):
         output = tmp_path / f"rollout_{recorded}"
         settings = [f"checkpoint={tmp_path / 'bf16'}", f"output={output}", "processes=1", "max_steps=[20]"]
-        main.__wrapped__(composed([*settings, *given]))
+        inspect.unwrap(main)(composed([*settings, *given]))
         assert json.loads((output / "rollout.json").read_text())["precision"] == recorded
 
 
@@ -243,7 +244,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
         (["resume=true", "sampler=heun"], "was begun with sampler=None, now it is heun"),
     ):
         with pytest.raises(UserError, match=message):
-            main.__wrapped__(composed([*settings, *changed]))
+            inspect.unwrap(main)(composed([*settings, *changed]))
     assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
@@ -291,9 +292,9 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(
     settings = ["agent=random", f"output={tmp_path}"]
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(place, full)
-        main.__wrapped__(composed(settings))
+        inspect.unwrap(main)(composed(settings))
     assert str(caught.value).startswith(f"{tmp_path}: cannot write {what} (No space left on device); ")
-    main.__wrapped__(composed([*settings, "resume=true"]))
+    inspect.unwrap(main)(composed([*settings, "resume=true"]))
     assert len(read_results(tmp_path).chains) == 2
 
 

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from diffusers import AutoencoderKLTemporalDecoder
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.models import alexnet
 
 from defi.calvin import Span, encode_frame, frame_name, index_files
 from defi.config import CONFIG_DIR
@@ -25,14 +27,14 @@ from defi.engine.log import read_metrics
 from defi.errors import UserError
 from defi.text import TextConfig
 from defi.video import frame_count, read_frames
+from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 from Step1_GFDM.data import LATENTS, MANIFEST, open_sets, read_episodes, read_latents
-from Step1_GFDM.eval import columns
-from Step1_GFDM.lpips import BACKBONE, LINEAR, LPIPS, WIDTHS
+from Step1_GFDM.eval import stacked
+from Step1_GFDM.evaluation.metrics import BACKBONE, load_lpips
+from Step1_GFDM.evaluation.one_step import one_step_error, one_step_figures
 from Step1_GFDM.model import GFDM
-from Step1_GFDM.one_step import one_step_error, one_step_figures, predict_once
-from Step1_GFDM.parts import build_vae
-from Step1_GFDM.principal import start_from_principal_components
+from Step1_GFDM.pca_init import start_from_principal_components
 from Step1_GFDM.vae import VAEConfig, VideoVAE, load_vae
 
 SMALL = [
@@ -100,13 +102,11 @@ def succeed(module: str, *settings: str) -> None:
 
 
 def write_lpips_weights(folder: Path) -> None:
-    """Files as published, with other numbers in them and a small classifier, which is not read."""
+    """A file as published, with other numbers in it and a small classifier, which is not read."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    layers = {f"features.{name}": tensor for name, tensor in LPIPS().layers.state_dict().items()}
+    layers = {f"features.{name}": tensor for name, tensor in alexnet().features.state_dict().items()}
     torch.save({**layers, "classifier.1.bias": torch.zeros(4096)}, folder / BACKBONE)
-    linear = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(WIDTHS)}
-    torch.save(linear, folder / LINEAR)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_calvin_as_it_is_prepared_gives_the_published_windows(
         cfg = compose("step1_train", given)
     OmegaConf.resolve(cfg)
     sets, model = {"sets": {"calvin": cfg.data.sets.calvin}}, GFDMConfig.from_preset(cfg)
-    (clips,) = open_sets(sets, frames=model.frames, frame_step=model.frame_step, split="train").values()
+    (clips,) = open_sets(sets, model, "train").values()
     assert len(clips) == 3 * 6
     for index in range(6):
         found = clips.indices(*clips.locate(index)).tolist()
@@ -268,7 +268,7 @@ def test_one_step_prediction_of_a_perfect_network_is_the_future() -> None:
     sigma = 700  # of the first step
     velocity = (noise - sigma * future) / (sigma**2 + 1) ** 0.5
     model.unet.forward = lambda *_, **__: SimpleNamespace(sample=velocity)
-    predicted = predict_once(model, future[:, 0], ["push"], noise=noise)
+    predicted = model.predict_once(future[:, 0], ["push"], noise=noise)
     torch.testing.assert_close(predicted, future, atol=0.01, rtol=0)
 
 
@@ -288,37 +288,49 @@ def test_influence_of_the_noise_on_features(
     rows = [
         one_step_error(model, looks[i], "push", other=(looks[i - 1, :1], "push"), seed=i) for i in range(20)
     ]
-    assert one_step_figures(columns(rows[:1]))["features"] is None
-    assert one_step_figures(columns(rows))["features"] == pytest.approx(expected, abs=0.08)
+    assert one_step_figures(stacked(rows[:1]))["features"] is None
+    assert one_step_figures(stacked(rows))["features"] == pytest.approx(expected, abs=0.08)
 
 
 def test_lpips_weighs_unit_activations(tmp_path: Path) -> None:
-    """The formula, written out for one level; the rest of the tests needs the published weights."""
+    """The formula, written out; the linear weights are the published ones, the backbone's are the file's."""
     write_lpips_weights(tmp_path)
-    model = LPIPS.from_folder(tmp_path)
-    a, b = torch.rand(2, 1, 3, 32, 32) * 2 - 1
-    assert model(a, a).item() == 0 < model(a, b).item() == pytest.approx(model(b, a).item())
-    for weight in model.weights[1:]:
-        weight.zero_()
+    lpips = load_lpips(tmp_path)
+    a, b = torch.rand(2, 3, 3, 64, 64) * 2 - 1
+    assert lpips(a, a).tolist() == [0, 0, 0] and (lpips(a, b) > 0).all()
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    layers = alexnet().features
+    published = torch.load(tmp_path / BACKBONE, weights_only=True)
+    layers.load_state_dict(
+        {n.removeprefix("features."): t for n, t in published.items() if n.startswith("features.")}
+    )
+    place = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
+    linear = torch.load(place, weights_only=True, map_location="cpu")
 
-    def activation(image: Tensor) -> Tensor:
-        pixels = ((image + 1) / 2 - mean[:, None, None]) / deviation[:, None, None]
-        x = model.layers[0](pixels).relu()[0]
-        return x / x.norm(dim=0)
+    @torch.no_grad()
+    def activations(images: Tensor) -> list[Tensor]:
+        x, found = ((images + 1) / 2 - mean[:, None, None]) / deviation[:, None, None], []
+        for layer in layers[:-1]:
+            x = layer(x)
+            if isinstance(layer, torch.nn.ReLU):
+                found.append(x / x.norm(dim=1, keepdim=True))
+        return found
 
-    difference = (activation(a) - activation(b)).square()
-    expected = (model.weights[0][0] * difference).sum(0).mean()
-    assert model(a, b).item() == pytest.approx(expected.item(), rel=1e-3)
+    differences = [(x - y).square() for x, y in zip(activations(a), activations(b))]
+    weights = [linear[f"lin{level}.model.1.weight"] for level in range(5)]
+    expected = sum((w * d).sum(1).mean((1, 2)) for w, d in zip(weights, differences))
+    torch.testing.assert_close(lpips(a, b), expected, rtol=3e-3, atol=0)  # its mean has three digits
 
 
 def test_lpips_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{BACKBONE}: no such file"):
-        LPIPS.from_folder(tmp_path)
+        load_lpips(tmp_path)
     write_lpips_weights(tmp_path)
-    torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}, tmp_path / LINEAR)
-    with pytest.raises(UserError, match="alex.pth: lacks lin1"):
-        LPIPS.from_folder(tmp_path)
+    published = torch.load(tmp_path / BACKBONE, weights_only=True)
+    del published["features.6.bias"]
+    torch.save(published, tmp_path / BACKBONE)
+    with pytest.raises(UserError, match=r"lacks features\.6\.bias"):
+        load_lpips(tmp_path)
 
 
 def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: Path, tmp_path: Path) -> None:
@@ -393,8 +405,8 @@ def test_latents_at_the_size_of_a_large_autoencoder_must_be_asked_for(
 
 
 def test_vae_folder_of_another_kind_is_refused(outputs: Path) -> None:
-    with pytest.raises(UserError, match=r"vae\.json: missing"):
-        VideoVAE.from_pretrained(find_checkpoint(outputs / "gfdm"))
+    with pytest.raises(UserError, match="holds a gfdm checkpoint, not vae"):
+        load_vae(outputs / "gfdm")
 
 
 def test_latents_of_another_autoencoder(outputs: Path, tmp_path: Path) -> None:

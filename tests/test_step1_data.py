@@ -1,4 +1,4 @@
-"""Clips of latents: windows, mixtures, safe paths, clear errors; the scores of imagined frames."""
+"""LatentSet of latents: windows, mixtures, safe paths, clear errors; the scores of imagined frames."""
 
 import json
 import shutil
@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from defi.errors import UserError
-from Step1_GFDM.data import LATENTS, MANIFEST, LatentClips, read_episodes, read_latents
-from Step1_GFDM.eval import psnr, ssim
+from Step1_GFDM.config import GFDMConfig
+from Step1_GFDM.data import LATENTS, MANIFEST, LatentMixture, open_sets, read_episodes, read_latents
+from Step1_GFDM.evaluation.metrics import psnr, ssim
 
 
 def write(
@@ -39,11 +40,12 @@ def write(
     file.write_text(json.dumps({**annotation, "video_length": frames, **said}))
 
 
-def clips(frames: int = 3, frame_step: int = 2, **sets: dict) -> LatentClips:
-    return LatentClips.from_config({"sets": sets}, frames=frames, frame_step=frame_step, split="train")
+def clips(frames: int = 3, frame_step: int = 2, **sets: dict) -> LatentMixture:
+    model = GFDMConfig(frames=frames, frame_step=frame_step)
+    return LatentMixture(open_sets({"sets": sets}, model, "train").values())
 
 
-def numbers(data: LatentClips, index: int, seed: int = 0) -> list[float]:
+def numbers(data: LatentMixture, index: int, seed: int = 0) -> list[float]:
     """Frames of a clip."""
     return data.sample(index, np.random.default_rng(seed))["latents"][:, 0, 0, 0].tolist()
 
@@ -115,7 +117,7 @@ def test_published_folders_of_calvin_and_of_other_latents(tmp_path: Path) -> Non
     demos = {"root": str(tmp_path), "cameras": [0, 1]}
     assert numbers(clips(demos=demos), 0) == [0, -2, -4]
     shutil.rmtree(tmp_path / "latent_videos_svd")
-    with pytest.raises(UserError, match="latent_videos/train/0/gripper.safetensors: cannot read"):
+    with pytest.raises(UserError, match="latent_videos/train/0/gripper.safetensors: missing"):
         numbers(clips(demos=demos), 0)
 
 
@@ -176,10 +178,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     write(tmp_path, "0", 4)
     latents = tmp_path / "latent_videos/train/0/static.safetensors"
     latents.write_bytes(latents.read_bytes()[:-20])
-    with pytest.raises(UserError, match="static.safetensors: cannot read"):
+    with pytest.raises(UserError, match="static.safetensors: cannot be read"):
         read_latents(latents, np.array([0]))
     (tmp_path / "annotation/train/0.json").write_text("[]")
-    with pytest.raises(UserError, match="0.json: not an annotation"):
+    with pytest.raises(UserError, match="0.json: cannot be read"):
         read_episodes(tmp_path, "train")
 
 

@@ -16,8 +16,8 @@ from defi.errors import UserError
 from defi.video import write_mp4
 from Step1_GFDM import eval as evaluation
 from Step1_GFDM.data import LATENTS
-from Step1_GFDM.fvd import FEW, action_scores, frechet_distance, fvd_figures
-from Step1_GFDM.i3d import FEWEST_FRAMES, I3D, PUBLISHED, SIDE, Pool, pad_same
+from Step1_GFDM.evaluation.i3d import FEWEST_FRAMES, I3D, PUBLISHED, SIDE, Pool, pad_same
+from Step1_GFDM.evaluation.metrics import FEW, action_scores, frechet_distance, fvd_figures
 from Step1_GFDM.model import GFDM
 
 
@@ -66,7 +66,7 @@ def test_distance_by_roots_of_matrices() -> None:
 
 def test_few_clips_are_told() -> None:
     torch.manual_seed(0)
-    rows = {name: list(torch.randn(FEW, 4)) for name in ("imagined", "real", "still")}
+    rows = {name: torch.randn(FEW, 4) for name in ("imagined", "real", "still")}
     assert fvd_figures(rows)["warning"] is None and fvd_figures(rows)["clips"] == FEW
     some = {name: found[:9] for name, found in rows.items()}
     assert "biased upwards" in fvd_figures(some)["warning"] and fvd_figures(some)["clips"] == 9

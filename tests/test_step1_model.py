@@ -167,7 +167,7 @@ def test_folder_reads_back_and_diffusers_opens_it(model: GFDM, tmp_path: Path) -
 
 
 def test_wrong_folders_are_named(model: GFDM, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing/gfdm\.json: missing, so this is no GFDM"):
+    with pytest.raises(UserError, match=r"nothing/gfdm\.json: missing; give a checkpoint"):
         GFDM.from_pretrained(tmp_path / "nothing")
     folder = tmp_path / "gfdm"
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Stage 1's preparation from every source, restarts, damage; old latents converted."""
+"""Stage 1's preparation from every source, restarts, damage; latents in old files."""
 
 import json
 import sys
@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from safetensors.torch import save_file
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi.errors import UserError
 from defi.video import frame_count, read_frames, read_video, write_mp4
-from Step1_GFDM import convert, prepare
-from Step1_GFDM.config import VAESizes
-from Step1_GFDM.data import LATENTS, Clips, ClipsConfig, read_episodes, read_latents, stored_step
-from Step1_GFDM.parts import build_vae
+from Step1_GFDM import prepare
+from Step1_GFDM.build import build_vae
+from Step1_GFDM.config import GFDMConfig, VAESizes
+from Step1_GFDM.data import LatentSet, LatentSetConfig, read_episodes, read_latents, stored_step
+from Step1_GFDM.sources import read_source
 from Step1_GFDM.sources.recordings import Recording, distinct, file_name, part
-from Step1_GFDM.sources.settings import read_settings
 from Step1_GFDM.sources.videos import read_captions
 
 
@@ -84,7 +83,8 @@ def test_a_folder_of_videos_and_captions(
     printed = capsys.readouterr().out
     assert (
         "broken.mp4: cannot be read" in printed
-        and "1 episodes in train, 1 episodes in val; 1 left out" in printed
+        and "1 episodes in train; 1 left out" in printed
+        and "1 episodes in val\n" in printed
     )
     (train,), (val,) = read_episodes(output, "train"), read_episodes(output, "val")
     assert (train.id, train.texts, train.frames) == ("kitchen_1", ["open the drawer"], 3)
@@ -98,8 +98,8 @@ def test_a_folder_of_videos_and_captions(
     assert manifest["data"]["root"] == str(videos) and manifest["data"]["every"] == 2
     assert manifest["videos"]["codec"] == "libx264" and manifest["image_size"] == 16
     assert len(manifest["vae"]) == 16
-    spread = ClipsConfig(str(output), clips="spread", cameras=[1.0])
-    clips = Clips(spread, frames=3, frame_step=2, split="train")
+    spread = LatentSetConfig(str(output), clips="spread", cameras=[1.0])
+    clips = LatentSet(spread, GFDMConfig(frames=3), "train")
     assert clips.clip(0, np.random.default_rng(0))["text"] == "open the drawer"
 
 
@@ -452,7 +452,7 @@ def test_settings_that_cannot_be(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"data\.cameras=\{\}: name at least one"):
-        read_settings({"source": "hdf5", "root": str(root), "splits": {}, "cameras": {}})
+        read_source({"source": "hdf5", "root": str(root), "splits": {}, "cameras": {}})
 
 
 def test_a_root_may_be_spelled_differently(
@@ -475,16 +475,20 @@ def test_a_root_may_be_spelled_differently(
         (
             "captions.jsonl",
             '{"video": "a.mp4", "text": "x"}\n{"video": "b.mp4"}',
-            "line 2: a video or its caption",
+            "entry 2: a video or its caption",
         ),
-        ("captions.jsonl", '{"video": "a.mp4", "text": "x"}\n{"video": ', "line 2: not JSON"),
+        ("captions.jsonl", '{"video": "a.mp4", "text": "x"}\n{"video": ', "line 2: cannot be read"),
         ("captions.jsonl", '{"video": "../../etc/a.mp4", "text": "x"}', "outside the folder"),
         ("captions.jsonl", "", "no captions in it"),
-        ("captions.csv", "file,words\na.mp4,x\n", "must name the columns video and text"),
-        ("captions.csv", "video,text\na.mp4,\n", "line 2: a video or its caption"),
-        ("labels.json", '[{"id": "1"}]', "not captions as expected"),
+        (
+            "captions.csv",
+            "file,words\na.mp4,x\n",
+            "entry 1: a video or its caption is missing; give each as video and text",
+        ),
+        ("captions.csv", "video,text\na.mp4,\n", "no captions in it"),
+        ("labels.json", '[{"id": "1"}]', "labels.json: cannot be read ('label')"),
         ("labels.txt", "x", "captions are read from"),
-        (None, "", "no such file"),
+        (None, "", "none.csv: missing"),
     ],
 )
 def test_bad_captions_are_named(
@@ -501,7 +505,7 @@ def test_bad_captions_are_named(
 def test_names_of_recordings() -> None:
     assert file_name("a/b c:d.é") == "a_b_c_d.é" and file_name("../..") == "_"
     same = distinct([Recording("a", 1), Recording("b", 2), Recording("a", 3)])
-    assert [(r.id, r.place) for r in same] == [("a", 1), ("b", 2), ("a-2", 3)]
+    assert [(r.id, r.read) for r in same] == [("a", 1), ("b", 2), ("a-2", 3)]
     names = ["a", "a", "a-2", "A", "a", "a-2"]
     found = [r.id for r in distinct([Recording(name, None) for name in names])]
     assert found == ["a", "a-3", "a-2", "A", "a-4", "a-2-2"]
@@ -517,62 +521,22 @@ def test_every_twentieth_is_held_out(count: int, held: list[int]) -> None:
 # ------------------------------------------------------------ old latents
 
 
-def test_old_latents_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Those of PyTorch's old format cannot be read in part; afterwards they can, value for value."""
+def test_latents_in_files_of_torch(tmp_path: Path) -> None:
+    """Those of PyTorch's old format too, value for value; what holds something else, or code, is named."""
     latents = torch.randn(7, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    for split in ("train", "val"):
-        (tmp_path / "annotation" / split).mkdir(parents=True)
-        (tmp_path / "latent_videos" / split).mkdir(parents=True)
-        path = f"latent_videos/{split}/0.pt"
-        torch.save(latents, tmp_path / path, _use_new_zipfile_serialization=False)
-        annotation = {"texts": ["go"], "videos": [], "latent_videos": [{"latent_video_path": path}]}
-        file = tmp_path / "annotation" / split / "0.json"
-        file.write_text(json.dumps(annotation | {"video_length": 7, "episode_id": 0}))
-    with pytest.raises(UserError, match=r"0\.pt: cannot read.*Step1_GFDM\.convert"):
-        read_latents(tmp_path / "latent_videos/train/0.pt", np.array([1]))
-    assert run(convert, f"root={tmp_path}", "workers=2") == 0
-    for split in ("train", "val"):
-        (episode,) = read_episodes(tmp_path, split)
-        assert episode.latents == [f"latent_videos/{split}/0.safetensors"]
-        assert torch.equal(
-            read_latents(tmp_path / episode.latents[0], np.array([5, 2, 6])), latents[[5, 2, 6]]
-        )
-    (tmp_path / "annotation/train/1.json").write_text("{")
-    assert run(convert, f"root={tmp_path}") == 0
-    assert "0 files converted, 3 episodes" in " ".join(capsys.readouterr().out.split())
+    for new in (True, False):
+        torch.save(latents, tmp_path / "0.pt", _use_new_zipfile_serialization=new)
+        found = read_latents(tmp_path / "0.pt", np.array([5, 2, 6]))
+        assert torch.equal(found, latents[[5, 2, 6]])
+        with pytest.raises(UserError, match=r"0\.pt: cannot be read"):
+            read_latents(tmp_path / "0.pt", np.array([7]))
 
-
-def test_old_latents_beside_converted_ones(tmp_path: Path) -> None:
-    """Only the old ones are converted, and none is written over another camera's."""
-    latents = torch.rand(2, 3, 4, 2, 2)
-    save_file({LATENTS: latents[0]}, tmp_path / "a.safetensors")
-    torch.save(latents[1], tmp_path / "b.pt")
-    file = write_vpp(tmp_path, "train", "0", [], {"video_length": 3})
-
-    def name(*paths: str) -> None:
-        entries = [{"latent_video_path": path} for path in paths]
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_videos": entries}))
-
-    name("a.safetensors", "b.pt")
-    for count in (1, 0):
-        assert convert.convert(tmp_path, file) == count
-        (episode,) = read_episodes(tmp_path, "train")
-        assert episode.latents == ["a.safetensors", "b.safetensors"]
-        for path, expected in zip(episode.latents, latents):
-            assert torch.equal(read_latents(tmp_path / path, np.arange(3)), expected)
-    torch.save(latents[1], tmp_path / "a.pt")
-    name("a.safetensors", "a.pt")
-    with pytest.raises(UserError, match=r"0\.json: names a\.pt and a\.safetensors; rename one"):
-        convert.convert(tmp_path, file)
-    assert torch.equal(read_latents(tmp_path / "a.safetensors", np.arange(3)), latents[0])
-
-
-def test_damaged_old_latents_are_named(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self):
             return print, ("run",)
 
     for content in (torch.zeros(3), {"a": 1}, Evil()):
-        torch.save(content, tmp_path / "0.pt")
-        with pytest.raises(UserError, match=r"0\.pt"):
-            convert.read_old(tmp_path / "0.pt")
+        for new in (True, False):
+            torch.save(content, tmp_path / "0.pt", _use_new_zipfile_serialization=new)
+            with pytest.raises(UserError, match=r"0\.pt: cannot be read"):
+                read_latents(tmp_path / "0.pt", np.array([0]))

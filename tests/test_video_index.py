@@ -12,8 +12,7 @@ import pytest
 
 from defi import video_index
 from defi.errors import UserError
-from defi.frame_numbers import FIX, Numbering, number_video
-from defi.video import VIDEO_SUFFIXES, write_mp4
+from defi.video import FIX, VIDEO_SUFFIXES, Numbering, number_video, write_mp4
 from defi.video_index import INDEX, VERSION, number_videos
 from Step2_GIDM.data.sources.videos import VideoClips
 

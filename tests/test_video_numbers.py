@@ -21,9 +21,8 @@ import pytest
 from PIL import Image
 
 from defi.errors import UserError
-from defi.frame_numbers import number_video
-from defi.video import frame_count, read_frames, read_video
-from Step1_GFDM.sources.videos import CaptionedVideos
+from defi.video import frame_count, number_video, read_frames, read_video
+from Step1_GFDM.sources import read_source
 from Step2_GIDM.data.sources.videos import VideoClips
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
@@ -455,11 +454,12 @@ def test_all_stages_see_the_same_frames(tmp_path: Path) -> None:
         write(tmp_path / name, codec, options, **settings)
     captions = [json.dumps({"video": name, "text": "move"}) for name in names]
     (tmp_path / "captions.jsonl").write_text("\n".join(captions))
-    recordings = CaptionedVideos(tmp_path / "captions.jsonl", tmp_path)
+    splits = {"train": "captions.jsonl", "val": "captions.jsonl"}
+    source = read_source({"source": "videos", "root": str(tmp_path), "splits": splits, "every": 2})
     true = {name: np.stack(straight(tmp_path / name)) for name in names}
-    for recording in recordings.recordings:
-        name = recording.place[0].name
-        np.testing.assert_array_equal(recordings.read(recording, 2).views["rgb"], true[name][::2])
+    for recording in source.open("train").items:
+        name = recording.read.args[0].name
+        np.testing.assert_array_equal(recording.read().views["rgb"], true[name][::2])
     for clips in (VideoClips(tmp_path), VideoClips(tmp_path)):
         assert {Path(clip.name).name: clip.length for clip in clips.clips} == {
             n: len(f) for n, f in true.items()

@@ -1,32 +1,29 @@
-"""Annotated spans of demonstrations in CALVIN's format."""
+"""Annotated spans of demonstrations in CALVIN's format: one recording each."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from defi.calvin import CalvinFolder, Span
 from defi.errors import UserError
-from Step1_GFDM.sources.recordings import Recording, Scene
+from Step1_GFDM.sources.recordings import CaptionedSource, Recording, Recordings, Scene
 
 FPS = 30
 CAMERAS = ["static", "gripper"]
 
 
-class CalvinSpans:
-    """One recording per annotated span."""
+@dataclass
+class Source(CaptionedSource):
+    """splits: folders below root."""
 
-    cameras = CAMERAS
+    def open(self, split: str) -> Recordings:
+        data = CalvinFolder(Path(self.root, self.theirs(split)))
+        spans = [Recording(f"{n:06d}", partial(self._read, data, span)) for n, span in enumerate(data.spans)]
+        return Recordings(spans, CAMERAS, data.fingerprint)
 
-    def __init__(self, folder: Path) -> None:
-        self.data = CalvinFolder(folder)
-        self.recordings = [Recording(f"{number:06d}", span) for number, span in enumerate(self.data.spans)]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.data.fingerprint
-
-    def read(self, recording: Recording, every: int) -> Scene:
-        span: Span = recording.place
+    def _read(self, data: CalvinFolder, span: Span) -> Scene:
         if span.fault:
             raise UserError(span.fault)
-        frames = range(span.start, span.end + 1, every)
-        views = {camera: self.data.stack(f"rgb_{camera}", frames) for camera in CAMERAS}
-        return Scene(views, [span.instruction], FPS / every)
+        frames = range(span.start, span.end + 1, self.every)
+        views = {camera: data.stack(f"rgb_{camera}", frames) for camera in CAMERAS}
+        return Scene(views, [span.instruction], FPS / self.every)

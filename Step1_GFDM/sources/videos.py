@@ -6,116 +6,96 @@ labels.json      Something-Something's: [{"id": "78687", "label": "holding potat
 """
 
 import csv
-import hashlib
+import io
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.instructions import read_instructions
 from defi.video import frame_count, read_video
 from Step1_GFDM.data import as_list, inside
-from Step1_GFDM.sources.recordings import Recording, Scene, distinct, file_name, part
+from Step1_GFDM.sources.recordings import CaptionedSource, Recording, Recordings, Scene, file_name, part
 
 SOMETHING_SUFFIX = ".webm"
 ENCODING = "utf-8-sig"  # spreadsheets begin their files with a mark, others do not
 
 
-class CaptionedVideos:
+@dataclass
+class Source(CaptionedSource):
     """One recording per caption; its only camera is `rgb`.
 
-    Args:
-        captions: the file with the captions.
-        videos: the folder that its names of videos start from.
-        held_out: None: all captions; True: those of every 20th video, False: the others.
-        longest: frames; longer videos are left out when they are read.
+    splits: files with captions below root; where `val` is None, those of every 20th video are held out.
+    videos: folder below root that the captions' names of videos start from.
+    longest: frames; longer videos are left out when they are read.
     """
 
-    cameras = ["rgb"]
+    known_by_names = True
 
-    def __init__(
-        self, captions: Path, videos: Path, *, held_out: bool | None = None, longest: int | None = None
-    ) -> None:
+    videos: str = "."
+    longest: int | None = None
+
+    def open(self, split: str) -> Recordings:
+        (captions, held_out), videos = self.place_and_part(split), Path(self.root, self.videos)
         if not videos.is_dir():
             raise UserError(f"{videos}: no such folder; give the folder of the videos as data.videos")
-        self.longest = longest
-        said = list(read_captions(captions))
-        files = list(dict.fromkeys(inside(videos, name) for name, _ in said))
-        kept = set(part(files, held_out))
-        said = [(name, texts) for name, texts in said if inside(videos, name) in kept]
+        said = [(name, inside(videos, name), texts) for name, texts in read_captions(captions)]
+        kept = set(part(list(dict.fromkeys(file for _, file, _ in said)), held_out))
+        said = [each for each in said if each[1] in kept]
         recordings = [
-            Recording(file_name(name.rpartition(".")[0] or name), (videos / inside(videos, name), texts))
-            for name, texts in said
+            Recording(file_name(name.rpartition(".")[0] or name), partial(self._read, videos / file, texts))
+            for name, file, texts in said
         ]
-        self.recordings = distinct(recordings)
-        if not self.recordings:
-            raise UserError(f"{captions}: no captions in it; one line per video is expected")
-        self.fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-        self.captions = captions
+        known = json.dumps([(name, texts) for name, _, texts in said])
+        return Recordings.of_files(recordings, ["rgb"], known)
 
-    def read(self, recording: Recording, every: int) -> Scene:
-        path, texts = recording.place
+    def _read(self, path: Path, texts: list[str]) -> Scene:
         if not texts:
-            raise UserError(f"{self.captions}: the caption of {path.name} is blank")
+            raise UserError(f"{path}: its caption is blank")
         if self.longest is not None and (frames := frame_count(path)) > self.longest:
             raise UserError(f"{path}: has {frames} frames, data.longest={self.longest} leaves it out")
-        frames, rate = read_video(path, every)
-        return Scene({"rgb": frames}, texts, rate / every)
+        frames, rate = read_video(path, self.every)
+        return Scene({"rgb": frames}, texts, rate / self.every)
 
 
-def read_captions(file: Path) -> Iterator[tuple[str, list[str]]]:
+def read_captions(file: Path) -> list[tuple[str, list[str]]]:
     """Name of each video, and its texts: none where they are blank.
 
-    Raises:
-        UserError: the file or a caption is missing or of another kind, or all are blank; the line is named.
+    Raises UserError that names the entry where the file or a caption is missing or of another kind.
     """
-    blank: UserError | None = None
-    worded = False
-    readers = {".jsonl": _lines, ".csv": _table, ".json": _something}
-    if file.suffix.lower() not in readers:
+    found = []
+    with reading(file, "give the captions of the videos, in UTF-8, as data.splits"):
+        for number, entry in enumerate(_entries(file), 1):
+            place, video = f"{file}: entry {number}", entry.get("video")
+            texts = as_list(entry.get("texts", entry.get("text")))
+            if not isinstance(video, str) or not video or not texts or None in texts:
+                raise UserError(f"{place}: a video or its caption is missing; give each as video and text")
+            found.append(
+                (video, [text.strip() for text in read_instructions(texts, f"{place}: the caption")])
+            )
+    if not any(texts for _, texts in found):
+        raise UserError(f"{file}: no captions in it; one line per video is expected")
+    return found
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """With `video` and `text`, or `texts`."""
+    kind = file.suffix.lower()
+    if kind not in (".jsonl", ".csv", ".json"):
         raise UserError(
-            f"{file}: captions are read from {', '.join(readers)}; give such a file as data.splits"
+            f"{file}: captions are read from .jsonl, .csv, .json; give such a file as data.splits"
         )
-    try:
-        for place, video, texts in readers[file.suffix.lower()](file):
-            missing = UserError(f"{file}: {place}: a video or its caption is missing")
-            if not video or not texts or None in texts:
-                raise missing
-            found = [text.strip() for text in read_instructions(texts, f"{file}: {place}: the caption")]
-            worded, blank = worded or bool(found), blank or (None if found else missing)
-            yield video, found
-        if blank and not worded:
-            raise blank
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; give the captions of the videos as data.splits") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: not captions as expected ({error!r})") from None
-
-
-def _lines(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    with file.open(encoding=ENCODING) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{file}: line {number}: not JSON ({error})") from None
-                texts = values.get("texts", values.get("text"))
-                yield f"line {number}", values.get("video"), as_list(texts)
-
-
-def _table(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    with file.open(encoding=ENCODING, newline="") as lines:
-        for row in (table := csv.DictReader(lines)):
-            if not {"video", "text"} <= row.keys():
-                raise UserError(f"{file}: its first line must name the columns video and text")
-            yield f"line {table.line_num}", row["video"], [row["text"]]
-
-
-def _something(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    for number, entry in enumerate(as_list(json.loads(file.read_text(encoding=ENCODING)))):
-        yield f"entry {number}", f"{entry['id']}{SOMETHING_SUFFIX}", [entry["label"]]
+    content = file.read_text(ENCODING)
+    if kind == ".csv":
+        return list(csv.DictReader(io.StringIO(content)))
+    if kind == ".json":
+        labels = as_list(json.loads(content))
+        return [{"video": f"{each['id']}{SOMETHING_SUFFIX}", "text": each["label"]} for each in labels]
+    entries = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            with reading(f"{file}: line {number}", 'it must be JSON, {"video": …, "text": …}'):
+                entries.append(json.loads(line))
+    return entries

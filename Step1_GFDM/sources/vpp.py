@@ -1,56 +1,57 @@
 """VPP's layout without latents: <root>/annotation/<split>/<id>.json and the videos that it names."""
 
-import hashlib
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from defi.errors import UserError
 from defi.video import read_video
-from Step1_GFDM.data import Episode, annotation_files, read_episode
-from Step1_GFDM.sources.recordings import Recording, Scene, shortened
+from Step1_GFDM.data import annotation_files, read_episode, stored_step
+from Step1_GFDM.sources.recordings import CaptionedSource, Recording, Recordings, Scene, shortened
 
 
-class AnnotatedVideos:
-    """One recording per annotation.
+@dataclass
+class Source(CaptionedSource):
+    """One recording per annotation. splits: folders below annotation.
 
     Cameras are the names of its videos' files without suffix; their numbers from 0, where names repeat.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
-        self.root = root
-        self.recordings = [Recording(shortened(file.stem), file) for file in annotation_files(root, split)]
-        self.cameras = self._first_cameras()
+    known_by_names = True
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the annotations' names."""
-        return hashlib.sha256("\n".join(r.id for r in self.recordings).encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, Any]:
+        """The videos may themselves lack frames of the recording: those of a folder that was prepared."""
+        return super().identity() | {"every": self.every * stored_step(Path(self.root))}
 
-    def _first_cameras(self) -> list[str]:
-        """Of the first annotation that can be read. Raises UserError if none can."""
-        errors = []
-        for recording in self.recordings:
+    def open(self, split: str) -> Recordings:
+        files, errors = annotation_files(Path(self.root), self.theirs(split)), []
+        for file in files:  # the first that can be read says what the cameras are
             try:
-                return list(self._videos(read_episode(self.root, recording.place), recording))
+                cameras = list(self._texts_and_videos(file)[1])
+                break
             except UserError as error:
                 errors.append(error)
-        raise errors[0]
+        else:
+            raise errors[0]
+        recordings = [Recording(shortened(file.stem), partial(self._read, file, cameras)) for file in files]
+        return Recordings.of_files(recordings, cameras)
 
-    def _videos(self, episode: Episode, recording: Recording) -> dict[str, Path]:
-        """Camera -> video. Raises UserError if there is none."""
+    def _texts_and_videos(self, file: Path) -> tuple[list[str], dict[str, Path]]:
+        """Of an annotation, videos by camera. Raises UserError if there are none."""
+        episode = read_episode(Path(self.root), file)
         if not episode.videos:
-            raise UserError(f"{recording.place}: names no videos; list them, or remove this annotation")
+            raise UserError(f"{file}: names no videos; list them, or remove this annotation")
         names = [Path(video).stem for video in episode.videos]
         if len(set(names)) < len(names):
             names = [str(number) for number in range(len(names))]
-        return {name: self.root / video for name, video in zip(names, episode.videos)}
+        return episode.texts, {name: Path(self.root, video) for name, video in zip(names, episode.videos)}
 
-    def read(self, recording: Recording, every: int) -> Scene:
-        episode = read_episode(self.root, recording.place)
-        videos = self._videos(episode, recording)
-        if list(videos) != self.cameras:
-            raise UserError(f"{recording.place}: has the videos {list(videos)}, others {self.cameras}")
-        found = {camera: read_video(video, every) for camera, video in videos.items()}
+    def _read(self, file: Path, cameras: list[str]) -> Scene:
+        texts, videos = self._texts_and_videos(file)
+        if list(videos) != cameras:
+            raise UserError(f"{file}: has the videos {list(videos)}, others {cameras}")
+        found = {camera: read_video(video, self.every) for camera, video in videos.items()}
         shortest = min(len(frames) for frames, _ in found.values())
-        rate = found[self.cameras[0]][1]
         views = {camera: frames[:shortest] for camera, (frames, _) in found.items()}
-        return Scene(views, episode.texts, rate / every)
+        return Scene(views, texts, found[cameras[0]][1] / self.every)

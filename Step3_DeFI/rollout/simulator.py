@@ -123,11 +123,11 @@ class ScriptedAgent:
     begun = None
 
     def __call__(self, world: Any, task: str, instruction: str, seed: Seed) -> Actions:
-        from defi.sim.experts import Expert
+        from defi.sim.scripted import ScriptedPolicy
 
         if self.begun != (seed[1], task):
-            self.begun, self.expert = (seed[1], task), Expert(task, world)
-        action = self.expert.act(world)
+            self.begun, self.policy = (seed[1], task), ScriptedPolicy(task, world)
+        action = self.policy.act(world)
         if action is None:  # done, as far as it can tell: wait
             action = np.array([0, 0, 0, 0, 0, 0, world.arm.gripper_action])
         return np.asarray(action, dtype=np.float64)[None]

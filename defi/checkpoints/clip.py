@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 from defi.checkpoints.files import read_published
 from defi.checkpoints.matching import LoadingReport, Names, compare
 from defi.errors import UserError, reading
-from defi.hub import local_only
+from defi.hub import from_pretrained
 from defi.text import CLIPText, TextConfig
 
 TITLE = "OpenAI CLIP"
@@ -97,11 +97,7 @@ def convert(cfg: DictConfig) -> tuple[CLIPText, LoadingReport]:
     report = from_openai(model, tensors, source=cfg.source)
     if cfg.tokenizer is None:
         raise UserError("tokenizer=: missing; give the folder or hub name of CLIP's (vocab.json, merges.txt)")
-    local = local_only(cfg.tokenizer)
-    with reading(cfg.tokenizer, "give CLIP's tokenizer (vocab.json, merges.txt)"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            cfg.tokenizer, local_files_only=local, trust_remote_code=False
-        )
+    tokenizer = from_pretrained(AutoTokenizer, cfg.tokenizer)
     if len(tokenizer) != model.config.vocab_size:
         count, expected = len(tokenizer), model.config.vocab_size
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defi.checkpoints.torchscript import is_torchscript, read_torchscript, runs_code
+from defi.checkpoints.torchscript import FIX, is_torchscript, read_torchscript
 from defi.engine.weights import read_tensors
 from defi.errors import UserError, reading
 from defi.files import read_json
@@ -122,17 +122,14 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_pickled(file: Path) -> Any:
     """What `torch.save` wrote: tensors, containers and numbers only."""
-    with reading(file, "download it again, or give its tensors alone (safetensors)"):
+    with reading(file, FIX):
         try:
             # Old files are no zip archives and cannot be mapped into memory.
             with torch.serialization.safe_globals(SETTINGS):
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except pickle.UnpicklingError as error:
             if named := re.search(r"GLOBAL (\S+)", str(error)):
-                raise runs_code(file, named[1]) from None
+                raise ValueError(f"refers to {named[1]}, which could run code") from None
             if "Unsupported operand" in str(error) and zipfile.is_zipfile(file):
-                raise UserError(
-                    f"{file}: damaged, or pickled by another protocol than torch.save's own; save its "
-                    "tensors again (safetensors, or torch.save without pickle_protocol)"
-                ) from None
+                raise ValueError("damaged, or pickled by another protocol than torch.save's own") from None
             raise

@@ -5,7 +5,6 @@ Their parameters lie in a pickle like those of `torch.save`; here it is read by 
 tensors and containers and turns every other class into a bag of attributes.
 """
 
-import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 
 from defi.errors import UserError, reading
+from defi.files import PlainUnpickler
 
+FIX = "download it again, or get its tensors alone (safetensors)"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
 DTYPES += (torch.int8, torch.uint8, torch.bool)
 KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-STORAGES = {f"{kind}Storage": dtype for kind, dtype in zip(KINDS, DTYPES)}
 # Marks of the type of a list or dictionary; they return their argument.
-TYPE_MARKS = {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag"}
+TYPE_MARKS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
 
 
 class _Module:
@@ -41,42 +41,37 @@ def _unmarked(value: Any, *_: Any) -> Any:
     return value
 
 
-class _Unpickler(pickle.Unpickler):
+KNOWN = {
+    "torch._utils._rebuild_tensor_v2": _rebuild,
+    "torch._utils._rebuild_parameter": _unmarked,
+    "collections.OrderedDict": OrderedDict,
+    **{f"torch.jit._pickle.{name}": _unmarked for name in TYPE_MARKS},
+    **{f"torch.{kind}Storage": dtype for kind, dtype in zip(KINDS, DTYPES)},
+}
+
+
+class _Unpickler(PlainUnpickler):
     """Calls nothing but the harmless functions of this module."""
 
-    CALLED = {
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-        ("torch._utils", "_rebuild_parameter"): _unmarked,
-        ("collections", "OrderedDict"): OrderedDict,
-        **{("torch.jit._pickle", name): _unmarked for name in TYPE_MARKS},
-    }
-
-    def __init__(self, archive: zipfile.ZipFile, file: Path) -> None:
-        self.archive, self.file = archive, file
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self.archive, self.contents = archive, {}
         self.root = next(n.split("/")[0] for n in archive.namelist() if n.endswith("/data.pkl"))
         super().__init__(archive.open(f"{self.root}/data.pkl"))
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if (module, name) in self.CALLED:
-            return self.CALLED[module, name]
-        raise runs_code(self.file, f"{module}.{name}")
+        return KNOWN.get(f"{module}.{name}") or super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, *_ = pid
-        content = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+        if key not in self.contents:  # each is read once, and torch never packs them: no file grows in memory
+            member = self.archive.getinfo(f"{self.root}/data/{key}")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its tensors are compressed")
+            self.contents[key] = bytearray(self.archive.read(member))
+        content = self.contents[key]
         return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-
-
-def runs_code(file: Path, name: str) -> UserError:
-    """The error for a pickle that asks for something else than tensors and containers."""
-    return UserError(
-        f"{file}: refers to {name}, which could run code when loaded, so it is not read; "
-        "get its tensors alone (safetensors, or a state_dict of tensors)"
-    )
 
 
 def is_torchscript(file: Path) -> bool:
@@ -94,8 +89,8 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the archive is damaged, or its pickle asks for more than tensors and containers.
     """
-    with reading(file, "download it again"), zipfile.ZipFile(file) as archive:
-        tensors = dict(_tensors(_Unpickler(archive, file).load(), "", set()))
+    with reading(file, FIX), zipfile.ZipFile(file) as archive:
+        tensors = dict(_tensors(_Unpickler(archive).load(), "", set()))
     if not tensors:
         raise UserError(f"{file}: a TorchScript archive without tensors; give another file")
     return tensors

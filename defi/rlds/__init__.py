@@ -2,8 +2,7 @@
 
 tfrecord.py   records with their checksums; the protocol-buffer messages in them
 spec.py       features.json and dataset_info.json: what a data set holds, its splits and files
-index.py      where every picture of a split lies, found once and kept in a cache folder
-dataset.py    any frame of any episode, by number
+dataset.py    any frame of any episode, by number; the index of where each lies
 """
 
 from defi.rlds.dataset import FEW, RLDSDataset, default_splits

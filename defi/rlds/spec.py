@@ -38,6 +38,11 @@ class Feature:
         """Whether it is an RGB picture (a depth map, say, is not)."""
         return self.kind == "image" and self.shape[-1:] == (3,) and self.dtype in ("", "uint8", "uint16")
 
+    def is_instruction(self, path: str) -> bool:
+        """Whether it can hold what a step is about: text, or Language Table's array of character codes."""
+        codes = self.kind == "tensor" and self.dtype in INTEGERS and len(self.shape) == 1
+        return (self.kind == "text" and self.shape == ()) or (codes and path.endswith("/instruction"))
+
 
 @dataclass(frozen=True)
 class Split:
@@ -53,34 +58,21 @@ class Split:
 
 
 def find_version(folder: Path) -> Path:
-    """The folder that holds features.json: `folder` itself, or its highest version.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The folder that holds features.json: `folder` itself, or its highest version."""
     if (folder / FEATURES).is_file():
         return folder
     found = [path.parent for path in folder.glob(f"*/{FEATURES}")]
     versions = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
     if not versions:
-        raise UserError(
-            f"{folder}: no {FEATURES} here or in a version below it; give a folder that TFDS wrote"
-        )
+        raise UserError(f"{folder}: no {FEATURES} here or in a version below; give a folder that TFDS wrote")
     return max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
 
 
 def read_spec(folder: Path) -> dict[str, Feature]:
-    """Leaves of features.json by path ("steps/observation/image").
-
-    Raises:
-        UserError: the file is missing or is no specification of recordings in steps.
-    """
+    """Leaves of features.json by path ("steps/observation/image")."""
     file = folder / FEATURES
     with reading(file, FIX):
-        spec = dict(_leaves(read_json(file, FIX), ""))
-    if not any(path.startswith(STEPS) for path in spec):
-        raise UserError(f"{file}: has no feature `steps`, so this is no data set of episodes (RLDS)")
-    return spec
+        return dict(_leaves(read_json(file, FIX), ""))
 
 
 def _leaves(node: Mapping[str, Any], path: str, *, sequences: int = 0) -> Iterator[tuple[str, Feature]]:
@@ -113,13 +105,6 @@ def _leaf(node: Mapping[str, Any]) -> Feature:
     return Feature(kind, dtype, tuple(None if size < 0 else size for size in sizes))
 
 
-def is_instruction(path: str, feature: Feature) -> bool:
-    """Whether a feature can hold what a step is about: text, or Language Table's array of character codes."""
-    codes = feature.kind == "tensor" and feature.dtype in INTEGERS and len(feature.shape) == 1
-    text = feature.kind == "text" and feature.shape == ()
-    return path.startswith(STEPS) and (text or (codes and path.endswith("/instruction")))
-
-
 def read_splits(folder: Path) -> dict[str, Split]:
     """The splits by name. Raises UserError: the file is missing, or the data are not TFRecords."""
     file = folder / INFO
@@ -127,22 +112,20 @@ def read_splits(folder: Path) -> dict[str, Split]:
     with reading(file, FIX):
         if (form := info.get("fileFormat", "tfrecord")) != "tfrecord":
             raise UserError(f"{file}: the data are in files of type {form}; only tfrecord is read")
-        return {split["name"]: _split(folder, info["name"], split) for split in info["splits"]}
+        splits = {}
+        for name, given in ((split["name"], split["shardLengths"]) for split in info["splits"]):
+            lengths = [int(n) for n in (given if isinstance(given, list) else [given])]
+            stem, total = Path(f"{info['name']}-{name}.tfrecord").name, len(lengths)
+            shards = [folder / f"{stem}-{i:05d}-of-{total:05d}" for i in range(total)]
+            if not all(shard.is_file() for shard in shards):
+                there, filled = files_of(folder, name), [n for n in lengths if n > 0]
+                if len(there) == len(filled):  # those without episodes may be left out; the rest are counted
+                    shards, lengths = there, filled
+            splits[name] = Split(name, shards, lengths)
+        return splits
 
 
-def _split(folder: Path, dataset: str, split: Mapping[str, Any]) -> Split:
-    given, name = split["shardLengths"], split["name"]
-    lengths = [int(n) for n in (given if isinstance(given, list) else [given])]
-    stem, total = Path(f"{dataset}-{name}.tfrecord").name, len(lengths)
-    shards = [folder / f"{stem}-{i:05d}-of-{total:05d}" for i in range(total)]
-    if not all(shard.is_file() for shard in shards):
-        there, filled = record_files(folder, name), [n for n in lengths if n > 0]
-        if len(there) == len(filled):  # files without episodes may be left out; each one's number is checked
-            shards, lengths = there, filled
-    return Split(name, shards, lengths)
-
-
-def record_files(folder: Path, split: str) -> list[Path]:
+def files_of(folder: Path, split: str) -> list[Path]:
     """Files that are named as those of a split, of whatever data set and number of files."""
     name = re.compile(rf"([^.].*-)?{re.escape(split)}\.tfrecord.*")
     return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
@@ -152,9 +135,6 @@ def choose_split(folder: Path, splits: Mapping[str, Split], wanted: str) -> tupl
     """A split and the episodes of it that `train`, `train[:95%]`, `val[10:20]` or `train[-100:]` names.
 
     Per cent are rounded to the nearest episode, as TFDS does.
-
-    Raises:
-        UserError: there is no such split, or nothing is left of it.
     """
     match = SLICE.fullmatch(wanted)
     if match is None or match["name"] not in splits:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -35,11 +34,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """All records of a file, checked: where each is, for errors; the first byte of its data, and the data.
-
-    Raises:
-        UserError: the file is missing, truncated or compressed, or a checksum is wrong.
-    """
+    """All records of a file, checked: where each is, for errors; the first byte of its data, and the data."""
     with reading(path, FIX), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for number in count():
@@ -47,24 +42,19 @@ def read_records(path: Path) -> Iterator[tuple[str, int, bytes]]:
                 return
             where = f"{path}: record {number} at byte {start}"
             with reading(where, FIX):
-                data = _read_record(file, left=size - start)
+                if (left := size - start - HEADER - FOOTER) < 0:
+                    raise ValueError("truncated")
+                header = file.read(HEADER)
+                length, crc = struct.unpack("<QI", header)
+                if masked_crc(header[:8]) != crc:
+                    hint = "" if start else "; unpack it if it is compressed"
+                    raise ValueError(f"wrong checksum of its length{hint}")
+                if length > left:
+                    raise ValueError("truncated")
+                data = file.read(length)
+                if masked_crc(data) != struct.unpack("<I", file.read(FOOTER))[0]:
+                    raise ValueError(f"wrong checksum of its {length} bytes of data")
             yield where, start + HEADER, data
-
-
-def _read_record(file: BinaryIO, left: int) -> bytes:
-    if left < HEADER + FOOTER:
-        raise ValueError("truncated")
-    header = file.read(HEADER)
-    length, crc = struct.unpack("<QI", header)
-    if masked_crc(header[:8]) != crc:
-        hint = "; unpack it if it is compressed" if file.tell() == HEADER else ""
-        raise ValueError(f"wrong checksum of its length{hint}")
-    if length > left - HEADER - FOOTER:
-        raise ValueError("truncated")
-    data = file.read(length)
-    if masked_crc(data) != struct.unpack("<I", file.read(FOOTER))[0]:
-        raise ValueError(f"wrong checksum of its {length} bytes of data")
-    return data
 
 
 @dataclass(frozen=True)
@@ -88,11 +78,7 @@ class Values:
 
 
 def parse_example(data: bytes) -> dict[str, Values]:
-    """Features of a `tf.train.Example`, by name; values stay where they are.
-
-    Raises:
-        ValueError, LookupError: the bytes are no such message.
-    """
+    """Features of a `tf.train.Example`, by name; values stay where they are. Call it within `reading`."""
     found = {}
     for features in _places(data, (0, len(data)), 1):
         for entry in _places(data, features, 1):

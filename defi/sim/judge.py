@@ -160,20 +160,11 @@ def _on_blocks_only(block: BlockState, bodies: set[int]) -> bool:
     return bool(block.touching) and block.touching <= bodies and block.slow
 
 
-def _block_rules() -> dict[str, Rule]:
-    rules: dict[str, Rule] = {}
-    for color in COLORS:
-        block = f"block_{color}"
-        for side, sign in (("right", 1), ("left", -1)):
-            rules[f"rotate_{color}_block_{side}"] = partial(_rotated, block, -sign)
-            rules[f"push_{color}_block_{side}"] = partial(_pushed, block, sign)
-        for place in SURFACE_LINK:
-            rules[f"lift_{color}_block_{place}"] = partial(_lifted, block, place)
-    return rules
-
-
+BOTH_WAYS = [(color, side, sign) for color in COLORS for side, sign in (("right", 1), ("left", -1))]
 RULES: dict[str, Rule] = {
-    **_block_rules(),
+    **{f"rotate_{c}_block_{side}": partial(_rotated, f"block_{c}", -sign) for c, side, sign in BOTH_WAYS},
+    **{f"push_{c}_block_{side}": partial(_pushed, f"block_{c}", sign) for c, side, sign in BOTH_WAYS},
+    **{f"lift_{c}_block_{place}": partial(_lifted, f"block_{c}", place) for c in COLORS for place in LIFT},
     "move_slider_left": partial(_moved_door, "base__slide", SLIDE),
     "move_slider_right": partial(_moved_door, "base__slide", -SLIDE),
     "open_drawer": partial(_moved_door, "base__drawer", DRAWER),

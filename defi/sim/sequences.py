@@ -6,6 +6,7 @@ subset of the tasks by the same conditions.
 
 import functools
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,21 +14,20 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from defi.errors import UserError
-from defi.sim.tasks import TASK_TABLE, TASKS, Situation, check_tasks
+from defi.sim.tasks import BLOCKS, TASK_TABLE, TASKS, Situation, check_tasks
 
 CHAIN_LENGTH = 5
-BLOCK_PLACES = ("table", "slider_right", "slider_left")
 MOST_SEQUENCES = 100_000  # some minutes to draw; weeks to roll out
+LONGEST_PATH = 3  # tasks, of `shortest_path`
 DRAWS = 4096  # shuffles made at a time: about one in 4000 is a feasible chain
 
+# Tasks that undo each other along one joint.
+DOORS = ({"move_slider_left", "move_slider_right"}, {"open_drawer", "close_drawer"})
 ROBOT_START = (
     0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
     -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0,
 )  # fmt: skip
-TABLE_PLACES = (
-    (0.0500000896, -0.120000177, 0.459990009),
-    (0.229995412, -0.119995140, 0.459990010),
-)
+TABLE_PLACES = (0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.119995140, 0.459990010)
 SLIDER_PLACES = {
     "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
     "slider_right": (0.0703416330, 0.0924044687, 0.460990009),
@@ -46,26 +46,14 @@ class Chain:
 
 def initial_states() -> list[Situation]:
     """All situations a chain can start from: one or two blocks on the table, at most one behind each side."""
-    values = {
-        "led": (0, 1),
-        "lightbulb": (0, 1),
-        "slider": ("right", "left"),
-        "drawer": ("closed", "open"),
-        "red_block": BLOCK_PLACES,
-        "blue_block": BLOCK_PLACES,
-        "pink_block": BLOCK_PLACES,
-        "grasped": (0,),
-    }
-
-    def allowed(choice: tuple[int | str, ...]) -> bool:
-        behind = (choice.count("slider_right"), choice.count("slider_left"))
-        return choice.count("table") in (1, 2) and max(behind) < 2
-
-    return [dict(zip(values, choice)) for choice in itertools.product(*values.values()) if allowed(choice)]
-
-
-DOORS = ({"move_slider_left", "move_slider_right"}, {"open_drawer", "close_drawer"})
-"""Tasks that undo each other along one joint."""
+    places = [
+        blocks
+        for blocks in itertools.product(("table", "slider_right", "slider_left"), repeat=len(BLOCKS))
+        if blocks.count("table") in (1, 2) and max(map(blocks.count, SLIDER_PLACES)) < 2
+    ]
+    keys = ("led", "lightbulb", "slider", "drawer", *BLOCKS, "grasped")
+    choices = itertools.product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), places)
+    return [dict(zip(keys, (*fixtures, *blocks, 0))) for *fixtures, blocks in choices]
 
 
 def sequences(n: int) -> list[Chain]:
@@ -73,11 +61,11 @@ def sequences(n: int) -> list[Chain]:
     if not 1 <= n <= MOST_SEQUENCES:
         raise UserError(f"{n} sequences: ask for 1 to {MOST_SEQUENCES}; the official number is 1000")
     states = initial_states()
-    shares = [len(share) for share in np.array_split(np.arange(n), len(states))]
+    shares = np.array_split(np.arange(n), len(states))
     result = [
         Chain(state, tasks)
         for seed, (state, share) in enumerate(zip(states, shares))
-        for tasks in _feasible_draws(state, share, seed)
+        for tasks in _feasible_draws(state, len(share), seed)
     ]
     np.random.RandomState(0).shuffle(result)
     return result
@@ -88,21 +76,15 @@ def _transitions() -> tuple[dict[tuple[int | str, ...], int], Int[np.ndarray, "S
     """Every situation that tasks can lead to, numbered, and where each task leads (−1: it does not apply)."""
     known = initial_states()
     number = {tuple(state.values()): i for i, state in enumerate(known)}
-    rows = []
+    leads_to = []
     for state in known:  # grows while it is read
-        row = []
-        for task in TASK_TABLE.values():
-            after = task.outcome(state)
-            if after is None:
-                row.append(-1)
-                continue
-            key = tuple(after.values())
-            if key not in number:
-                number[key] = len(known)
+        outcomes = [task.outcome(state) for task in TASK_TABLE.values()]
+        for after in outcomes:
+            if after is not None and tuple(after.values()) not in number:
+                number[tuple(after.values())] = len(known)
                 known.append(after)
-            row.append(number[key])
-        rows.append(row)
-    return number, np.array(rows)
+        leads_to.append([-1 if after is None else number[tuple(after.values())] for after in outcomes])
+    return number, np.array(leads_to)
 
 
 def _feasible_draws(state: Situation, count: int, seed: int) -> list[tuple[str, ...]]:
@@ -112,36 +94,47 @@ def _feasible_draws(state: Situation, count: int, seed: int) -> list[tuple[str, 
     rng = np.random.RandomState(seed)
     found: list[tuple[str, ...]] = []
     while len(found) < count:
-        swaps = _draw_swaps(rng)
+        drawn = _draw_chains(rng)
         situation = np.full(DRAWS, number[tuple(state.values())])
-        used = np.zeros(DRAWS, dtype=np.int64)
-        chain = np.empty((DRAWS, 0), dtype=np.int64)
-        for place in range(CHAIN_LENGTH):
-            task = _undo(swaps, place)
-            after, bit = leads_to[situation, task], category_bit[task]
-            good = np.flatnonzero((after >= 0) & (used & bit == 0))
-            swaps, situation, used = swaps[:, good], after[good], (used | bit)[good]
-            chain = np.column_stack([chain[good], task[good]])
-        found += [tuple(TASKS[task] for task in row) for row in chain]
+        feasible, used = np.ones(DRAWS, dtype=bool), np.zeros(DRAWS, dtype=np.int64)
+        for task in drawn.T:
+            situation = leads_to[situation, task]  # after a −1 it no longer matters
+            feasible &= (situation >= 0) & (used & category_bit[task] == 0)
+            used |= category_bit[task]
+        found += [tuple(TASKS[task] for task in chain) for chain in drawn[feasible]]
     return found[:count]
 
 
-def _draw_swaps(rng: np.random.RandomState) -> UInt8[np.ndarray, "S N"]:
-    """The random numbers of N calls of `rng.choice(TASKS, 5, replace=False)`, in one call.
+def _draw_chains(rng: np.random.RandomState) -> UInt8[np.ndarray, "N L"]:
+    """The results of N calls of `rng.choice(len(TASKS), CHAIN_LENGTH, replace=False)`, at once.
 
-    NumPy shuffles from the back: for i = len(TASKS) − 1 … 1, item i changes places with item swaps[−i], which
-    is uniform in 0 … i; the chain is what then comes first.
+    NumPy shuffles from the back: for i = len(TASKS) − 1 … 1, item i changes places with one of 0 … i; then it
+    takes what comes first.
     """
-    bounds = np.arange(len(TASKS), 1, -1)
-    return rng.randint(0, bounds, size=(DRAWS, len(bounds))).T.astype(np.uint8)
+    last = np.arange(len(TASKS) - 1, 0, -1)
+    swaps = rng.randint(0, last + 1, size=(DRAWS, len(last)))
+    order = np.repeat(np.arange(len(TASKS), dtype=np.uint8)[:, None], DRAWS, axis=1)
+    draws = np.arange(DRAWS)
+    for i, j in zip(last, swaps.T):
+        moved = order[i].copy()
+        order[i] = order[j, draws]
+        order[j, draws] = moved
+    return order[:CHAIN_LENGTH].T
 
 
-def _undo(swaps: UInt8[np.ndarray, "S N"], place: int) -> UInt8[np.ndarray, " N"]:
-    """The task that each shuffle brings to `place`, found by undoing the swaps from the last to the first."""
-    item = np.full(swaps.shape[1], place, dtype=np.uint8)
-    for i in range(1, len(TASKS)):
-        item = np.where(item == i, swaps[-i], np.where(item == swaps[-i], np.uint8(i), item))
-    return item
+def shortest_path(
+    situation: Situation, goal: str, available: Sequence[str] = TASKS
+) -> tuple[str, ...] | None:
+    """The fewest tasks, `goal` the last, that lead to it; None if that takes more than `LONGEST_PATH`."""
+    queue: deque[tuple[Situation, tuple[str, ...]]] = deque([(situation, ())])
+    while queue:
+        now, path = queue.popleft()
+        if TASK_TABLE[goal].outcome(now) is not None:
+            return (*path, goal)
+        if len(path) + 1 < LONGEST_PATH:
+            after = ((TASK_TABLE[task].outcome(now), task) for task in available)
+            queue.extend((then, (*path, task)) for then, task in after if then is not None)
+    return None
 
 
 def chains(tasks: Sequence[str], n: int, length: int = CHAIN_LENGTH, seed: int = 0) -> list[Chain]:
@@ -153,18 +146,18 @@ def chains(tasks: Sequence[str], n: int, length: int = CHAIN_LENGTH, seed: int =
     tasks = check_tasks(tasks)
     rng = np.random.default_rng(seed)
 
-    def allow(length: int) -> list[Situation]:
+    def starts(length: int) -> list[Situation]:
         return [state for state in initial_states() if _random_chain(state, tasks, length, rng) is not None]
 
-    states = allow(length)
+    states = starts(length)
     if not states:
-        longest = next(shorter for shorter in range(length - 1, -1, -1) if allow(shorter))
+        longest = next(shorter for shorter in range(length - 1, -1, -1) if starts(shorter))
         raise UserError(
             f"{', '.join(tasks)}: no chain of {length} can be made of these tasks; name more"
             + (f", or set length={longest}" if longest else "")
         )
-    starts = (states[i] for i in rng.integers(len(states), size=n))
-    return [Chain(state, _random_chain(state, tasks, length, rng)) for state in starts]
+    drawn = (states[i] for i in rng.integers(len(states), size=n))
+    return [Chain(state, _random_chain(state, tasks, length, rng)) for state in drawn]
 
 
 def _random_chain(
@@ -205,12 +198,8 @@ def start_state(state: Situation) -> tuple[Float[np.ndarray, "15"], Float[np.nda
     for block, place in on_table.items():
         position = SLIDER_PLACES.get(state[block], place)
         poses += [*position, 0, 0, rng.uniform(*YAW_RANGE)]
-    table = [
-        SLIDER_LEFT if state["slider"] == "left" else 0,
-        DRAWER_OPEN if state["drawer"] == "open" else 0,
-        0,
-        SWITCH_ON if state["lightbulb"] else 0,
-        state["lightbulb"],
-        state["led"],
-    ]
+    slide = SLIDER_LEFT if state["slider"] == "left" else 0
+    drawer = DRAWER_OPEN if state["drawer"] == "open" else 0
+    switch = SWITCH_ON if state["lightbulb"] else 0
+    table = [slide, drawer, 0, switch, state["lightbulb"], state["led"]]
     return np.array(ROBOT_START), np.array([*table, *poses], dtype=np.float64)

@@ -15,6 +15,8 @@ from defi.errors import UserError
 
 Situation = dict[str, int | str]
 COLORS = ("red", "blue", "pink")
+BLOCKS = tuple(f"{color}_block" for color in COLORS)
+SIDES = ("right", "left")
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,7 @@ class Alternative:
     """One way to do a task: values the situation must have (any of the given), and those it has after."""
 
     needs: dict[str, tuple[int | str, ...]]
-    gives: dict[str, int | str]
-
-    def applies(self, situation: Situation) -> bool:
-        return all(situation[key] in values for key, values in self.needs.items())
+    gives: Situation
 
 
 @dataclass(frozen=True)
@@ -37,102 +36,69 @@ class Task:
 
     def outcome(self, situation: Situation) -> Situation | None:
         """The situation after the task, or None where not exactly one alternative applies."""
-        fits = [way for way in self.alternatives if way.applies(situation)]
+        fits = [
+            way
+            for way in self.alternatives
+            if all(situation[key] in values for key, values in way.needs.items())
+        ]
         return situation | fits[0].gives if len(fits) == 1 else None
 
 
-def _way(needs: dict[str, int | str | tuple[str, ...]], gives: dict[str, int | str]) -> Alternative:
-    return Alternative({k: v if isinstance(v, tuple) else (v,) for k, v in needs.items()}, gives)
+Change = tuple[dict[str, int | str | tuple[str, ...]], Situation]
+"""What an alternative needs, and what it gives."""
 
 
-def _free(needs: dict[str, int | str | tuple[str, ...]], gives: dict[str, int | str]) -> Alternative:
-    """An alternative that asks for an empty hand."""
-    return _way(needs | {"grasped": 0}, gives)
+def _task(category: int, *changes: Change) -> Task:
+    """A task whose alternatives begin with an empty hand, or end with one if they need a grasped block."""
+    ways = []
+    for needs, gives in changes:
+        held = "grasped" in needs.values()
+        needs, gives = needs | {"grasped": int(held)}, gives | ({"grasped": 0} if held else {})
+        ways.append(Alternative({k: v if isinstance(v, tuple) else (v,) for k, v in needs.items()}, gives))
+    return Task(category, tuple(ways))
 
 
-def _held(block: str, needs: dict[str, int | str], gives: dict[str, int | str]) -> Alternative:
-    """An alternative that asks for `block` in the hand, and empties the hand."""
-    return _way({block: "grasped", "grasped": 1} | needs, gives | {"grasped": 0})
+def _lift(category: int, block: str, *places: Situation) -> Task:
+    return _task(category, *((place, {block: "grasped", "grasped": 1}) for place in places))
 
 
-def _block_tasks() -> dict[str, Task]:
-    """Rotations and pushes on the table: the block stays there."""
-    return {
-        f"{verb}_{color}_block_{side}": Task(1, (_free({f"{color}_block": "table"}, {}),))
-        for verb in ("rotate", "push")
-        for color in COLORS
-        for side in ("right", "left")
-    }
+def _push_into_drawer(block: str) -> Change:
+    """`block` on the table, the other two out of the way behind the slide."""
+    away = dict.fromkeys(BLOCKS, ("slider_right", "slider_left"))
+    return away | {block: "table", "drawer": "open"}, {block: "drawer"}
 
 
-def _toggle(category: int, key: str, before: int | str, after: int | str) -> Task:
-    return Task(category, (_free({key: before}, {key: after}),))
-
-
-def _lift_tasks() -> dict[str, Task]:
-    tasks = {}
-    for block in (f"{color}_block" for color in COLORS):
-        held = {block: "grasped", "grasped": 1}
-        tasks[f"lift_{block}_table"] = Task(4, (_free({block: "table"}, held),))
-        # Behind the sliding door only the open half can be reached.
-        behind = (("slider_left", "right"), ("slider_right", "left"))
-        tasks[f"lift_{block}_slider"] = Task(
-            5, tuple(_free({block: place, "slider": door}, held) for place, door in behind)
-        )
-        tasks[f"lift_{block}_drawer"] = Task(6, (_free({block: "drawer", "drawer": "open"}, held),))
-    return tasks
-
-
-def _place_tasks() -> dict[str, Task]:
-    blocks = [f"{color}_block" for color in COLORS]
-    slider = (
-        _held(block, {"slider": door}, {block: f"slider_{door}"})
-        for block in blocks
-        for door in ("right", "left")
-    )
-    drawer = (_held(block, {"drawer": "open"}, {block: "drawer"}) for block in blocks)
-    return {"place_in_slider": Task(7, tuple(slider)), "place_in_drawer": Task(7, tuple(drawer))}
-
-
-def _drawer_push() -> Task:
-    """One block on the table, the other two out of the way behind the slide."""
-    away = ("slider_right", "slider_left")
-    blocks = [f"{color}_block" for color in COLORS]
-    return Task(
-        9,
-        tuple(
-            _free(
-                {other: "table" if other == block else away for other in blocks} | {"drawer": "open"},
-                {block: "drawer"},
-            )
-            for block in blocks
-        ),
-    )
-
-
-def _stack_tasks() -> dict[str, Task]:
-    pairs = list(itertools.permutations([f"{color}_block" for color in COLORS], 2))
-    stacked = [{top: "stacked_top", bottom: "stacked_bottom"} for top, bottom in pairs]
-    stack = (_held(top, {bottom: "table"}, after) for (top, bottom), after in zip(pairs, stacked))
-    unstack = (_free(before, dict.fromkeys(before, "table")) for before in stacked)
-    return {"stack_block": Task(10, tuple(stack)), "unstack_block": Task(11, tuple(unstack))}
-
-
-# The protocol draws tasks in this order.
+STACKED = [{top: "stacked_top", low: "stacked_bottom"} for top, low in itertools.permutations(BLOCKS, 2)]
+# The protocol draws tasks in this order. Behind the sliding door only the open half can be reached.
 TASK_TABLE: dict[str, Task] = {
-    **_block_tasks(),
-    "move_slider_left": _toggle(2, "slider", "right", "left"),
-    "move_slider_right": _toggle(2, "slider", "left", "right"),
-    "open_drawer": _toggle(3, "drawer", "closed", "open"),
-    "close_drawer": _toggle(3, "drawer", "open", "closed"),
-    **_lift_tasks(),
-    **_place_tasks(),
-    **_stack_tasks(),
-    "turn_on_lightbulb": _toggle(8, "lightbulb", 0, 1),
-    "turn_off_lightbulb": _toggle(8, "lightbulb", 1, 0),
-    "turn_on_led": _toggle(8, "led", 0, 1),
-    "turn_off_led": _toggle(8, "led", 1, 0),
-    "push_into_drawer": _drawer_push(),
+    **{
+        f"{verb}_{block}_{side}": _task(1, ({block: "table"}, {}))
+        for verb, block, side in itertools.product(("rotate", "push"), BLOCKS, SIDES)
+    },
+    "move_slider_left": _task(2, ({"slider": "right"}, {"slider": "left"})),
+    "move_slider_right": _task(2, ({"slider": "left"}, {"slider": "right"})),
+    "open_drawer": _task(3, ({"drawer": "closed"}, {"drawer": "open"})),
+    "close_drawer": _task(3, ({"drawer": "open"}, {"drawer": "closed"})),
+    **{
+        f"lift_{block}_{place}": _lift(category, block, *({block: at} | door for at, door in ways))
+        for block in BLOCKS
+        for place, category, ways in (
+            ("table", 4, [("table", {})]),
+            ("slider", 5, [("slider_left", {"slider": "right"}), ("slider_right", {"slider": "left"})]),
+            ("drawer", 6, [("drawer", {"drawer": "open"})]),
+        )
+    },
+    "place_in_slider": _task(
+        7, *(({b: "grasped", "slider": side}, {b: f"slider_{side}"}) for b in BLOCKS for side in SIDES)
+    ),
+    "place_in_drawer": _task(7, *(({b: "grasped", "drawer": "open"}, {b: "drawer"}) for b in BLOCKS)),
+    "stack_block": _task(10, *((dict(zip(pair, ("grasped", "table"))), pair) for pair in STACKED)),
+    "unstack_block": _task(11, *((pair, dict.fromkeys(pair, "table")) for pair in STACKED)),
+    "turn_on_lightbulb": _task(8, ({"lightbulb": 0}, {"lightbulb": 1})),
+    "turn_off_lightbulb": _task(8, ({"lightbulb": 1}, {"lightbulb": 0})),
+    "turn_on_led": _task(8, ({"led": 0}, {"led": 1})),
+    "turn_off_led": _task(8, ({"led": 1}, {"led": 0})),
+    "push_into_drawer": _task(9, *map(_push_into_drawer, BLOCKS)),
 }
 TASKS: tuple[str, ...] = tuple(TASK_TABLE)
 
@@ -298,9 +264,9 @@ _PHRASES: dict[str, tuple[str, ...]] = {
 
 def _instructions(task: str) -> tuple[str, ...]:
     """The phrases of a task, with its block's colour and its side filled in."""
-    words = task.split("_")
     if task in _PHRASES:
         return _PHRASES[task]
+    words = task.split("_")
     kind = "move_slider" if words[1] == "slider" else f"lift_{words[3]}" if words[0] == "lift" else words[0]
     turn = {"left": "counterclockwise", "right": "clockwise"}.get(words[-1], "")
     return tuple(phrase.format(color=words[1], side=words[-1], turn=turn) for phrase in _PHRASES[kind])

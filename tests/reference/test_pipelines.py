@@ -32,7 +32,7 @@ from defi.engine.optimizer import build_optimizer
 from defi.text import CLIPText, TextConfig
 from Step1_GFDM import adapter as gfdm_adapter
 from Step1_GFDM.config import GFDMConfig
-from Step1_GFDM.data import Clips, LatentClips, read_episodes
+from Step1_GFDM.data import LatentMixture, LatentSet, open_sets, read_episodes
 from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.build import build_pairs
@@ -120,9 +120,8 @@ class Recording:
         section = next(section for kind, section in kinds.items() if kind in name)
         return {**section, "root": str(self.root / name)}
 
-    def open(self, sets: dict[str, dict[str, Any]], split: str) -> LatentClips:
-        step = self.model.frame_step
-        return LatentClips.from_config({"sets": sets}, frames=self.model.frames, frame_step=step, split=split)
+    def open(self, sets: dict[str, dict[str, Any]], split: str) -> LatentMixture:
+        return LatentMixture(open_sets({"sets": sets}, self.model, split).values())
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +185,7 @@ def test_pipelines_stage1_mixtures(recording: Recording) -> None:
             check_draws(data, dict(zip(names, data.sets)), expected)
 
 
-def check_draws(data: LatentClips, sets: dict[str, Clips], expected: dict[str, Any]) -> None:
+def check_draws(data: LatentMixture, sets: dict[str, LatentSet], expected: dict[str, Any]) -> None:
     """Samples as training draws them: each is its set's sample of the same number, counted round."""
     drawn: list[str] = []
     for name, clips in sets.items():
@@ -631,7 +630,8 @@ def test_pipelines_text_of_stage_3(policy: DeFI, said: dict[str, Any]) -> None:
         if "string" in entry["stage3_goal_clip"]:  # else too long for the published code
             assert set(goal.given) == {entry["stage3_goal_clip"]["string"]}
             whole = len(policy.gfdm.clip.tokenizer(entry["text"])["input_ids"])
-            assert int(goal.made[-1]["attention_mask"].sum()) == min(whole, policy.gfdm.clip.longest)
+            mask = torch.as_tensor(goal.made[-1]["attention_mask"])
+            assert int(mask.sum()) == min(whole, policy.gfdm.clip.longest)
 
 
 def test_pipelines_text_of_a_rollout(policy: DeFI, said: dict[str, Any]) -> None:

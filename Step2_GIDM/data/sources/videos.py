@@ -11,8 +11,7 @@ from jaxtyping import UInt8
 
 from defi.errors import UserError
 from defi.files import find_files
-from defi.frame_numbers import number_video
-from defi.video import VIDEO_SUFFIXES, read_frames
+from defi.video import VIDEO_SUFFIXES, number_video, read_frames
 from defi.video_index import number_videos
 from Step2_GIDM.data.pairs import Clip, PairsSettings, Part, Source
 

@@ -1,9 +1,13 @@
 """Stable Video Diffusion's networks at the sizes of a preset, with random weights."""
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 
-from Step1_GFDM.config import GFDMConfig, VAESizes
+from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 
 
 def build_scheduler() -> EulerDiscreteScheduler:
@@ -56,3 +60,17 @@ def build_unet(config: GFDMConfig, text_width: int) -> UNetSpatioTemporalConditi
         projection_class_embeddings_input_dim=3 * config.unet.addition_time_embed_dim,
         num_frames=config.frames,
     )
+
+
+def sizes_of(unet: UNetSpatioTemporalConditionModel, vae: AutoencoderKLTemporalDecoder) -> dict[str, Any]:
+    """The sections `unet` and `vae` of a `GFDMConfig` from which such networks would be built."""
+    attention = [kind.startswith("CrossAttn") for kind in unet.config.down_block_types]
+    return {
+        "unet": _sizes(UNetSizes, {**unet.config, "attention": attention}),
+        "vae": _sizes(VAESizes, vae.config),
+    }
+
+
+def _sizes(cls: type, config: Mapping[str, Any]) -> Any:
+    values = {field.name: config[field.name] for field in fields(cls)}
+    return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()})

@@ -20,32 +20,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 LOG_VARIANCE = -6.0  # of the posterior at the start
+TENT = torch.tensor([0.25, 0.5, 0.25])  # enlarges bilinearly
+Images = Float[Tensor, "N 3 H W"]
 
 
 @torch.no_grad()
-def start_from_principal_components(
-    vae: AutoencoderKLTemporalDecoder, images: Float[Tensor, "N 3 H W"]
-) -> None:
+def start_from_principal_components(vae: AutoencoderKLTemporalDecoder, images: Images) -> None:
     """Set the linear path in a new VAE, from some hundred training images in [-1, 1]."""
-    _silence_residuals(vae)
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
+            _clear(module.conv2)
+        elif isinstance(module, Attention):
+            _clear(module.to_out[0])
     _set_encoder(vae, images)
     _set_decoder(vae, images)
 
 
-def _silence_residuals(vae: AutoencoderKLTemporalDecoder) -> None:
-    for module in vae.modules():
-        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
-            last = module.conv2
-        elif isinstance(module, Attention):
-            last = module.to_out[0]
-        else:
-            continue
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-
-
-def _clear(layer: nn.Conv2d | nn.Conv3d, outputs: int) -> None:
-    """The first outputs of a convolution become zero, to be filled in."""
+def _clear(layer: nn.Module, outputs: int | None = None) -> None:
+    """The first outputs of a layer (None: all) become zero, to be filled in."""
     layer.weight[:outputs] = 0
     layer.bias[:outputs] = 0
 
@@ -58,20 +50,17 @@ def _pass_on(layer: nn.Conv2d | nn.Conv3d | None, channels: int) -> None:
         layer.weight[centre] = 1
 
 
-def _set_encoder(vae: AutoencoderKLTemporalDecoder, images: Tensor) -> None:
-    encoder, latent = vae.encoder, vae.config.latent_channels
+def _set_encoder(vae: AutoencoderKLTemporalDecoder, images: Images) -> None:
+    encoder, latent, path = vae.encoder, vae.config.latent_channels, images
     _pass_on(encoder.conv_in, 3)
-    path = images
     *halving, last = encoder.down_blocks
-    for level, block in enumerate(halving):
+    for block in halving:
         _pass_on(block.resnets[0].conv_shortcut, path.shape[1])
-        layer = block.downsamplers[0].conv
-        final = level == len(halving) - 1
+        layer, final = block.downsamplers[0].conv, block is halving[-1]
         keep = latent if final else min(4 * path.shape[1], layer.out_channels)
         weight, bias = _principal_components(path, keep, unit=final)
         if final:  # pairs (+a, -a), neighbours so that they share a group of the norm
-            weight = torch.stack([weight, -weight], 1).flatten(0, 1)
-            bias = torch.stack([bias, -bias], 1).flatten(0, 1)
+            weight, bias = (torch.stack([each, -each], 1).flatten(0, 1) for each in (weight, bias))
         outputs, inputs = weight.shape[:2]
         _clear(layer, outputs)
         layer.weight[:outputs, :inputs, :2, :2] = weight
@@ -80,8 +69,7 @@ def _set_encoder(vae: AutoencoderKLTemporalDecoder, images: Tensor) -> None:
     _pass_on(last.resnets[0].conv_shortcut, 2 * latent)
     _clear(encoder.conv_out, 2 * latent)
     for i in range(latent):
-        encoder.conv_out.weight[i, 2 * i, 1, 1] = 1
-        encoder.conv_out.weight[i, 2 * i + 1, 1, 1] = -1
+        encoder.conv_out.weight[i, 2 * i : 2 * i + 2, 1, 1] = torch.tensor([1.0, -1.0])
     encoder.conv_out.bias[latent:] = LOG_VARIANCE
     _pass_on(vae.quant_conv, 2 * latent)
 
@@ -98,7 +86,7 @@ def _principal_components(path: Tensor, keep: int, *, unit: bool) -> tuple[Tenso
     return weight.unflatten(1, (path.shape[1], 2, 2)), -weight @ mean
 
 
-def _set_decoder(vae: AutoencoderKLTemporalDecoder, images: Tensor) -> None:
+def _set_decoder(vae: AutoencoderKLTemporalDecoder, images: Images) -> None:
     decoder, latent = vae.decoder, vae.config.latent_channels
     codes = vae.encode(images).latent_dist.mode()
     colours = F.adaptive_avg_pool2d(images, codes.shape[-2:])
@@ -107,21 +95,15 @@ def _set_decoder(vae: AutoencoderKLTemporalDecoder, images: Tensor) -> None:
     _clear(decoder.conv_in, 3)
     decoder.conv_in.weight[:3, :, 1, 1] = solution[:, :latent]
     decoder.conv_in.bias[:3] = solution[:, latent]
-
-    tent = torch.tensor([0.25, 0.5, 0.25])
     channels = 3
     for i, block in enumerate(decoder.up_blocks):
         _pass_on(block.resnets[0].spatial_res_block.conv_shortcut, channels)
         if block.upsamplers is None:
             continue
-        layer = block.upsamplers[0].conv
-        pairs = i == len(decoder.up_blocks) - 2
-        _clear(layer, 6 if pairs else 3)
-        for c in range(3):
-            layer.weight[c, c] = tent[:, None] * tent
-            if pairs:
-                layer.weight[c + 3, c] = -tent[:, None] * tent
-        channels = 6 if pairs else 3
+        layer, channels = block.upsamplers[0].conv, 6 if i == len(decoder.up_blocks) - 2 else 3
+        _clear(layer, channels)
+        for c in range(channels):  # the last time pairs (+a, -a), as in the encoder
+            layer.weight[c, c % 3] = TENT[:, None] * TENT * (1 if c < 3 else -1)
     _undo_last_norm(vae, codes)
     _clear(decoder.conv_out, 3)
     for c in range(3):
@@ -132,15 +114,13 @@ def _set_decoder(vae: AutoencoderKLTemporalDecoder, images: Tensor) -> None:
 
 def _undo_last_norm(vae: AutoencoderKLTemporalDecoder, codes: Tensor) -> None:
     """Scale and shift after the decoder's last norm that give the colours their mean and deviation back."""
-    norm = vae.decoder.conv_norm_out
+    norm, axes = vae.decoder.conv_norm_out, (0, 2, 3)
     seen: list[Tensor] = []
     hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     vae.decode(codes, num_frames=1)
     hook.remove()
     before = seen[0][:, :6]
     after = F.group_norm(seen[0], norm.num_groups, eps=norm.eps)[:, :6]
-    axes = (0, 2, 3)
-    spread = (after - after.mean(axes, keepdim=True)).square().mean(axes)
-    together = ((after - after.mean(axes, keepdim=True)) * before).mean(axes)
-    norm.weight[:6] = together / spread.clamp_min(1e-8)
+    centred = after - after.mean(axes, keepdim=True)
+    norm.weight[:6] = (centred * before).mean(axes) / centred.square().mean(axes).clamp_min(1e-8)
     norm.bias[:6] = before.mean(axes) - norm.weight[:6] * after.mean(axes)

@@ -1,9 +1,10 @@
-"""How experts see the world and how they move: goals for the hand, turned into relative actions.
+"""What scripted policies see, and how they move: goals for the hand, turned into relative actions.
 
-The action follows from where things are now, never from a clock, so that a picture determines it and a push
-of the arm is made good. Lengths in metres, angles in radians, world coordinates.
+The action follows from the present state alone, never from a clock: a picture determines it, and a disturbed
+arm returns. Lengths in metres, angles in radians, world coordinates.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ SPEED = 0.85  # of an action's range
 GAIN = 0.4  # of the remaining way, per step
 LEAD = 0.05  # how far the commanded position may be ahead of the hand when something holds it
 SLACK = 0.07  # radians by which the hand may be turned before it is turned back
+REACH = 0.025  # metres from the TCP to a block between the fingers, at most
+HELD = 0.055  # metres between fingers that hold a block, at most
 JOINT_AXES = {
     "base__slide": np.array([-1.0, 0.0, 0.0]),
     "base__drawer": np.array([0.0, -1.0, 0.0]),
@@ -50,34 +53,51 @@ class Block:
 
 @dataclass(frozen=True)
 class View:
-    """What an expert sees: the hand, the joints and the point to work each of them, lights, blocks."""
+    """What a policy sees: the hand, the joints and the point to work each of them, the LED, the blocks."""
 
     tcp: Point
     euler: Float[np.ndarray, "3"]
     width: float
     joints: dict[str, float]
     grips: dict[str, Point]
-    lights: dict[str, int]
+    led: int
     blocks: dict[str, Block]
 
     @classmethod
     def of(cls, world: World) -> "View":
         robot, scene = world.robot_obs(), world.scene_obs()
-        joints = dict(zip(("base__slide", "base__drawer", "base__button", "base__switch"), scene[:4]))
+        joints = {name: float(value) for name, value in zip(JOINT_AXES, scene[:4])}
         grips = world.scene.table.grips
         poses = np.split(scene[6:], len(world.blocks))
         return cls(
             tcp=robot[:3],
             euler=robot[3:6],
             width=float(robot[6]),
-            joints={name: float(value) for name, value in joints.items()},
+            joints=joints,
             grips={name: np.array(grips[name]) + joints[name] * JOINT_AXES[name] for name in grips},
-            lights={"lightbulb": int(scene[4]), "led": int(scene[5])},
+            led=int(scene[5]),
             blocks={
                 block.name: Block(pose[:3], float(pose[5]), block.length)
                 for block, pose in zip(world.scene.blocks, poses)
             },
         )
+
+    @property
+    def yaw(self) -> float:
+        """Of the hand."""
+        return float(self.euler[2])
+
+    def between(self, name: str) -> bool:
+        """Whether the block is between the fingers."""
+        return bool(np.linalg.norm(self.blocks[name].place - self.tcp) < REACH)
+
+    def holds(self, name: str) -> bool:
+        return self.between(name) and self.width < HELD
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the fingers hold no block."""
+        return self.width > HELD
 
 
 @dataclass(frozen=True)
@@ -91,22 +111,15 @@ class Move:
     turn: bool = False
 
 
+@dataclass(frozen=True)
 class Skill:
     """How to do one task: the next move, when it is done, and how the hand leaves afterwards."""
 
-    leave: Vector = (0.0, 0.0, 0.1)
-    leave_gripper = CLOSED
-
-    @property
-    def block(self) -> str | None:
-        """The block that the skill takes into the hand."""
-        return None
-
-    def done(self, view: View) -> bool:
-        raise NotImplementedError
-
-    def move(self, view: View) -> Move:
-        raise NotImplementedError
+    move: Callable[[View], Move]
+    done: Callable[[View], bool]
+    leave: Vector = (0.0, 0.0, 0.1)  # displacement of the hand
+    leave_gripper: float = CLOSED
+    block: str | None = None  # that the skill takes into the hand
 
 
 def wrap(angle: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
