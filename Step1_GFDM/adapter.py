@@ -11,8 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from defi.checkpoints.loading_report import LoadingReport, compare
-from defi.checkpoints.names import under
+from defi.checkpoints.matching import LoadingReport, compare, under
 from defi.errors import UserError
 from defi.text import CLIPText
 from Step1_GFDM import pipeline
@@ -22,7 +21,6 @@ from Step1_GFDM.model import GFDM
 
 TITLE = "published video model (diffusers folder)"
 MARK = "unet.conv_in.weight"
-PARTS = ("unet", "vae")
 UNNEEDED = {
     "image_encoder": "CLIP's image tower, whose place text takes",
     "feature_extractor": "the image tower's input settings",
@@ -42,12 +40,12 @@ def publish(model: GFDM) -> dict[str, Tensor]:
 
 def read(folder: Path) -> dict[str, Tensor]:
     """UNet and VAE of a diffusers folder, names beginning with their part."""
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise UserError(f"{folder}: has no {missing[0]}/; give the folder of a Stable Video Diffusion model")
-    return under("unet.", pipeline.read_weights(folder / "unet")) | under(
-        "vae.", pipeline.read_weights(folder / "vae")
-    )
+    tensors: dict[str, Tensor] = {}
+    for part in ("unet", "vae"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder}: has no {part}/; give the folder of a Stable Video Diffusion model")
+        tensors |= under(f"{part}.", pipeline.read_weights(folder / part))
+    return tensors
 
 
 def expected(config: GFDMConfig, text_width: int) -> dict[str, Tensor]:
@@ -60,17 +58,12 @@ def expected(config: GFDMConfig, text_width: int) -> dict[str, Tensor]:
 def convert(cfg: DictConfig) -> tuple[GFDM, LoadingReport]:
     """The GFDM in the diffusers folder `cfg.source`, at the sizes of a preset, its text tower included."""
     folder, config = Path(cfg.source), GFDMConfig.from_preset(cfg)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a Stable Video Diffusion model")
-    clip = _text_tower(folder, config)
+    if (folder / "text_encoder").is_dir():
+        clip = CLIPText.load(folder / "text_encoder", config.clip, tokenizer=folder / "tokenizer")
+    else:
+        clip = CLIPText.from_config(config.clip)
     report = compare(read(folder), expected(config, clip.width), source=folder).check()
     report.left_over = {why: [f"{part}/"] for part, why in UNNEEDED.items() if (folder / part).exists()}
     parts, sizes = pipeline.load_foreign(folder, clip)
     config = replace(config, **sizes, pretrained=None, clip=replace(config.clip, pretrained=None))
     return GFDM(config, **parts, clip=clip), report
-
-
-def _text_tower(folder: Path, config: GFDMConfig) -> CLIPText:
-    if (folder / "text_encoder").is_dir():
-        return CLIPText.load(folder / "text_encoder", config.clip, tokenizer=folder / "tokenizer")
-    return CLIPText.from_config(config.clip)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import Dinov2WithRegistersModel
 
 from defi.checkpoints.files import read_published
-from defi.checkpoints.loading_report import LoadingReport, compare
-from defi.checkpoints.names import Names, below, under
-from defi.errors import UserError
+from defi.checkpoints.matching import LoadingReport, Names, below, compare, under
+from defi.errors import reading
 from defi.text import T5Text
 from Step2_GIDM.dino import DinoConfig, DinoPatches
 from Step2_GIDM.latent_action import LatentActionTokenizer
@@ -26,15 +25,15 @@ TITLE = "published GIDM (Lightning)"
 MARK = "lam.patch_up.weight"
 LATENT, DINO, T5 = "lam.", "lam.dino_encoder.", "lam.text_encoder."
 
-# ---------------------------------------------------------------- the latent action model: ours → published
+# The latent action model: our names → published.
 
 
-def _block(ours: str, theirs: str, *, temporal: bool) -> dict[str, str | tuple[str, ...]]:
-    norms = ("spatial_norm", "temporal_norm", "ffn_norm") if temporal else ("spatial_norm", "ffn_norm")
-    table: dict[str, str | tuple[str, ...]] = {
-        f"{ours}.{norm}": f"{theirs}.norm{i}" for i, norm in enumerate(norms, start=1)
-    }
-    for kind in ("spatial", "temporal") if temporal else ("spatial",):
+def _block(ours: str, theirs: str, *kinds: str) -> dict[str, str | tuple[str, ...]]:
+    """Names of a block with attention of these kinds, each with its norm, then a feed-forward layer."""
+    table: dict[str, str | tuple[str, ...]] = {}
+    for i, kind in enumerate([*kinds, "ffn"], start=1):
+        table[f"{ours}.{kind}_norm"] = f"{theirs}.norm{i}"
+    for kind in kinds:
         table[f"{ours}.{kind}.qkv"] = tuple(f"{theirs}.{kind}_attn.to_{part}" for part in "qkv")
         table[f"{ours}.{kind}.out"] = f"{theirs}.{kind}_attn.to_out.0"
     return table | {f"{ours}.ffn.0": f"{theirs}.ffn.0", f"{ours}.ffn.2": f"{theirs}.ffn.3"}
@@ -42,7 +41,7 @@ def _block(ours: str, theirs: str, *, temporal: bool) -> dict[str, str | tuple[s
 
 _TOKENIZER = {
     "encoder.embed": "encoder.ffn",
-    **_block("encoder.blocks.*", "encoder.transformer_blocks.*", temporal=True),
+    **_block("encoder.blocks.*", "encoder.transformer_blocks.*", "spatial", "temporal"),
     "encoder.embed_text": "lang_proj",
     "encoder.to_code.0": "to_codebook",
     "from_code": "action_up",
@@ -59,15 +58,8 @@ _CONTROLLABLE = {
 _DECODER = {
     "decoder.embed_patches": "patch_up",
     "decoder.embed": "decoder.ffn",
-    **_block("decoder.blocks.*", "decoder.transformer_blocks.*", temporal=False),
+    **_block("decoder.blocks.*", "decoder.transformer_blocks.*", "spatial"),
     "decoder.out": "decoder.out",
-}
-# By whether the model has a second, frozen codebook.
-_TABLES = {False: _TOKENIZER | _LANGUAGE, True: _TOKENIZER | _CONTROLLABLE}
-TOKENIZER_NAMES = {frozen: Names(table) for frozen, table in _TABLES.items()}
-MODEL_NAMES = {
-    frozen: Names({f"tokenizer.{ours}": theirs for ours, theirs in table.items()} | _DECODER)
-    for frozen, table in _TABLES.items()
 }
 # Counters of the quantizer: state of a training run, not weights.
 COUNTERS = ("usage", "recent", "restarts")
@@ -75,9 +67,11 @@ COUNTERS = ("usage", "recent", "restarts")
 
 def names_of(module: nn.Module) -> Names:
     """The table for a `LatentActionModel` or a `LatentActionTokenizer`."""
-    alone = isinstance(module, LatentActionTokenizer)
-    sizes = module.sizes if alone else module.tokenizer.sizes
-    return (TOKENIZER_NAMES if alone else MODEL_NAMES)[sizes.frozen_codes is not None]
+    tokenizer = module if isinstance(module, LatentActionTokenizer) else module.tokenizer
+    table = _TOKENIZER | (_LANGUAGE if tokenizer.sizes.frozen_codes is None else _CONTROLLABLE)
+    if module is not tokenizer:
+        table = {f"tokenizer.{ours}": theirs for ours, theirs in table.items()} | _DECODER
+    return Names(table)
 
 
 def to_published(module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -86,30 +80,17 @@ def to_published(module: nn.Module, tensors: Mapping[str, Tensor] | None = None)
     return {name: t[None, None] if name.startswith("action_latent") else t for name, t in split.items()}
 
 
-def copy_published(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy published tensors, which must be complete, into `module`; its counters stay as they are."""
-    own = module.state_dict()
+def load_published(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
+    """Load published tensors into `module`, strictly; its counters stay as they are."""
+    report, own = compare(tensors, to_published(module), source=source).check(), module.state_dict()
     counters = {name: tensor for name, tensor in own.items() if name.rsplit(".", 1)[-1] in COUNTERS}
     weights = names_of(module).join(tensors)
     module.load_state_dict(counters | {name: t.reshape(own[name].shape) for name, t in weights.items()})
-
-
-def load_published(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
-    """Load published tensors into `module`, strictly: a name or shape that does not fit is a `UserError`."""
-    report = compare(tensors, to_published(module), source=source).check()
-    copy_published(module, tensors)
     return report
 
 
-# ---------------------------------------------------------------- DINOv2: torch.hub's names → transformers'
-
+# DINOv2: torch.hub's names → transformers'.
 POSITIONS = "pos_embed"
-_SCALES = {f"ls{scale}.gamma": f"layer_scale{scale}.lambda1" for scale in (1, 2)}
-# Of the attention layers in transformers, (q, k, v), out: since version 5, and before.
-_ATTENTION = (
-    (tuple(f"attention.{part}_proj" for part in "qkv"), "attention.o_proj"),
-    (tuple(f"attention.attention.{part}" for part in ("query", "key", "value")), "attention.output.dense"),
-)
 _DINO = {
     "cls_token": "embeddings.cls_token",
     POSITIONS: "embeddings.position_embeddings",
@@ -124,30 +105,21 @@ _DINO = {
 
 def dino_names(model: Dinov2WithRegistersModel) -> Names:
     """torch.hub's names (`dinov2_vitb14_reg`), and those of transformers' model."""
-    present = model.state_dict().keys()
-    qkv, out = next(names for names in _ATTENTION if f"encoder.layer.0.{names[1]}.weight" in present)
+    if "encoder.layer.0.attention.o_proj.weight" in model.state_dict():  # since version 5
+        qkv, out = [f"{part}_proj" for part in "qkv"], "o_proj"
+    else:
+        qkv, out = [f"attention.{part}" for part in ("query", "key", "value")], "output.dense"
     attention = {
-        "blocks.*.attn.qkv": tuple(f"encoder.layer.*.{part}" for part in qkv),
-        "blocks.*.attn.proj": f"encoder.layer.*.{out}",
+        "blocks.*.attn.qkv": tuple(f"encoder.layer.*.attention.{part}" for part in qkv),
+        "blocks.*.attn.proj": f"encoder.layer.*.attention.{out}",
     }
     return Names(_DINO | attention)
 
 
 def dino_image_size(tensors: Mapping[str, Tensor], config: DinoConfig, *, source: object) -> int:
-    """Side of the images, in pixels, that the position embeddings were made for (518 as published).
-
-    Raises:
-        UserError: they are missing or belong to no square of patches.
-    """
-    if POSITIONS not in tensors:
-        raise UserError(f"{source}: holds no DINOv2 ({POSITIONS} is missing); give the complete checkpoint")
-    shape = tuple(tensors[POSITIONS].shape)
-    if math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
-        raise UserError(f"{source}: {POSITIONS} has shape {shape}, expected 1 + n² positions; give DINOv2's")
-    return math.isqrt(shape[1] - 1) * config.patch
-
-
-# ---------------------------------------------------------------- the checkpoint
+    """Side of the images, in pixels, that the position embeddings were made for (518 as published)."""
+    with reading(str(source), f"give the complete checkpoint, with DINOv2's {POSITIONS}"):
+        return math.isqrt(tensors[POSITIONS].shape[1] - 1) * config.patch
 
 
 def build(cfg: DictConfig) -> GIDM:
@@ -170,14 +142,10 @@ def publish_towers(model: GIDM) -> dict[str, Tensor]:
 
 
 def adopt(model: GIDM, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
-    """Load a published checkpoint into `model`, encoders included.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape.
-    """
+    """Load a published checkpoint into `model`, encoders included; errors as `LoadingReport.check`."""
     trained = publish(model)
     report = compare(tensors, trained | publish_towers(model), source=source).check()
-    copy_published(model.core, below({name: tensors[name] for name in trained}, LATENT))
+    load_published(model.core, below({name: tensors[name] for name in trained}, LATENT), source=source)
     dino = model.dino.model
     dino.load_state_dict(dino_names(dino).split(below(tensors, DINO)))
     if text := below(tensors, T5):
@@ -192,9 +160,11 @@ def convert(cfg: DictConfig) -> tuple[GIDM, LoadingReport]:
     """
     tensors = read_published(cfg.source, MARK, TITLE)
     preset = GIDMConfig.from_preset(cfg)
-    parts = {name: replace(getattr(preset, name), pretrained=None) for name in ("dino", "text")}
-    config = replace(preset, **parts)
-    positions = dino_image_size(below(tensors, DINO), config.dino, source=cfg.source)
-    dino = DinoPatches.random(config.dino, positions=positions)
-    model = GIDM(config, dino=dino, text=T5Text.from_config(preset.text))
+    dino, text = (replace(part, pretrained=None) for part in (preset.dino, preset.text))
+    positions = dino_image_size(below(tensors, DINO), dino, source=cfg.source)
+    model = GIDM(
+        replace(preset, dino=dino, text=text),
+        dino=DinoPatches.from_config(dino, positions=positions),
+        text=T5Text.from_config(preset.text),
+    )
     return model, adopt(model, tensors, source=cfg.source)

@@ -1,7 +1,6 @@
 """Frozen DINOv2 with registers: two frames become patch tokens."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -48,17 +47,15 @@ class DinoPatches(nn.Module):
         self.register_buffer("deviation", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     @classmethod
-    def from_config(cls, config: DinoConfig) -> "DinoPatches":
-        """The pretrained encoder the config names, or the random one it describes."""
-        if config.pretrained:
-            return cls.load(config.pretrained, config.image_size)
-        return cls.random(config, positions=config.image_size)
+    def from_config(cls, config: DinoConfig, *, positions: int | None = None) -> "DinoPatches":
+        """The pretrained encoder the config names, or the random one it describes.
 
-    @classmethod
-    def random(cls, config: DinoConfig, *, positions: int) -> "DinoPatches":
-        """Random weights, with position embeddings for images of `positions` × `positions` pixels."""
+        positions: side, in pixels, of the images that the random one's position embeddings are for.
+        """
+        if config.pretrained:
+            return cls(load_model(Dinov2WithRegistersModel, config.pretrained), config.image_size)
         sizes = Dinov2WithRegistersConfig(
-            image_size=positions,
+            image_size=positions or config.image_size,
             patch_size=config.patch,
             hidden_size=config.width,
             num_hidden_layers=config.layers,
@@ -69,11 +66,6 @@ class DinoPatches(nn.Module):
             torch.manual_seed(config.seed)
             return cls(Dinov2WithRegistersModel(sizes), config.image_size)
 
-    @classmethod
-    def load(cls, source: Path | str, image_size: int) -> "DinoPatches":
-        """From a Hugging Face folder or hub name."""
-        return cls(load_model(Dinov2WithRegistersModel, source), image_size)
-
     @property
     def width(self) -> int:
         """C, the width of the patch tokens."""
@@ -83,10 +75,6 @@ class DinoPatches(nn.Module):
     def grid(self) -> int:
         """Patches along one side; L is its square."""
         return self.image_size // self.model.config.patch_size
-
-    def train(self, mode: bool = True) -> "DinoPatches":
-        """Frozen: stays in evaluation mode whatever the surrounding model does."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, frames: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N L C"]:

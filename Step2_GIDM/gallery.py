@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from defi.engine.output import write_file
-from Step2_GIDM.code_evaluation import CodeEvaluation
-from Step2_GIDM.flow import BLOCK, GRID, SIDE, STRIDE, displacement, mean_displacement
+from Step2_GIDM.code_evaluation import CENTRES, CodeEvaluation, Transfer, displacement, mean_displacement
 
 ROWS, EXAMPLES = 8, 3
 FEWEST = 3  # pairs of a code that is shown
@@ -63,9 +62,27 @@ def draw_gallery(seen: CodeEvaluation, codes: int, path: Path) -> None:
             axis.imshow(overlay(frames[pick]))
         for axis in (field, *examples):
             axis.axis("off")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_file(path, buffer.getvalue())
+
+
+def draw_transfer(found: Transfer, path: Path, *, rows: int = 6, columns: int = 4) -> None:
+    """A row per action: the pair it was read from, then where it leads from other clips' frames."""
+    rows, columns = min(rows, len(found.given)), min(columns, found.reached.shape[1])
+    figure = Figure((1.7 * (columns + 1), 1.8 * rows), layout="constrained")
+    title = "Red: before, cyan: after. Left: the pair an action is read from; right: applied to other clips."
+    figure.suptitle(title, fontsize=8)
+    axes = figure.subplots(rows, columns + 1, squeeze=False)
+    for row, given, reached in zip(axes, found.given, found.reached):
+        for axis, pair in zip(row, [given, *reached]):
+            axis.imshow(overlay(pair))
+            axis.axis("off")
+    _save(figure, path)
 
 
 def direction(dx: float, dy: float) -> str:
@@ -90,8 +107,7 @@ def _draw_field(
     axis.imshow(now.mean((0, 1)).numpy(), cmap="gray", vmin=0, vmax=1.4)
     total = weight.sum(0)
     field = (move * weight[:, None]).sum(0) / total.clamp(min=1e-6) * side
-    centres = (torch.arange(GRID) * STRIDE + BLOCK / 2) * side / SIDE
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    y, x = torch.meshgrid(CENTRES * side, CENTRES * side, indexing="ij")
     strong = total > 0.25 * total.max().clamp(min=1e-6)
     arrows = (x[strong], y[strong], field[0][strong], field[1][strong])
     axis.quiver(*arrows, angles="xy", scale_units="xy", scale=1, color="crimson", width=0.012)

@@ -7,35 +7,37 @@ Does a latent action of one clip mean the same in another (transfer)?
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from sklearn.decomposition import PCA
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import GroupKFold
 
 from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
-from Step2_GIDM.code_evaluation import CodeEvaluation, evaluate_codes
+from Step2_GIDM.code_evaluation import CodeEvaluation, evaluate_codes, transfer
 from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.data.sources.calvin import CalvinClips
-from Step2_GIDM.gallery import draw_gallery
+from Step2_GIDM.gallery import draw_gallery, draw_transfer
 from Step2_GIDM.model import GIDM
-from Step2_GIDM.probe import fit_and_predict, one_hot, r2
-from Step2_GIDM.transfer import draw_transfer, transfer
 
 ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STILL = 0.1  # an action whose sums deviate less than this (2 mm, 0.3 degrees) does not count as varying
+PENALTIES = np.logspace(-3, 3, 13)  # of the ridge regression, as shares of the inputs' variance
+FOLDS = 5  # of the cross-validation that chooses one
 
 
-@dataclass
-class Probed:
+class Probed(NamedTuple):
     """Pairs with what the robot did between their frames."""
 
     seen: CodeEvaluation
@@ -45,18 +47,38 @@ class Probed:
     @classmethod
     def of(cls, data: PairDataset, seen: CodeEvaluation) -> "Probed":
         """Summed relative motion and mean gripper command between the frames of each pair."""
-        source = data.source
-        assert isinstance(source, CalvinClips)
-        numbers = {clip: number for number, clip in enumerate(source.clips)}
+        numbers = {clip: number for number, clip in enumerate(data.source.clips)}
         clips, rows = [], []
-        for pair in seen.pairs:
-            clip, now = data.locate(int(pair))
+        for clip, now in map(data.locate, seen.pairs.tolist()):
             moves = clip.pair(now, data.distance[1])[1] - now  # 0 where both are the clip's last frame
             first = clip.start + now
-            actions = source.data.stack("rel_actions", range(first, first + max(1, moves)))
+            actions = data.source.data.stack("rel_actions", range(first, first + max(1, moves)))
             clips.append(numbers[clip])
             rows.append([*actions[:moves, :6].sum(0), actions[:, 6].mean()])
         return cls(seen, np.array(clips), np.array(rows))
+
+
+def one_hot(indices: Int[np.ndarray, "N Q"], codes: int) -> Float[np.ndarray, "N QC"]:
+    return np.eye(codes)[indices].reshape(len(indices), -1)
+
+
+def fit_and_predict(
+    fit: Float[np.ndarray, "N X"],
+    targets: Float[np.ndarray, "N A"],
+    new: Float[np.ndarray, "M X"],
+    *,
+    groups: Int[np.ndarray, " N"],
+) -> Float[np.ndarray, "M A"]:
+    """Predictions for `new` of a ridge regression whose penalty is chosen by cross-validation on `fit`.
+
+    Samples of one group (overlapping pairs of one clip, say) are never on both sides of a split, else close
+    neighbours would hide overfitting.
+    """
+    rotation = PCA().fit(fit)  # a ridge regression does not mind, and has no more columns than samples
+    scale = max(rotation.explained_variance_.sum(), 1e-12)
+    folds = GroupKFold(min(FOLDS, count)) if (count := len(np.unique(groups))) > 1 else None
+    ridge = RidgeCV(PENALTIES * scale, cv=folds and list(folds.split(fit, groups=groups)))
+    return ridge.fit(rotation.transform(fit), targets).predict(rotation.transform(new))
 
 
 def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, dict[str, float | None]]:
@@ -67,7 +89,6 @@ def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, 
     there is nothing to explain: None.
     """
     varies = (fit.actions.std(0) > STILL) & (test.actions.std(0) > STILL)
-    names = [name for name, kept in zip(ACTIONS, varies) if kept]
     draw = np.random.default_rng(seed)
 
     def inputs(part: Probed) -> dict[str, np.ndarray]:
@@ -79,13 +100,14 @@ def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, 
         }
 
     found, new = inputs(fit), inputs(test)
-    if not names:
+    if not varies.any():
         return {name: {"all": None} for name in found}
-    result = {}
+    truth, result = test.actions[:, varies], {}
     for name, x in found.items():
         guess = fit_and_predict(x, fit.actions[:, varies], new[name], groups=fit.clips)
-        each, together = r2(test.actions[:, varies], guess)
-        result[name] = dict(zip(names, each)) | {"all": together}
+        each = r2_score(truth, guess, multioutput="raw_values")
+        result[name] = dict(zip(np.array(ACTIONS)[varies].tolist(), each.tolist()))
+        result[name]["all"] = float(r2_score(truth, guess, multioutput="variance_weighted"))
     return result
 
 
@@ -98,10 +120,8 @@ def report(numbers: dict[str, Any], codes: int) -> None:
         f"prediction      error {numbers['mse']:.4f}; with another pair's latent action "
         f"{numbers['shuffled_mse']:.4f}; copying the earlier frame {numbers['copy_mse']:.4f}"
     )
-    if numbers.get("transfer_cosine") is not None:
-        console.print(
-            f"transfer        to other clips: cosine of the motions {numbers['transfer_cosine']:.2f}"
-        )
+    if (cosine := numbers.get("transfer_cosine")) is not None:
+        console.print(f"transfer        to other clips: cosine of the motions {cosine:.2f}")
     if "probe" in numbers:
         names = list(numbers["probe"]["codes"])
         table = Table("R²", *names, title="robot actions read linearly from")

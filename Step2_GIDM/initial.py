@@ -16,14 +16,27 @@ CODE_SCALE = 0.3  # of the projection to the codes: with small vectors commitmen
 COPY_GAIN = 3.0  # of the decoder's input over its positions, which a copy would have to take out again
 
 
+@torch.no_grad()
 def use_codes_early(model: LatentActionModel) -> None:
     """Give a new model these weights; every other one keeps PyTorch's."""
     tokenizer, decoder = model.tokenizer, model.decoder
     start_as_difference(tokenizer.encoder.blocks[0].temporal)
-    start_centred(tokenizer.encoder.to_code[0], tokenizer.from_code)
+    # Code vectors begin small and without offsets that all pairs share.
+    from_codes = [tokenizer.from_code]
     if tokenizer.sizes.frozen_codes is not None:
-        start_centred(tokenizer.encoder.to_code[1], tokenizer.from_frozen_code)
-    start_as_copy(decoder.embed_patches, decoder.embed, decoder.out)
+        from_codes.append(tokenizer.from_frozen_code)
+    for to_code, from_code in zip(tokenizer.encoder.to_code, from_codes):
+        to_code.weight.mul_(CODE_SCALE)
+        to_code.bias.zero_()
+        from_code.bias.zero_()
+    # The decoder begins by returning the earlier frame's tokens, up to what its blocks add.
+    linear, norm = decoder.embed[1], decoder.embed[2]
+    nn.init.orthogonal_(decoder.embed_patches.weight)
+    nn.init.orthogonal_(linear.weight)
+    norm.weight.fill_(COPY_GAIN)
+    decoder.out.weight.copy_((linear.weight @ decoder.embed_patches.weight).T / COPY_GAIN)
+    for layer in (decoder.embed_patches, linear, decoder.out):
+        layer.bias.zero_()
 
 
 @torch.no_grad()
@@ -33,23 +46,3 @@ def start_as_difference(temporal: SelfAttention) -> None:
     nn.init.orthogonal_(value)
     temporal.out.weight.copy_(-value.T)
     temporal.out.bias.zero_()
-
-
-@torch.no_grad()
-def start_centred(to_code: nn.Linear, from_code: nn.Linear) -> None:
-    """Code vectors begin small and without offsets that all pairs share."""
-    to_code.weight.mul_(CODE_SCALE)
-    to_code.bias.zero_()
-    from_code.bias.zero_()
-
-
-@torch.no_grad()
-def start_as_copy(embed_patches: nn.Linear, embed: nn.Sequential, out: nn.Linear) -> None:
-    """The decoder begins by returning the earlier frame's tokens, up to what its blocks add."""
-    linear, norm = embed[1], embed[2]
-    nn.init.orthogonal_(embed_patches.weight)
-    nn.init.orthogonal_(linear.weight)
-    norm.weight.fill_(COPY_GAIN)
-    out.weight.copy_((linear.weight @ embed_patches.weight).T / COPY_GAIN)
-    for layer in (embed_patches, linear, out):
-        layer.bias.zero_()

@@ -89,19 +89,15 @@ class LatentActionEncoder(nn.Module):
         x = x + sinusoid(x.shape[2], x.shape[3], device=x.device).to(x.dtype)
         mask = None
         if text is not None:
-            mask = self._of_frames(text_key_mask(x.shape[2], text_mask), frames)
+            mask = text_key_mask(x.shape[2], text_mask)
+            if mask is not None:
+                mixed = self.training and self.mixed_text_masks
+                mask = mask.repeat(frames, 1) if mixed else mask.repeat_interleave(frames, dim=0)
             x = torch.cat([x, text[:, None].expand(-1, frames, -1, -1).to(x.dtype)], dim=2)
         for block in self.blocks:
             x = block(x, mask)
         later = x[:, -1, : queries.shape[2]].split(self.sizes.queries, dim=1)
         return tuple(project(z) for project, z in zip(self.to_code, later))
-
-    def _of_frames(self, mask: Bool[Tensor, "B S"] | None, frames: int) -> Bool[Tensor, "BF S"] | None:
-        if mask is None:
-            return None
-        if self.training and self.mixed_text_masks:
-            return mask.repeat(frames, 1)
-        return mask.repeat_interleave(frames, dim=0)
 
 
 def text_key_mask(tokens: int, text_mask: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B S"] | None:

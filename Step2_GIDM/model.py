@@ -7,7 +7,7 @@ action tokenizer and a decoder that predicts the later frame's patches. Actions 
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,6 @@ from Step2_GIDM.dino import DinoConfig, DinoPatches
 from Step2_GIDM.initial import use_codes_early
 from Step2_GIDM.latent_action import (
     LatentActionModel,
-    LatentActionOutput,
     LatentActions,
     LatentActionSizes,
     LatentActionTokenizer,
@@ -90,29 +89,11 @@ class GIDMConfig:
         """From a composed configuration: its sections `gidm` and `text.t5`."""
         return typed(cls, {**cfg["gidm"], "text": cfg["text"]["t5"]}, "gidm")
 
-    def sizes(self, *, patch_width: int, text_width: int) -> LatentActionSizes:
-        """Of the tokenizer, over patches and text states of these widths."""
-        language = self.variant == "language"
-        return LatentActionSizes(
-            patch_width=patch_width,
-            text_width=text_width if language else None,
-            width=self.width,
-            blocks=self.encoder_blocks,
-            heads=self.heads,
-            queries=self.queries,
-            codes=self.codes,
-            code_width=self.code_width,
-            frozen_codes=None if language else self.frozen_codes,
-        )
-
     def fake_batch(self, batch_size: int) -> dict[str, Any]:
         """Valid input of `GIDM.forward`, drawn at random."""
         side = self.dino.image_size
-        texts = ["open the drawer", "push the red block to the left", ""]
-        return {
-            "frames": torch.rand(batch_size, 2, 3, side, side),
-            "text": [texts[i % len(texts)] for i in range(batch_size)],
-        }
+        texts = ["open the drawer", "push the red block to the left", ""] * batch_size
+        return {"frames": torch.rand(batch_size, 2, 3, side, side), "text": texts[:batch_size]}
 
 
 class GIDM(StageModel):
@@ -131,11 +112,20 @@ class GIDM(StageModel):
         self.config = config
         self.dino = dino or DinoPatches.from_config(config.dino)
         self.text = text or T5Text.from_config(config.text)
-        self.core = LatentActionModel(
-            config.sizes(patch_width=self.dino.width, text_width=self.text.width),
-            decoder_blocks=config.decoder_blocks,
-            commitment=config.commitment,
+        language = config.variant == "language"
+        sizes = LatentActionSizes(
+            patch_width=self.dino.width,
+            text_width=self.text.width if language else None,
+            width=config.width,
+            blocks=config.encoder_blocks,
+            heads=config.heads,
+            queries=config.queries,
+            codes=config.codes,
+            code_width=config.code_width,
+            frozen_codes=None if language else config.frozen_codes,
         )
+        blocks, commitment = config.decoder_blocks, config.commitment
+        self.core = LatentActionModel(sizes, decoder_blocks=blocks, commitment=commitment)
         self.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
         if config.initial == "early_codes":
             use_codes_early(self.core)
@@ -152,7 +142,7 @@ class GIDM(StageModel):
         Args:
             batch: `frames` [B, 2, 3, H, W], now and later, in [0, 1]; `text`, B strings ("" if unknown).
         """
-        out = self.reconstruct(batch["frames"], batch["text"])
+        out = self.core(self.patches(batch["frames"]), *self.language(batch["text"]))
         codes, quantizer = out.actions.codes, self.tokenizer.quantizer
         return {
             "loss": out.loss,
@@ -167,10 +157,6 @@ class GIDM(StageModel):
     def patches(self, frames: Float[Tensor, "B 2 3 H W"]) -> Float[Tensor, "B 2 L C"]:
         """DINO's patch tokens of both frames."""
         return self.dino(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-
-    def reconstruct(self, frames: Float[Tensor, "B 2 3 H W"], texts: list[str]) -> LatentActionOutput:
-        """Latent actions, the later frame's features as predicted from them, and the losses."""
-        return self.core(self.patches(frames), *self.language(texts))
 
     def encode(self, patches: Float[Tensor, "B 2 L C"], texts: list[str]) -> LatentActions:
         """Latent actions only, without the decoder: `indices` [B, Q] name the motion between two frames."""
@@ -199,12 +185,7 @@ class GIDM(StageModel):
 
     @torch.no_grad()
     def adopt_first_stage(self, first: "GIDM") -> None:
-        """Controllable variant: take over queries and codebook of a trained `language` model."""
-        if first.config.codes != self.config.frozen_codes or first.config.variant != "language":
-            raise UserError(
-                f"gidm.frozen_codes={self.config.frozen_codes}: the first stage is a {first.config.variant} "
-                f"model of {first.config.codes} codes; set gidm.frozen_codes to that of a language model"
-            )
+        """Controllable variant: take over queries and codebook of a `language` model with `frozen_codes`."""
         self.tokenizer.frozen_quantizer.codebook.copy_(first.tokenizer.quantizer.codebook)
         self.tokenizer.encoder.queries[1].copy_(first.tokenizer.encoder.queries[0])
 
@@ -224,10 +205,11 @@ class GIDM(StageModel):
         check_sizes(values, file)
         config = typed(cls.config_class, values, str(file))
         dino, text = config.dino, config.text
+        own = dino if dino.pretrained else replace(dino, pretrained=str(folder / "dino"))
         with reading(file, "copy the checkpoint again"):
             model = cls(
                 config,
-                dino=None if dino.pretrained else DinoPatches.load(folder / "dino", dino.image_size),
+                dino=DinoPatches.from_config(own),
                 text=None if text.pretrained else T5Text.load(folder / "t5", text),
             )
         model.load_weights(folder)

@@ -27,6 +27,10 @@ def build_model(config: GIDMConfig, first_stage: str | None) -> GIDM:
     if first_stage is None:
         raise UserError("gidm.variant=controllable: needs first_stage=<run of a language model>")
     first = GIDM.from_pretrained(find_weights(Path(first_stage), stage="gidm"))
+    if first.config.variant != "language":
+        raise UserError(
+            f"first_stage={first_stage}: is a controllable model; give the run of a language model"
+        )
     model = GIDM(replace(config, frozen_codes=first.config.codes))
     model.adopt_first_stage(first)
     return model
@@ -47,13 +51,7 @@ def main(cfg: DictConfig) -> None:
         draw_gallery(seen, config.codes, folder / "gallery.png")
         return seen.numbers(config.codes)
 
-    train(
-        model,
-        pairs,
-        trainer,
-        **run_settings(cfg),
-        preview=preview,
-    )
+    train(model, pairs, trainer, **run_settings(cfg), preview=preview)
 
 
 if __name__ == "__main__":

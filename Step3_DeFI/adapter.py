@@ -13,8 +13,7 @@ from torch import Tensor
 
 from defi.checkpoints import clip
 from defi.checkpoints.files import read_published
-from defi.checkpoints.loading_report import LoadingReport, compare
-from defi.checkpoints.names import Names, below, under
+from defi.checkpoints.matching import LoadingReport, Names, below, compare, under
 from defi.errors import UserError
 from Step1_GFDM import adapter as gfdm_adapter
 from Step2_GIDM import adapter as gidm_adapter

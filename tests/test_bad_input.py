@@ -347,12 +347,12 @@ def test_samples_to_look_at_may_be_damaged(tmp_path: Path, capsys: pytest.Captur
     pairs = PairDataset(
         CalvinClips(tmp_path / "training", cameras=["static"], language=False), image_size=14, distance=(2, 2)
     )
-    read = dict(readable(pairs.frames, range(len(pairs))))
+    read = dict(readable(pairs.sample, range(len(pairs))))
     assert 0 < len(pairs) - len(read) < len(read)
     told = f"left out: {len(pairs) - len(read)} of {len(pairs)} samples to look at; the first: "
     assert capsys.readouterr().out.startswith(told)
     with pytest.raises(UserError, match="change their size"):
-        list(readable(pairs.frames, [pair for pair in range(len(pairs)) if pair not in read]))
+        list(readable(pairs.sample, [pair for pair in range(len(pairs)) if pair not in read]))
 
 
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:

@@ -29,8 +29,7 @@ from defi.checkpoints import clip as clip_adapter
 from defi.checkpoints import inspect
 from defi.checkpoints.convert import adapter
 from defi.checkpoints.files import SETTINGS, read_foreign
-from defi.checkpoints.loading_report import compare, in_common
-from defi.checkpoints.names import Names
+from defi.checkpoints.matching import Names, compare, in_common
 from defi.checkpoints.torchscript import read_torchscript
 from defi.config import compose_preset
 from defi.engine import checkpoint
@@ -128,7 +127,7 @@ def test_the_report_says_what_was_left_over(released: Path, converted: Path, tow
     assert reasons["model.inner_model.pos_emb"] == "published, but never read in the forward pass"
     assert "image tower" in reasons[f"{policy_adapter.SENTENCE}visual.conv1.weight"]
     assert "stage 1" in reasons[f"{policy_adapter.CLIP}text_projection.weight"]
-    assert not report.missing and "Video_Former.latents" in report.loaded
+    assert not report.faults and "Video_Former.latents" in report.loaded
     cells = [cell for column in report.table().columns for cell in column.cells]
     assert "loaded" in cells and "left over" in cells
 
@@ -317,7 +316,7 @@ def test_files_that_do_not_fit(
     [
         ("gidm", "policy.pt", "no published GIDM"),
         ("policy", "lam_idm.ckpt", "no published policy"),
-        ("gfdm", "lam_idm.ckpt", "no such folder"),
+        ("gfdm", "lam_idm.ckpt", "has no unet/"),
         ("gidm", "video", "a folder"),
         ("clip", "policy.pt", "no OpenAI CLIP"),
         ("policy", "nowhere.pt", "no such file"),
@@ -385,8 +384,10 @@ def test_accounting() -> None:
     tensors = {"a.x": torch.zeros(2), "b.y": torch.zeros(3), "c": torch.zeros(1), "d.1": torch.zeros(1)}
     expected = {"a.x": torch.zeros(2), "b.y": torch.zeros(4), "e": torch.zeros(5)}
     report = compare(tensors, expected, source="f", unneeded={"d.": "not used"})
-    assert report.loaded == {"a.x": (2,)} and report.misshapen == {"b.y": ((3,), (4,))}
-    assert report.missing == {"e": (5,)} and report.unknown == ["c"]
+    assert report.loaded == {"a.x": (2,)}
+    assert sorted(report.faults) == [
+        ("missing", "e", None, (5,)), ("unknown", "c", (1,), None), ("wrong shape", "b.y", (3,), (4,))
+    ]  # fmt: skip
     assert report.left_over == {"not used": ["d.1"]}
     assert in_common(["a.b.c", "a.b.d"]) == "a.b.…" and in_common(["a"]) == "a"
 

@@ -397,7 +397,10 @@ def write_texts(root: Path, *episodes: list[str], name: str = "said") -> Path:
 def pairs_with_texts(pairs: PairDataset) -> list[tuple[list[int], str]]:
     """What the pictures of each pair show, and its text."""
     return [
-        (pairs.frames(i)[:, 0, 0, 0].tolist(), pairs.sample(i, np.random.default_rng(0))["text"])
+        (
+            pairs.frames(*pairs.locate(i), pairs.distance[1])[:, 0, 0, 0].tolist(),
+            pairs.sample(i, np.random.default_rng(0))["text"],
+        )
         for i in range(len(pairs))
     ]
 
@@ -470,7 +473,7 @@ def test_episodes_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     pairs = build_pairs(section(folder), 48)
     found = [(pairs.locate(i)[0].name, pairs.locate(i)[1]) for i in range(len(pairs))]
     assert found == [("toy:0", 0), ("toy:0", 1), ("toy:0", 2), ("toy:3", 0), ("toy:3", 1)]
-    assert [int(pairs.frames(i)[0, 0, 0, 0]) for i in range(5)] == [0, 0, 0, 30, 30]
+    assert [int(pairs.frames(*pairs.locate(i), 2)[0, 0, 0, 0]) for i in range(5)] == [0, 0, 0, 30, 30]
 
 
 def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from Step2_GIDM.code_evaluation import transfer
 from Step2_GIDM.data.pairs import Clip, PairDataset, Source
-from Step2_GIDM.transfer import draw_transfer, transfer
+from Step2_GIDM.gallery import draw_transfer
 
 SIDE = 56
 DIRECTIONS = ((2, 0), (-2, 0), (0, 2), (0, -2))

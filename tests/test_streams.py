@@ -14,7 +14,7 @@ from defi.engine import data
 from defi.engine.data import SampleNoise, SeededDataset, seed_of, stream
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
-from Step2_GIDM.data.augment import Augmentation
+from Step2_GIDM.data.images import Augmentation
 from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step3_DeFI.rollout.policy import ModelPolicy
 from Step3_DeFI.rollout.simulator import Observation

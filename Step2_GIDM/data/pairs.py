@@ -1,6 +1,7 @@
-"""Clips of video → pairs of frames some distance apart."""
+"""Clips of video → pairs of frames some distance apart, of one data set or several."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -12,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from defi.errors import UserError
-from Step2_GIDM.data.augment import Augmentation, augment
-from Step2_GIDM.data.resize import resize
+from Step2_GIDM.data.images import Augmentation, augment, resize
 
 Part = Literal["training", "held_out", "all"]
 FARTHEST = 10**6  # frames between the two of a pair: hours of video
@@ -70,8 +70,8 @@ class Source:
 class PairsSettings:
     """What every data set's section says; the defaults are those of configs/data/pairs_<source>.yaml.
 
-    held_out: the part for pictures and health. weight: in a mixture. distance: [low, high], frames between the
-    two of a pair. stride: frames between the starts of pairs.
+    held_out: the part for pictures and health. weight: in a mixture. distance: [low, high], frames between
+    the two of a pair. stride: frames between the starts of pairs.
     """
 
     root: str
@@ -83,11 +83,13 @@ class PairsSettings:
 
     def __post_init__(self) -> None:
         if len(self.distance) != 2 or not 1 <= self.distance[0] <= self.distance[1] <= FARTHEST:
-            limits = f"with 1 <= low <= high <= {FARTHEST:,}"
-            raise UserError(f"data.distance={self.distance}: must be [low, high] {limits}")
+            must = f"must be [low, high] with 1 <= low <= high <= {FARTHEST:,}"
+            raise UserError(f"data.distance={self.distance}: {must}")
+        if self.stride < 1:
+            raise UserError(f"data.stride={self.stride}: must be at least 1")
 
     def open(self, part: Part) -> Source:
-        """The clips that are trained on, those that are held out, or all that the section does not leave out."""
+        """The clips that are trained on, those held out, or all that the section does not leave out."""
         raise NotImplementedError
 
     def size(self, pairs: "PairDataset") -> int:
@@ -96,7 +98,7 @@ class PairsSettings:
 
 
 class PairDataset(Dataset):
-    """Every frame of every clip, with the one `distance` frames later: at the end the last frame, its own too.
+    """Every frame of every clip, with the one `distance` frames later; at the end the last, its own too.
 
     The distance is drawn uniformly from [low, high], and one augmentation for both frames, from the generator
     that the engine makes for (seed, epoch, index).
@@ -111,8 +113,6 @@ class PairDataset(Dataset):
         stride: int = 1,
         augmentation: Augmentation | None = None,
     ) -> None:
-        if stride < 1:
-            raise UserError(f"data.stride={stride}: must be at least 1")
         self.source, self.image_size, self.distance, self.stride = source, image_size, distance, stride
         self.augmentation, self.fingerprint = augmentation, source.fingerprint
         if source.lengths.max(initial=0) < 2:
@@ -128,18 +128,54 @@ class PairDataset(Dataset):
         before = int(self._ends[which - 1]) if which else 0
         return self.source.clip(which), (index - before) * self.stride
 
-    def frames(self, index: int) -> UInt8[Tensor, "2 3 H W"]:
-        """The two frames of pair `index` at the largest distance, as they are stored."""
-        return self._read(*self.locate(index), self.distance[1])
-
-    def _read(self, clip: Clip, now: int, distance: int) -> UInt8[Tensor, "2 3 H W"]:
+    def frames(self, clip: Clip, now: int, distance: int) -> UInt8[Tensor, "2 3 H W"]:
+        """A frame of a clip and the one `distance` later, as they are stored."""
         return torch.from_numpy(self.source.read(clip, clip.pair(now, distance))).permute(0, 3, 1, 2)
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """`frames` [2, 3, H, W] in [0, 1], `text`: of the earlier frame."""
+    def sample(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """`frames` [2, 3, H, W] in [0, 1], `text`: of the earlier frame.
+
+        Without a generator nothing is drawn: the largest distance, no augmentation.
+        """
         clip, now = self.locate(index)
-        distance = int(rng.integers(self.distance[0], self.distance[1] + 1))
-        frames = resize(self._read(clip, now, distance), self.image_size)
-        if self.augmentation is not None:
+        low, high = self.distance
+        distance = high if rng is None else int(rng.integers(low, high + 1))
+        frames = resize(self.frames(clip, now, distance), self.image_size)
+        if rng is not None and self.augmentation is not None:
             frames = augment(frames, self.augmentation.draw(rng))
         return {"frames": frames, "text": clip.text(now)}
+
+
+class PairMixture(Dataset):
+    """Several data sets as one. An epoch has `places` for each: its weight times its size, rounded.
+
+    With twice as many places as pairs each pair of the set comes twice in an epoch; with a tenth a place
+    stands for ten neighbouring pairs, of which the sample's generator draws one. The order over all places is
+    the engine's.
+    """
+
+    def __init__(self, sets: Mapping[str, PairDataset], places: Mapping[str, int]) -> None:
+        self.sets, self.places = sets, places
+        self._ends = np.cumsum([places[name] for name in sets])
+        lines = "".join(f"{name} {data.fingerprint} {places[name]}\n" for name, data in sets.items())
+        self.fingerprint = hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+    def shares(self) -> dict[str, float]:
+        """Share of each set in an epoch."""
+        return {name: count / len(self) for name, count in self.places.items()}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def member(self, index: int, u: float) -> tuple[PairDataset, int]:
+        """The set and its pair at place `index`; u in [0, 1) chooses among the pairs the place stands for."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        name = list(self.sets)[which]
+        pairs, count = self.sets[name], self.places[name]
+        place = index - int(self._ends[which]) + count
+        return pairs, min(int((place + u) * len(pairs) / count), len(pairs) - 1)
+
+    def sample(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """As the set's, of a pair at a place; without a generator the first."""
+        pairs, pair = self.member(index, 0 if rng is None else rng.random())
+        return pairs.sample(pair, rng)

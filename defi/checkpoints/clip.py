@@ -13,18 +13,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from defi.checkpoints.files import read_published
-from defi.checkpoints.loading_report import LoadingReport, compare
-from defi.checkpoints.names import Names
-from defi.errors import UserError
+from defi.checkpoints.matching import LoadingReport, Names, compare
+from defi.errors import UserError, reading
 from defi.hub import from_pretrained
 from defi.text import CLIPText, TextConfig
 
 TITLE = "OpenAI CLIP"
 MARK = "token_embedding.weight"
-IMAGE_TOWER = ("visual.",)
 OTHER = ("logit_scale", "input_resolution", "context_length", "vocab_size")
 UNNEEDED = {
-    **dict.fromkeys(IMAGE_TOWER, "CLIP's image tower; instructions are text"),
+    "visual.": "CLIP's image tower; instructions are text",
     **dict.fromkeys(OTHER, "numbers of CLIP's training"),
 }
 PROJECTION = "text_projection"  # OpenAI multiplies from the right, transformers' Linear from the left
@@ -75,24 +73,21 @@ def from_openai(
 
 def text_sizes(tensors: Mapping[str, Tensor], *, source: object) -> CLIPTextConfig:
     """Sizes of the text tower, read off its tensors."""
-    vocabulary, width = tensors[MARK].shape
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")}
-    first = "transformer.resblocks.0.mlp.c_fc.weight"
-    for name in (first, "positional_embedding", PROJECTION):
-        if name not in tensors:
-            raise UserError(f"{source}: {name} is missing; give the complete ViT-B-32.pt")
-    return CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=tensors[first].shape[0],
-        projection_dim=tensors[PROJECTION].shape[-1],
-        num_hidden_layers=len(layers),
-        num_attention_heads=max(1, width // HEAD_WIDTH),
-        max_position_embeddings=tensors["positional_embedding"].shape[0],
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-    )
+    with reading(str(source), "give the complete ViT-B-32.pt"):
+        vocabulary, width = tensors[MARK].shape
+        return CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=len(tensors["transformer.resblocks.0.mlp.c_fc.weight"]),
+            projection_dim=tensors[PROJECTION].shape[-1],
+            num_hidden_layers=len(layers),
+            num_attention_heads=max(1, width // HEAD_WIDTH),
+            max_position_embeddings=len(tensors["positional_embedding"]),
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
 
 
 def convert(cfg: DictConfig) -> tuple[CLIPText, LoadingReport]:

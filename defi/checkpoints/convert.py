@@ -11,19 +11,17 @@ The next stage, rollouts and `from_pretrained` load what it writes. Settings: co
 import importlib
 import os
 import shutil
-from pathlib import Path
 from types import ModuleType
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from defi.checkpoints.loading_report import DoesNotFit
+from defi.checkpoints.matching import DoesNotFit
 from defi.config import entry
 from defi.engine import checkpoint
 from defi.engine.model import StageModel
 from defi.engine.output import check_output, prepare_output
 from defi.errors import UserError
-from defi.text import CLIPText
 
 # By name, since this package imports no stage: each stage knows the published names of its own weights.
 ADAPTERS = {
@@ -37,9 +35,8 @@ ADAPTERS = {
 def adapter(stage: str) -> ModuleType:
     """The module that knows a stage's published checkpoints.
 
-    It has `TITLE`, `MARK`, a tensor that only they have, `read(path)`, `convert(cfg)` → (model, report), and
-    for the stages `build(cfg)`, a new model of a preset, and `publish(model)`, its trained part under the
-    published names.
+    It has `TITLE`, `MARK`, a tensor that only they have, `convert(cfg)` → (model, report), and for the stages
+    `build(cfg)`, a new model of a preset, and `publish(model)`, its trained part under the published names.
     """
     if stage not in ADAPTERS:
         raise UserError(f"stage={stage}: choose one of {', '.join(ADAPTERS)}")
@@ -58,22 +55,15 @@ def main(cfg: DictConfig) -> None:
     console.print(report.table())
     if isinstance(model, StageModel):
         prepare_output(output, overwrite=cfg.overwrite)
-        written = checkpoint.save(model, output, step=0, config=OmegaConf.to_container(cfg, resolve=True))
-    else:
-        written = _save_tower(model, output)
-    print(f"written      {written}")
-
-
-def _save_tower(tower: CLIPText, output: Path) -> Path:
-    """Write a text tower as a complete Hugging Face folder or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.with_name(f".writing_{output.name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    tower.save(folder)
-    if output.is_dir():
-        shutil.rmtree(output)
-    os.replace(folder, output)
-    return output
+        output = checkpoint.save(model, output, step=0, config=OmegaConf.to_container(cfg, resolve=True))
+    else:  # a text tower: a complete Hugging Face folder or none
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = output.with_name(f".writing_{output.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save(folder)
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(folder, output)
+    print(f"written      {output}")
 
 
 if __name__ == "__main__":

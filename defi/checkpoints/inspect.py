@@ -4,9 +4,11 @@ python -m defi.checkpoints.inspect path=<run, folder or file>
 python -m defi.checkpoints.inspect path=lam_idm.ckpt tensors=true      every tensor
 """
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -17,17 +19,16 @@ from torch import Tensor
 
 from defi.checkpoints.convert import ADAPTERS, adapter
 from defi.checkpoints.files import find_index, read_foreign
-from defi.checkpoints.loading_report import part_of
+from defi.checkpoints.matching import part_of
 from defi.config import compose_preset, entry, presets
 from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest
 from defi.errors import UserError
 from defi.files import find_files, read_json
 
-STATE = ("ema", "state")  # of our checkpoints: beside the weights themselves
+STATE = {"ema", "state"}  # of our checkpoints: beside the weights themselves
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A checkpoint. stage: None where it belongs to none. published: the names are not ours."""
 
     title: str
@@ -44,31 +45,22 @@ def open_checkpoint(path: Path) -> Found:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a run, a checkpoint folder or a file")
-    if path.is_file():
-        return _file(path)
     if (path / MANIFEST).is_file() or list_checkpoints(path):
-        return _own(find_checkpoint(path))
+        folder = find_checkpoint(path)
+        manifest = read_manifest(folder)
+        title = f"{manifest['stage']} of this project, preset {manifest['preset']}, step {manifest['step']}"
+        return Found(title, _weights(folder), manifest["stage"], published=False)
     if (path / "unet").is_dir():
         video = adapter("gfdm")
         return Found(video.TITLE, video.read(path), "gfdm")
     if (path / "config.json").is_file():
         kind = read_json(path / "config.json", "copy the folder again").get("model_type", "unknown kind")
         return Found(f"Hugging Face folder ({kind})", _weights(path))
-    if find_index(path):
-        return _file(path)
+    if path.is_file() or find_index(path):
+        tensors = read_foreign(path)
+        stage = next((stage for stage in ADAPTERS if adapter(stage).MARK in tensors), None)
+        return Found(adapter(stage).TITLE if stage else "tensors of an unknown model", tensors, stage)
     raise UserError(f"{path}: no checkpoint here; give a run, a diffusers or Hugging Face folder, or a file")
-
-
-def _file(path: Path) -> Found:
-    tensors = read_foreign(path)
-    stage = next((stage for stage in ADAPTERS if adapter(stage).MARK in tensors), None)
-    return Found(adapter(stage).TITLE if stage else "tensors of an unknown model", tensors, stage)
-
-
-def _own(folder: Path) -> Found:
-    manifest = read_manifest(folder)
-    title = f"{manifest['stage']} of this project, preset {manifest['preset']}, step {manifest['step']}"
-    return Found(title, _weights(folder), manifest["stage"], published=False)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -78,9 +70,8 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     # Of those that belong together their index is read, once.
     for file in dict.fromkeys(find_index(file.parent) or file for file in files):
         place = file.relative_to(folder).parts[:-1]
-        if place[:1] and place[0] in STATE:
-            continue
-        tensors |= {".".join([*place, name]): tensor for name, tensor in read_foreign(file).items()}
+        if not STATE.intersection(place[:1]):
+            tensors |= {".".join([*place, name]): tensor for name, tensor in read_foreign(file).items()}
     if not tensors:
         raise UserError(f"{folder}: no files of weights here; copy the folder again")
     return tensors
@@ -88,22 +79,16 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def fitting(found: Found) -> list[str]:
     """The presets whose trained part has exactly these tensors (a controllable GIDM is named as such)."""
-    if found.stage not in ("gfdm", "gidm", "policy"):
-        return []
+    stage, fits = adapter(found.stage), []
     variants = [[], ["gidm.variant=controllable"]] if found.stage == "gidm" else [[]]
-    choices = [(preset, settings) for preset in presets() for settings in variants]
-    return [" ".join([preset, *settings]) for preset, settings in choices if _fits(found, preset, settings)]
-
-
-def _fits(found: Found, preset: str, settings: list[str]) -> bool:
-    stage = adapter(found.stage)
-    with torch.device("meta"):
-        model = stage.build(compose_preset(preset, *settings))
-        try:
+    for preset, settings in itertools.product(presets(), variants):
+        with torch.device("meta"), suppress(UserError):  # the preset has parts that the published model lacks
+            model = stage.build(compose_preset(preset, *settings))
             wanted = stage.publish(model) if found.published else model.own_state()
-        except UserError:  # the preset has parts that the published model lacks
-            return False
-    return all(name in found.tensors and found.tensors[name].shape == t.shape for name, t in wanted.items())
+            shapes = {name: found.tensors[name].shape for name in wanted if name in found.tensors}
+            if shapes == {name: tensor.shape for name, tensor in wanted.items()}:
+                fits.append(" ".join([preset, *settings]))
+    return fits
 
 
 def table(tensors: Mapping[str, Tensor], *, each: bool) -> Table:
@@ -117,8 +102,7 @@ def table(tensors: Mapping[str, Tensor], *, each: bool) -> Table:
     for name, group in [*rows.items(), ("total", list(tensors.values()))]:
         which = "×".join(map(str, group[0].shape)) if each and name != "total" else f"{len(group):,}"
         kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in group}))
-        parameters = sum(tensor.numel() for tensor in group)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in group)
+        parameters, size = sum(t.numel() for t in group), sum(t.nbytes for t in group)
         view.add_row(escape(name), which, f"{parameters:,}", kinds, f"{size / 1e6:,.1f}")
     return view
 
@@ -128,7 +112,7 @@ def main(cfg: DictConfig) -> None:
     found = open_checkpoint(Path(cfg.path))
     print(f"{cfg.path}: {found.title}")
     Console(highlight=False).print(table(found.tensors, each=cfg.tensors))
-    if found.stage not in (None, "clip", "vae"):
+    if found.stage in ("gfdm", "gidm", "policy"):
         print(f"fits preset  {', '.join(fitting(found)) or 'none'}")
 
 

@@ -35,8 +35,8 @@ from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.data import LatentMixture, LatentSet, open_sets, read_episodes
 from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
-from Step2_GIDM.data.augment import Augmentation, Draw
 from Step2_GIDM.data.build import build_pairs
+from Step2_GIDM.data.images import Augmentation, Draw
 from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
@@ -316,7 +316,8 @@ def test_pipelines_stage2_samples_show_the_frames_of_their_pair(sets: Recorded, 
             for place in {0, len(episode["pairs"]) // 2, len(episode["pairs"]) - 1}:
                 now, later = episode["pairs"][place]
                 expected = data.source.data.frames(episode["episode"], [now, later], data.source.picture)
-                assert np.array_equal(data.frames(first + place).permute(0, 2, 3, 1).numpy(), expected)
+                shown = data.frames(*data.locate(first + place), window - 1)
+                assert np.array_equal(shown.permute(0, 2, 3, 1).numpy(), expected)
             sample = data.sample(first, np.random.default_rng(0))
             assert sample["text"] in episode["stored_text"]
             first += len(episode["pairs"])
@@ -393,7 +394,7 @@ def test_pipelines_stage2_resized_pictures(pictures: Arrays, sets: Recorded, mix
             assert difference.max() < 1.001, key
             continue
         assert difference.mean() < 2, key
-        bilinear = TF.resize(data.frames(index)[0], [side, side], antialias=True)
+        bilinear = TF.resize(data.frames(*data.locate(index), 1)[0], [side, side], antialias=True)
         ours.append(difference.mean().item())
         others.append((bilinear - expected).abs().mean().item())
     assert sum(ours) < sum(others) or not ours

@@ -56,7 +56,7 @@ def clip_base() -> CLIPText:
 def build_gidm(variant: str) -> GIDM:
     config = GIDMConfig.from_preset(compose_preset("released", f"gidm.variant={variant}"))
     with torch.device("meta"):
-        dino = DinoPatches.random(config.dino, positions=DINO_POSITIONS)
+        dino = DinoPatches.from_config(config.dino, positions=DINO_POSITIONS)
         return GIDM(config, dino=dino, text=t5_base())
 
 

@@ -7,4 +7,5 @@ defaults, configs/data/pairs_<module>.yaml.
 from importlib import import_module
 from pkgutil import iter_modules
 
-SOURCES = {module.name: import_module(f"{__name__}.{module.name}").Settings for module in iter_modules(__path__)}
+NAMES = [module.name for module in iter_modules(__path__)]
+SOURCES = {name: import_module(f"{__name__}.{name}").Settings for name in NAMES}

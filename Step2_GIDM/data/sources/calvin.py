@@ -29,7 +29,7 @@ class Settings(PairsSettings):
 
     def open(self, part: Part) -> "CalvinClips":
         split = self.held_out if part == "held_out" else self.split
-        language = bool(self.language) if part == "all" else self.language is not False
+        language = part != "all" if self.language is None else self.language
         return CalvinClips(Path(self.root) / split, cameras=self.cameras, language=language)
 
 
@@ -52,8 +52,8 @@ class CalvinClips(Source):
         self.scope = f"{folder} ({', '.join(cameras)}; {what})"
         self.left_out = [f"the camera {name} (data.cameras)" for name in CAMERAS if name not in cameras]
         self.left_out += ["frames without annotation (data.language)"] if language else []
-        splits = [split for split in (TRAINING, VALIDATION) if (folder.parent / split).is_dir()]
-        self.left_out += [f"the split {split} (data.split)" for split in splits if split != folder.name]
+        others = [s for s in (TRAINING, VALIDATION) if s != folder.name and (folder.parent / s).is_dir()]
+        self.left_out += [f"the split {split} (data.split)" for split in others]
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
         return self.data.stack(f"rgb_{clip.name}", [clip.start + position for position in positions])

@@ -16,14 +16,7 @@ from Step2_GIDM.data.pairs import FARTHEST, Clip, PairDataset, PairsSettings, Pa
 
 @dataclass(kw_only=True)
 class Settings(PairsSettings):
-    """`held_out` and `split` as TFDS names them; None: `default_splits`.
-
-    image: picture, a key under `steps/observation`; None: the only one.
-    language: instruction, a path under `steps`; None: where data sets usually keep it, "" if nowhere.
-    trim: how many steps are left out at the start and at the end of every episode.
-    drop_unlabelled: leave out episodes without an instruction at any step that is left.
-    index: folder that keeps the places of pictures.
-    """
+    """See configs/data/pairs_rlds.yaml. trim: steps left out at the start and the end of every episode."""
 
     split: str | None
     image: str | None
@@ -39,19 +32,16 @@ class Settings(PairsSettings):
 
     def open(self, part: Part) -> "RLDSClips":
         split = self.held_out if part == "held_out" else self.split
-        return RLDSClips(self, split or self._default_split(part))
-
-    def _default_split(self, part: Part) -> str:
-        """As the published code splits: where 95 % of the episodes are all of them, it trains on all."""
-        splits = default_splits(self.root)
-        if part == "all":
-            return splits[0].partition("[")[0]
-        if splits != FEW:
-            return splits[part == "held_out"]
-        if part == "held_out":
-            what = "too few episodes to hold any out; pictures and health are of those that are trained on"
-            warnings.warn(f"{self.root}: {what} (data.held_out)", stacklevel=2)
-        return "train"
+        if not split:
+            training, held_out = splits = default_splits(self.root)
+            if splits == FEW:  # the published code, whose 95 % of few episodes are all, trains on all
+                training = held_out = "train"
+                if part == "held_out":
+                    what = "too few episodes to hold any out; pictures and health are of the training's"
+                    warnings.warn(f"{self.root}: {what} (data.held_out)", stacklevel=2)
+            split = held_out if part == "held_out" else training
+            split = split.partition("[")[0] if part == "all" else split
+        return RLDSClips(self, split)
 
     def data(self, split: str) -> RLDSDataset:
         return RLDSDataset(self.root, split, index=self.index)
@@ -89,14 +79,15 @@ class RLDSClips(Source):
         if self.dropped:
             why = "they have no instruction (data.drop_unlabelled)"
             warnings.warn(f"{what} {self.dropped:,} are left out: {why}", stacklevel=2)
-        self.scope = f"{data.folder} ({split})"
-        self.left_out = [f"the split {other} (data.split)" for other in read_splits(data.folder) if other != name]
-        if more := data.split.episodes - len(data):
-            self.left_out.append(f"{more:,} episodes of {name} (data.split)")
-        if self.dropped:
-            self.left_out.append(f"{self.dropped:,} episodes without an instruction (data.drop_unlabelled)")
-        if any(self.trim):
-            self.left_out.append(f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)")
+        self.scope, others = f"{data.folder} ({split})", data.split.episodes - len(data)
+        unused = read_splits(data.folder).keys() - {name}
+        self.left_out = [f"the split {other} (data.split)" for other in sorted(unused)]
+        for number, text in (
+            (others, f"{others:,} episodes of {name} (data.split)"),
+            (self.dropped, f"{self.dropped:,} episodes without an instruction (data.drop_unlabelled)"),
+            (sum(self.trim), f"{self.trim[0]} and {self.trim[1]} steps at their ends (data.trim)"),
+        ):
+            self.left_out += [text] if number else []
 
     def clip(self, number: int) -> Clip:
         episode, first, length = int(self.episodes[number]), self.trim[0], int(self.lengths[number])
@@ -108,4 +99,5 @@ class RLDSClips(Source):
         return int(clip.name.rpartition(":")[2]) - self.data.first
 
     def read(self, clip: Clip, positions: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
-        return self.data.frames(self.episode(clip), [clip.start + position for position in positions], self.picture)
+        steps = [clip.start + position for position in positions]
+        return self.data.frames(self.episode(clip), steps, self.picture)

@@ -28,20 +28,20 @@ class VideoClips(Source):
     """One clip per video file anywhere below `root` (or `root` itself, a file); damaged ones are left out."""
 
     def __init__(self, root: Path) -> None:
-        if not root.exists():
-            raise UserError(f"{root}: no such file or folder; give a folder of videos")
         files = [root] if root.is_file() else find_files(root, VIDEO_SUFFIXES)
         if not files:
-            raise UserError(f"{root}: no videos here ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
+            kinds = ", ".join(VIDEO_SUFFIXES)
+            what = f"no videos here ({kinds})" if root.exists() else "no such file or folder"
+            raise UserError(f"{root}: {what}; give a folder of videos")
         found = [number_video(root)] if root.is_file() else number_videos(root, files)
         damaged = [fault for fault in found if isinstance(fault, UserError)]
+        count = f"{len(damaged)} of {len(files)} videos"
         self._numberings = {str(f): n for f, n in zip(files, found) if not isinstance(n, UserError)}
-        self.clips = [Clip(file, 0, numbering.frames) for file, numbering in self._numberings.items()]
-        if not self.clips:
-            raise UserError(f"{root}: none of {len(files)} videos can be read; the first: {damaged[0]}")
+        if not self._numberings:
+            raise UserError(f"{root}: {count} cannot be read; the first: {damaged[0]}")
         if damaged:
-            count = f"{len(damaged)} of {len(files)}"
-            warnings.warn(f"{count} videos left out; the first: {damaged[0]}", stacklevel=2)
+            warnings.warn(f"{count} left out; the first: {damaged[0]}", stacklevel=2)
+        self.clips = [Clip(file, 0, numbering.frames) for file, numbering in self._numberings.items()]
         self.scope = str(root)
         self.left_out = [f"videos that cannot be opened ({len(damaged):,})"] if damaged else []
         names = "".join(f"{Path(clip.name).name} {clip.length}\n" for clip in self.clips)
