@@ -73,10 +73,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def read_episode(root: Path, file: Path) -> Episode:
-    """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
-
-    Raises UserError that names the file; `NotJSON` where that is all that is wrong.
-    """
+    """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`."""
     fix = "copy it again, or remove it"
     with reading(file, fix):
         try:
@@ -107,10 +104,7 @@ def annotation_files(root: Path, split: str) -> list[Path]:
 
 
 def read_episodes(root: str | Path, split: str) -> list[Episode]:
-    """All annotations of a split, by name; a printed line counts those that are not JSON.
-
-    Raises UserError if there are none, or one lacks something.
-    """
+    """All annotations of a split, by name; a printed line counts those that are not JSON."""
 
     def read(file: Path) -> Episode | NotJSON:
         try:
@@ -146,10 +140,7 @@ def stored_step(root: Path) -> int:
 
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
     """Some frames of an episode's latents, as float32; only what lies between them is read, but of a `.pt` in
-    PyTorch's old format, which cannot be mapped into memory.
-
-    Raises UserError for a missing, damaged or shorter file.
-    """
+    PyTorch's old format, which cannot be mapped into memory."""
     with reading(path, f"copy it again, or {AGAIN}"):
         first, last = int(indices.min()), int(indices.max())
         if path.suffix == ".safetensors":
@@ -196,7 +187,6 @@ class LatentSet:
     """The clips of one data set: windows of every episode, or one clip of each."""
 
     def __init__(self, config: LatentSetConfig, model: GFDMConfig, split: str) -> None:
-        """Raises UserError where the stored frames do not give such clips."""
         self.config, self.frames, self.root = config, model.frames, Path(config.root)
         windows, stored = config.clips == "window", stored_step(self.root)
         stride = config.stride or model.frame_step

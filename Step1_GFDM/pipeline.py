@@ -106,10 +106,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def load_foreign(folder: Path, text_width: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`load`, and the sections `unet` and `vae` of a `GFDMConfig` from which such networks would be built.
-
-    Raises UserError if a part is missing, or the text tower's width does not fit the UNet.
-    """
+    """`load`, and the sections `unet` and `vae` of a `GFDMConfig` from which such networks would be built."""
     if not folder.is_dir():
         raise UserError(f"gfdm.pretrained={folder}: no such folder; give a Stable Video Diffusion folder")
     parts = load(folder)

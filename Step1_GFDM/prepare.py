@@ -64,21 +64,18 @@ def write_episode(
     output: Path, split: str, name: str, scene: Scene, *, encode: Encode, image_size: int
 ) -> None:
     """Latents and videos of all cameras, then the annotation that makes them count."""
-    latents, videos = [], []
-    for camera, frames in scene.views.items():
-        latent = f"latent_videos/{split}/{name}/{camera}.safetensors"
-        video = f"videos/{split}/{name}/{camera}.mp4"
+    latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in scene.views]
+    videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in scene.views]
+    for frames, latent, video in zip(scene.views.values(), latents, videos):
         (output / latent).parent.mkdir(parents=True, exist_ok=True)
         coded = encode(prepare_frames(frames, image_size))
         write_file(output / latent, save({LATENTS: coded.half().contiguous()}))
         write_mp4(output / video, frames, scene.fps)
-        latents.append({"latent_video_path": latent})
-        videos.append({"video_path": video})
     annotation = {
         "episode_id": name,
         "texts": scene.texts,
-        "videos": videos,
-        "latent_videos": latents,
+        "videos": [{"video_path": path} for path in videos],
+        "latent_videos": [{"latent_video_path": path} for path in latents],
         "video_length": len(frames),
         "fps": scene.fps,
     }

@@ -53,9 +53,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Recordings:
-    """One split of a source: what reads each recording (UserError where it is damaged), by its name, fit for
-    a file. fingerprint: identifies the data.
-    """
+    """One split. read: name, fit for a file → what reads it (UserError if damaged)."""
 
     read: dict[str, Callable[[], Scene]]
     cameras: list[str]
@@ -137,10 +135,8 @@ class RLDS(Source):
     def open(self, split: str) -> Recordings:
         theirs = self.splits.get(split) or default_splits(self.root)[split == "val"]
         data = RLDSDataset(self.root, theirs, index=self.index)
-        cameras = self.cameras or {"static": None}
-        pictures = {camera: data.picture(key) for camera, key in cameras.items()}
-        language = data.language(self.language)
-        if language is None:
+        pictures = {camera: data.picture(key) for camera, key in (self.cameras or {"static": None}).items()}
+        if (language := data.language(self.language)) is None:
             raise UserError(f"{data.folder}: its steps hold no instruction; stage 1 needs captions")
 
         def read(episode: int) -> Scene:
@@ -241,8 +237,6 @@ def read_captions(file: Path) -> list[tuple[str, list[str]]]:
     captions.jsonl   a line per video: {"video": "kitchen/1.mp4", "text": "open it"}, or "texts": [...]
     captions.csv     the columns `video` and `text`
     labels.json      Something-Something's: [{"id": "78687", "label": "holding potato next to vicks"}, ...]
-
-    Raises UserError that names the entry where the file or a caption is missing or of another kind.
     """
     kind, found = file.suffix.lower(), []
     if kind not in (".jsonl", ".csv", ".json"):
@@ -275,14 +269,12 @@ def read_captions(file: Path) -> list[tuple[str, list[str]]]:
 
 @dataclass
 class HDF5(Source):
-    """Teleoperation episodes in HDF5 files (ALOHA's, robomimic's and the like): pictures per camera.
+    """Teleoperation episodes in HDF5 files (ALOHA's, robomimic's and the like): one per file, or per group.
 
-    A camera's pictures are a data set of the file (or of a group, where a file holds several episodes):
-    uint8 [F, H, W, 3]; or one encoded picture per row, padded with zeros ([F, bytes]) or of varying length.
+    A camera's pictures are a data set of the file or group: uint8 [F, H, W, 3]; or one encoded picture per
+    row, padded with zeros ([F, bytes]) or of varying length.
 
-    One recording per file, or per group of each file. splits: folders below root; where `val` is None,
-    every 20th recording is held out.
-
+    splits: folders below root; where `val` is None, every 20th recording is held out.
     cameras: our name of each camera -> path of its pictures within an episode.
     text: path of a text or an attribute, of an episode or of what is around or within it.
     instruction: the text of all episodes, instead. fps: of the recordings.
@@ -319,13 +311,12 @@ class HDF5(Source):
             raise UserError(f"{folder}: no HDF5 files here ({', '.join(HDF5_SUFFIXES)}); check data.root")
         for file in files:
             parts = file.relative_to(folder).with_suffix("").parts
-            groups = (
-                [[]] if self.groups is None else [[self.groups]]
-            )  # of a damaged file, where they would be
-            if self.groups is not None:
+            within = [] if self.groups is None else [self.groups]
+            groups = [within]  # of a damaged file, where they would be
+            if within:
                 with suppress(UserError):
-                    members = read_hdf5(file, group=self.groups, cameras={}, text="", every=1).members
-                    groups = [[self.groups, name] for name in members]
+                    members = read_hdf5(file, group=within[0], cameras={}, text="", every=1).members
+                    groups = [[*within, name] for name in members]
             for group in groups:
                 name = file_name("-".join([*parts, *group]))
                 found.append((name, partial(self._read, file, "/".join(group))))
@@ -345,16 +336,15 @@ class HDF5(Source):
         return Scene(views, [text], self.fps / self.every)
 
     def _view(self, path: Path, camera: str, pictures: Frames | list[bytes]) -> Frames:
-        """Decoded, cut out and padded. Raises UserError for damage, and a crop that leaves the pictures."""
+        """Decoded, cut out and padded."""
         if isinstance(pictures, list):
             places = [f"{path}: picture {number} of {camera}" for number in range(len(pictures))]
             pictures = stack_frames([decode_picture(*each) for each in zip(pictures, places)], places)
         if box := (self.crop or {}).get(camera):
             top, left, height, width = box
+            size = "{} x {} pixels (height x width)".format(*pictures.shape[1:3])
             if top + height > pictures.shape[1] or left + width > pictures.shape[2]:
-                size = f"{pictures.shape[1]} x {pictures.shape[2]} pixels (height x width)"
-                where = f"{path}: data.crop.{camera}={box} leaves its pictures of {size}"
-                raise UserError(f"{where}; give [top, left, height, width] within them")
+                raise UserError(f"{path}: data.crop.{camera}={box} leaves its pictures of {size}; correct it")
             pictures = pictures[:, top : top + height, left : left + width]
         if self.pad:
             missing = [max(pictures.shape[1:3]) - side for side in pictures.shape[1:3]]
@@ -367,17 +357,14 @@ SOURCES = {"calvin": Calvin, "hdf5": HDF5, "rlds": RLDS, "videos": Videos, "vpp"
 
 
 def read_source(data: Mapping[str, Any]) -> Source:
-    """From the `data` section. Raises UserError for an unknown source, or a value that cannot be."""
+    """From the `data` section of a configuration."""
     if data["source"] not in SOURCES:
         raise UserError(f"data.source={data['source']}: choose from {', '.join(SOURCES)}")
     return typed(SOURCES[data["source"]], data, "data")
 
 
 def part(items: Sequence[Item], held_out: bool | None) -> list[Item]:
-    """All items (None), every 20th (True), or the others (False).
-
-    Of fewer than 20 the last is held out; a single one is both trained on and held out.
-    """
+    """All items (None), every 20th or of fewer the last (True), or the others (False); of one always that."""
     if held_out is None or len(items) < 2:
         return list(items)
     chosen = set(range(HELD_OUT_EVERY - 1, len(items), HELD_OUT_EVERY)) or {len(items) - 1}

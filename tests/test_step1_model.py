@@ -32,17 +32,14 @@ def model() -> GFDM:
 
 def test_features_have_the_announced_sizes(model: GFDM) -> None:
     latents = CONFIG.fake_batch(2)["latents"][:, 0]
-    features = model.features(
-        latents, ["open the drawer", "push the red block"], noise=torch.randn(2, *CONFIG.clip_shape)
-    )
+    texts, noise = ["open the drawer", "push the red block"], torch.randn(2, *CONFIG.clip_shape)
+    features = model.features(latents, texts, noise=noise)
     assert (
         features.shape == (2, CONFIG.frames, model.feature_tokens, model.feature_channels) == (2, 3, 64, 64)
     )
     assert features.requires_grad  # a policy may finetune the UNet through them
     frozen = GFDM.from_config(CONFIG).requires_grad_(False)
-    assert not frozen.features(
-        latents, ["open the drawer", "close it"], noise=torch.randn(2, *CONFIG.clip_shape)
-    ).requires_grad
+    assert not frozen.features(latents, texts, noise=noise).requires_grad
 
 
 def test_features_are_those_of_the_whole_unet(model: GFDM) -> None:
@@ -185,6 +182,17 @@ def test_wrong_folders_are_named(model: GFDM, tmp_path: Path) -> None:
     (folder / "gfdm.json").write_text(json.dumps({**settings, "frams": 3}))
     with pytest.raises(UserError, match=r"gfdm\.json\.frams"):
         GFDM.from_pretrained(folder)
+
+
+def test_a_folder_without_frame_step_says_what_is_assumed(
+    model: GFDM, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "gfdm.json").read_text())
+    del settings["frame_step"]
+    (tmp_path / "gfdm.json").write_text(json.dumps(settings))
+    assert GFDM.from_pretrained(tmp_path).config.frame_step == 2
+    assert f"{tmp_path}/gfdm.json: no frame_step, taken as 2" in capsys.readouterr().out
 
 
 def test_weights_of_other_sizes_are_refused(model: GFDM, tmp_path: Path) -> None:
