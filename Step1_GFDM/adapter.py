@@ -11,11 +11,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from defi.checkpoints.files import read_foreign
 from defi.checkpoints.matching import LoadingReport, compare, under
 from defi.errors import UserError
 from defi.text import CLIPText
 from Step1_GFDM import pipeline
-from Step1_GFDM.build import build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
 
@@ -44,14 +44,15 @@ def read(folder: Path) -> dict[str, Tensor]:
     for part in ("unet", "vae"):
         if not (folder / part).is_dir():
             raise UserError(f"{folder}: has no {part}/; give the folder of a Stable Video Diffusion model")
-        tensors |= under(f"{part}.", pipeline.read_weights(folder / part))
+        tensors |= under(f"{part}.", read_foreign(pipeline.weights_file(folder / part)))
     return tensors
 
 
 def expected(config: GFDMConfig, text_width: int) -> dict[str, Tensor]:
     """What `read` must give for a preset, on the meta device."""
     with torch.device("meta"):
-        unet, vae = build_unet(config, text_width), build_vae(config.vae, config.image_size)
+        unet = pipeline.build_unet(config, text_width)
+        vae = pipeline.build_vae(config.vae, config.image_size)
     return under("unet.", unet.state_dict()) | under("vae.", vae.state_dict())
 
 
@@ -64,6 +65,6 @@ def convert(cfg: DictConfig) -> tuple[GFDM, LoadingReport]:
         clip = CLIPText.from_config(config.clip)
     report = compare(read(folder), expected(config, clip.width), source=folder).check()
     report.left_over = {why: [f"{part}/"] for part, why in UNNEEDED.items() if (folder / part).exists()}
-    parts, sizes = pipeline.load_foreign(folder, clip)
+    parts, sizes = pipeline.load_foreign(folder, clip.width)
     config = replace(config, **sizes, pretrained=None, clip=replace(config.clip, pretrained=None))
     return GFDM(config, **parts, clip=clip), report

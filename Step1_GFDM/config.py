@@ -117,9 +117,14 @@ class GFDMConfig:
         """h = w in latent pixels."""
         return self.image_size // 2 ** (len(self.vae.block_out_channels) - 1)
 
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """[F, 4, h, w], the latents of a clip."""
+        return self.frames, self.vae.latent_channels, self.latent_size, self.latent_size
+
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Tensor | list[str]]:
         """Valid training input: latents [B, F, 4, h, w] of unit deviation, instructions, sample seeds."""
-        size = (batch_size, self.frames, self.vae.latent_channels, self.latent_size, self.latent_size)
-        latents = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        random = torch.Generator().manual_seed(seed)
+        latents = torch.randn(batch_size, *self.clip_shape, generator=random)
         text = [f"push the block {i} to the left" for i in range(batch_size)]
         return {"latents": latents, "text": text, "seed": torch.arange(batch_size) + seed}

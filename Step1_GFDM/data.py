@@ -41,35 +41,6 @@ MOST_FRAMES = 10**8  # of a video: more than a month
 AGAIN = "run Step1_GFDM.prepare again"
 
 
-@dataclass
-class LatentSetConfig:
-    """How clips are taken from one data set; numbers of frames count those of the recording, stored or not.
-
-    weight: share of this set in a mixture. clips: `window`, F frames `stride` apart (None: the model's
-    `frame_step`), a window every `every` frames (None: as `stride`), the last frame repeated past the end; or
-    `spread`, one clip per video, F frames over all of it. cameras: shares of the cameras, in the annotation's
-    order; an episode that has fewer takes the shares of those. longest: frames; longer videos are left out.
-    """
-
-    root: str
-    weight: float = 1.0
-    clips: str = "window"
-    stride: int | None = None
-    every: int | None = None
-    cameras: list[float] = field(default_factory=lambda: [0.75, 0.25])
-    longest: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.clips not in ("window", "spread"):
-            raise UserError(f"data.sets.clips={self.clips}: must be window or spread")
-        given = [n for n in (self.weight, self.stride, self.every) if n is not None]
-        if not all(0 < n < math.inf for n in given) or not all(0 <= n < math.inf for n in self.cameras):
-            raise UserError(
-                f"{self.root}: stride={self.stride}, every={self.every}, weight={self.weight}, "
-                f"cameras={self.cameras}: must be positive numbers, a camera's share may be 0"
-            )
-
-
 @dataclass(frozen=True, slots=True)
 class Episode:
     """One annotated video, a file per camera, and its latents if there are any; paths within the data set."""
@@ -102,10 +73,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def read_episode(root: Path, file: Path) -> Episode:
-    """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`.
-
-    Raises UserError that names the file; `NotJSON` where that is all that is wrong.
-    """
+    """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`."""
     fix = "copy it again, or remove it"
     with reading(file, fix):
         try:
@@ -118,9 +86,10 @@ def read_episode(root: Path, file: Path) -> Episode:
         frames = len(values["state"]) if "state" in values else values.get("video_length", 0)
         if not 0 <= frames <= MOST_FRAMES:
             raise UserError(f"{file}: video_length={frames}: no video is that long; give its frames")
-        latents = [each["latent_video_path"] for each in as_list(values.get("latent_videos", []))]
-        videos = [each["video_path"] for each in as_list(values["videos"])]
-        latents, videos = ([inside(root, path) for path in paths] for paths in (latents, videos))
+        latents = [
+            inside(root, each["latent_video_path"]) for each in as_list(values.get("latent_videos", []))
+        ]
+        videos = [inside(root, each["video_path"]) for each in as_list(values["videos"])]
         return Episode(str(values.get("episode_id", file.stem)), texts, int(frames) or None, latents, videos)
 
 
@@ -128,17 +97,14 @@ def annotation_files(root: Path, split: str) -> list[Path]:
     """Of a split, by name. Raises UserError if there are none."""
     of_calvin = root / "annotation_abc_13" / {"val": "val_d"}.get(split, split)
     folder = of_calvin if of_calvin.is_dir() else root / "annotation" / split
-    files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
+    files = sorted(folder.glob("[!.]*.json"))
     if not files:
         raise UserError(f"{folder}: no annotations; make them with Step1_GFDM.prepare")
     return files
 
 
 def read_episodes(root: str | Path, split: str) -> list[Episode]:
-    """All annotations of a split, by name; a printed line counts those that are not JSON.
-
-    Raises UserError if there are none, or one lacks something.
-    """
+    """All annotations of a split, by name; a printed line counts those that are not JSON."""
 
     def read(file: Path) -> Episode | NotJSON:
         try:
@@ -149,13 +115,12 @@ def read_episodes(root: str | Path, split: str) -> list[Episode]:
     files = annotation_files(Path(root), split)
     with ThreadPoolExecutor(8) as pool:  # a hundred thousand small files, perhaps over a network
         found = list(pool.map(read, files))
-    episodes = [each for each in found if isinstance(each, Episode)]
     faults = [each for each in found if isinstance(each, NotJSON)]
-    if faults and not episodes:
+    if len(faults) == len(files):
         raise faults[0]
     if faults:
         print_once(f"{files[0].parent}: left out {len(faults)} of {len(files)} annotations: {faults[0]}")
-    return episodes
+    return [each for each in found if isinstance(each, Episode)]
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -175,10 +140,7 @@ def stored_step(root: Path) -> int:
 
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
     """Some frames of an episode's latents, as float32; only what lies between them is read, but of a `.pt` in
-    PyTorch's old format, which cannot be mapped into memory.
-
-    Raises UserError for a missing, damaged or shorter file.
-    """
+    PyTorch's old format, which cannot be mapped into memory."""
     with reading(path, f"copy it again, or {AGAIN}"):
         first, last = int(indices.min()), int(indices.max())
         if path.suffix == ".safetensors":
@@ -192,11 +154,39 @@ def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
         return part[torch.from_numpy(indices - first)].float()
 
 
+@dataclass
+class LatentSetConfig:
+    """How clips are taken from one data set; numbers of frames count those of the recording, stored or not.
+
+    weight: share of this set in a mixture. clips: `window`, F frames `stride` apart (None: the model's
+    `frame_step`), a window every `every` frames (None: as `stride`), the last frame repeated past the end; or
+    `spread`, one clip per video, F frames over all of it. cameras: shares of the cameras, in the annotation's
+    order; an episode that has fewer takes the shares of those. longest: frames; longer videos are left out.
+    """
+
+    root: str
+    weight: float = 1.0
+    clips: str = "window"
+    stride: int | None = None
+    every: int | None = None
+    cameras: list[float] = field(default_factory=lambda: [0.75, 0.25])
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.clips not in ("window", "spread"):
+            raise UserError(f"data.sets.clips={self.clips}: must be window or spread")
+        given = [n for n in (self.weight, self.stride, self.every) if n is not None]
+        if not all(0 < n < math.inf for n in given) or not all(0 <= n < math.inf for n in self.cameras):
+            raise UserError(
+                f"{self.root}: stride={self.stride}, every={self.every}, weight={self.weight}, "
+                f"cameras={self.cameras}: must be positive numbers, a camera's share may be 0"
+            )
+
+
 class LatentSet:
     """The clips of one data set: windows of every episode, or one clip of each."""
 
     def __init__(self, config: LatentSetConfig, model: GFDMConfig, split: str) -> None:
-        """Raises UserError where the stored frames do not give such clips."""
         self.config, self.frames, self.root = config, model.frames, Path(config.root)
         windows, stored = config.clips == "window", stored_step(self.root)
         stride = config.stride or model.frame_step
@@ -208,26 +198,20 @@ class LatentSet:
                 f"data.every={math.gcd(stride, every)}, or give multiples of {stored}"
             )
         self.stride, self.every = stride // stored, every // stored
-        found, longest = read_episodes(config.root, split), config.longest or math.inf
+        found, longest, shares = read_episodes(config.root, split), config.longest or math.inf, config.cameras
         for episode in found:
-            self._check(episode)
+            where, cameras = f"{self.root}: episode {episode.id}", len(episode.latents)
+            if not cameras or not episode.frames:
+                fix = "encode it with Step1_GFDM.prepare, source vpp"
+                raise UserError(f"{where} has no latents or no length; {fix}")
+            if not any(shares[:cameras]):
+                raise UserError(f"{where}: cameras={shares} gives none of its {cameras} cameras a share")
         self.episodes = [e for e in found if (e.frames - 1) * stored < longest]
         if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {longest} frames; raise longest")
         if longer := len(found) - len(self.episodes):
             print_once(f"{self.root}: left out {longer} of {len(found)} videos, longer than {longest} frames")
         self._ends = np.cumsum([-(-e.frames // self.every) if windows else 1 for e in self.episodes])
-
-    def _check(self, episode: Episode) -> None:
-        fault = ""
-        if not episode.latents or not episode.frames:
-            fault = " has no latents or no length; encode it with Step1_GFDM.prepare, source vpp"
-        elif not any(self.config.cameras[: len(episode.latents)]):
-            fault = (
-                f": cameras={self.config.cameras} gives none of its {len(episode.latents)} cameras a share"
-            )
-        if fault:
-            raise UserError(f"{self.root}: episode {episode.id}{fault}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -269,16 +253,16 @@ def open_sets(cfg: Mapping[str, Any], model: GFDMConfig, split: str) -> dict[str
     return {name: LatentSet(config, model, split) for name, config in sets.items()}
 
 
-def check_latents(sets: Iterable[LatentSet], vae: Path, size: torch.Size, *, pretrained: bool) -> None:
-    """Raises UserError if another autoencoder than the model's made the latents, or another `size` [4, h, w].
+def check_latents(sets: Iterable[LatentSet], vae: Path, model: GFDMConfig) -> None:
+    """Raises UserError if another autoencoder than the model's made the latents, or they have another size.
 
     A pretrained model has a file of its own: another fingerprint is only noted then.
     """
-    used = fingerprint(vae)
+    used, size = fingerprint(vae), model.clip_shape[1:]
     for latents in sets:
         made = read_manifest(latents.root).get("vae", used)
         wrong = f"{latents.root / MANIFEST}: these latents were made by autoencoder {made}, {vae} is {used}"
-        if made != used and not pretrained:
+        if made != used and model.pretrained is None:
             raise UserError(f"{wrong}; give the data and the autoencoder that belong together, or {AGAIN}")
         if made != used:
             print_once(f"note: {wrong}; these must be the same weights in another file")

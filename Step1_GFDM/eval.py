@@ -2,7 +2,7 @@
 
 Writes clips/ (the real future beside the imagined one, and beside that of an instruction of yours),
 gallery.html with them, and metrics.json: per frame PSNR, SSIM, LPIPS where its weights are given, and the
-one-step error (`Step1_GFDM.evaluation.one_step`), FVD where its weights are given, each beside that of a
+one-step error, FVD where its weights are given (`Step1_GFDM.evaluation.metrics`), each beside that of a
 future which repeats the first frame. Of a mixture: for each data set (`sets`), and over all episodes.
 """
 
@@ -29,45 +29,42 @@ from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
 from Step1_GFDM.config import check_counts, check_rate
 from Step1_GFDM.data import Episode, LatentSet, check_latents, open_sets
+from Step1_GFDM.evaluation import metrics as measures
 from Step1_GFDM.evaluation.i3d import FEWEST_FRAMES, I3D
-from Step1_GFDM.evaluation.metrics import METRICS, Metric, action_scores, fvd_figures, load_lpips, per_frame
-from Step1_GFDM.evaluation.one_step import one_step_error, one_step_figures
+from Step1_GFDM.evaluation.metrics import METRICS, Metric
 from Step1_GFDM.gallery import TITLES, describe_fvd, film, write_gallery
 from Step1_GFDM.model import GFDM
 
 
 @dataclass(frozen=True)
 class Case:
-    """An episode of one of the data sets; `number` counts over all of them."""
+    """An episode of one of the data sets; `number` counts over all of them. texts: what it is imagined under,
+    its own instruction first. film: the real future beside what each of them leads to.
+    """
 
     number: int
     data_set: str
     clips: LatentSet
     episode: Episode
-
-    def texts(self, instruction: str | None) -> list[str]:
-        """What it is imagined under: its own instruction, and another one if there is one."""
-        other = [] if instruction is None else [instruction]
-        return list(dict.fromkeys([self.episode.texts[0], *other]))
-
-    def film(self, output: Path) -> Path:
-        """Where its film lies: the real future beside what each instruction leads to."""
-        return output / "clips" / self.data_set / f"{self.number:04d}.mp4"
+    texts: list[str]
+    film: Path
 
 
-def choose(sets: dict[str, LatentSet], count: int, camera: int) -> list[Case]:
-    """`count` episodes of each data set, spread evenly. Raises UserError if one has no such camera."""
+def choose(sets: dict[str, LatentSet], cfg: DictConfig) -> list[Case]:
+    """`episodes` of each data set, spread evenly. Raises UserError if one has no such camera."""
     cases: list[Case] = []
     for name, clips in sets.items():
         last = len(clips.episodes) - 1
-        for i in np.linspace(0, last, min(count, last + 1)).round().astype(int):
-            episode = clips.episodes[i]
-            if camera >= min(len(episode.latents), len(episode.videos)):
+        for i in np.linspace(0, last, min(cfg.episodes, last + 1)).round().astype(int):
+            episode, film = clips.episodes[i], Path(cfg.output, "clips", name, f"{len(cases):04d}.mp4")
+            if cfg.camera >= min(len(episode.latents), len(episode.videos)):
                 raise UserError(
-                    f"camera={camera}: {clips.root}: episode {episode.id} has {len(episode.videos)} videos "
-                    f"and latents of {len(episode.latents)} cameras; they are counted from 0"
+                    f"camera={cfg.camera}: {clips.root}: episode {episode.id} has {len(episode.videos)} "
+                    f"videos and latents of {len(episode.latents)} cameras; they are counted from 0"
                 )
-            cases.append(Case(len(cases), name, clips, episode))
+            other = [] if cfg.instruction is None else [cfg.instruction]
+            texts = list(dict.fromkeys([episode.texts[0], *other]))
+            cases.append(Case(len(cases), name, clips, episode, texts, film))
     return cases
 
 
@@ -85,21 +82,21 @@ def evaluate(
 
     other: another episode, for the one-step figures.
     """
-    seed, texts = seed_of("case", cfg.seed, case.number), case.texts(cfg.instruction)
+    seed, own_text = seed_of("case", cfg.seed, case.number), case.texts[0]
     latents, there = (each.clips.latents(each.episode, 0, cfg.camera) for each in (case, other))
     video = case.clips.root / case.episode.videos[cfg.camera]
     frames = read_frames(video, case.clips.indices(case.episode, 0))
     real = prepare_frames(frames, model.config.image_size)
     imagined = {  # from the same noise: only the words differ
-        text: model.imagine(latents[:1], [text], steps=cfg.steps, seed=seed)[0] for text in texts
+        text: model.imagine(latents[:1], [text], steps=cfg.steps, seed=seed)[0] for text in case.texts
     }
-    film(case.film(Path(cfg.output)), real, imagined, cfg.fps)
-    own, elsewhere = imagined[texts[0]], (there[:1], other.episode.texts[0])
+    film(case.film, real, imagined, cfg.fps)
+    elsewhere = (there[:1], other.texts[0])
     figures = {
-        "per_frame": per_frame(metrics, own, real),
-        "one_step": one_step_error(model, latents, texts[0], other=elsewhere, seed=seed),
+        "per_frame": measures.per_frame(metrics, imagined[own_text], real),
+        "one_step": measures.one_step_error(model, latents, own_text, other=elsewhere, seed=seed),
     }
-    return figures | ({} if i3d is None else {"fvd": action_scores(i3d, own, real)})
+    return figures | ({} if i3d is None else {"fvd": measures.action_scores(i3d, imagined[own_text], real)})
 
 
 def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, "E ..."]]:
@@ -111,8 +108,8 @@ def summarise(episodes: list[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
     """The figures of some episodes: their number, means per frame, one-step error, FVD if it is measured."""
     parts = {part: stacked([figures[part] for figures in episodes]) for part in episodes[0]}
     means = {name: values.mean(0).tolist() for name, values in parts["per_frame"].items()}
-    found = {"episodes": len(episodes), **means, "one_step": one_step_figures(parts["one_step"])}
-    return found | ({"fvd": fvd_figures(parts["fvd"])} if "fvd" in parts else {})
+    found = {"episodes": len(episodes), **means, "one_step": measures.one_step_figures(parts["one_step"])}
+    return found | ({"fvd": measures.fvd_figures(parts["fvd"])} if "fvd" in parts else {})
 
 
 def describe(figures: dict[str, Any], title: str) -> str:
@@ -126,16 +123,6 @@ def describe(figures: dict[str, Any], title: str) -> str:
     return "; ".join([*words, *([describe_fvd(figures["fvd"])] if figures.get("fvd") else [])])
 
 
-def load_i3d(place: str, model: GFDM) -> I3D:
-    """For FVD. Raises UserError if the weights do not fit, or the clips are too short."""
-    if model.config.frames < FEWEST_FRAMES:
-        raise UserError(
-            f"fvd={place}: needs clips of at least {FEWEST_FRAMES} frames, this checkpoint imagines "
-            f"{model.config.frames}; leave fvd out"
-        )
-    return I3D.from_published(place).to(model.unet.device)
-
-
 @entry("step1_eval")
 def main(cfg: DictConfig) -> None:
     check_counts(cfg, episodes=1, camera=0, **({} if cfg.steps is None else {"steps": 1}))
@@ -143,12 +130,16 @@ def main(cfg: DictConfig) -> None:
     output, state = check_output(cfg.output, overwrite=cfg.overwrite), processes()
     weights = find_weights(cfg.checkpoint, "gfdm")
     model = GFDM.from_pretrained(weights).to(state.device).eval()
-    metrics = METRICS if cfg.lpips is None else {**METRICS, "lpips": load_lpips(cfg.lpips)}
-    i3d = None if cfg.fvd is None else load_i3d(cfg.fvd, model)
+    metrics = METRICS if cfg.lpips is None else {**METRICS, "lpips": measures.load_lpips(cfg.lpips)}
+    if cfg.fvd is not None and model.config.frames < FEWEST_FRAMES:
+        fault = (
+            f"needs clips of at least {FEWEST_FRAMES} frames, this checkpoint imagines {model.config.frames}"
+        )
+        raise UserError(f"fvd={cfg.fvd}: {fault}; leave fvd out")
+    i3d = None if cfg.fvd is None else I3D.from_published(cfg.fvd).to(state.device)
     sets = open_sets(cfg.data, model.config, cfg.split)
-    cases = choose(sets, cfg.episodes, cfg.camera)
-    pretrained = model.config.pretrained is not None
-    check_latents(sets.values(), weights / "vae", model.noise(1).shape[2:], pretrained=pretrained)
+    cases = choose(sets, cfg)
+    check_latents(sets.values(), weights / "vae", model.config)
     state.wait_for_everyone()
     if state.is_main_process:
         prepare_output(output, overwrite=cfg.overwrite)
@@ -169,8 +160,9 @@ def main(cfg: DictConfig) -> None:
         "sets": {name: {"root": str(sets[name].root), **part} for name, part in summaries.items()},
     }
     write_file(output / "metrics.json", json.dumps(found, indent=1))
-    captions = {c.number: f"{c.episode.id}: {' | '.join(c.texts(cfg.instruction))}" for c in cases}
-    films = {name: {c.film(output): captions[c.number] for c in part} for name, part in by_set.items()}
+    films = {
+        n: {c.film: f"{c.episode.id}: {' | '.join(c.texts)}" for c in part} for n, part in by_set.items()
+    }
     write_gallery(output / "gallery.html", films, found)
     shown = found["sets"] | ({"all data sets": found} if len(sets) > 1 else {})
     print(*(describe(part, name) for name, part in shown.items()), sep="\n")

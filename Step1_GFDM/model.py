@@ -1,6 +1,7 @@
 """GFDM: Stable Video Diffusion conditioned on text, which imagines the next F frames (paper section 3.2)."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -10,14 +11,17 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from jaxtyping import Float
 from torch import Tensor
 
+from defi.config import typed
 from defi.engine.data import SampleNoise, sample_seeds
 from defi.engine.model import StageModel
+from defi.files import check_sizes, read_json
+from defi.processes import print_once
 from defi.text import CLIPText
 from Step1_GFDM import pipeline
-from Step1_GFDM.build import build_scheduler, build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.unet import up_block_features
 
+CONFIG = "gfdm.json"
 Video = Float[Tensor, "N F 4 h w"]  # latents of F frames
 Picture = Float[Tensor, "N 4 h w"]  # latents of one
 Text = Float[Tensor, "N T D2"]  # CLIP token states, twice
@@ -45,11 +49,8 @@ class GFDM(StageModel):
         clip: CLIPText,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.unet = unet
-        self.vae = vae
-        self.scheduler = scheduler
-        self.clip = clip
+        self.config, self.scheduler = config, scheduler
+        self.unet, self.vae, self.clip = unet, vae, clip
         self.freeze()
 
     @classmethod
@@ -57,29 +58,40 @@ class GFDM(StageModel):
         """A new model: random weights and the given VAE, or the parts of the folder `config.pretrained`."""
         clip = CLIPText.from_config(config.clip)
         if config.pretrained is not None:
-            parts, sizes = pipeline.load_foreign(Path(config.pretrained), clip)
+            parts, sizes = pipeline.load_foreign(Path(config.pretrained), clip.width)
             return cls(replace(config, **sizes), **parts, clip=clip)
-        vae = vae or build_vae(config.vae, config.image_size)
-        unet = build_unet(config, clip.width)
-        return cls(config, unet=unet, vae=vae, scheduler=build_scheduler(), clip=clip)
+        vae = vae or pipeline.build_vae(config.vae, config.image_size)
+        unet = pipeline.build_unet(config, clip.width)
+        return cls(config, unet=unet, vae=vae, scheduler=pipeline.build_scheduler(), clip=clip)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "GFDM":
         """The model that `save_pretrained` wrote: a checkpoint folder, or its `ema`.
 
-        Raises:
-            UserError: a file is missing or damaged, or a tensor does not fit its network.
+        Raises UserError if a file is missing or damaged, or a tensor does not fit its network.
         """
-        config, parts = pipeline.load(Path(folder))
-        return cls(config, **parts)
+        folder = Path(folder)
+        values = read_json(file := folder / CONFIG, "give a checkpoint folder of Step1_GFDM.train")
+        check_sizes(values, file)
+        if "frame_step" not in values:
+            print_once(f"{file}: no frame_step, taken as {GFDMConfig.frame_step}")
+        config = typed(GFDMConfig, values, str(file))
+        named = config.clip.pretrained is not None
+        clip = CLIPText.from_config(config.clip) if named else CLIPText.load(folder / "text", config.clip)
+        return cls(config, **pipeline.load(folder), clip=clip)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a diffusers folder with everything in it (`Step1_GFDM.pipeline`)."""
-        parts = {"unet": self.unet, "vae": self.vae, "scheduler": self.scheduler}
-        pipeline.save(folder, self.config, self.clip, **parts)
+        """Write the model, frozen parts included: a diffusers folder that stands on its own.
+
+        Besides Stable Video Diffusion's parts (`Step1_GFDM.pipeline`) it holds gfdm.json, the configuration,
+        which the next stage reads, and text/, the CLIP text tower, unless the configuration names its source.
+        """
+        pipeline.save(folder, unet=self.unet, vae=self.vae, scheduler=self.scheduler)
+        if self.config.clip.pretrained is None:
+            self.clip.save(folder / "text")
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
 
     def load_weights(self, folder: Path) -> None:
-        """Copy the UNet's weights from a saved folder into this model, in place and strictly."""
         pipeline.load_network(self.unet, Path(folder) / "unet")
 
     @property
@@ -96,13 +108,6 @@ class GFDM(StageModel):
     def feature_tokens(self) -> int:
         """L of `features`: positions of up block 1, which ends two doublings above the lowest level."""
         return (self.config.latent_size // 2 ** (len(self.unet.config.block_out_channels) - 3)) ** 2
-
-    def noise(self, count: int, generator: torch.Generator | None = None) -> Video:
-        """Standard normal noise for `count` clips, drawn on the generator's device."""
-        size = self.config.latent_size
-        shape = (count, self.config.frames, self.config.vae.latent_channels, size, size)
-        device = generator.device if generator is not None else self.unet.device
-        return torch.randn(shape, generator=generator, device=device).to(self.unet.device)
 
     def encode_text(self, texts: list[str]) -> Text:
         """CLIP token states concatenated with themselves."""
@@ -157,13 +162,9 @@ class GFDM(StageModel):
         edm = self.config.diffusion
         sigma = torch.exp(edm.sigma_mean + edm.sigma_std * normal)
         noisy = latents + sigma * noise
-        velocity = self.velocity(
-            noisy / (sigma**2 + 1).sqrt(),
-            sigma.log().flatten() / 4,
-            image=condition,
-            text=text,
-            time_ids=self.time_ids(len(latents), edm.fps, edm.motion_bucket, noise_aug),
-        )
+        scaled, time = noisy / (sigma**2 + 1).sqrt(), sigma.log().flatten() / 4
+        time_ids = self.time_ids(len(latents), edm.fps, edm.motion_bucket, noise_aug)
+        velocity = self.velocity(scaled, time, image=condition, text=text, time_ids=time_ids)
         denoised = -sigma / (sigma**2 + 1).sqrt() * velocity.float() + noisy / (sigma**2 + 1)
         return ((sigma**2 + 1) / sigma**2 * (denoised - latents) ** 2).mean()
 
@@ -183,15 +184,9 @@ class GFDM(StageModel):
             noise_aug = torch.exp(0.5 * random.normal("strength of the condition's noise") - 3)
             blur = noise_aug[:, None, None, None] * random.normal("condition", *frames.shape[2:])
             condition = self.encode_images(frames[:, 0] + blur)
-        loss = self.denoising_loss(
-            latents,
-            self.encode_text(batch["text"]) * keep,
-            condition=condition,
-            noise_aug=noise_aug,
-            noise=random.normal("video", *latents.shape[1:]),
-            normal=normal,
-        )
-        return {"loss": loss}
+        text, noise = self.encode_text(batch["text"]) * keep, random.normal("video", *latents.shape[1:])
+        given = {"condition": condition, "noise_aug": noise_aug, "noise": noise, "normal": normal}
+        return {"loss": self.denoising_loss(latents, text, **given)}
 
     @torch.no_grad()
     def generate(self, latents: Picture, text: Text, *, noise: Video, steps: int | None = None) -> Video:
@@ -221,25 +216,17 @@ class GFDM(StageModel):
     ) -> Float[Tensor, "N F 3 H W"]:
         """Imagined frames in [-1, 1], on the CPU, from scaled latents of the first ones; a clip's noise
         depends on `seed` and on its place among the clips."""
-        device, size = self.unet.device, self.noise(1).shape[1:]
-        noise = SampleNoise(sample_seeds("imagined", seed, len(first)), device).normal("video", *size)
+        device, seeds = self.unet.device, sample_seeds("imagined", seed, len(first))
+        noise = SampleNoise(seeds, device).normal("video", *self.config.clip_shape)
         latents = self.generate(first.to(device), self.encode_text(texts), noise=noise, steps=steps)
         return self.decode_latents(latents).cpu()
 
-    def features(
-        self,
-        latents: Picture,
-        texts: list[str],
-        *,
-        noise: Video | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "N F L C"]:
+    def features(self, latents: Picture, texts: list[str], *, noise: Video) -> Float[Tensor, "N F L C"]:
         """Features of the imagined future of each image: one partial UNet pass at the first sampling step.
 
-        latents: scaled. noise: standard normal, drawn from `generator` where it is not given. Gradients reach
-        the UNet's weights that require them; where none does, no graph is built.
+        latents: scaled. noise: standard normal. Gradients reach the UNet's weights that require them; where
+        none does, no graph is built.
         """
-        noise = self.noise(len(latents), generator) if noise is None else noise
         maps = self.feature_maps(latents, self.encode_text(texts), noise=noise)
         return maps.flatten(3).transpose(2, 3)
 

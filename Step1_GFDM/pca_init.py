@@ -95,27 +95,16 @@ def _set_decoder(vae: AutoencoderKLTemporalDecoder, images: Images) -> None:
     _clear(decoder.conv_in, 3)
     decoder.conv_in.weight[:3, :, 1, 1] = solution[:, :latent]
     decoder.conv_in.bias[:3] = solution[:, latent]
-    channels = 3
+    channels, last = 3, len(decoder.up_blocks) - 1
     for i, block in enumerate(decoder.up_blocks):
         _pass_on(block.resnets[0].spatial_res_block.conv_shortcut, channels)
-        if block.upsamplers is None:
-            continue
-        layer, channels = block.upsamplers[0].conv, 6 if i == len(decoder.up_blocks) - 2 else 3
-        _clear(layer, channels)
-        for c in range(channels):  # the last time pairs (+a, -a), as in the encoder
-            layer.weight[c, c % 3] = TENT[:, None] * TENT * (1 if c < 3 else -1)
-    _undo_last_norm(vae, codes)
-    _clear(decoder.conv_out, 3)
-    for c in range(3):
-        decoder.conv_out.weight[c, c, 1, 1] = 1
-        decoder.conv_out.weight[c, c + 3, 1, 1] = -1
-    _pass_on(decoder.time_conv_out, 3)
-
-
-def _undo_last_norm(vae: AutoencoderKLTemporalDecoder, codes: Tensor) -> None:
-    """Scale and shift after the decoder's last norm that give the colours their mean and deviation back."""
-    norm, axes = vae.decoder.conv_norm_out, (0, 2, 3)
-    seen: list[Tensor] = []
+        if i < last:
+            layer, channels = block.upsamplers[0].conv, 6 if i == last - 1 else 3
+            _clear(layer, channels)
+            for c in range(channels):  # the last time pairs (+a, -a), as in the encoder
+                layer.weight[c, c % 3] = TENT[:, None] * TENT * (1 if c < 3 else -1)
+    # Scale and shift after the last norm that give the colours their mean and deviation back.
+    norm, axes, seen = decoder.conv_norm_out, (0, 2, 3), []
     hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     vae.decode(codes, num_frames=1)
     hook.remove()
@@ -124,3 +113,8 @@ def _undo_last_norm(vae: AutoencoderKLTemporalDecoder, codes: Tensor) -> None:
     centred = after - after.mean(axes, keepdim=True)
     norm.weight[:6] = (centred * before).mean(axes) / centred.square().mean(axes).clamp_min(1e-8)
     norm.bias[:6] = before.mean(axes) - norm.weight[:6] * after.mean(axes)
+    _clear(decoder.conv_out, 3)
+    for c in range(3):
+        decoder.conv_out.weight[c, c, 1, 1] = 1
+        decoder.conv_out.weight[c, c + 3, 1, 1] = -1
+    _pass_on(decoder.time_conv_out, 3)

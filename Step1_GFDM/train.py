@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     vae = None if pretrained else load_vae(cfg.vae)
     torch.manual_seed(cfg.seed)
     model = GFDM.from_config(config, vae=vae)
-    check_latents([*data.sets, *held_out.sets], encoder, model.noise(1).shape[2:], pretrained=pretrained)
+    check_latents([*data.sets, *held_out.sets], encoder, model.config)
     print_once(model.clip.truncation_note(text for part in (data, held_out) for text in part.texts()))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -58,13 +58,7 @@ def main(cfg: DictConfig) -> None:
         seeds = sample_seeds("held out", cfg.seed, len(shown))
         return {"held_out_loss": model({"latents": latents, "text": texts, "seed": seeds})["loss"].item()}
 
-    train(
-        model,
-        data,
-        trainer,
-        **run_settings(cfg),
-        preview=preview,
-    )
+    train(model, data, trainer, **run_settings(cfg), preview=preview)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from defi.engine.weights import COPY_AGAIN
 from defi.errors import reading
 from defi.files import read_json
 from Step1_GFDM import pipeline
-from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
 
 MEASURED = "latents.json"  # their deviation, and in how many batches: for an exact resume
@@ -53,8 +52,7 @@ class VideoVAE(StageModel):
 
     def __init__(self, config: VAEConfig, vae: AutoencoderKLTemporalDecoder) -> None:
         super().__init__()
-        self.config = config
-        self.vae = vae
+        self.config, self.vae = config, vae
         middle = vae.decoder.mid_block  # with one layer per block its attention exists but is never called
         middle.attentions[len(middle.resnets) - 1 :].requires_grad_(False)
         self.register_buffer("deviation", torch.tensor(1 / vae.config.scaling_factor), persistent=False)
@@ -63,7 +61,7 @@ class VideoVAE(StageModel):
     @classmethod
     def from_config(cls, config: VAEConfig) -> "VideoVAE":
         """A VAE with random weights."""
-        return cls(config, build_vae(config.sizes, config.image_size))
+        return cls(config, pipeline.build_vae(config.sizes, config.image_size))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the VAE as diffusers does (`load_vae`), and what an exact resume needs besides."""

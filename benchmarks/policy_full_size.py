@@ -15,9 +15,9 @@ import torch
 
 from defi.config import compose_preset
 from defi.text import CLIPText
-from Step1_GFDM.build import build_scheduler, build_unet, build_vae
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
+from Step1_GFDM.pipeline import build_scheduler, build_unet, build_vae
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI

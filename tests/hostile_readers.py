@@ -232,11 +232,11 @@ def read_all_captions(folder: Path) -> None:
     for name in ("captions.jsonl", "captions.csv", "labels.json"):
         splits = {"train": name, "val": name}
         given = {"source": "videos", "root": str(folder), "videos": "videos", "splits": splits, "every": 2}
-        for recording in read_source(given).open("train").items[:5]:
-            path, texts = recording.read.args
+        for read in list(read_source(given).open("train").read.values())[:5]:
+            path, texts = read.args
             assert path.resolve().is_relative_to(folder.resolve()) and all(texts)
             if path.suffix == ".mp4":
-                recording.read()
+                read()
 
 
 def make_hdf5(folder: Path) -> None:
@@ -255,8 +255,8 @@ def make_hdf5(folder: Path) -> None:
 def read_hdf5(folder: Path) -> None:
     given = {"source": "hdf5", "root": str(folder), "splits": {"train": ".", "val": "."}, "groups": "data"}
     given |= {"cameras": {"a": "raw", "b": "jpeg"}, "text": "language_instruction"}
-    for recording in read_source(given).open("train").items[:5]:
-        scene = recording.read()
+    for read in list(read_source(given).open("train").read.values())[:5]:
+        scene = read()
         assert {view.shape[-1] for view in scene.views.values()} == {3} and scene.texts[0]
 
 

@@ -18,8 +18,8 @@ from defi.config import CONFIG_DIR
 from defi.processes import processes
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM import prepare as step1
-from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
+from Step1_GFDM.pipeline import build_vae
 from Step3_DeFI import prepare as step3
 
 KINDS = ("latents", "store")

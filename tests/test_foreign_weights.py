@@ -13,8 +13,8 @@ from defi.checkpoints.files import NumPyValue, read_foreign
 from defi.checkpoints.inspect import open_checkpoint
 from defi.errors import UserError
 from Step1_GFDM import pipeline
-from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import VAESizes
+from Step1_GFDM.pipeline import build_vae
 
 TENSORS = {"conv.weight": torch.arange(4.0), "conv.bias": torch.ones(2), "norm.weight": torch.zeros(3)}
 

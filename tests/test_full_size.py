@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_check, policy_full_size
 from defi.config import compose_preset
-from Step1_GFDM.build import build_unet
 from Step1_GFDM.config import GFDMConfig
+from Step1_GFDM.pipeline import build_unet
 from Step1_GFDM.unet import up_block_features
 
 ROOT = Path(__file__).resolve().parents[1]

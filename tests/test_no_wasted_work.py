@@ -45,7 +45,7 @@ def test_features_run_the_first_part_of_the_unet_once() -> None:
     for name, child in children.items():
         watch(child, calls, name)
     with torch.no_grad():
-        gfdm.features(torch.randn(2, 4, 8, 8), TEXTS[:2])
+        gfdm.features(torch.randn(2, 4, 8, 8), TEXTS[:2], noise=torch.randn(2, *gfdm.config.clip_shape))
     expected = {name for name in children if name.startswith(FEATURE_PARTS)} | {"time_proj", "add_time_proj"}
     assert sorted(calls) == sorted(expected)
     assert {"up_blocks.2", "up_blocks.3", "conv_norm_out", "conv_out"}.isdisjoint(calls)

@@ -20,9 +20,9 @@ from defi.engine.checkpoint import find_checkpoint
 from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
 from defi.errors import UserError
-from Step1_GFDM.build import build_scheduler, build_unet
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
+from Step1_GFDM.pipeline import build_scheduler, build_unet
 
 CONFIG = {"config": {"preset_name": "test"}}
 

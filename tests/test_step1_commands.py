@@ -27,14 +27,13 @@ from defi.engine.log import read_metrics
 from defi.errors import UserError
 from defi.text import TextConfig
 from defi.video import frame_count, read_frames
-from Step1_GFDM.build import build_vae
 from Step1_GFDM.config import GFDMConfig, UNetSizes, VAESizes
 from Step1_GFDM.data import LATENTS, MANIFEST, open_sets, read_episodes, read_latents
 from Step1_GFDM.eval import stacked
-from Step1_GFDM.evaluation.metrics import BACKBONE, load_lpips
-from Step1_GFDM.evaluation.one_step import one_step_error, one_step_figures
+from Step1_GFDM.evaluation.metrics import BACKBONE, load_lpips, one_step_error, one_step_figures
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.pca_init import start_from_principal_components
+from Step1_GFDM.pipeline import build_vae
 from Step1_GFDM.vae import VAEConfig, VideoVAE, load_vae
 
 SMALL = [

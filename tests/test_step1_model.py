@@ -32,13 +32,14 @@ def model() -> GFDM:
 
 def test_features_have_the_announced_sizes(model: GFDM) -> None:
     latents = CONFIG.fake_batch(2)["latents"][:, 0]
-    features = model.features(latents, ["open the drawer", "push the red block"], generator=torch.Generator())
+    texts, noise = ["open the drawer", "push the red block"], torch.randn(2, *CONFIG.clip_shape)
+    features = model.features(latents, texts, noise=noise)
     assert (
         features.shape == (2, CONFIG.frames, model.feature_tokens, model.feature_channels) == (2, 3, 64, 64)
     )
     assert features.requires_grad  # a policy may finetune the UNet through them
     frozen = GFDM.from_config(CONFIG).requires_grad_(False)
-    assert not frozen.features(latents, ["open the drawer", "close it"]).requires_grad
+    assert not frozen.features(latents, texts, noise=noise).requires_grad
 
 
 def test_features_are_those_of_the_whole_unet(model: GFDM) -> None:
@@ -47,7 +48,7 @@ def test_features_are_those_of_the_whole_unet(model: GFDM) -> None:
     hooks = [
         block.register_forward_hook(lambda _, __, out: seen.append(out)) for block in model.unet.up_blocks[:2]
     ]
-    latents, noise = CONFIG.fake_batch(2)["latents"][:, 0], model.noise(2)
+    latents, noise = CONFIG.fake_batch(2)["latents"][:, 0], torch.randn(2, *CONFIG.clip_shape)
     text = model.encode_text(["open the drawer", ""])
     with torch.no_grad():
         model.scheduler.set_timesteps(CONFIG.features.steps)
@@ -65,7 +66,7 @@ def test_features_are_those_of_the_whole_unet(model: GFDM) -> None:
 
 
 def test_a_clip_does_not_depend_on_its_batch(model: GFDM) -> None:
-    latents, noise = CONFIG.fake_batch(3)["latents"][:, 0], model.noise(3)
+    latents, noise = CONFIG.fake_batch(3)["latents"][:, 0], torch.randn(3, *CONFIG.clip_shape)
     texts = ["open the drawer", "push the red block", "open the drawer"]
     together = model.features(latents, texts, noise=noise)
     alone = model.features(latents[1:2], texts[1:2], noise=noise[1:2])
@@ -74,7 +75,7 @@ def test_a_clip_does_not_depend_on_its_batch(model: GFDM) -> None:
 
 
 def test_text_reaches_the_features(model: GFDM) -> None:
-    latents, noise = CONFIG.fake_batch(1)["latents"][:, 0], model.noise(1)
+    latents, noise = CONFIG.fake_batch(1)["latents"][:, 0], torch.randn(1, *CONFIG.clip_shape)
     opened = model.features(latents, ["open the drawer"], noise=noise)
     closed = model.features(latents, ["close the drawer"], noise=noise)
     assert (opened - closed).abs().max() > 1e-4
@@ -135,7 +136,7 @@ def test_overfits_one_batch() -> None:
 
 def test_generation_is_guided_more_in_later_frames(model: GFDM) -> None:
     """Guidance 1 at frame 0: the unconditional branch cancels there, and only there."""
-    latents, noise = CONFIG.fake_batch(1)["latents"][:, 0], model.noise(1)
+    latents, noise = CONFIG.fake_batch(1)["latents"][:, 0], torch.randn(1, *CONFIG.clip_shape)
     text = model.encode_text(["open the drawer"])
     guided = model.generate(latents, text, noise=noise, steps=1)
     unguided_config = replace(CONFIG, sampling=replace(CONFIG.sampling, max_guidance=1.0))
@@ -150,7 +151,7 @@ def test_folder_reads_back_and_diffusers_opens_it(model: GFDM, tmp_path: Path) -
     model.save_pretrained(tmp_path / "gfdm")
     again = GFDM.from_pretrained(tmp_path / "gfdm").eval()
     assert again.config == CONFIG
-    latents, noise = CONFIG.fake_batch(1)["latents"][:, 0], model.noise(1)
+    latents, noise = CONFIG.fake_batch(1)["latents"][:, 0], torch.randn(1, *CONFIG.clip_shape)
     for one, two in [(model.state_dict(), again.state_dict())]:
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     torch.testing.assert_close(
@@ -181,6 +182,17 @@ def test_wrong_folders_are_named(model: GFDM, tmp_path: Path) -> None:
     (folder / "gfdm.json").write_text(json.dumps({**settings, "frams": 3}))
     with pytest.raises(UserError, match=r"gfdm\.json\.frams"):
         GFDM.from_pretrained(folder)
+
+
+def test_a_folder_without_frame_step_says_what_is_assumed(
+    model: GFDM, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "gfdm.json").read_text())
+    del settings["frame_step"]
+    (tmp_path / "gfdm.json").write_text(json.dumps(settings))
+    assert GFDM.from_pretrained(tmp_path).config.frame_step == 2
+    assert f"{tmp_path}/gfdm.json: no frame_step, taken as 2" in capsys.readouterr().out
 
 
 def test_weights_of_other_sizes_are_refused(model: GFDM, tmp_path: Path) -> None:

@@ -457,9 +457,9 @@ def test_all_stages_see_the_same_frames(tmp_path: Path) -> None:
     splits = {"train": "captions.jsonl", "val": "captions.jsonl"}
     source = read_source({"source": "videos", "root": str(tmp_path), "splits": splits, "every": 2})
     true = {name: np.stack(straight(tmp_path / name)) for name in names}
-    for recording in source.open("train").items:
-        name = recording.read.args[0].name
-        np.testing.assert_array_equal(recording.read().views["rgb"], true[name][::2])
+    for read in source.open("train").read.values():
+        name = read.args[0].name
+        np.testing.assert_array_equal(read().views["rgb"], true[name][::2])
     for clips in (VideoClips(tmp_path), VideoClips(tmp_path)):
         assert {Path(clip.name).name: clip.length for clip in clips.clips} == {
             n: len(f) for n, f in true.items()

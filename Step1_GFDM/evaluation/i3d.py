@@ -98,10 +98,7 @@ class I3D(nn.Sequential):
 
     @classmethod
     def from_published(cls, place: Path | str) -> "I3D":
-        """With the public weights: their file, or the folder that holds it under its published name.
-
-        Raises UserError if it is missing, damaged, or holds other tensors.
-        """
+        """With the public weights: their file, or the folder that holds it under its published name."""
         file, model = Path(place), cls()
         if file.is_dir():
             file = next((file / name for name in PUBLISHED if (file / name).is_file()), file / PUBLISHED[0])

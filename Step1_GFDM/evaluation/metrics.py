@@ -4,6 +4,14 @@ METRICS, LPIPS   frame by frame; LPIPS (Zhang et al. 2018) needs torchvision's A
 FVD              how far imagined clips lie from real ones, as a crowd (Unterthiner et al. 2018, arXiv
                  1812.01717): I3D's scores of either are taken for a normal distribution, and FVD is the
                  squared Fréchet distance of the two. The fewer the clips, the larger, whatever they show.
+one step         how good the one UNet pass is that stage 3 reads its features from (paper section 3.2), at
+                 the first sampling step, from noise alone. `latents`: error of the clean latents that it
+                 predicts, per frame, root mean square; without guidance a good model predicts the mean of the
+                 possible futures, blurred, but in the right place. `features`: mean square difference of the
+                 features under two draws of noise, over that between two episodes. 0: the noise has no
+                 influence; 1: the features say no more of the episode than of the noise.
+
+Each beside that of a future which repeats the first frame (`…_still`).
 """
 
 from collections.abc import Callable
@@ -16,8 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from defi.checkpoints.files import read_foreign
+from defi.engine.data import SampleNoise
 from defi.engine.weights import load_strict
 from Step1_GFDM.evaluation.i3d import I3D, SIDE
+from Step1_GFDM.model import GFDM
 
 FEW = 256  # clips below which FVD says more about their number than about the model
 BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's name
@@ -43,10 +53,7 @@ METRICS: dict[str, Metric] = {"psnr": psnr, "ssim": ssim}
 
 
 def load_lpips(folder: Path | str) -> Metric:
-    """LPIPS 0.1 with AlexNet, whose weights lie in the folder; torchmetrics brings the linear ones.
-
-    Raises UserError if the file is missing, damaged, or holds other tensors.
-    """
+    """LPIPS 0.1 with AlexNet, whose weights lie in the folder; torchmetrics brings the linear ones."""
     from torchmetrics.functional.image.lpips import _LPIPS
 
     model, file = _LPIPS(net="alex", pnet_rand=True), Path(folder) / BACKBONE
@@ -97,3 +104,40 @@ def frechet_distance(a: Float[Tensor, "N D"], b: Float[Tensor, "M D"]) -> float:
     cross = torch.linalg.svdvals(torch.linalg.qr(x, mode="r").R @ torch.linalg.qr(y, mode="r").R.T)
     distance = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross.sum()
     return max(distance.item(), 0.0)  # rounding
+
+
+@torch.no_grad()
+def one_step_error(
+    model: GFDM,
+    latents: Float[Tensor, "F 4 h w"],
+    text: str,
+    *,
+    other: tuple[Float[Tensor, "1 4 h w"], str],
+    seed: int,
+) -> dict[str, Tensor]:
+    """What one episode adds to the figures: squared errors `latents` and `latents_still` [F], and the
+    features' squared differences under another noise (`same`) and from another episode (`different`).
+
+    latents: the real future, scaled. other: another episode's first latent and instruction.
+    """
+    device = model.unet.device
+    latents = latents.to(device)
+    noise = SampleNoise(torch.tensor([seed]), device).normal("one step", 2, *latents.shape)[0]
+    predicted = model.predict_once(latents[:1], [text], noise=noise[:1])[0]
+    here = model.features(latents[:1], [text], noise=noise[:1])
+    again = model.features(latents[:1], [text], noise=noise[1:])
+    there = model.features(other[0].to(device), [other[1]], noise=noise[1:])
+    return {
+        "latents": (predicted - latents).square().mean((1, 2, 3)).cpu(),
+        "latents_still": (latents[:1] - latents).square().mean((1, 2, 3)).cpu(),
+        "same": (here - again).square().mean().cpu(),
+        "different": (here - there).square().mean().cpu(),
+    }
+
+
+def one_step_figures(errors: dict[str, Float[Tensor, "E ..."]]) -> dict[str, Any]:
+    """Of E episodes' errors: latents and latents_still [F], and features, which is None for one episode."""
+    mean = {name: values.mean(0) for name, values in errors.items()}
+    figures = {name: mean[name].sqrt().tolist() for name in ("latents", "latents_still")}
+    several = len(errors["same"]) > 1
+    return figures | {"features": (mean["same"] / mean["different"]).item() if several else None}
