@@ -153,7 +153,7 @@ def test_words_come_from_the_file_that_is_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("{open_drawer: [")
     for name, message in (
         ("words.yaml", "no instruction for open_drawer"),
-        ("broken.yaml", "not YAML .*; check sim.instructions"),
+        ("broken.yaml", "cannot be read .*; check sim.instructions"),
         ("none.yaml", "missing; check sim.instructions"),
     ):
         with pytest.raises(UserError, match=f"{name}: {message}"):
