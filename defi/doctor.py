@@ -21,7 +21,7 @@ from rich.text import Text
 from defi.config import entry, flatten
 from defi.engine.checkpoint import CHANGED, COPY_AGAIN, MANIFEST, environment, find_checkpoint, read_manifest
 from defi.errors import UserError
-from defi.sim.renderers import MESA, SOFTWARE, egl_devices
+from defi.sim.renderers import MESA, SOFTWARE, describe_difference, draw_with_each, egl_devices
 from defi.sim.scene import SceneConfig
 
 PROJECT = "defi-robot"
@@ -121,8 +121,6 @@ def check_clone(calvin_root: str) -> Iterator[Finding]:
 
 def check_pictures(calvin_root: str, scene: str = "D") -> Iterator[Finding]:
     """What draws a rollout on CALVIN's assets, and how far the other renderers' pictures are from that."""
-    from defi.sim.compare_renderers import describe_difference, draw_with_each
-
     (chosen, pictures), *others = draw_with_each(calvin_root, scene).items()
     yield Finding("CALVIN's renderer", f"a rollout takes {chosen}")
     for renderer, drawn in others:

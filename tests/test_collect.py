@@ -15,17 +15,15 @@ from rich.console import Console
 
 pytest.importorskip("pybullet")
 
-from defi.calvin import CalvinFolder
+from defi.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
-from defi.sim.collect import sessions
-from defi.sim.collect.__main__ import collect, start_folder
-from defi.sim.collect.config import CollectConfig, PlayConfig
-from defi.sim.collect.play import REST, smooth_noise
-from defi.sim.collect.sessions import SESSIONS, session_frame
+from defi.sim import sessions
+from defi.sim.collect import collect, start_folder
+from defi.sim.play import REST, PlayConfig, observe_situation, smooth_noise
 from defi.sim.scenes import FAMILIES, builtin
 from defi.sim.sequences import initial_states, shortest_path, start_state
-from defi.sim.situation import observe_situation
+from defi.sim.sessions import SESSIONS, CollectConfig
 from defi.sim.tasks import INSTRUCTIONS, TASKS
 from defi.sim.world import World
 
@@ -172,7 +170,7 @@ def test_another_seed_gives_other_data(collected: Path, tmp_path: Path) -> None:
     config = read_config(tmp_path / "data", "seed=1")
     first = sessions.plan(config)[0]
     sessions.collect_session(first, config, tmp_path / "data")
-    frame = (first.folder(tmp_path / "data") / session_frame(0)).read_bytes()
+    frame = (first.folder(tmp_path / "data") / frame_name(0)).read_bytes()
     assert frame != (collected / "training" / "episode_0000000.npz").read_bytes()
 
 
@@ -205,7 +203,7 @@ def test_numbering_the_frames_can_be_repeated(collected: Path) -> None:
     training = [each for each in sessions.plan(read_config(collected)) if each.split == "training"]
     first = training[0].folder(collected)
     last = sessions.Record.read(first).frames - 1
-    os.replace(collected / "training" / f"episode_{last:07d}.npz", first / session_frame(last))
+    os.replace(collected / "training" / f"episode_{last:07d}.npz", first / frame_name(last))
     (collected / "training" / "ep_lens.npy").unlink()
     sessions.assemble(training, collected)
     assert contents(collected) == before

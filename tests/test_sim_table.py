@@ -13,9 +13,8 @@ import pybullet
 from defi.errors import UserError
 from defi.sim.mesh import FACES, Material, ball, box, prism
 from defi.sim.scene import BLOCKS
-from defi.sim.scenes import SCENES, builtin, variation
+from defi.sim.scenes import SCENES, SWITCH_AXIS, builtin, variation
 from defi.sim.sequences import ROBOT_START, initial_states, start_state
-from defi.sim.table import SWITCH_AXIS
 from defi.sim.world import World
 
 AXES = {

@@ -10,10 +10,9 @@ import pytest
 pytest.importorskip("pybullet")
 from defi.errors import UserError
 from defi.sim import scenes
-from defi.sim.fixtures import BUTTON, SWITCH
 from defi.sim.scene import SceneConfig
 from defi.sim.sequences import initial_states, start_state
-from defi.sim.world import World
+from defi.sim.world import BUTTON, SWITCH, World
 
 STAY = np.array([0, 0, 0, 0, 0, 0, 1.0])
 START = start_state(initial_states()[-1])

@@ -25,8 +25,14 @@ class Arm:
         self.gripper_action = 1
         self._joints = [*config.arm_joints, *config.finger_joints]
         self.body = bullet.load(config.urdf, config.base_position, config.base_euler, useFixedBase=True)
-        if config.pedestal:
-            self._add_pedestal()
+        if (
+            config.pedestal
+        ):  # drawn below the base: a body of its own, so that those loaded later count from it
+            (x, y, z), yaw = config.base_position, config.base_euler[2]
+            middle = [x - np.cos(yaw) * 0.05, y - np.sin(yaw) * 0.05, z / 2]
+            cylinder = {"radius": PEDESTAL_RADIUS, "length": z, "rgbaColor": [1, 1, 1, 1]}
+            shape = bullet.createVisualShape(pybullet.GEOM_CYLINDER, visualFramePosition=middle, **cylinder)
+            bullet.createMultiBody(baseVisualShapeIndex=shape)
         axis, origin = [1, 0, 0], [0, 0, 0]
         left, right = config.finger_joints
         ends = self.body, left, self.body, right
@@ -37,32 +43,21 @@ class Arm:
         self._null_space = (*limits, [*config.rest_joints, *[config.finger_limits[1]] * 2])
         self.reset()
 
-    def _add_pedestal(self) -> None:
-        """The cylinder drawn below the base: a body of its own, so that those loaded later count from it."""
-        x, y, z = self.config.base_position
-        yaw = self.config.base_euler[2]
-        middle = [x - np.cos(yaw) * 0.05, y - np.sin(yaw) * 0.05, z / 2]
-        cylinder = {"radius": PEDESTAL_RADIUS, "length": z, "rgbaColor": [1, 1, 1, 1]}
-        shape = self._bullet.createVisualShape(pybullet.GEOM_CYLINDER, visualFramePosition=middle, **cylinder)
-        self._bullet.createMultiBody(baseVisualShapeIndex=shape)
-
     def reset(self, robot_obs: Float[np.ndarray, "15"] | None = None) -> None:
         """Put the joints where `robot_obs` says (None: at rest), and aim at the TCP that results."""
         config = self.config
         joints = config.rest_joints if robot_obs is None else robot_obs[7:14]
         finger = config.finger_limits[1] if robot_obs is None else robot_obs[6] / 2
-        for joint, position in zip(config.arm_joints, joints):
-            self._reset_joint(joint, position, config.max_force, config.max_velocity)
-        for joint in config.finger_joints:
-            self._reset_joint(joint, finger, config.gripper_force, FINGER_VELOCITY)
+        for joint, position in zip(self._joints, [*joints, finger, finger]):
+            self._bullet.resetJointState(self.body, joint, position)
+            motor = {"force": config.max_force, "maxVelocity": config.max_velocity}
+            if joint in config.finger_joints:
+                motor = {"force": config.gripper_force, "maxVelocity": FINGER_VELOCITY}
+            control = self.body, joint, pybullet.POSITION_CONTROL
+            self._bullet.setJointMotorControl2(*control, targetPosition=position, **motor)
         position, quaternion = self.tcp()
         self.target_position = np.array(position)
         self.target_euler = np.array(pybullet.getEulerFromQuaternion(quaternion))
-
-    def _reset_joint(self, joint: int, position: float, force: float, velocity: float) -> None:
-        self._bullet.resetJointState(self.body, joint, position)
-        motor = {"targetPosition": position, "force": force, "maxVelocity": velocity}
-        self._bullet.setJointMotorControl2(self.body, joint, pybullet.POSITION_CONTROL, **motor)
 
     def act(self, action: Float[np.ndarray, "7"]) -> None:
         """Move the target by the relative action and drive the joints to it."""

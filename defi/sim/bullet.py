@@ -17,9 +17,8 @@ os.dup2(_null, 2)  # PyBullet prints when it was built
 try:
     import pybullet
 except ModuleNotFoundError as error:
-    raise UserError(
-        "pybullet: not installed, but the simulator needs it; `pip install pybullet` on Python 3.10 or 3.11"
-    ) from error
+    fix = "`pip install pybullet` on Python 3.10 or 3.11"
+    raise UserError(f"pybullet: not installed, but the simulator needs it; {fix}") from error
 finally:
     os.dup2(_stderr, 2)
     os.close(_stderr)
@@ -27,10 +26,7 @@ finally:
 
 
 class Bullet:
-    """A physics server inside this process. PyBullet's functions are its methods.
-
-    >>> bullet = Bullet()
-    >>> bullet.setGravity(0, 0, -9.8)
+    """A physics server inside this process: PyBullet's functions are its methods.
 
     It is freed by `close`, or with the last reference to it. Pictures are drawn by the CPU (TinyRenderer, the
     same everywhere) or by OpenGL without a display (EGL: a GPU, or Mesa's software).
@@ -56,7 +52,7 @@ class Bullet:
         return function
 
     def load(self, urdf: Path, position: Sequence[float], euler: Sequence[float], **options: Any) -> int:
-        """Load a body; returns its number. UserError where the file or something it refers to is missing."""
+        """Load a body; returns its number."""
         with reading(urdf, "check that the folder of assets is complete"):
             urdf.stat()  # of a missing file PyBullet only says that it cannot load it
             return self.loadURDF(str(urdf), position, pybullet.getQuaternionFromEuler(euler), **options)

@@ -1,10 +1,11 @@
-"""Small textured meshes, made by code and written as Wavefront files.
+"""Bodies made by code: small textured meshes (Wavefront) on links in URDF, and the joints between them.
 
 PyBullet's software renderer pays for every pixel of every face that it draws, hidden or not: a part therefore
-names the faces that a camera can see. Lengths in metres, colours RGB in [0, 1].
+names the faces that a camera can see. Lengths in metres, colours RGB in [0, 1]. Functions that return URDF
+text add the meshes and textures that it refers to to `files`: name -> content.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -14,11 +15,13 @@ from PIL import Image
 
 from defi.sim.scene import Vector
 
-Color = tuple[float, float, float]
 Polygon = tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "3"]]  # corners, counterclockwise; normal
+Range = tuple[float, float]
+Files = dict[str, bytes]
 
 FACES = {"-x": (0, -1), "+x": (0, 1), "-y": (1, -1), "+y": (1, 1), "-z": (2, -1), "+z": (2, 1)}
 ALL_FACES = " ".join(FACES)
+FREE = "-x +x -y +z"  # the faces that a camera may see of a part that stands free
 TEXTURE_SIZE = 64  # pixels
 TEXTURE_SPAN = 0.5  # metres that one repetition of the texture covers
 CONTRAST = 0.2
@@ -28,7 +31,7 @@ CONTRAST = 0.2
 class Material:
     """A colour, and how it varies: "plain", "wood" (grain along x), "planks" or "speckle"."""
 
-    color: Color
+    color: Vector
     pattern: str = "plain"
 
     def texture(self) -> UInt8[np.ndarray, "64 64 3"]:
@@ -110,3 +113,74 @@ def wavefront(polygons: Sequence[Polygon], material: str) -> bytes:
         for k in range(first + 1, first + len(corners) - 1):
             lines["f"].append("f " + " ".join(f"{v}/{v}/{number}" for v in (first, k, k + 1)))
     return "\n".join([f"mtllib {material}.mtl", "usemtl surface", *sum(lines.values(), []), ""]).encode()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is drawn of it, and the shape that collides: in the link's frame, in metres.
+
+    `size`: the edges of a box; radius and length along z of a cylinder; or nothing, if it does not collide.
+    """
+
+    material: Material | None = None
+    polygons: Sequence[Polygon] = ()
+    center: Vector = (0, 0, 0)
+    size: Sequence[float] = ()
+
+    def collision(self) -> str:
+        geometry = f'<box size="{_numbers(self.size)}"/>'
+        if len(self.size) == 2:
+            geometry = f'<cylinder radius="{self.size[0]:.5f}" length="{self.size[1]:.5f}"/>'
+        origin = f'<origin xyz="{_numbers(self.center)}" rpy="0 0 0"/>'
+        return f"<collision>{origin}<geometry>{geometry}</geometry></collision>"
+
+
+def cuboid(x: Range, y: Range, z: Range, material: Material | None = None, faces=FREE, *, solid=True) -> Part:
+    """The box between the ranges; drawn if it has a material, colliding if `solid`."""
+    center = tuple((high + low) / 2 for low, high in (x, y, z))
+    size = tuple(high - low for low, high in (x, y, z))
+    return Part(material, box(center, size, faces) if material else (), center, size if solid else ())
+
+
+def visuals(name: str, parts: Sequence[Part], files: Files) -> str:
+    """What is drawn of a link: a mesh per material."""
+    meshes: dict[Material, list[Polygon]] = {}
+    for part in parts:
+        if part.material:
+            meshes.setdefault(part.material, []).extend(part.polygons)
+    text = ""
+    for number, (material, polygons) in enumerate(meshes.items()):
+        stem, color = f"{name}_{number}", material.color if material.pattern == "plain" else (1, 1, 1)
+        files |= {f"{stem}.obj": wavefront(polygons, stem)} | material.files(stem)
+        text += f"""<visual><geometry><mesh filename="{stem}.obj"/></geometry>
+<material name="{stem}"><color rgba="{_numbers((*color, 1), 4)}"/></material></visual>"""
+    return text
+
+
+def link(name: str, parts: Sequence[Part], files: Files, mass=0.0, *, friction=0.5, inertia=1.0) -> str:
+    """A rigid body. Mass in kg, 0: static; the same inertia about x, y and z."""
+    return f"""<link name="{name}">
+<contact><lateral_friction value="{friction}"/></contact>
+<inertial><mass value="{mass}"/>
+<inertia ixx="{inertia}" ixy="0" ixz="0" iyy="{inertia}" iyz="0" izz="{inertia}"/></inertial>
+{visuals(name, parts, files)}
+{"".join(part.collision() for part in parts if part.size)}
+</link>"""
+
+
+def joint(child: str, origin: Vector, axis=(), upper=0.0, *, parent="base_link", rpy=(0, 0, 0)) -> str:
+    """`<parent>__<child>`, both without "_link": prismatic along `axis` from 0 to `upper` m, else fixed."""
+    name, kind = f"{parent}__{child}".replace("_link", ""), "prismatic" if axis else "fixed"
+    limits = f'<axis xyz="{_numbers(axis, 6)}"/><limit lower="0" upper="{upper}" effort="0" velocity="0"/>'
+    return f"""<joint name="{name}" type="{kind}"><parent link="{parent}"/><child link="{child}"/>
+<origin xyz="{_numbers(origin)}" rpy="{_numbers(rpy)}"/>{limits if axis else ""}</joint>"""
+
+
+def robot_files(name: str, elements: Sequence[str], files: Files) -> Files:
+    """`files`, and with them `<name>.urdf`, which holds the links and joints."""
+    text = "\n".join(['<?xml version="1.0"?>', f'<robot name="{name}">', *elements, "</robot>"])
+    return files | {f"{name}.urdf": text.encode()}
+
+
+def _numbers(values: Iterable[float], digits: int = 5) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values)

@@ -1,8 +1,7 @@
 """The official simulator, the package calvin_env, behind the interface of `defi.sim.world.World`.
 
-For those who want their number from the original code. It is driven as the official evaluation drives it,
-except that pictures are drawn only when the policy looks: the package draws all cameras at every step. Its
-scene comes from a clone of CALVIN, as the native simulator's does. The package is not a requirement.
+It is driven as the official evaluation drives it, except that pictures are drawn only when the policy looks:
+the package draws all cameras at every step. The package is not a requirement.
 """
 
 import contextlib
@@ -52,10 +51,8 @@ class OfficialWorld(contextlib.AbstractContextManager):
             except Exception as error:
                 if not isinstance(error.__cause__, ImportError):
                     raise
-                reason = one_line(error.__cause__)
-                raise UserError(
-                    f"sim.backend=calvin_env: cannot be imported ({reason}); {INSTALL}"
-                ) from error
+                problem = f"cannot be imported ({one_line(error.__cause__)})"
+                raise UserError(f"sim.backend=calvin_env: {problem}; {INSTALL}") from error
         # With no cameras of its own it draws nothing in `reset` and `step`.
         self._cameras, self._env.cameras = self._env.cameras, []
         if self._cfg.env.use_egl:
@@ -66,7 +63,7 @@ class OfficialWorld(contextlib.AbstractContextManager):
         self._env.reset(robot_obs=np.asarray(robot_obs), scene_obs=np.asarray(scene_obs))
 
     def step(self, action: Float[np.ndarray, "7"]) -> None:
-        """One control step: relative action in [−1, 1], gripper ±1."""
+        """As `World.step`."""
         self._env.step(np.asarray(action, dtype=np.float64))
 
     def robot_obs(self) -> Float[np.ndarray, "15"]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pybullet_data
 
-from defi.sim.mesh import Material, Polygon, box, prism
-from defi.sim.urdf import Files, Part, joint, link, visuals
+from defi.sim.mesh import Files, Material, Part, Polygon, box, joint, link, prism, visuals
 
 FINGER_LENGTH = 0.0964  # metres, from the hand's finger joints to the tips
 FINGER_WIDTH = 0.024

@@ -1,8 +1,7 @@
 """What a world is made of: robot, blocks, table, plane, surfaces and cameras, as plain data.
 
-The same `SceneConfig` describes the built-in table and the scenes of a CALVIN clone
-(`SceneConfig.from_calvin`).
-Lengths in metres, angles in radians, colours RGBA in [0, 1].
+The same `SceneConfig` describes the built-in table and the scenes of a clone of CALVIN. Lengths in metres,
+angles in radians, colours RGBA in [0, 1].
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +18,8 @@ RGBA = tuple[float, float, float, float]
 CLONE = "make one with `git clone --recurse-submodules https://github.com/mees/calvin`"
 INCOMPLETE = f"the clone of CALVIN is incomplete or changed; {CLONE}"
 # What calvin_env's configuration may name to be called; a clone's files could name anything.
-CLASSES = (
-    "calvin_env.envs.play_table_env.PlayTableSimEnv",
-    "calvin_env.scene.play_table_scene.PlayTableScene",
-    "calvin_env.robot.robot.Robot",
-    "calvin_env.camera.static_camera.StaticCamera",
-    "calvin_env.camera.gripper_camera.GripperCamera",
-)
+CLASSES = ("envs.play_table_env.PlayTableSimEnv", "scene.play_table_scene.PlayTableScene")
+CLASSES += ("robot.robot.Robot", "camera.static_camera.StaticCamera", "camera.gripper_camera.GripperCamera")
 BLOCKS = ("block_red", "block_blue", "block_pink")
 
 
@@ -49,6 +43,12 @@ class ArmConfig:
     max_velocity: float = 2.0
     gripper_force: float = 200.0
     pedestal: bool = True
+
+
+# The fields above under the names of CALVIN's files for a scene and for a robot.
+SCENE_KEYS = ("base_position", "base_orientation", "initial_joint_positions")
+ROBOT_KEYS = ("arm_joint_ids", "lower_joint_limits", "upper_joint_limits", "gripper_joint_ids")
+ROBOT_KEYS += ("gripper_joint_limits", "tcp_link_id", "max_joint_force", "max_velocity", "gripper_force")
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,12 @@ class CameraConfig:
     link: str = "gripper_cam"
 
 
-STATIC_CAMERA = CameraConfig(
-    fov=10,
-    near=0.01,
-    far=10,
-    size=200,
-    look_from=(2.871459009488717, -2.166602199425597, 2.555159848480571),
-    look_at=(-0.026242351159453392, -0.0302329882979393, 0.3920000493526459),
-    up=(0.4041403970338857, 0.22629790978217404, 0.8862616969685161),
-)
+STATIC_POSE = {
+    "look_from": (2.871459009488717, -2.166602199425597, 2.555159848480571),
+    "look_at": (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459),
+    "up": (0.4041403970338857, 0.22629790978217404, 0.8862616969685161),
+}
+STATIC_CAMERA = CameraConfig(fov=10, near=0.01, far=10, size=200, **STATIC_POSE)
 GRIPPER_CAMERA = CameraConfig(fov=75, near=0.01, far=2, size=84)
 
 
@@ -124,60 +121,40 @@ class SceneConfig:
 
     @classmethod
     def from_calvin(cls, calvin_root: str | Path, scene: str) -> "SceneConfig":
-        """Scene "A" … "D" of a clone of the CALVIN repository (with its submodule calvin_env).
-
-        Raises:
-            UserError: as `compose`.
-        """
+        """Scene "A" … "D" of a clone of the CALVIN repository; raises UserError as `compose`."""
         cfg = OmegaConf.to_container(compose(calvin_root, scene))  # nothing that it refers to is looked up
         data, robot, world = Path(cfg["data_path"]), cfg["robot"], cfg["scene"]
         with reading(f"{calvin_root}: scene {scene}", INCOMPLETE):
-            table = world["objects"]["fixed_objects"]["table"]
+            table, blocks = world["objects"]["fixed_objects"]["table"], world["objects"]["movable_objects"]
+            lights = {name: table["lights"][name]["color"] for name in ("lightbulb", "led")}
+            lenses = "fov", "nearval", "farval", "width"
+            poses = "look_from", "look_at", "up_vector"
             return cls(
                 name=scene,
                 arm=ArmConfig(
-                    urdf=data / robot["filename"],
-                    base_position=world["robot_base_position"],
-                    base_euler=world["robot_base_orientation"],
-                    rest_joints=world["robot_initial_joint_positions"],
-                    arm_joints=robot["arm_joint_ids"],
-                    lower_limits=robot["lower_joint_limits"],
-                    upper_limits=robot["upper_joint_limits"],
-                    finger_joints=robot["gripper_joint_ids"],
-                    finger_limits=robot["gripper_joint_limits"],
-                    tcp_link=robot["tcp_link_id"],
-                    max_force=robot["max_joint_force"],
-                    max_velocity=robot["max_velocity"],
-                    gripper_force=robot["gripper_force"],
+                    data / robot["filename"],
+                    *(world[f"robot_{key}"] for key in SCENE_KEYS),
+                    *(robot[key] for key in ROBOT_KEYS),
                 ),
                 blocks=tuple(
                     BlockConfig(name, data / block["file"], block["initial_pos"], block["initial_orn"])
-                    for name, block in world["objects"]["movable_objects"].items()
+                    for name, block in blocks.items()
                 ),
-                table=TableConfig(
-                    urdf=data / table["file"],
-                    position=table["initial_pos"],
-                    euler=table["initial_orn"],
-                    light_colors={name: table["lights"][name]["color"] for name in ("lightbulb", "led")},
-                ),
+                table=TableConfig(data / table["file"], table["initial_pos"], table["initial_orn"], lights),
                 plane=data / "plane" / "plane.urdf",
                 surfaces=world["surfaces"],
                 scale=world["global_scaling"],
-                cameras={name: _camera(camera) for name, camera in cfg["cameras"].items()},
+                cameras={
+                    name: CameraConfig(*(camera[key] for key in lenses), *map(camera.get, poses))
+                    for name, camera in cfg["cameras"].items()
+                },
             )
-
-
-def _camera(camera: dict) -> CameraConfig:
-    pose = (camera.get(key) for key in ("look_from", "look_at", "up_vector"))
-    return CameraConfig(camera["fov"], camera["nearval"], camera["farval"], camera["width"], *pose)
 
 
 def compose(calvin_root: str | Path, scene: str) -> DictConfig:
     """calvin_env's own configuration of one scene with both cameras, from the files of a clone.
 
-    Raises:
-        UserError: a folder that is not a complete clone, an unknown scene, or files that name other classes
-            than the package's.
+    Raises UserError for an incomplete clone, an unknown scene, and files that name other classes to call.
     """
     root = Path(calvin_root)
     env = root / "calvin_env"
@@ -188,9 +165,7 @@ def compose(calvin_root: str | Path, scene: str) -> DictConfig:
     conf = env / "conf"
     if not (conf / "scene").is_dir():
         raise UserError(f"{env}: empty submodule; run `git submodule update --init --recursive` in {root}")
-    scenes = {
-        file.stem.removeprefix("calvin_scene_"): file for file in conf.glob("scene/calvin_scene_*.yaml")
-    }
+    scenes = [file.stem.removeprefix("calvin_scene_") for file in conf.glob("scene/calvin_scene_*.yaml")]
     if scene not in scenes:
         raise UserError(f"{scene}: no such scene in {conf}; choose one of {', '.join(sorted(scenes))}")
     robot, cameras = conf / "robot", conf / "cameras" / "cameras"
@@ -200,7 +175,7 @@ def compose(calvin_root: str | Path, scene: str) -> DictConfig:
             "use_vr": False,
             "robot": _read(robot / "panda.yaml") | _read(robot / "panda_longer_finger.yaml"),
             "cameras": {name: _read(cameras / f"{name}.yaml") for name in ("static", "gripper")},
-            "scene": _read(scenes[scene]),
+            "scene": _read(conf / "scene" / f"calvin_scene_{scene}.yaml"),
             "env": _read(conf / "env" / "play_table_env.yaml"),
         }
     )
@@ -210,7 +185,7 @@ def _read(file: Path) -> dict:
     """A configuration file, without what Hydra would compose."""
     values = read_yaml(file, INCOMPLETE)
     for target in _targets(values):
-        if target not in CLASSES:
+        if target not in [f"calvin_env.{name}" for name in CLASSES]:
             raise UserError(f"{file}: would call {target}; {INCOMPLETE}")
     values.pop("defaults", None)
     return values

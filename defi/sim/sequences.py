@@ -1,8 +1,4 @@
-"""Chains of tasks for evaluation, and the states they start from.
-
-`sequences(n)` are the chains of the long-horizon protocol of CALVIN, for any n; `chains` makes chains from a
-subset of the tasks by the same conditions.
-"""
+"""Chains of tasks for evaluation, and the states they start from: CALVIN's protocol, or a subset's."""
 
 import functools
 import itertools
@@ -21,8 +17,7 @@ MOST_SEQUENCES = 100_000  # some minutes to draw; weeks to roll out
 LONGEST_PATH = 3  # tasks, of `shortest_path`
 DRAWS = 4096  # shuffles made at a time: about one in 4000 is a feasible chain
 
-# Tasks that undo each other along one joint.
-DOORS = ({"move_slider_left", "move_slider_right"}, {"open_drawer", "close_drawer"})
+DOORS = ({"move_slider_left", "move_slider_right"}, {"open_drawer", "close_drawer"})  # undo each other
 ROBOT_START = (
     0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
     -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0,
@@ -62,11 +57,9 @@ def sequences(n: int) -> list[Chain]:
         raise UserError(f"{n} sequences: ask for 1 to {MOST_SEQUENCES}; the official number is 1000")
     states = initial_states()
     shares = np.array_split(np.arange(n), len(states))
-    result = [
-        Chain(state, tasks)
-        for seed, (state, share) in enumerate(zip(states, shares))
-        for tasks in _feasible_draws(state, len(share), seed)
-    ]
+    result = []
+    for seed, (state, share) in enumerate(zip(states, shares)):
+        result += [Chain(state, tasks) for tasks in _feasible_draws(state, len(share), seed)]
     np.random.RandomState(0).shuffle(result)
     return result
 
@@ -78,12 +71,12 @@ def _transitions() -> tuple[dict[tuple[int | str, ...], int], Int[np.ndarray, "S
     number = {tuple(state.values()): i for i, state in enumerate(known)}
     leads_to = []
     for state in known:  # grows while it is read
-        outcomes = [task.outcome(state) for task in TASK_TABLE.values()]
-        for after in outcomes:
-            if after is not None and tuple(after.values()) not in number:
-                number[tuple(after.values())] = len(known)
-                known.append(after)
-        leads_to.append([-1 if after is None else number[tuple(after.values())] for after in outcomes])
+        leads_to.append([-1] * len(TASKS))
+        for i, task in enumerate(TASK_TABLE.values()):
+            if (after := task.outcome(state)) is not None:
+                leads_to[-1][i] = number.setdefault(tuple(after.values()), len(known))
+                if leads_to[-1][i] == len(known):
+                    known.append(after)
     return number, np.array(leads_to)
 
 
@@ -152,10 +145,8 @@ def chains(tasks: Sequence[str], n: int, length: int = CHAIN_LENGTH, seed: int =
     states = starts(length)
     if not states:
         longest = next(shorter for shorter in range(length - 1, -1, -1) if starts(shorter))
-        raise UserError(
-            f"{', '.join(tasks)}: no chain of {length} can be made of these tasks; name more"
-            + (f", or set length={longest}" if longest else "")
-        )
+        fix = f"name more, or set length={longest}" if longest else "name more"
+        raise UserError(f"{', '.join(tasks)}: no chain of {length} can be made of these tasks; {fix}")
     drawn = (states[i] for i in rng.integers(len(states), size=n))
     return [Chain(state, _random_chain(state, tasks, length, rng)) for state in drawn]
 
@@ -198,8 +189,7 @@ def start_state(state: Situation) -> tuple[Float[np.ndarray, "15"], Float[np.nda
     for block, place in on_table.items():
         position = SLIDER_PLACES.get(state[block], place)
         poses += [*position, 0, 0, rng.uniform(*YAW_RANGE)]
-    slide = SLIDER_LEFT if state["slider"] == "left" else 0
-    drawer = DRAWER_OPEN if state["drawer"] == "open" else 0
-    switch = SWITCH_ON if state["lightbulb"] else 0
+    slide = SLIDER_LEFT * (state["slider"] == "left")
+    drawer, switch = DRAWER_OPEN * (state["drawer"] == "open"), SWITCH_ON * state["lightbulb"]
     table = [slide, drawer, 0, switch, state["lightbulb"], state["led"]]
     return np.array(ROBOT_START), np.array([*table, *poses], dtype=np.float64)

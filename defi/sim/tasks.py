@@ -20,54 +20,36 @@ SIDES = ("right", "left")
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """One way to do a task: values the situation must have (any of the given), and those it has after."""
-
-    needs: dict[str, tuple[int | str, ...]]
-    gives: Situation
-
-
-@dataclass(frozen=True)
 class Task:
-    """A task's evaluation category (a chain of the protocol has no category twice) and its alternatives."""
+    """A task's evaluation category (a chain of the protocol has no category twice) and the ways to do it.
+
+    Of each way: values that the situation must have (any of the given), and those it has after.
+    """
 
     category: int
-    alternatives: tuple[Alternative, ...]
+    alternatives: tuple[tuple[dict[str, tuple[int | str, ...]], Situation], ...]
 
     def outcome(self, situation: Situation) -> Situation | None:
         """The situation after the task, or None where not exactly one alternative applies."""
         fits = [
-            way
-            for way in self.alternatives
-            if all(situation[key] in values for key, values in way.needs.items())
+            gives
+            for needs, gives in self.alternatives
+            if all(situation[key] in values for key, values in needs.items())
         ]
-        return situation | fits[0].gives if len(fits) == 1 else None
+        return situation | fits[0] if len(fits) == 1 else None
 
 
-Change = tuple[dict[str, int | str | tuple[str, ...]], Situation]
-"""What an alternative needs, and what it gives."""
-
-
-def _task(category: int, *changes: Change) -> Task:
+def _task(category: int, *ways: tuple[dict[str, int | str | tuple[str, ...]], Situation]) -> Task:
     """A task whose alternatives begin with an empty hand, or end with one if they need a grasped block."""
-    ways = []
-    for needs, gives in changes:
+    alternatives = []
+    for needs, gives in ways:
         held = "grasped" in needs.values()
         needs, gives = needs | {"grasped": int(held)}, gives | ({"grasped": 0} if held else {})
-        ways.append(Alternative({k: v if isinstance(v, tuple) else (v,) for k, v in needs.items()}, gives))
-    return Task(category, tuple(ways))
+        alternatives.append(({k: v if isinstance(v, tuple) else (v,) for k, v in needs.items()}, gives))
+    return Task(category, tuple(alternatives))
 
 
-def _lift(category: int, block: str, *places: Situation) -> Task:
-    return _task(category, *((place, {block: "grasped", "grasped": 1}) for place in places))
-
-
-def _push_into_drawer(block: str) -> Change:
-    """`block` on the table, the other two out of the way behind the slide."""
-    away = dict.fromkeys(BLOCKS, ("slider_right", "slider_left"))
-    return away | {block: "table", "drawer": "open"}, {block: "drawer"}
-
-
+SHELF = ("slider_right", "slider_left")
 STACKED = [{top: "stacked_top", low: "stacked_bottom"} for top, low in itertools.permutations(BLOCKS, 2)]
 # The protocol draws tasks in this order. Behind the sliding door only the open half can be reached.
 TASK_TABLE: dict[str, Task] = {
@@ -80,7 +62,9 @@ TASK_TABLE: dict[str, Task] = {
     "open_drawer": _task(3, ({"drawer": "closed"}, {"drawer": "open"})),
     "close_drawer": _task(3, ({"drawer": "open"}, {"drawer": "closed"})),
     **{
-        f"lift_{block}_{place}": _lift(category, block, *({block: at} | door for at, door in ways))
+        f"lift_{block}_{place}": _task(
+            category, *(({block: at} | door, {block: "grasped", "grasped": 1}) for at, door in ways)
+        )
         for block in BLOCKS
         for place, category, ways in (
             ("table", 4, [("table", {})]),
@@ -98,7 +82,9 @@ TASK_TABLE: dict[str, Task] = {
     "turn_off_lightbulb": _task(8, ({"lightbulb": 1}, {"lightbulb": 0})),
     "turn_on_led": _task(8, ({"led": 0}, {"led": 1})),
     "turn_off_led": _task(8, ({"led": 1}, {"led": 0})),
-    "push_into_drawer": _task(9, *map(_push_into_drawer, BLOCKS)),
+    "push_into_drawer": _task(  # the other two out of the way behind the slide
+        9, *((dict.fromkeys(BLOCKS, SHELF) | {b: "table", "drawer": "open"}, {b: "drawer"}) for b in BLOCKS)
+    ),
 }
 TASKS: tuple[str, ...] = tuple(TASK_TABLE)
 

@@ -10,19 +10,21 @@ from contextlib import AbstractContextManager
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.sim.arm import Arm
 from defi.sim.bullet import Bullet, pybullet
-from defi.sim.cameras import Camera
-from defi.sim.fixtures import Fixtures
 from defi.sim.judge import BlockState, Contact, JudgeState
-from defi.sim.scene import BlockConfig, SceneConfig
+from defi.sim.scene import BlockConfig, SceneConfig, TableConfig
 
 PHYSICS_RATE = 240  # Hz
 CONTROL_RATE = 30  # Hz
 SUBSTEPS = PHYSICS_RATE // CONTROL_RATE
 GRAVITY = -9.8
 RELOADS = 8  # into one physics server: a new OpenGL context takes 0.5 s, but each load leaves 12 MB in it
+TABLE_FORCE = 4  # of the motors of the table's joints
+JOINTS = ("base__slide", "base__drawer", "base__button", "base__switch")
+BUTTON, SWITCH = 2, 3  # places in JOINTS
+LIGHT_LINKS = {"lightbulb": "light_link", "led": "led_link"}
 Pose = tuple[Sequence[float], Sequence[float]]  # position, Euler angles
 
 
@@ -47,11 +49,12 @@ class World(AbstractContextManager):
         static_size: int | None = None,
         gripper_size: int | None = None,
     ) -> None:
+        self.scene, self._renderer, self._sizes = scene, renderer, {}
         given = {"static": static_size, "gripper": gripper_size}
-        sizes = {
-            name: given[name] if given[name] is not None else scene.cameras[name].size for name in cameras
-        }
-        self.scene, self._sizes, self._renderer = scene, sizes, renderer
+        for name in cameras:
+            self._sizes[name] = size = scene.cameras[name].size if given[name] is None else given[name]
+            if size < 1:
+                raise UserError(f"camera size {size}: must be 1 pixel or more")
         self._connect()
 
     def reload(self) -> None:
@@ -84,9 +87,16 @@ class World(AbstractContextManager):
         }
         self.table = Fixtures(scene.table, bullet, scene.scale)
         bullet.load(scene.plane, (0, 0, 0), (0, 0, 0))
-        self.cameras = {
-            name: Camera(scene.cameras[name], size, bullet, self.arm) for name, size in self._sizes.items()
-        }
+        self._views = {}  # fixed ones, or the link of the arm that the camera is on
+        for name in self._sizes:
+            camera = scene.cameras[name]
+            if camera.look_from is not None:
+                pose = camera.look_from, camera.look_at, camera.up
+                self._views[name] = pybullet.computeViewMatrix(*pose)
+            else:
+                links = {info[12].decode(): info[0] for info in bullet.joints(self.arm.body)}
+                with reading(scene.arm.urdf, f"the gripper camera is on its link {camera.link}"):
+                    self._views[name] = links[camera.link]
 
     def _block_pose(self, block: BlockConfig) -> Pose:
         """Drawn where the scene does not give it."""
@@ -109,13 +119,12 @@ class World(AbstractContextManager):
             self._scatter_blocks()
         else:
             self.table.reset(scene_obs[:4], scene_obs[4:6])
-            poses = np.reshape(scene_obs[6:], (len(self.blocks), 2, 3))
-            self._put_blocks([tuple(pose) for pose in poses])
+            self._put_blocks(np.reshape(scene_obs[6:], (len(self.blocks), 2, 3)))
         self.arm.reset(robot_obs)
         self._bullet.stepSimulation()
         self.table.refresh()
 
-    def _put_blocks(self, poses: Sequence[Pose]) -> None:
+    def _put_blocks(self, poses: Sequence[Pose] | Float[np.ndarray, "blocks 2 3"]) -> None:
         for body, (position, euler) in zip(self.blocks.values(), poses):
             quaternion = pybullet.getQuaternionFromEuler(euler)
             self._bullet.resetBasePositionAndOrientation(body, position, quaternion)
@@ -154,27 +163,38 @@ class World(AbstractContextManager):
 
     def state(self) -> JudgeState:
         """What the judge looks at."""
-        slide, drawer, _, _ = self.table.positions
+        bullet, blocks = self._bullet, {}
+
+        def contacts(body: int) -> frozenset[Contact]:
+            return frozenset((point[2], point[4]) for point in bullet.getContactPoints(body))
+
+        for name, body in self.blocks.items():
+            pose, velocity = bullet.getBasePositionAndOrientation(body), bullet.getBaseVelocity(body)
+            blocks[name] = BlockState(body, *pose, *velocity, contacts(body))
         return JudgeState(
             robot=self.arm.body,
             table=self.table.body,
             links=self.table.links,
-            blocks={name: self._block_state(body) for name, body in self.blocks.items()},
-            doors={"base__slide": slide, "base__drawer": drawer},
+            blocks=blocks,
+            doors=dict(zip(JOINTS[:2], self.table.positions)),
             lights=dict(self.table.lights),
-            robot_contacts=self._contacts(self.arm.body),
+            robot_contacts=contacts(self.arm.body),
         )
-
-    def _block_state(self, body: int) -> BlockState:
-        pose, velocity = self._bullet.getBasePositionAndOrientation(body), self._bullet.getBaseVelocity(body)
-        return BlockState(body, *pose, *velocity, self._contacts(body))
-
-    def _contacts(self, body: int) -> frozenset[Contact]:
-        return frozenset((point[2], point[4]) for point in self._bullet.getContactPoints(body))
 
     def render(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """A picture per camera: rgb_static, rgb_gripper."""
-        return {f"rgb_{name}": camera.render() for name, camera in self.cameras.items()}
+        pictures = {}
+        for name, size in self._sizes.items():
+            camera, view = self.scene.cameras[name], self._views[name]
+            if camera.look_from is None:  # it looks along its link's y axis, with −z up
+                position, quaternion = self._bullet.getLinkState(self.arm.body, view)[:2]
+                rotation = np.reshape(pybullet.getMatrixFromQuaternion(quaternion), (3, 3))
+                view = pybullet.computeViewMatrix(position, position + rotation[:, 1], -rotation[:, 2])
+            projection = pybullet.computeProjectionMatrixFOV(camera.fov, 1, camera.near, camera.far)
+            flags = pybullet.ER_NO_SEGMENTATION_MASK
+            image = self._bullet.getCameraImage(size, size, view, projection, flags=flags)[2]
+            pictures[f"rgb_{name}"] = np.reshape(image, (size, size, 4))[..., :3].copy()
+        return pictures
 
     def close(self) -> None:
         """Free the memory of the physics; the world cannot be used after that."""
@@ -182,3 +202,58 @@ class World(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Fixtures:
+    """The table: slide, drawer, a button that toggles the LED, a switch that lights the bulb.
+
+    `positions` holds the joints (slide, drawer, button, switch) as last read by `refresh`; `links` maps the
+    table's link names to indices; `lights` (lightbulb, led) are 0 or 1.
+    """
+
+    def __init__(self, config: TableConfig, bullet: Bullet, scale: float) -> None:
+        self.config, self._bullet = config, bullet
+        self.body = bullet.load(config.urdf, config.position, config.euler, globalScaling=scale)
+        infos = bullet.joints(self.body)
+        self.links = {info[12].decode(): info[0] for info in infos} | {"base_link": -1}
+        index = {info[1].decode(): info[0] for info in infos}
+        with reading(config.urdf, "it is not a play table"):
+            self._joints = [index[name] for name in JOINTS]
+        self._middle = [sum(infos[joint][8:10]) / 2 for joint in self._joints]
+        for joint, name in zip(self._joints, JOINTS):
+            mode = pybullet.POSITION_CONTROL if name == "base__button" else pybullet.VELOCITY_CONTROL
+            bullet.setJointMotorControl2(self.body, joint, mode, force=TABLE_FORCE)  # to 0, in either mode
+        self.lights = dict.fromkeys(LIGHT_LINKS, 0)
+        self._switch_on = False
+        self.refresh()
+        self._was_pressed = self._past_middle(BUTTON)
+
+    def refresh(self) -> None:
+        """Read the joints."""
+        self.positions = [state[0] for state in self._bullet.getJointStates(self.body, self._joints)]
+
+    def _past_middle(self, joint: int) -> bool:
+        return self.positions[joint] > self._middle[joint]
+
+    def reset(self, joints: Sequence[float] = (0, 0, 0, 0), lights: Sequence[float] = (0, 0)) -> None:
+        """Set the joints and lights (bulb, LED). Whether the button *was* pressed survives."""
+        for joint, position in zip(self._joints, joints):
+            self._bullet.resetJointState(self.body, joint, position)
+        for name, on in zip(self.lights, lights):
+            self._set_light(name, int(on))
+        self._switch_on = False
+
+    def update(self) -> None:
+        """After each action: let the button and the switch work on their lights."""
+        self.refresh()
+        pressed, on = self._past_middle(BUTTON), self._past_middle(SWITCH)
+        if pressed and not self._was_pressed:
+            self._set_light("led", 1 - self.lights["led"])
+        if on != self._switch_on:
+            self._set_light("lightbulb", int(on))
+        self._was_pressed, self._switch_on = pressed, on
+
+    def _set_light(self, name: str, on: int) -> None:
+        self.lights[name] = on
+        color = self.config.light_colors[name] if on else self.config.off_color
+        self._bullet.changeVisualShape(self.body, self.links[LIGHT_LINKS[name]], rgbaColor=color)

@@ -94,12 +94,12 @@ def test_task_conditions(reference: Path) -> None:
         task = TASK_TABLE[name]
         assert task.category == file["category"][name]
         assert len(task.alternatives) == len(alternatives)
-        for ours, theirs in zip(task.alternatives, alternatives):
+        for (ours_needs, ours_gives), theirs in zip(task.alternatives, alternatives):
             needs = {k: tuple(v) if isinstance(v, list) else (v,) for k, v in theirs["condition"].items()}
-            assert ours.needs == needs
+            assert ours_needs == needs
             # An effect that repeats its condition changes nothing.
             changes = {k: v for k, v in theirs["effect"].items() if needs.get(k) != (v,)}
-            assert ours.gives == changes
+            assert ours_gives == changes
 
 
 def test_sequences_and_start_states(reference: Path) -> None:

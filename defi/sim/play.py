@@ -12,40 +12,51 @@ import numpy as np
 from jaxtyping import Float64
 
 from defi.sim.arm import POSITION_STEP, ROTATION_STEP
-from defi.sim.collect.config import PlayConfig
-from defi.sim.judge import solved
+from defi.sim.judge import BlockState, JudgeState, solved
+from defi.sim.scene import BLOCKS
 from defi.sim.scripted import ScriptedPolicy
 from defi.sim.sequences import initial_states, shortest_path, start_state
-from defi.sim.situation import observe_situation
-from defi.sim.tasks import TASK_TABLE
+from defi.sim.tasks import TASK_TABLE, Situation
 from defi.sim.world import World
 
 WANDER = (-10, -4, -2), (10, 2, 4)  # how far the arm may start from the protocol's pose, in steps of 0.02 m
 STARTS = 24  # start states from which the shortest way to a task is taken
+STAY = np.array([0, 0, 0, 0, 0, 0, 1.0])
 REST = 3  # steps after a reset
 STEP_SCALE = np.array([POSITION_STEP] * 3 + [ROTATION_STEP] * 3)
 
-Frame = dict[str, np.ndarray]
+# Metres beyond which a door is no longer right (closed), and is left (open). In between only tasks that do
+# not depend on it are possible: the judge asks for 0.15 m of slide and 0.12 m of drawer.
+SLIDE, DRAWER = (0.05, 0.20), (0.04, 0.16)
+SHELF_MIDDLE = -0.085  # x between the two halves behind the sliding door
+BACK = 0.05  # y behind which the table's base is the cabinet
+
+
+@dataclass
+class PlayConfig:
+    """How tasks are played one after the other; configs/collect.yaml says what each setting is."""
+
+    noise_probability: float
+    noise_position: float
+    noise_rotation: float
+    noise_correlation: float
+    reset: float
+    random_arm: float
+    hold: int
+    at_once: float
+    max_steps: int
+    attempts: int
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a task.
-
-    solved_after: steps until the judge first called it solved; None: never.
-    continues: whether its first frame follows the last one of the attempt before, which was solved.
-    """
+    """One try at a task."""
 
     task: str
-    solved_after: int | None
+    solved_after: int | None  # steps until the judge first called it solved; None: never
     disturbed: bool
-    continues: bool
-    frames: list[Frame]
-
-    def summary(self) -> dict[str, str | int | bool | None]:
-        """For JSON files: everything but the frames themselves."""
-        known = {"task": self.task, "solved_after": self.solved_after, "disturbed": self.disturbed}
-        return known | {"steps": len(self.frames)}
+    continues: bool  # its first frame follows the last one of the attempt before, which was solved
+    frames: list[dict[str, np.ndarray]]
 
 
 class Player:
@@ -61,7 +72,13 @@ class Player:
         left, failures = list(goals), Counter()
         self._restart(left)
         while left:
-            task = self._choose(left)
+            situation = observe_situation(self.world.state())
+            possible = [task for task in self._path[:1] or left if TASK_TABLE[task].outcome(situation)]
+            if not possible or (not self._path and self.rng.random() < self.config.reset):
+                self._restart(left)
+                continue
+            self._path = self._path[1:]
+            task = str(self.rng.choice(possible))
             attempt = self._attempt(task)
             yield attempt
             self._continues = attempt.solved_after is not None
@@ -74,16 +91,6 @@ class Player:
             if failures[task] >= self.config.attempts:
                 left = [other for other in left if other != task]
 
-    def _choose(self, left: Sequence[str]) -> str:
-        """The next task of the path, or one of those left; after a restart now and then, or at a dead end."""
-        while True:
-            situation = observe_situation(self.world.state())
-            possible = [task for task in self._path[:1] or left if TASK_TABLE[task].outcome(situation)]
-            if possible and (self._path or self.rng.random() >= self.config.reset):
-                self._path = self._path[1:]
-                return str(self.rng.choice(possible))
-            self._restart(left)
-
     def _restart(self, left: Sequence[str]) -> None:
         """A start of the protocol near one of the tasks left, and the path to it; at times the arm moved."""
         goal, ways = str(self.rng.choice(left)), []
@@ -94,7 +101,7 @@ class Player:
         self._continues = False
         self.world.reset(*start_state(state))
         for _ in range(REST):
-            self.world.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
+            self.world.step(STAY)
         if self.rng.random() < self.config.random_arm:
             offset = self.rng.uniform(*WANDER)
             steps = int(np.ceil(np.abs(offset).max()))
@@ -111,7 +118,10 @@ class Player:
         policy, frames, solved_after = ScriptedPolicy(task, world), [], None
         left = config.max_steps
         while left > 0 and (action := policy.act(world)) is not None:
-            frames.append(observe(world, action))
+            target = np.concatenate([world.arm.target_position, world.arm.target_euler])
+            target = np.append(target + action[:6] * STEP_SCALE, action[6])
+            observed = {"robot_obs": world.robot_obs(), "scene_obs": world.scene_obs()}
+            frames.append(world.render() | {"rel_actions": action, "actions": target} | observed)
             world.step(np.clip(action + next(noise), -1, 1) if disturbed else action)
             left -= 1
             if solved_after is None and solved(task, before, world.state()):
@@ -130,13 +140,33 @@ def smooth_noise(config: PlayConfig, rng: np.random.Generator) -> Iterator[Float
         noise = kept * noise + np.sqrt(1 - kept**2) * sigma * rng.normal(size=7)
 
 
-def observe(world: World, action: Float64[np.ndarray, "7"]) -> Frame:
-    """A frame: what the world looks like, and the (relative) action taken there."""
-    target = np.concatenate([world.arm.target_position, world.arm.target_euler]) + action[:6] * STEP_SCALE
+def observe_situation(state: JudgeState) -> Situation:
+    """What is where, as tasks see it; a door or block that is nowhere in particular: between, elsewhere."""
+
+    def place(block: BlockState) -> str:
+        x, y, _ = block.position
+        if state.surface("slider") in block.contacts:
+            return "slider_left" if x < SHELF_MIDDLE else "slider_right"
+        if state.surface("drawer") in block.contacts:
+            return "drawer"
+        if state.surface("table") in block.contacts:
+            return "table" if y < BACK else "elsewhere"
+        if block.touching == {state.robot}:
+            return "grasped"
+        others = {other.body for other in state.blocks.values()}
+        return "stacked_top" if block.touching and block.touching <= others else "elsewhere"
+
+    places = {name: place(state.blocks[name]) for name in BLOCKS}
+    for top in [name for name, at in places.items() if at == "stacked_top"]:
+        for name, block in state.blocks.items():
+            if block.body in state.blocks[top].touching and places[name] == "table":
+                places[name] = "stacked_bottom"
+    slide, drawer = state.doors["base__slide"], state.doors["base__drawer"]
     return {
-        **world.render(),
-        "rel_actions": action,
-        "actions": np.append(target, action[6]),
-        "robot_obs": world.robot_obs(),
-        "scene_obs": world.scene_obs(),
+        "led": state.lights["led"],
+        "lightbulb": state.lights["lightbulb"],
+        "slider": ("right", "between", "left")[sum(slide > limit for limit in SLIDE)],
+        "drawer": ("closed", "between", "open")[sum(drawer > limit for limit in DRAWER)],
+        **{f"{name.removeprefix('block_')}_block": at for name, at in places.items()},
+        "grasped": int("grasped" in places.values()),
     }

@@ -12,12 +12,13 @@ from jaxtyping import Float
 
 from defi.sim.arm import POSITION_STEP, ROTATION_STEP
 from defi.sim.scene import Vector
-from defi.sim.table import BLOCK_HEIGHT, SWITCH_AXIS
+from defi.sim.scenes import BLOCK_WIDTH, SWITCH_AXIS
 from defi.sim.world import World
 
 Point = Float[np.ndarray, "3"]
 
 OPEN, CLOSED = 1.0, -1.0
+RISE = (0.0, 0.0, 0.1)  # how the hand leaves what it worked on, unless the skill says otherwise
 TIP = 0.0148  # from the TCP down to the tips of the fingers
 TRAVEL = 0.56  # height of the TCP on its way over the table
 OVER_DOOR = 0.65  # height of the TCP that clears the sliding door and its knob
@@ -48,44 +49,23 @@ class Block:
     def half(self, angle: float) -> float:
         """How far it reaches from its middle in the horizontal direction `angle`."""
         turn = angle - self.yaw
-        return self.length / 2 * abs(np.cos(turn)) + BLOCK_HEIGHT / 2 * abs(np.sin(turn))
+        return self.length / 2 * abs(np.cos(turn)) + BLOCK_WIDTH / 2 * abs(np.sin(turn))
 
 
-@dataclass(frozen=True)
 class View:
     """What a policy sees: the hand, the joints and the point to work each of them, the LED, the blocks."""
 
-    tcp: Point
-    euler: Float[np.ndarray, "3"]
-    width: float
-    joints: dict[str, float]
-    grips: dict[str, Point]
-    led: int
-    blocks: dict[str, Block]
-
-    @classmethod
-    def of(cls, world: World) -> "View":
+    def __init__(self, world: World) -> None:
         robot, scene = world.robot_obs(), world.scene_obs()
-        joints = {name: float(value) for name, value in zip(JOINT_AXES, scene[:4])}
+        self.tcp, self.euler = robot[:3], robot[3:6]
+        self.yaw, self.width = float(robot[5]), float(robot[6])  # of the hand, between the fingers
+        self.is_open = self.width > HELD  # the fingers hold no block
+        self.led = int(scene[5])
+        self.joints = {name: float(value) for name, value in zip(JOINT_AXES, scene[:4])}
         grips = world.scene.table.grips
-        poses = np.split(scene[6:], len(world.blocks))
-        return cls(
-            tcp=robot[:3],
-            euler=robot[3:6],
-            width=float(robot[6]),
-            joints=joints,
-            grips={name: np.array(grips[name]) + joints[name] * JOINT_AXES[name] for name in grips},
-            led=int(scene[5]),
-            blocks={
-                block.name: Block(pose[:3], float(pose[5]), block.length)
-                for block, pose in zip(world.scene.blocks, poses)
-            },
-        )
-
-    @property
-    def yaw(self) -> float:
-        """Of the hand."""
-        return float(self.euler[2])
+        self.grips = {name: np.array(grips[name]) + self.joints[name] * JOINT_AXES[name] for name in grips}
+        poses = zip(world.scene.blocks, np.split(scene[6:], len(world.blocks)))
+        self.blocks = {block.name: Block(pose[:3], float(pose[5]), block.length) for block, pose in poses}
 
     def between(self, name: str) -> bool:
         """Whether the block is between the fingers."""
@@ -93,11 +73,6 @@ class View:
 
     def holds(self, name: str) -> bool:
         return self.between(name) and self.width < HELD
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the fingers hold no block."""
-        return self.width > HELD
 
 
 @dataclass(frozen=True)
@@ -117,7 +92,7 @@ class Skill:
 
     move: Callable[[View], Move]
     done: Callable[[View], bool]
-    leave: Vector = (0.0, 0.0, 0.1)  # displacement of the hand
+    leave: Vector = RISE  # displacement of the hand
     leave_gripper: float = CLOSED
     block: str | None = None  # that the skill takes into the hand
 

@@ -18,9 +18,8 @@ from defi.config import entry, typed
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, writing
 from defi.files import read_json
-from defi.sim.collect.config import CollectConfig
-from defi.sim.collect.sessions import SESSIONS, Record, Session, assemble, collect_sessions, plan
 from defi.sim.scenes import builtin
+from defi.sim.sessions import SESSIONS, CollectConfig, Record, Session, assemble, collect_sessions, plan
 from defi.sim.tasks import TASKS
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
@@ -34,10 +33,8 @@ def start_folder(config: CollectConfig) -> Path:
         before = read_json(written, "choose another output=, or overwrite=true")
         changed = [key for key, value in config.identity().items() if before.get(key) != value]
         if changed:
-            raise UserError(
-                f"{written}: this collection was started with other settings ({', '.join(changed)}); "
-                f"give the same ones, or overwrite=true"
-            )
+            problem = f"this collection was started with other settings ({', '.join(changed)})"
+            raise UserError(f"{written}: {problem}; give the same ones, or overwrite=true")
     prepare_output(output, resume=config.resume, overwrite=config.overwrite)
     write_file(written, json.dumps(config.identity(), indent=1))
     return output
@@ -59,8 +56,8 @@ def collect(config: CollectConfig, output: Path, console: Console) -> dict[Sessi
 
 def simulator_config(scene_name: str, config: CollectConfig) -> str:
     """The simulator's settings as YAML, under the names that CALVIN's merged_config.yaml uses."""
-    scene = builtin(scene_name)
-    arm, sizes = scene.arm, (config.static_size, config.gripper_size)
+    scene, sizes = builtin(scene_name), (config.static_size, config.gripper_size)
+    arm, blocks = scene.arm, [block.name for block in scene.blocks]
     values = {
         "cameras": {
             name: {"name": name, "fov": camera.fov, "nearval": camera.near, "farval": camera.far}
@@ -70,13 +67,13 @@ def simulator_config(scene_name: str, config: CollectConfig) -> str:
         },
         "env": {"control_freq": 30, "bullet_time_step": 240.0, "seed": scene.seed},
         "scene": {"name": scene.name, "global_scaling": scene.scale, "euler_obs": True}
-        | {"surfaces": scene.surfaces, "movable_objects": [block.name for block in scene.blocks]},
+        | {"surfaces": scene.surfaces, "movable_objects": blocks},
         "robot": {"base_position": arm.base_position, "base_orientation": arm.base_euler}
         | {"initial_joint_positions": arm.rest_joints, "max_joint_force": arm.max_force}
         | {"gripper_force": arm.gripper_force},
         "seed": config.seed,
     }
-    return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(values))))
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def success_rates(records: Iterable[Record]) -> dict[str, dict[str, float | int | None]]:
@@ -93,23 +90,12 @@ def success_rates(records: Iterable[Record]) -> dict[str, dict[str, float | int 
     return rates
 
 
-def success_table(rates: Mapping[str, Mapping[str, float | int | None]]) -> Table:
-    """`success_rates`, to be printed."""
-    table = Table(
-        "task", "attempts", "solved", "rate", "median steps", "most", title="Success of the policies"
-    )
-    for task, numbers in rates.items():
-        table.add_row(task, *("–" if number is None else f"{number:.3g}" for number in numbers.values()))
-    return table
-
-
 def write_manifest(output: Path, config: CollectConfig, records: Mapping[Session, Record]) -> None:
     """What was collected, and how; written last."""
+    splits = {name: CalvinFolder(output / name) for name in config.splits if config.record}
     splits = {
-        split: {"frames": len(data.frame_ids), "spans": len(data.spans), "fingerprint": data.fingerprint}
-        for split in config.splits
-        if config.record
-        for data in [CalvinFolder(output / split)]
+        name: {"frames": len(data.frame_ids), "spans": len(data.spans), "fingerprint": data.fingerprint}
+        for name, data in splits.items()
     }
     sessions = [
         {"split": session.split, "scene": session.scene, "variation": session.variation}
@@ -135,7 +121,11 @@ def main(cfg: DictConfig) -> None:
     seconds = time.perf_counter() - start
     write_manifest(output, config, records)
     shutil.rmtree(output / SESSIONS)
-    console.print(success_table(success_rates(records.values())))
+    columns = "task", "attempts", "solved", "rate", "median steps", "most"
+    table = Table(*columns, title="Success of the policies")
+    for task, numbers in success_rates(records.values()).items():
+        table.add_row(task, *("–" if number is None else f"{number:.3g}" for number in numbers.values()))
+    console.print(table)
     attempts = sum(len(record.attempts) for record in records.values())
     frames = sum(record.frames for record in records.values())
     console.print(f"{output}: {attempts} attempts, {frames} frames recorded in {seconds:.0f} s")

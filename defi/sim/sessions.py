@@ -17,20 +17,84 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from defi.calvin import Span, encode_frame, frame_name, index_files
+from defi.calvin import TRAINING, VALIDATION, Span, encode_frame, frame_name, index_files
 from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.files import read_json
-from defi.sim import scenes
-from defi.sim.collect.config import CollectConfig
-from defi.sim.collect.play import Attempt, Player
+from defi.sim.play import PlayConfig, Player
+from defi.sim.scenes import SCENES, builtin, variation
+from defi.sim.tasks import INSTRUCTIONS, TASKS, check_tasks
 from defi.sim.world import World
 
 SESSIONS, RECORD = ".sessions", "record.json"
+UNSEEN = "D"
+AT_LEAST_1 = ("workers", "demos_per_task", "demos_per_session", "static_size", "gripper_size", "play.hold")
+AT_LEAST_0 = ("variations", "validation.demos_per_task")
+
+
+@dataclass
+class SplitConfig:
+    """What a split is collected from; for training it stands at the top level of `CollectConfig`."""
+
+    scenes: Any
+    demos_per_task: int
+    variations: int = 0
+
+
+@dataclass
+class CollectConfig:
+    """Settings of `python -m defi.sim.collect`, checked; configs/collect.yaml says what each one is."""
+
+    seed: int
+    output: str
+    resume: bool
+    overwrite: bool
+    record: bool
+    workers: int
+    tasks: Any
+    scenes: Any
+    variations: int
+    demos_per_task: int
+    validation: SplitConfig
+    demos_per_session: int
+    static_size: int
+    gripper_size: int
+    play: PlayConfig
+
+    def __post_init__(self) -> None:
+        names = {"tasks": self.tasks, "scenes": self.scenes, "validation.scenes": self.validation.scenes}
+        for key, value in names.items():
+            names[key] = [value] if isinstance(value, str) else list(value)  # a single name is a list of one
+            if not names[key]:
+                raise UserError(f"{key}=[]: name at least one")
+            if key != "tasks" and (unknown := set(names[key]) - set(SCENES)):
+                raise UserError(f"{key}: there is no scene {min(unknown)}; choose from {', '.join(SCENES)}")
+        self.tasks, self.scenes, self.validation.scenes = names.values()
+        self.tasks = list(TASKS if self.tasks == ["all"] else check_tasks(self.tasks))
+        if self.variations and UNSEEN in self.scenes:
+            raise UserError(f"scenes: {UNSEEN} has no variations to train on; set variations=0")
+        for least, keys in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
+            for key in keys:
+                if (value := attrgetter(key)(self)) < least:
+                    raise UserError(f"{key}={value}: must be {least} or more")
+
+    @property
+    def splits(self) -> dict[str, SplitConfig]:
+        """Those that are collected."""
+        training = SplitConfig(self.scenes, self.demos_per_task, self.variations)
+        splits = {TRAINING: training, VALIDATION: self.validation}
+        return {name: split for name, split in splits.items() if split.demos_per_task}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the data depend on."""
+        others = "output", "resume", "overwrite", "workers"
+        return {key: value for key, value in asdict(self).items() if key not in others}
 
 
 @dataclass(frozen=True)
@@ -56,18 +120,6 @@ class Record:
     spans: list[dict] = field(default_factory=list)
     attempts: list[dict] = field(default_factory=list)
 
-    def add(
-        self, attempt: Attempt, folder: Path, phrasings: Sequence[str] | None, rng: np.random.Generator
-    ) -> None:
-        """Write a demonstration's frames; with phrasings to choose from, it gets a span."""
-        first, self.frames = self.frames, self.frames + len(attempt.frames)
-        for number, frame in enumerate(attempt.frames, first):
-            (folder / session_frame(number)).write_bytes(encode_frame(frame))
-        start = self.episodes.pop()[0] if attempt.continues else first
-        self.episodes.append([start, self.frames - 1])
-        if phrasings:
-            self.spans.append(asdict(Span(first, self.frames - 1, str(rng.choice(phrasings)), attempt.task)))
-
     @classmethod
     def read(cls, folder: Path) -> "Record":
         return cls(**read_json(folder / RECORD, "delete this folder, then continue with resume=true"))
@@ -84,13 +136,13 @@ def plan(config: CollectConfig) -> list[Session]:
         # Scene by scene: scene_info.npy holds one range of frames per scene.
         for s, scene in enumerate(split.scenes):
             for i, tasks in enumerate(hands[s :: len(split.scenes)]):
-                variation = i % (split.variations + 1) or None
-                sessions.append(Session(name, next(number), scene, variation, tuple(tasks.tolist())))
+                chosen = i % (split.variations + 1) or None
+                sessions.append(Session(name, next(number), scene, chosen, tuple(tasks.tolist())))
     return sessions
 
 
 def collect_session(session: Session, config: CollectConfig, output: Path) -> Record:
-    """Play one session and write it; one that is already there is only read."""
+    """Play one session and write what was solved; a session that is already there is only read."""
     folder = session.folder(output)
     if folder.is_dir():
         return Record.read(folder)
@@ -98,23 +150,29 @@ def collect_session(session: Session, config: CollectConfig, output: Path) -> Re
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     rng = np.random.default_rng([config.seed, *session.split.encode(), session.index])
-    scene = scenes.builtin(session.scene)
+    scene = builtin(session.scene)
     if session.variation is not None:
-        scene = scenes.variation(session.scene, config.seed * 100_000 + session.variation)
+        scene = variation(session.scene, config.seed * 100_000 + session.variation)
     sizes = {"static_size": config.static_size, "gripper_size": config.gripper_size}
+    record, several = Record(), None if session.split == TRAINING else 1  # in validation always the first
     with World(scene, cameras=("static", "gripper") if config.record else (), **sizes) as world:
-        record = Record()
         for attempt in Player(world, config.play, rng).play(session.tasks):
-            record.attempts.append(attempt.summary())
-            if config.record and attempt.solved_after is not None:
-                record.add(attempt, part, config.phrasings(session.split).get(attempt.task), rng)
+            summary = {"task": attempt.task, "solved_after": attempt.solved_after}
+            summary |= {"disturbed": attempt.disturbed, "steps": len(attempt.frames)}
+            record.attempts.append(summary)
+            if not config.record or attempt.solved_after is None:
+                continue
+            first, record.frames = record.frames, record.frames + len(attempt.frames)
+            for number, frame in enumerate(attempt.frames, first):
+                (part / frame_name(number)).write_bytes(encode_frame(frame))
+            start, last = record.episodes.pop()[0] if attempt.continues else first, record.frames - 1
+            record.episodes.append([start, last])
+            if attempt.task in config.tasks:
+                words = str(rng.choice(INSTRUCTIONS[attempt.task][:several]))
+                record.spans.append(asdict(Span(first, last, words, attempt.task)))
     write_file(part / RECORD, json.dumps(asdict(record)))
     os.replace(part, folder)
     return record
-
-
-def session_frame(index: int) -> str:
-    return f"{index:06d}.npz"
 
 
 def collect_sessions(
@@ -131,21 +189,16 @@ def collect_sessions(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
-        raise UserError(
-            f"{output}: a worker died (out of memory?); continue with resume=true and fewer workers"
-        ) from None
+        fix = "continue with resume=true and fewer workers"
+        raise UserError(f"{output}: a worker died (out of memory?); {fix}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
     """Make this worker end when the main process is killed: a run that resumes must find nobody writing."""
-
-    def watch() -> None:
-        wait([parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    killed = parent_process().sentinel
+    threading.Thread(target=lambda: wait([killed]) and os._exit(1), daemon=True).start()
 
 
 def assemble(sessions: Sequence[Session], output: Path) -> None:
@@ -157,8 +210,8 @@ def assemble(sessions: Sequence[Session], output: Path) -> None:
         source = session.folder(output)
         record = Record.read(source)
         for i in range(record.frames):
-            if (source / session_frame(i)).exists():  # else a killed run had already moved it
-                os.replace(source / session_frame(i), folder / frame_name(first + i))
+            if (source / frame_name(i)).exists():  # else a killed run had already moved it
+                os.replace(source / frame_name(i), folder / frame_name(first + i))
         episodes += [(first + start, first + end) for start, end in record.episodes]
         for span in record.spans:
             spans.append(Span(**span | {key: first + span[key] for key in ("start", "end")}))

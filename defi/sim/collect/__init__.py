@@ -1,1 +1,0 @@
-"""Demonstrations of the scripted policies in CALVIN's format, as play: `python -m defi.sim.collect`."""
