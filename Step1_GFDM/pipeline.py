@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from defi.checkpoints.files import find_index, read_foreign
 from defi.config import typed
-from defi.engine.rng import preserved_rng
+from defi.engine.state import preserved_rng
 from defi.engine.weights import COPY_AGAIN, check_fit, load_strict
 from defi.errors import UserError, one_line
 from defi.files import check_sizes, read_json

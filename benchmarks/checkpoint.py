@@ -22,11 +22,9 @@ from torch.optim import AdamW
 
 from defi.engine import checkpoint
 from defi.engine.checkpoint import CheckpointWriter
-from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.optimizer import optimizer_tensors
-from defi.engine.rng import rng_state
-from defi.engine.state import TrainingState
+from defi.engine.optimizer import EMA, optimizer_tensors
+from defi.engine.state import TrainingState, rng_state
 
 WIDTH = 1024
 

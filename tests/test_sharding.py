@@ -115,11 +115,12 @@ def test_the_full_size_unet_is_sharded_by_eight(rank: int) -> None:
     frozen = {"vae": nn.Linear(3, 3), "clip": nn.Linear(3, 3)}
     model = GFDM(config, unet=unet, scheduler=build_scheduler(), **frozen)
     trained = sum(parameter.numel() for _, parameter in model.trainable())
-    sizes = [sum(p.numel() for p in block.parameters()) for block in model.unfrozen_blocks()]
+    blocks = [m for m in model.unfrozen(model.named_modules()).values() if isinstance(m, model.blocks)]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
     try:
-        kept = model.frozen_parameters()
-        distributed.shard(model, model.unfrozen_blocks(), kept, torch.device("cpu"))
+        model.shard(torch.device("cpu"))
+        kept = [p for part in model.frozen for p in model.get_submodule(part).parameters()]
         shares = [parameter.to_local().numel() for _, parameter in model.trainable()]
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The processes of a run, and a model sharded over them by FSDP2: each keeps 1/N of every trained tensor.
+"""The processes of a run, and tensors that FSDP2 shards over them: each process keeps 1/N of every trained one.
 
 Gradients, averages and optimizer states are sharded with the weights. `full_tensor` puts a tensor together
 for a file and `shard_like` takes a process's part of one, so checkpoints do not depend on the launch.
@@ -6,14 +6,12 @@ for a file and `shard_like` takes a process's part of one, so checkpoints do not
 
 import os
 import warnings
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 
 from defi.engine.config import TrainerConfig
 from defi.errors import UserError
@@ -31,11 +29,7 @@ SUPPORTED = {
 
 
 def sharding_requested() -> bool:
-    """Whether `accelerate launch` was asked to shard the model.
-
-    Raises:
-        UserError: in another way than `configs/accelerate/fsdp.yaml` does.
-    """
+    """Whether `accelerate launch` was asked to shard the model; UserError: otherwise than fsdp.yaml does."""
     for name, value in SUPPORTED.items():
         if os.environ.get(name, value).lower() != value:
             fix = "launch with --config_file configs/accelerate/fsdp.yaml"
@@ -53,10 +47,8 @@ def start_processes(trainer: TrainerConfig, tracker: str | None, output: Path) -
         raise UserError("trainer.precision=fp16: not for a sharded model; set trainer.precision=bf16")
     # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    handlers = [
-        DistributedDataParallelKwargs(broadcast_buffers=False),
-        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-    ]
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    handlers = [ddp, InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
     request = os.environ.pop(FSDP, None)  # accelerate would shard in its own way, and on GPUs only
     try:
         return Accelerator(
@@ -74,25 +66,6 @@ def in_any_process(fact: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:  # a GPU need not be waited for
         return fact
     return bool(accelerator.reduce(torch.tensor(float(fact), device=accelerator.device), "sum") > 0)
-
-
-def shard(
-    model: nn.Module, blocks: Sequence[nn.Module], frozen: set[nn.Parameter], device: torch.device
-) -> None:
-    """Shard the model, in place, over all processes; `frozen` parameters stay complete in each of them.
-
-    While the model computes, each of its `blocks` is put together and released again; what is in no block
-    stays together for a forward and backward pass. Weights travel in float32 and autocast does the rest: the
-    numbers are those of an unsharded model in any precision.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import
-    from torch.distributed.fsdp import fully_shard
-
-    # Stable Video Diffusion's blocks return views; nothing after them works in place.
-    warnings.filterwarnings("ignore", message=r".*returned a view tensor", category=UserWarning)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, ignored_params=frozen)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor
 
 from defi.engine.output import write_file
-from defi.errors import UserError, one_line
+from defi.errors import UserError, one_line, reading
 
 METRICS = "metrics.jsonl"
 TRACKERS = ("wandb", "tensorboard")
@@ -33,11 +33,13 @@ def check_tracker(section: Mapping[str, Any] | None) -> str | None:
         UserError: an unknown name, or a package that is not installed.
     """
     name = section["name"] if section else "none"
-    if name not in ("none", *TRACKERS):
+    if name == "none":
+        return None
+    if name not in TRACKERS:
         raise UserError(f"tracker.name={name}: choose none, {' or '.join(TRACKERS)}")
-    if name != "none" and importlib.util.find_spec(name) is None:
+    if importlib.util.find_spec(name) is None:
         raise UserError(f"tracker={name}: the package {name} is missing; pip install {name}, or tracker=none")
-    return name if name != "none" else None
+    return name
 
 
 class Journal:
@@ -109,7 +111,8 @@ class Journal:
         self._start += time.monotonic() - start
 
     def close(self) -> None:
-        """Close the tracker; `end_training` would also end the processes, which may train again."""
+        """Leave the terminal, close the tracker; `end_training` would end the processes, which may go on."""
+        self.display.close()
         for tracker in list(self.accelerator.trackers):
             self._track(tracker.finish)
 
@@ -120,19 +123,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing or a line inside it is not JSON.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: missing; give the output folder of a training run")
-    lines = path.read_text(errors="replace").splitlines()
-    records = []
+    with reading(path, "give the output folder of a training run"):
+        lines, records = path.read_text(errors="replace").splitlines(), []
     for number, line in enumerate(lines, start=1):
-        try:
+        unfinished = suppress(UserError) if number == len(lines) else nullcontext()
+        with unfinished, reading(f"{path}: line {number}", "delete that line"):
             record = json.loads(line)
             if not (isinstance(record["kind"], str) and isinstance(record["step"], int)):
-                raise ValueError("kind and step are missing")
+                raise ValueError("no record of a run")
             records.append(record)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is no record of a run; delete that line") from None
     return records
 
 
@@ -167,20 +166,19 @@ class ProgressDisplay:
         self.title, self.total, self.enabled = title, total, enabled
         self.console = Console(highlight=False, soft_wrap=True)
         self._started, self._first, self._last_line = time.monotonic(), done, 0.0
-        self._bar: Progress | None = None
-        if enabled and self.console.is_terminal:
-            self._bar = Progress(
-                "{task.description}", BarColumn(bar_width=12), MofNCompleteColumn(), "{task.fields[numbers]}",
-                TimeRemainingColumn(), console=self.console, refresh_per_second=2,
-            )  # fmt: skip
-            self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
-            self._bar.start()
+        self._bar = Progress(
+            "{task.description}", BarColumn(bar_width=12), MofNCompleteColumn(), "{task.fields[numbers]}",
+            TimeRemainingColumn(), console=self.console, refresh_per_second=2,
+            disable=not (enabled and self.console.is_terminal),
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
+        self._bar.start()
 
     def show(self, step: int, text: str) -> None:
         """Move the bar to `step`, with `text` beside it."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=text)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self.total:
+        self._bar.update(self._task, completed=step, numbers=text)
+        overdue = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
+        if self._bar.disable and (overdue or step == self.total):
             self._last_line = now = time.monotonic()
             left = (now - self._started) / max(step - self._first, 1) * (self.total - step)
             self.say(f"{self.title} {step}/{self.total}  {text}  {timedelta(seconds=round(left))} left")
@@ -196,5 +194,4 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()

@@ -56,26 +56,20 @@ def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool 
 
 
 def claim(output: Path) -> TextIO | None:
-    """Lock a folder for writing until the result is closed or this process ends.
-
-    Returns None where the file system has no locks.
+    """Lock a folder for writing until the result is closed or this process ends; None without locks there.
 
     Raises:
         UserError: another process is writing there.
     """
     try:
         file = (output / LOCK).open("a")
-    except OSError:
-        return None
-    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except OSError as error:
-        file.close()
-        if not isinstance(error, BlockingIOError | PermissionError):
-            return None
+    except BlockingIOError:
         fix = "wait for it, stop it, or choose another output="
         raise UserError(f"{output}: another process is writing there; {fix}") from None
+    except OSError:  # the file system has no locks, or lets nobody write
+        return None
 
 
 def is_leftover(path: Path) -> bool:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,13 @@ from defi.config import flatten
 from defi.engine import checkpoint, faults
 from defi.engine.checkpoint import CheckpointWriter, continues, find_checkpoint, rotate, save
 from defi.engine.config import TrainerConfig
-from defi.engine.data import Batch, Feed, split
-from defi.engine.distributed import shard, sharding_requested, start_processes
-from defi.engine.ema import EMA
+from defi.engine.data import Batch, Feed
+from defi.engine.distributed import sharding_requested, start_processes
 from defi.engine.log import METRICS, TRACKERS, Journal, ProgressDisplay, check_tracker
 from defi.engine.model import StageModel
-from defi.engine.optimizer import build_optimizer, optimizer_tensors
+from defi.engine.optimizer import EMA, build_optimizer, optimizer_tensors
 from defi.engine.output import check_output, claim, prepare_output, write_file
-from defi.engine.rng import preserved_rng, rng_state, set_rng_state
-from defi.engine.state import Progress, TrainingState, read_progress
+from defi.engine.state import Progress, TrainingState, preserved_rng, read_progress, rng_state, set_rng_state
 from defi.errors import UserError
 
 # Called with the model, the step and a folder for pictures or videos; returns numbers to log.
@@ -80,7 +78,7 @@ class Run:
         copy = model.copied_to("cpu") if self.main else None
         self.sharded = sharding_requested()
         if self.sharded:
-            shard(model, model.unfrozen_blocks(), model.frozen_parameters(), device)
+            model.shard(device)
         ema = EMA(model, trainer.ema) if trainer.ema is not None else None
         # What the loop calls: DDP's wrapper, which evaluation mode leaves out.
         self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.sharded)
@@ -108,8 +106,7 @@ class Run:
         # A trial of a sharded model that fails in one process would leave the others waiting for its shards.
         self.fits = self.sharded or device.type == "cpu"  # a micro-batch is known to fit the memory
         self.reported = 0  # replaced samples
-        changes = self._changes(source, processes_then=len(rng)) if source else []
-        self._summarise(source, changes)
+        self._summarise(source, processes_then=len(rng))
         if accelerator.process_index < len(rng):
             set_rng_state(rng[accelerator.process_index])
 
@@ -136,8 +133,7 @@ class Run:
         while not faults.micro_batch_fits(self.model, batches[0], self.accelerator):
             if self.feed.micro_batch == 1:
                 raise faults.Stopped("trainer.micro_batch=1: out of memory even so; choose a smaller preset")
-            pieces = self.feed.shrink()
-            batches = [part for batch in batches for part in split(batch, pieces)]
+            batches = self.feed.shrink(batches)
         self.fits = True
         if (now := self.feed.micro_batch) < asked:
             text = f"out of memory with {asked} samples at a time: now {now}, {len(batches)} times per step"
@@ -150,8 +146,9 @@ class Run:
             self.state.ema.update()
         self.journal.add(scalars)
         self._advance()
-        usual = self.state.progress.spikes.mean
-        if self.state.progress.spikes.is_spike(loss):
+        spikes = self.state.progress.spikes
+        usual = spikes.mean
+        if spikes.is_spike(loss):
             text = f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}; see {METRICS}"
             record = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
             self.journal.write("spike", self.step, record, say=text)
@@ -216,7 +213,10 @@ class Run:
             self.journal.write("bad_sample", self.step, {"reason": fault}, say=f"replaced: {fault}")
 
     def inspect(self, kind: str, function: Inspect) -> None:
-        """Let `function` draw or roll out the averaged model in the main process; the others wait."""
+        """Let `function` draw or roll out the averaged model in the main process; the others wait.
+
+        An evaluation without `trainer.best_metric` saves and stops the run; one that is the best saves.
+        """
         numbers: dict[str, float] = {}
         with self.journal.paused():
             if self.sharded:
@@ -225,36 +225,28 @@ class Run:
             if self.main:
                 folder = self.output / FOLDERS[kind] / f"step_{self.step:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
-                with self._averaged_model() as model:
-                    numbers = dict(function(model, self.step, folder))
+                numbers = self._averaged(function, self.step, folder)
                 self.journal.write(kind, self.step, numbers)
             (numbers,) = broadcast_object_list([numbers])
         if kind == "evaluate":
             self.state.progress.metrics = numbers
-            self._compare(numbers, self.trainer.best_metric)
+        if kind == "evaluate" and (metric := self.trainer.best_metric) is not None:
+            if metric not in numbers:
+                self.save()
+                fix = f"choose one that an evaluation reports: {', '.join(sorted(numbers))}"
+                raise faults.Stopped(f"trainer.best_metric={metric}: {fix}")
+            self.new_best = numbers[metric] > self.best
+            self.best = max(numbers[metric], self.best)
 
-    def _compare(self, numbers: dict[str, float], metric: str | None) -> None:
-        """Note whether an evaluation is the best so far; without the metric the run saves and stops."""
-        if metric is None:
-            return
-        if metric not in numbers:
-            self.save()
-            fix = f"choose one that an evaluation reports: {', '.join(sorted(numbers))}"
-            raise faults.Stopped(f"trainer.best_metric={metric}: {fix}")
-        self.new_best = numbers[metric] > self.best
-        self.best = max(numbers[metric], self.best)
-
-    @contextmanager
-    def _averaged_model(self) -> Iterator[StageModel]:
-        """Averaged weights, eval mode, no gradients; training undisturbed. Of a sharded model, a copy."""
+    def _averaged(self, function: Inspect, *arguments: Any) -> dict[str, float]:
+        """Call with averaged weights (of a sharded model, a copy), eval mode, no gradients; disturb nothing."""
         state = self.writer.copy if self.sharded else self.state
         averages = state.ema.applied() if state.ema is not None else nullcontext()
         with preserved_rng(), torch.no_grad(), self.accelerator.autocast(), averages:
             model = state.model.copied_to(self.accelerator.device) if self.sharded else state.model
-            try:
-                yield model.eval()
-            finally:
-                model.train()
+            numbers = dict(function(model.eval(), *arguments))
+            model.train()
+        return numbers
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step; `settle` waits for its end."""
@@ -270,8 +262,8 @@ class Run:
 
     def _write(self, state: TrainingState) -> None:
         """Write a copy of the state, in the checkpoint thread."""
-        progress, settings = state.progress, {"config": self.config, "data": self.data}
-        save(state.model, self.output, step=progress.step, metrics=progress.metrics, state=state, **settings)
+        settings = {"config": self.config, "data": self.data}
+        save(state.model, self.output, step=state.progress.step, state=state, **settings)
         rotate(self.output, self.trainer.keep, self.trainer.best_metric)
 
     def settle(self) -> None:
@@ -279,7 +271,7 @@ class Run:
         self.writer.wait()
         self.accelerator.wait_for_everyone()
 
-    def _summarise(self, source: Path | None, changes: list[str]) -> None:
+    def _summarise(self, source: Path | None, processes_then: int) -> None:
         """Print what is trained, on what, where it goes, and what a resumed run does differently."""
         trained = sum(parameter.numel() for _, parameter in self.model.trainable())
         frozen = sum(parameter.numel() for parameter in self.model.parameters()) - trained
@@ -295,20 +287,17 @@ class Run:
             ("precision", f"{trainer.precision} on {self.accelerator.device.type}"),
             ("output", str(self.output)),
             ("starting", f"after step {self.step}, from {source}" if source else "anew"),
-            *(("changed", change) for change in changes),
         ]
+        if source:
+            old, new = flatten(checkpoint.read_run_config(source)), flatten(self.config)
+            keys = sorted((old.keys() | new.keys()) - {"resume", "overwrite", "output"})
+            changes = [f"{k}: {old.get(k)} → {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+            if checkpoint.read_manifest(source)["data"] != self.data:
+                changes.append("the training data: samples come in another order from here on")
+            if processes != processes_then:
+                changes.append(f"processes: {processes_then} → {processes}; same samples, other dropout")
+            rows += [("changed", change) for change in changes]
         self.journal.display.table(f"{self.model.stage}, preset {self.config.get('preset_name')}", rows)
-
-    def _changes(self, source: Path, processes_then: int) -> list[str]:
-        """Everything that is not what the checkpoint `source` was trained with."""
-        old, new = flatten(checkpoint.read_run_config(source)), flatten(self.config)
-        keys = sorted((old.keys() | new.keys()) - {"resume", "overwrite", "output"})
-        changes = [f"{k}: {old.get(k)} → {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
-        if checkpoint.read_manifest(source)["data"] != self.data:
-            changes.append("the training data: samples come in another order from here on")
-        if (processes := self.accelerator.num_processes) != processes_then:
-            changes.append(f"processes: {processes_then} → {processes}; same samples, other dropout")
-        return changes
 
     def finish(self) -> Path:
         """Say where everything is and return the last checkpoint."""

@@ -1,10 +1,14 @@
 """The state of training: everything that an exact resume needs, in one place."""
 
 import json
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,16 +16,54 @@ from torch.amp import GradScaler
 
 from defi.config import typed
 from defi.engine.distributed import full_tensor
-from defi.engine.ema import EMA
 from defi.engine.log import SpikeDetector
 from defi.engine.model import StageModel
-from defi.engine.rng import as_json, preserved_rng, rng_state, set_rng_state
+from defi.engine.optimizer import EMA
 from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
 from defi.errors import UserError, reading
 from defi.files import read_json
 
 AVERAGES = "ema"
 OPTIMIZER, PROGRESS, RNG = "state/optimizer.safetensors", "state/progress.json", "state/rng.json"
+
+
+# ---------------------------------------------------------------- global random generators
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the generators of Python, NumPy, torch and the current GPU, which a model may draw from."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put the generators where `rng_state` found them; its arrays may be lists, as in a checkpoint."""
+    version, words, gauss = state["python"]
+    kind, keys, position, *rest = state["numpy"]
+    if not 0 <= position <= len(keys):  # NumPy would read beyond the array
+        raise ValueError("a position outside of the keys")
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, *rest))
+    torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """What is drawn inside this context does not change what is drawn after it."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+# ---------------------------------------------------------------- all of it
 
 
 @dataclass
@@ -97,7 +139,7 @@ class TrainingState:
         (folder / PROGRESS).parent.mkdir()
         save_file({name: t.contiguous() for name, t in self.optimizer.items()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(self.progress), indent=1))
-        (folder / RNG).write_text(as_json(self.rng))
+        (folder / RNG).write_text(json.dumps(self.rng, default=lambda array: array.tolist()))
 
     def load(self, folder: Path, scaler: GradScaler | None) -> None:
         """Put tensors and loss scale where the checkpoint left them, as `progress` says (`read_progress`).
