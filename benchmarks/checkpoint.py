@@ -121,7 +121,7 @@ def main() -> None:
                 busy.append(training.step())
             writing.append(time.perf_counter() - start)
         memory.append(peak())
-        writer.close()
+        writer.wait()
         size = sum(f.stat().st_size for f in checkpoint.find_checkpoint(run).rglob("*") if f.is_file())
     usual = statistics.median(plain)
     first, later = pauses[0], statistics.median(pauses[1:])

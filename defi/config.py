@@ -30,7 +30,7 @@ SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'"
 REFERENCE = re.compile(r"[^'\"]*\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
 Settings = TypeVar("Settings")
 
-RETIRED = {
+RETIRED = {  # settings that there were once, and what to do instead
     "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
@@ -42,7 +42,6 @@ RETIRED = {
     "policy.latent_action": "its sizes are read from the stage-2 checkpoint; leave this out",
     "store.video_stride": "replaced by store.videos=true; frames are as far apart as the video model's",
 }
-"""Settings that there were once, and what to do instead."""
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:

@@ -396,11 +396,12 @@ def test_out_of_memory_at_start_shrinks_the_micro_batch(
         train(hungry, Points(), settings, output=tmp_path / "later", config=CONFIG)
     # On a GPU the first batch is tried out before the first step.
     next_batches, first = Run.next_batches, iter([True])
-    monkeypatch.setattr(
-        Run,
-        "next_batches",
-        lambda run: run.fit(next_batches(run)) if next(first, False) else next_batches(run),
-    )
+
+    def try_first(run: Run) -> list[dict]:
+        run.fits = not next(first, False)
+        return next_batches(run)
+
+    monkeypatch.setattr(Run, "next_batches", try_first)
     train(hungry, Points(), settings, output=tmp_path / "small", config=CONFIG)
     assert (
         "12 samples at a time: now 3, 4 times per step; the global batch stays 12" in capsys.readouterr().out

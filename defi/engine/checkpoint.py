@@ -48,8 +48,7 @@ PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safete
 def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
     """Folder of the newest complete checkpoint at `path`: a run's output folder or a checkpoint itself.
 
-    Raises:
-        UserError: there is none, or (with `stage`) it belongs to another stage.
+    UserError if there is none, or (with `stage`) it belongs to another stage.
     """
     path = Path(path)
     found = [path] if is_complete(path) else list_checkpoints(path)
@@ -139,9 +138,6 @@ def save(
         config: resolved configuration of the run; its `preset_name` goes into the manifest.
         data: size and fingerprint of the training data.
         state: what an exact resume needs, of this model, and latest metrics; None leaves weights only.
-
-    Raises:
-        UserError: the disk is full or cannot be written to; nothing half-written stays.
     """
     final = run / "checkpoints" / f"step_{step:08d}"
     folder = final.with_name(f".writing_{final.name}")
@@ -197,13 +193,8 @@ def remove(folder: Path) -> None:
 class CheckpointWriter:
     """Copies the state of training to main memory and writes it in a thread; training waits for the copy.
 
-    All processes call it together, because of sharded tensors; only the main one keeps a copy and writes. An
-    error of the thread is raised by the next call.
-
-    Args:
-        state: of the training.
-        model: a copy of the model in main memory, made before it was sharded; None but in the main process.
-        write: called in the thread with the copy of the state.
+    All processes call it together, because of sharded tensors; only the main one has a copy of the `model`,
+    made before it was sharded, and calls `write` with it. An error of the thread is raised by the next call.
     """
 
     def __init__(
@@ -238,11 +229,6 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def close(self) -> None:
-        """Wait, and let the thread end."""
-        self._thread.shutdown()
-        self.wait()
 
 
 # ---------------------------------------------------------------- where weights come from

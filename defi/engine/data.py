@@ -11,6 +11,7 @@ generator starts from (`stream`). So no stream is another one's, or a part of it
 
 import atexit
 import hashlib
+import itertools
 import math
 import re
 import signal
@@ -34,6 +35,7 @@ GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to 
 ROUNDS = 12  # of a shuffle: as many as the smallest data sets need to look shuffled
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 Draw = tuple[int, int]  # (epoch, index)
+Process = tuple[int, int]  # (its number, how many there are)
 Batch = dict[str, Any]
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -65,11 +67,8 @@ def stream(purpose: str, *numbers: int) -> np.random.Generator:
 class SampleNoise:
     """Random numbers that belong to samples, not to batches: equal for any batch size or number of processes.
 
-    The same seed and purpose give the same numbers again; another purpose gives independent ones.
-
-    Args:
-        seeds: the batch's `seed`, on the CPU.
-        device: where the numbers are wanted.
+    The same seed (of the batch, on the CPU) and purpose give the same numbers again, on `device`; another
+    purpose gives independent ones.
     """
 
     def __init__(self, seeds: Int[Tensor, " B"], device: torch.device) -> None:
@@ -146,14 +145,7 @@ class StepOrder(Sampler[list[Draw]]):
     AHEAD = 1024  # positions that are looked up at once, because that costs little more than one
 
     def __init__(
-        self,
-        size: int,
-        *,
-        seed: int,
-        start: int,
-        global_batch: int,
-        micro_batch: int,
-        process: tuple[int, int],
+        self, size: int, *, seed: int, start: int, global_batch: int, micro_batch: int, process: Process
     ) -> None:
         self.size, self.start = size, start
         self.global_batch, self.micro_batch = global_batch, micro_batch
@@ -170,13 +162,10 @@ class StepOrder(Sampler[list[Draw]]):
         return self._block[1][offset]
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        position = self.start
-        while True:
-            share = range(position + self.rank, position + self.global_batch, self.processes)
-            draws = [self.draw(p) for p in share]
-            for first in range(0, len(draws), self.micro_batch):
-                yield draws[first : first + self.micro_batch]
-            position += self.global_batch
+        for first in itertools.count(self.start, self.global_batch):
+            share = range(first + self.rank, first + self.global_batch, self.processes)
+            draws = [self.draw(position) for position in share]
+            yield from (draws[i : i + self.micro_batch] for i in range(0, len(draws), self.micro_batch))
 
 
 class SeededDataset(Dataset):
@@ -213,33 +202,29 @@ class SeededDataset(Dataset):
 def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Value]]:
     """Each item that can be read, and what `read` makes of it; at the end a line counts the others.
 
-    For what is only shown: in training `SeededDataset` replaces what cannot be read.
-
-    Raises:
-        UserError: none can be read.
+    For what is only shown: in training `SeededDataset` replaces such items. UserError if none can be read.
     """
-    count, faults = 0, []
-    for count, item in enumerate(items, start=1):
+    items, faults = list(items), []
+    for item in items:
         try:
             value = read(item)
         except UserError as error:
             faults.append(error)
         else:
             yield item, value
-    if faults and len(faults) == count:
+    if faults and len(faults) == len(items):
         raise faults[0]
     if faults:
-        print_once(f"left out: {len(faults)} of {count} samples to look at; the first: {faults[0]}")
+        print_once(f"left out: {len(faults)} of {len(items)} samples to look at; the first: {faults[0]}")
 
 
 class Feed:
     """Batches of one process, step by step, with the time spent waiting for them.
 
-    Attributes:
-        samples: position in the stream: samples that all processes have consumed.
-        waited: seconds spent waiting for data since it was last set to 0.
-        parts: pieces that a loaded micro-batch is split into, where the memory does not hold it.
-        faults: samples of this process that could not be read and were replaced, and why.
+    samples: position in the stream: samples that all processes have consumed.
+    waited: seconds spent waiting for data since it was last set to 0.
+    parts: pieces that a loaded micro-batch is split into, where the memory does not hold it.
+    faults: samples of this process that could not be read and were replaced, and why.
     """
 
     def __init__(
@@ -267,8 +252,7 @@ class Feed:
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next step, on the device; strings and `seed` stay where they are.
 
-        Raises:
-            UserError: a sample cannot be read, or more than `trainer.bad_samples` were replaced.
+        UserError if a sample cannot be read, or more than `trainer.bad_samples` were replaced.
         """
         start = time.perf_counter()
         try:
@@ -284,9 +268,7 @@ class Feed:
         self.waited += time.perf_counter() - start
         self.samples += self.trainer.global_batch
         self.faults += [line for b in batches for lines in b.pop("fault", []) for line in lines.splitlines()]
-        drawn = (
-            max(self.samples - self.order.start, self.order.size) / self.order.processes
-        )  # at least a pass
+        drawn = max(self.samples - self.order.start, self.order.size) / self.order.processes
         if (count := len(self.faults)) > (allowed := self.trainer.bad_samples) * drawn:
             what = f"{count} samples could not be read, more than trainer.bad_samples={allowed} allows"
             latest = "; ".join(dict.fromkeys(self.faults[-3:]))

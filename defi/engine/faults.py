@@ -1,4 +1,4 @@
-"""What ends a run early: signals, numbers that are not finite, too little memory, lost workers and processes."""
+"""What ends a run early: signals, numbers that are not finite, lack of memory, lost workers and processes."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from defi.engine.checkpoint import list_checkpoints
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Batch
-from defi.engine.distributed import in_any_process
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
 from defi.engine.state import preserved_rng
 from defi.errors import UserError, one_line
+from defi.processes import in_any_process
 
 EXIT_PREEMPTED = 75  # "temporary failure, try again": start the same command with resume=true
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -62,11 +62,8 @@ class Stopped(RuntimeError):
 
 @contextmanager
 def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
-    """A fault of memory, disk, loader workers or other processes is one line; other errors are bugs and stay.
-
-    Raises:
-        UserError: says what happened and from which checkpoint to continue.
-    """
+    """A fault of memory, disk, loader workers or other processes becomes a UserError, which says from which
+    checkpoint to continue; other errors are bugs and stay."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -110,21 +107,16 @@ def micro_batch_fits(model: StageModel, batch: Mapping[str, Any], accelerator: A
     return not in_any_process(not fits, accelerator)
 
 
-def write_report(file: Path, model: StageModel, batches: Sequence[Batch], **facts: Any) -> str:
+def write_report(file: Path, model: StageModel, batches: Sequence[Batch], facts: Mapping[str, Any]) -> str:
     """Write a process's share of a step that is not finite: its texts, the `origin` and other facts as JSON.
 
-    The tensors of the i-th micro-batch are named `<i>.<name>` in a `.safetensors` file beside it.
-
-    Returns:
-        The origin (`find_origin`) and where the report is, or why it could not be written.
+    The tensors of the i-th micro-batch are named `<i>.<name>` in a `.safetensors` file beside it. Returns the
+    origin (`find_origin`) and where the report is, or why it could not be written.
     """
-    origin, texts, tensors = find_origin(model, batches), [{} for _ in batches], {}
-    for number, batch in enumerate(batches):
-        for name, value in batch.items():
-            if torch.is_tensor(value):
-                tensors[f"{number}.{name}"] = value.cpu().contiguous()
-            else:
-                texts[number][name] = value
+    origin = find_origin(model, batches)
+    texts = [{name: value for name, value in b.items() if not torch.is_tensor(value)} for b in batches]
+    values = [(f"{i}.{name}", value) for i, b in enumerate(batches) for name, value in b.items()]
+    tensors = {name: value.cpu().contiguous() for name, value in values if torch.is_tensor(value)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file.with_suffix(".safetensors"), save(tensors))
@@ -152,9 +144,8 @@ def find_origin(model: StageModel, batches: Sequence[Batch]) -> str:
             if tensor.requires_grad:
                 tensor.register_hook(partial(check, f"the gradient that {name} receives"))
 
-    for batch in batches:
-        for name, value in batch.items():
-            check(f"{name!r} of the batch", value)
+    for name, value in (item for batch in batches for item in batch.items()):
+        check(f"{name!r} of the batch", value)
     for name, weights in model.named_parameters():
         check(f"the weights {name}", weights)
     hooks = [m.register_forward_hook(partial(watch, name or "the loss")) for name, m in model.named_modules()]

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from defi.engine import faults
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Batch
-from defi.engine.distributed import full_tensor, in_any_process
 from defi.engine.faults import EXIT_PREEMPTED, Preemption
 from defi.engine.model import StageModel
 from defi.engine.optimizer import learning_rate
 from defi.engine.run import Inspect, Run
+from defi.processes import full_tensor, in_any_process
 
 
 def train(

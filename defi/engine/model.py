@@ -107,7 +107,7 @@ class StageModel(nn.Module):
         return self.unfrozen(self.state_dict().items())
 
     def shard(self, device: torch.device) -> None:
-        """Shard the model by FSDP2, in place, over all processes; frozen networks stay complete in each of them.
+        """Shard the model by FSDP2, in place, over all processes; frozen networks stay complete in each.
 
         While the model computes, each of its `blocks` is put together and released again; what is in no block
         stays together for a forward and backward pass. Weights travel in float32 and autocast does the rest:

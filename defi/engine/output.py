@@ -1,4 +1,4 @@
-"""Output folders and atomic writes: no earlier run is lost by accident, no half-written file is seen."""
+"""Folders and files written to: no earlier run is lost by accident, no half-written file is seen."""
 
 import fcntl
 import os
@@ -70,6 +70,19 @@ def claim(output: Path) -> TextIO | None:
         raise UserError(f"{output}: another process is writing there; {fix}") from None
     except OSError:  # the file system has no locks, or lets nobody write
         return None
+
+
+def take_turn(folder: Path) -> TextIO:
+    """Make a folder and wait until no other process is at work in it; closing the result ends the turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def user_cache() -> Path:
+    """For what can be made again at any time: `$XDG_CACHE_HOME/defi`, or `~/.cache/defi`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "defi"
 
 
 def is_leftover(path: Path) -> bool:

@@ -31,11 +31,7 @@ STYLE = {
 
 
 def curves(path: Path | str) -> Curves:
-    """Every number of a run as (steps, values), under `<kind>/<name>`, such as `train/loss`.
-
-    Args:
-        path: a run's output folder or its metrics.jsonl.
-    """
+    """Every number of a run (its folder or metrics.jsonl) as (steps, values), under `<kind>/<name>`."""
     file = Path(path, METRICS) if Path(path).is_dir() else Path(path)
     points: dict[str, list[tuple[int, float]]] = {}
     for record in read_metrics(file):
@@ -50,9 +46,6 @@ def draw(runs: Sequence[Path]) -> Figure:
     """The curves of the runs: a panel per number, a colour per run.
 
     Training is a line, everything else points; vertical lines mark steps that were left out.
-
-    Raises:
-        UserError: a run has no numbers.
     """
     panels: dict[str, list[tuple[str, str, np.ndarray, np.ndarray]]] = {}
     for color, run in enumerate(runs):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from defi.config import typed
-from defi.engine.distributed import full_tensor
 from defi.engine.log import SpikeDetector
 from defi.engine.model import StageModel
 from defi.engine.optimizer import EMA
 from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
 from defi.errors import UserError, reading
 from defi.files import read_json
+from defi.processes import full_tensor
 
 AVERAGES = "ema"
 OPTIMIZER, PROGRESS, RNG = "state/optimizer.safetensors", "state/progress.json", "state/rng.json"
@@ -68,21 +68,16 @@ def preserved_rng() -> Iterator[None]:
 
 @dataclass
 class Progress:
-    """Where a run is. The run changes it as it goes; a checkpoint holds it as it was then.
-
-    samples: position in the stream of samples. elapsed_s: seconds of training over all starts.
-    left_out: steps whose numbers were not finite. scaler: state of the loss scale, with fp16.
-    metrics: of the latest evaluation.
-    """
+    """Where a run is. The run changes it as it goes; a checkpoint holds it as it was then."""
 
     step: int = 0
-    samples: int = 0
-    elapsed_s: float = 0.0
+    samples: int = 0  # position in the stream of samples
+    elapsed_s: float = 0.0  # training, over all starts
     ema_updates: int = 0
-    left_out: int = 0
+    left_out: int = 0  # steps whose numbers were not finite
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
-    scaler: dict[str, Any] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None  # state of the loss scale, with fp16
+    metrics: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
 
 
 @dataclass
@@ -142,11 +137,7 @@ class TrainingState:
         (folder / RNG).write_text(json.dumps(self.rng, default=lambda array: array.tolist()))
 
     def load(self, folder: Path, scaler: GradScaler | None) -> None:
-        """Put tensors and loss scale where the checkpoint left them, as `progress` says (`read_progress`).
-
-        Raises:
-            UserError: a file is missing, damaged, or of another model.
-        """
+        """Put tensors and loss scale where the checkpoint left them, as `progress` says (`read_progress`)."""
         if self.ema is not None:
             averaged = (folder / AVERAGES).is_dir()
             with self.ema.applied():
@@ -159,11 +150,7 @@ class TrainingState:
 
 
 def read_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
-    """Progress, and the generators of all processes, of a checkpoint.
-
-    Raises:
-        UserError: it holds none, or they are damaged.
-    """
+    """Progress, and the generators of all processes, of a checkpoint; UserError if it has none."""
     file = folder / PROGRESS
     if not file.is_file():
         raise UserError(f"{folder}: holds weights but no training state; it cannot be resumed")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from defi.engine.distributed import shard_like
 from defi.errors import UserError, reading
+from defi.processes import shard_like
 
 COPY_AGAIN = "copy the checkpoint again"
 BLOCK, BLOCKS = 4096, 64  # bytes, and how many such blocks of a file `fingerprint` reads
@@ -30,11 +30,7 @@ def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, 
 
 
 def check_fit(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Compare the names and shapes of the tensors of a file with those of a model.
-
-    Raises:
-        UserError: names the source, the first tensor that does not fit, and how many do not.
-    """
+    """Compare names and shapes of tensors of a file with a model's; UserError with the first misfit."""
     found, wanted = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, target))
     wrong = [name for name in wanted if name in found and found[name] != wanted[name]]
     faults = [f"{name} has shape {found[name]}, the model wants {wanted[name]}" for name in wrong]

@@ -27,8 +27,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from rich.progress import track
 
-from defi.cache import take_turn
-from defi.engine.output import write_file
+from defi.engine.output import take_turn, write_file
 from defi.errors import UserError, one_line, reading
 from defi.files import read_json
 from defi.npy import map_npy

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from defi.cache import user_cache
+from defi.engine.output import user_cache
 from defi.errors import UserError
 from defi.sim.mesh import Color
 from defi.sim.panda import arm_files
