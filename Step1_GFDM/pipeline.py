@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from defi.checkpoints.files import find_index, read_foreign
-from defi.engine.rng import preserved_rng
+from defi.engine.state import preserved_rng
 from defi.engine.weights import COPY_AGAIN, check_fit, load_strict
 from defi.errors import UserError, reading
 from defi.files import check_sizes, read_json

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from defi.engine.data import stream
-from defi.engine.distributed import full_tensor, shard_like
+from defi.processes import full_tensor, shard_like
 
 RECENT = 256  # encoder vectors kept for restarts
 

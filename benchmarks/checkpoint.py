@@ -22,11 +22,9 @@ from torch.optim import AdamW
 
 from defi.engine import checkpoint
 from defi.engine.checkpoint import CheckpointWriter
-from defi.engine.ema import EMA
 from defi.engine.model import StageModel
-from defi.engine.optimizer import optimizer_tensors
-from defi.engine.rng import rng_state
-from defi.engine.state import TrainingState
+from defi.engine.optimizer import EMA, optimizer_tensors
+from defi.engine.state import TrainingState, rng_state
 
 WIDTH = 1024
 
@@ -123,7 +121,7 @@ def main() -> None:
                 busy.append(training.step())
             writing.append(time.perf_counter() - start)
         memory.append(peak())
-        writer.close()
+        writer.wait()
         size = sum(f.stat().st_size for f in checkpoint.find_checkpoint(run).rglob("*") if f.is_file())
     usual = statistics.median(plain)
     first, later = pauses[0], statistics.median(pauses[1:])

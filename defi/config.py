@@ -27,12 +27,10 @@ TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store",
 TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae", "tokenizer"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
-
 REFERENCE = re.compile(r"[^'\"]*\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
-
 Settings = TypeVar("Settings")
 
-RETIRED = {
+RETIRED = {  # settings that there were once, and what to do instead
     "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
@@ -45,7 +43,6 @@ RETIRED = {
     "policy.latent_action": "its sizes are read from the stage-2 checkpoint; leave this out",
     "store.video_stride": "replaced by store.videos=true; frames are as far apart as the video model's",
 }
-"""Settings that there were once, and what to do instead."""
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -97,10 +94,16 @@ def explain(error: CompactHydraException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: no such choice; choose from {', '.join(error.options)}"
-    if isinstance(error, OverrideParseException):
-        return how_to_write(error.override)
-    if several := SEVERAL.match(str(error)):
-        return how_to_write(several[1])
+    several = SEVERAL.match(str(error))
+    if several or isinstance(error, OverrideParseException):
+        setting = several[1] if several else error.override
+        key, given, value = setting.partition("=")
+        if not given:
+            return f"{setting}: not a setting; write key=value"
+        if value.startswith("~/"):
+            return f"{setting}: the shell leaves this ~ as it is; write {key}=$HOME{value[1:]}"
+        what = "close its brackets, or quote a text with accents, brackets, commas or signs"
+        return f"{setting}: cannot be read; {what}: {quoted(key, value)}"
     cause = error.__cause__
     if not isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or cause.parent_node is None:
         return one_line(error)
@@ -114,23 +117,11 @@ def explain(error: CompactHydraException) -> str:
     return f"{cause.full_key}=: no such setting; {ask} --cfg job prints all"
 
 
-def how_to_write(setting: str) -> str:
-    """What to do about a `key=value` that Hydra cannot read."""
-    key, given, value = setting.partition("=")
-    if not given:
-        return f"{setting}: not a setting; write key=value"
-    if value.startswith("~/"):
-        return f"{setting}: the shell leaves this ~ as it is; write {key}=$HOME{value[1:]}"
-    what = "close its brackets, or quote a text with accents, brackets, commas or signs"
-    return f"{setting}: cannot be read; {what}: {quoted(key, value)}"
-
-
 def quoted(key: str, text: str) -> str:
     """The setting as the shell takes it, with the quotes that Hydra wants around a text."""
     # Backslashes are doubled where a quote follows, and only there.
     inner = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text)
-    inner = inner.replace("${", r"\${")
-    return shlex.quote(f'{key}="{inner}"')
+    return shlex.quote('{}="{}"'.format(key, inner.replace("${", r"\${")))
 
 
 def check_settings(cfg: DictConfig, arguments: Sequence[str]) -> None:
@@ -141,39 +132,35 @@ def check_settings(cfg: DictConfig, arguments: Sequence[str]) -> None:
             an instruction was read as a list, a dict or a number, or `overwrite=true` would delete something
             that the same command reads.
     """
-    values = flatten(OmegaConf.to_container(cfg))
-    if missing := sorted(key for key, value in values.items() if value == MISSING):
+    unresolved = flatten(OmegaConf.to_container(cfg)).items()
+    if missing := sorted(key for key, value in unresolved if value == MISSING):
         needed = ", ".join(f"{key}=" for key in missing)
         raise UserError(f"{missing[0]}=: not given; this command needs {needed}")
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{one_line(error)}; a text with ${{ is written with \\${{") from None
-    written = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in arguments)}
+    written = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
     for key, value in written.items():
         read = OmegaConf.select(cfg, key, default=None) if key in TEXTS else None
-        if read is not None and not isinstance(read, str):
+        if not isinstance(read, str | None):
             kind = {ListConfig: "list", DictConfig: "dict"}.get(type(read), type(read).__name__)
             raise UserError(f"{key}={value}: is read as {kind}; quote a text: {quoted(key, value)}")
     if cfg.get("overwrite"):
+        output = Path(cfg.output).resolve()
         for key, value in flatten(OmegaConf.to_container(cfg)).items():
-            if key != "output" and isinstance(value, str) and value and _is_within(value, cfg.output):
+            text = isinstance(value, str) and value and key != "output"
+            if text and Path(value).resolve().is_relative_to(output):
                 lost = f"overwrite=true would delete {key}={value}, which is in it"
                 raise UserError(f"output={cfg.output}: {lost}; choose another output=")
-
-
-def _is_within(path: str, folder: str) -> bool:
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} → {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 
@@ -195,19 +182,20 @@ def compose_preset(name: str, *settings: str) -> DictConfig:
 def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
     """Settings from YAML or JSON as the (nested) dataclass `cls`; `where` names the section in errors.
 
-    Raises UserError for a key the dataclass does not have, for a value of another type, and for a plain value
-    that refers to something else, an environment variable say: files of others may not read these.
+    Raises:
+        UserError: a key the dataclass does not have, a value of another type, or one that refers to something
+            else, an environment variable say: files of others may not read these.
     """
     if isinstance(values, dict) and (reference := REFERENCE.search(str(values))):
         raise UserError(f"{where}: {reference[0]} refers to something outside; write the value itself")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason, key = str(error).splitlines()[0].rstrip("."), f"{where}.{error.full_key}"
         if "is not a ListConfig" in reason:
             reason = "must be a list"
+        fault = f"{reason}; see {cls.__name__} in {cls.__module__}"
+        if key in RETIRED:
+            fault = f"no longer a setting; {RETIRED[key]}"
         given = flatten(values).get(error.full_key)
-        key = f"{where}.{error.full_key}" + ("" if given is None else f"={given}")
-        if hint := RETIRED.get(f"{where}.{error.full_key}"):
-            raise UserError(f"{key}: no longer a setting; {hint}") from error
-        raise UserError(f"{key}: {reason}; see {cls.__name__} in {cls.__module__}") from error
+        raise UserError(key + ("" if given is None else f"={given}") + f": {fault}") from error

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 class UserError(ValueError):
     """Something the user can fix. The message is one line: what was wrong (file or value), and what to do.
@@ -49,6 +51,6 @@ def writing(output: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         fix = "free some space, then continue with resume=true"
         raise UserError(f"{output}: cannot write {what} ({_reason(error)}); {fix}") from None

@@ -1,17 +1,40 @@
-"""The processes of `accelerate launch`, for work that they share without training."""
+"""The processes of `accelerate launch`, in training and without, and the tensors that FSDP2 shards.
+
+In a sharded run each process keeps 1/N of every trained tensor, and of its gradient, average and optimizer
+state (`StageModel.shard`). `full_tensor` puts a tensor together for a file and `shard_like` takes a process's
+part of one, so checkpoints do not depend on the launch.
+"""
 
 import os
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+
+from defi.errors import UserError
 
 Task = TypeVar("Task")
 
-LONGEST = timedelta(days=7)  # that one process may wait for the others
+LONGEST = timedelta(days=7)  # that one process may wait for the others, without training
+LONGEST_WAIT = timedelta(hours=2)  # of the others while the main one previews, rolls out or saves
+FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`, as these:
+SUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",  # the presets have a setting of their own
+}
+
+
+# ---------------------------------------------------------------- without training
 
 
 def processes() -> PartialState:
@@ -36,3 +59,62 @@ def share(tasks: Sequence[Task]) -> list[Task]:
     state = processes()
     state.wait_for_everyone()
     return list(tasks[state.process_index :: state.num_processes])
+
+
+# ---------------------------------------------------------------- training
+
+
+def sharding_requested() -> bool:
+    """Whether `accelerate launch` was asked to shard the model; UserError: otherwise than fsdp.yaml does."""
+    for name, value in SUPPORTED.items():
+        if os.environ.get(name, value).lower() != value:
+            fix = "launch with --config_file configs/accelerate/fsdp.yaml"
+            raise UserError(f"{name}={os.environ[name]}: only {name.lower()}: {value} is supported; {fix}")
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get(FSDP, "").lower() in ("true", "1")
+
+
+def join_training(precision: str, tracker: str | None, output: Path) -> Accelerator:
+    """Join the processes that `accelerate launch` started, or be the only one."""
+    if sharding_requested() and precision == "fp16":
+        raise UserError("trainer.precision=fp16: not for a sharded model; set trainer.precision=bf16")
+    # Newer torch has another name for this switch; accelerate's handler knows the old one alone.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    handlers = [ddp, InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+    request = os.environ.pop(FSDP, None)  # accelerate would shard in its own way, and on GPUs only
+    try:
+        return Accelerator(
+            mixed_precision=precision, log_with=tracker, project_dir=output, kwargs_handlers=handlers
+        )
+    except ValueError as error:
+        raise UserError(f"trainer.precision={precision}: {error}; set trainer.precision=no") from None
+    finally:
+        if request is not None:
+            os.environ[FSDP] = request
+
+
+def in_any_process(fact: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so in any process; every process must ask."""
+    if accelerator.num_processes == 1:  # a GPU need not be waited for
+        return fact
+    return bool(accelerator.reduce(torch.tensor(float(fact), device=accelerator.device), "sum") > 0)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of the tensor."""
+    return hasattr(tensor, "full_tensor")  # a DTensor, which takes seconds to import
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The complete tensor. Of a sharded one, all processes must ask together and in the same order."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_like(value: Tensor, target: Tensor) -> Tensor:
+    """The part of `value`, complete in every process, that corresponds to this process's part of `target`."""
+    if not is_sharded(target):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.detach().to(target.device)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)

@@ -20,8 +20,7 @@ from time import monotonic
 
 from rich.progress import track
 
-from defi.cache import take_turn, user_cache
-from defi.engine.output import write_file
+from defi.engine.output import take_turn, user_cache, write_file
 from defi.errors import UserError
 from defi.video import Numbering, number_video
 

@@ -31,7 +31,7 @@ from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import open_checkpoint
-from defi.engine import checkpoint, rng, state
+from defi.engine import checkpoint, state
 from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
@@ -84,8 +84,8 @@ def read_state(folder: Path) -> None:
     file = folder / state.OPTIMIZER
     load_strict(optimizer_tensors(optimizer, model), read_tensors(file), source=file)
     _, generators = state.read_progress(folder)
-    with rng.preserved_rng():
-        rng.set_rng_state(generators[0])
+    with state.preserved_rng():
+        state.set_rng_state(generators[0])
         torch.rand(3), np.random.rand(3), random.random()
 
 
@@ -96,7 +96,7 @@ def make_state(folder: Path) -> None:
     optimizer.step()
     tensors = optimizer_tensors(optimizer, model)
     progress = state.Progress(step=2, samples=8)
-    state.TrainingState(model, None, tensors, progress, [rng.rng_state()]).write(folder)
+    state.TrainingState(model, None, tensors, progress, [state.rng_state()]).write(folder)
 
 
 def make_calvin(folder: Path) -> None:

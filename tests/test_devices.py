@@ -10,8 +10,8 @@ from stages import STAGES
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from defi.engine.ema import EMA
 from defi.engine.model import StageModel
+from defi.engine.optimizer import EMA
 
 
 def training_step(stage: str, device: torch.device) -> dict[str, Tensor]:

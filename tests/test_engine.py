@@ -18,10 +18,9 @@ from defi.config import CONFIG_DIR
 from defi.engine import checkpoint, plot
 from defi.engine.config import TrainerConfig
 from defi.engine.data import StepOrder
-from defi.engine.ema import EMA
 from defi.engine.log import read_metrics
 from defi.engine.loop import train
-from defi.engine.optimizer import learning_rate
+from defi.engine.optimizer import EMA, learning_rate
 from defi.engine.output import prepare_output
 from defi.errors import UserError
 

@@ -14,9 +14,9 @@ from engine_toy import Points, Toy, ToyConfig, toy, trainer
 from safetensors.torch import load_file
 
 from defi.engine import checkpoint, loop, state
+from defi.engine.faults import EXIT_PREEMPTED, SIGNALS
 from defi.engine.log import read_metrics
 from defi.engine.loop import train
-from defi.engine.preemption import EXIT_PREEMPTED, SIGNALS
 from defi.errors import UserError
 
 CONFIG = {"preset_name": "toy"}

@@ -14,8 +14,8 @@ from stages import STAGES, assert_same_training, build_lora_policy, train_stage
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from defi import processes
 from defi.config import compose_preset
-from defi.engine import distributed
 from defi.engine.checkpoint import find_checkpoint
 from defi.engine.log import METRICS, read_metrics
 from defi.engine.loop import train
@@ -115,17 +115,18 @@ def test_the_full_size_unet_is_sharded_by_eight(rank: int) -> None:
     frozen = {"vae": nn.Linear(3, 3), "clip": nn.Linear(3, 3)}
     model = GFDM(config, unet=unet, scheduler=build_scheduler(), **frozen)
     trained = sum(parameter.numel() for _, parameter in model.trainable())
-    sizes = [sum(p.numel() for p in block.parameters()) for block in model.unfrozen_blocks()]
+    blocks = [m for m in model.unfrozen(model.named_modules()).values() if isinstance(m, model.blocks)]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
     try:
-        kept = model.frozen_parameters()
-        distributed.shard(model, model.unfrozen_blocks(), kept, torch.device("cpu"))
+        model.shard(torch.device("cpu"))
+        kept = [p for part in model.frozen for p in model.get_submodule(part).parameters()]
         shares = [parameter.to_local().numel() for _, parameter in model.trainable()]
     finally:
         dist.destroy_process_group()
     assert trained / 1e6 == pytest.approx(1524.6, abs=0.1)
     assert sum(shares) == pytest.approx(trained / 8, rel=1e-4)
-    assert kept and not any(map(distributed.is_sharded, kept))
+    assert kept and not any(map(processes.is_sharded, kept))
     bytes_per_weight = 4 * (1 + 1 + 2 + 1)  # weight, gradient, two moments, average
     assert bytes_per_weight * trained / 1e9 == pytest.approx(30.5, abs=0.05)
     assert bytes_per_weight * sum(shares) / 1e9 == pytest.approx(3.8, abs=0.05)
@@ -138,9 +139,9 @@ def test_the_full_size_unet_is_sharded_by_eight(rank: int) -> None:
 @pytest.mark.parametrize(
     ("environment", "settings", "told"),
     [
-        ({distributed.FSDP: "true"}, {"precision": "fp16"}, "fp16: .*trainer.precision=bf16"),
+        ({processes.FSDP: "true"}, {"precision": "fp16"}, "fp16: .*trainer.precision=bf16"),
         (
-            {distributed.FSDP: "true", "FSDP_VERSION": "1"},
+            {processes.FSDP: "true", "FSDP_VERSION": "1"},
             {},
             "FSDP_VERSION=1: only fsdp_version: 2 .*configs/accelerate/fsdp.yaml",
         ),

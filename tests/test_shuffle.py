@@ -5,8 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from defi.engine.data import StepOrder
-from defi.engine.shuffle import Shuffle
+from defi.engine.data import Shuffle, StepOrder
 
 
 def epochs(size: int, number: int, seed: int = 0) -> np.ndarray:

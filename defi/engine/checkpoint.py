@@ -15,24 +15,23 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
 
 import defi
-from defi.engine.ema import EMA
 from defi.engine.model import StageModel
+from defi.engine.optimizer import EMA
 from defi.engine.output import sync
 from defi.engine.state import AVERAGES, TrainingState
 from defi.engine.weights import COPY_AGAIN
-from defi.errors import UserError, one_line
+from defi.errors import UserError, writing
 from defi.files import read_json, read_yaml
 
 MANIFEST = "manifest.json"
@@ -49,8 +48,7 @@ PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safete
 def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
     """Folder of the newest complete checkpoint at `path`: a run's output folder or a checkpoint itself.
 
-    Raises:
-        UserError: there is none, or (with `stage`) it belongs to another stage.
+    UserError if there is none, or (with `stage`) it belongs to another stage.
     """
     path = Path(path)
     found = [path] if is_complete(path) else list_checkpoints(path)
@@ -76,10 +74,9 @@ def read_manifest(path: Path | str, stage: str | None = None) -> dict[str, Any]:
     files {name: size}.
     """
     manifest = read_json(find_checkpoint(path) / MANIFEST, COPY_AGAIN)
-    if stage is not None and manifest["stage"] != stage:
-        raise UserError(
-            f"{path}: holds a {manifest['stage']} checkpoint, not {stage}; give the folder of a {stage} run"
-        )
+    if stage not in (None, manifest["stage"]):
+        fault = f"holds a {manifest['stage']} checkpoint, not {stage}"
+        raise UserError(f"{path}: {fault}; give the folder of a {stage} run")
     return manifest
 
 
@@ -100,12 +97,6 @@ def continues(run: Path | str, resume: bool) -> bool:
     if (run / RUN_CONFIG).is_file() and not any((run / "checkpoints").glob("step_*")):
         return False
     raise UserError(f"{run}: resume=true, but it holds no complete checkpoint; leave resume out to start")
-
-
-def how_to_continue(run: Path) -> str:
-    """What to do after a run has failed, as the end of a message."""
-    saved = list_checkpoints(run)
-    return f"then continue from {saved[-1].name} with resume=true" if saved else "then start again"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -139,7 +130,6 @@ def save(
     step: int,
     config: Mapping[str, Any],
     data: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
     state: TrainingState | None = None,
 ) -> Path:
     """Write `<run>/checkpoints/step_<step>`: into a hidden folder, flushed to the disk, then renamed.
@@ -147,15 +137,11 @@ def save(
     Args:
         config: resolved configuration of the run; its `preset_name` goes into the manifest.
         data: size and fingerprint of the training data.
-        metrics: of the latest evaluation.
-        state: what an exact resume needs, of this model; None leaves weights only.
-
-    Raises:
-        UserError: the disk is full or cannot be written to; nothing half-written stays.
+        state: what an exact resume needs, of this model, and latest metrics; None leaves weights only.
     """
     final = run / "checkpoints" / f"step_{step:08d}"
     folder = final.with_name(f".writing_{final.name}")
-    with _disk(final):
+    with writing(run, final.name):
         for leftover in final.parent.glob(".*_step_*"):
             shutil.rmtree(leftover)
         try:
@@ -170,7 +156,7 @@ def save(
                 "preset": config.get("preset_name"),
                 "step": step,
                 "data": dict(data or {}),
-                "metrics": dict(metrics or {}),
+                "metrics": state.progress.metrics if state is not None else {},
                 "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
             }
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -189,10 +175,10 @@ def save(
 
 def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
     """Delete all but the newest `keep` complete checkpoints and the one with the largest `best_metric`."""
-    checkpoints, found = list_checkpoints(run), scores(run, best_metric)
+    found = scores(run, best_metric)
     best = max(found, key=found.__getitem__, default=None)  # the oldest of equals: the one evaluated
-    with _disk(run / "checkpoints"):
-        for folder in checkpoints[:-keep]:
+    with writing(run, "its checkpoints"):
+        for folder in list_checkpoints(run)[:-keep]:
             if folder != best:
                 remove(folder)
 
@@ -204,25 +190,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-@contextmanager
-def _disk(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        fix = "free space or repair the disk, then continue with resume=true"
-        raise UserError(f"{place}: cannot be written ({one_line(error)}); {fix}") from None
-
-
 class CheckpointWriter:
     """Copies the state of training to main memory and writes it in a thread; training waits for the copy.
 
-    All processes call it together, because of sharded tensors; only the main one keeps a copy and writes. An
-    error of the thread is raised by the next call.
-
-    Args:
-        state: of the training.
-        model: a copy of the model in main memory, made before it was sharded; None but in the main process.
-        write: called in the thread with the copy of the state.
+    All processes call it together, because of sharded tensors; only the main one has a copy of the `model`,
+    made before it was sharded, and calls `write` with it. An error of the thread is raised by the next call.
     """
 
     def __init__(
@@ -258,34 +230,27 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        """Wait, and let the thread end."""
-        self._thread.shutdown()
-        self.wait()
-
 
 # ---------------------------------------------------------------- where weights come from
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Code version, packages and machine, as they were when first asked."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    """Code version, packages and machine, as they were when first asked.
+
+    `git_commit` is of the checkout this code runs from, and says whether files differ from it; or None.
+    """
+    git = ("git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--abbrev=40")
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        describe = (*git, "--exclude=*", f"--dirty={CHANGED}")
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
+        commit = done.stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "version": defi.__version__,
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "packages": {"python": platform.python_version(), **versions},
         "hardware": {"device": device, "system": platform.system()},
     }
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout this code runs from, and whether files differ from it; None where installed."""
-    git = ("git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}")
-    describe = ("describe", "--always", "--exclude=*", "--abbrev=40", f"--dirty={CHANGED}")
-    try:
-        done = subprocess.run([*git, *describe], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -10,10 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from defi.config import typed
 from defi.errors import UserError
 
-SCHEDULES, PRECISIONS = ("constant", "tri_stage"), ("no", "fp16", "bf16")
-MATMULS = ("highest", "high", "medium")
-# Settings, a rule, and what to say where it does not hold.
-RULES = (
+CHOICES = {
+    "schedule": ("constant", "tri_stage"),
+    "precision": ("no", "fp16", "bf16"),
+    "matmul": ("highest", "high", "medium"),
+}
+RULES = (  # settings, a rule, and what to say where it does not hold
     ("global_batch passes log_every keep", lambda n: n >= 1, "must be at least 1"),
     ("max_steps epochs micro_batch", lambda n: n is None or n >= 1, "must be at least 1, or null"),
     ("workers skip_nonfinite weight_decay", lambda n: n >= 0, "must not be negative"),
@@ -22,13 +24,10 @@ RULES = (
     ("betas", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b), "two numbers in [0, 1)"),
     ("clip", lambda x: x is None or x > 0, "must be positive, or null for no clipping"),
     ("warmup", lambda x: 0 <= x <= 1, "is a share of the steps, in [0, 1]"),
-    ("phases", lambda p: len(p) == 3 and min(p) >= 0, "three shares that sum to 1"),
-    ("phases", lambda p: abs(sum(p) - 1) < 1e-6, "three shares that sum to 1"),
+    ("phases", lambda p: len(p) == 3 and min(p) >= 0 and abs(sum(p) - 1) < 1e-6, "three shares, sum 1"),
     ("bad_samples", lambda x: 0 <= x < 1, "is a share of the samples, in [0, 1)"),
     ("ema", lambda x: x is None or 0 < x < 1, "must lie in (0, 1), or null for none"),
-    ("schedule", lambda name: name in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}"),
-    ("precision", lambda name: name in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}"),
-    ("matmul", lambda name: name in MATMULS, f"choose one of {', '.join(MATMULS)}"),
+    *((key, known.__contains__, f"choose one of {', '.join(known)}") for key, known in CHOICES.items()),
 )
 
 
@@ -98,11 +97,7 @@ class TrainerConfig:
         return replace(self, max_steps=min(steps, self.max_steps or steps))
 
     def split_batch(self, processes: int) -> tuple[int, int]:
-        """(micro-batch, accumulation) such that processes × micro-batch × accumulation = global batch.
-
-        Raises:
-            UserError: the global batch cannot be divided that way.
-        """
+        """(micro-batch, accumulation) such that processes × micro-batch × accumulation = global batch."""
         share, rest = divmod(self.global_batch, processes)
         if rest or share == 0:
             why = f"not divisible by {processes} processes; choose a multiple of {processes}"

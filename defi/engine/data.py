@@ -11,6 +11,8 @@ generator starts from (`stream`). So no stream is another one's, or a part of it
 
 import atexit
 import hashlib
+import itertools
+import math
 import re
 import signal
 import time
@@ -21,17 +23,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64, UInt64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from defi.engine.config import TrainerConfig
-from defi.engine.shuffle import Shuffle
 from defi.errors import UserError
 from defi.processes import print_once
 
 GOODBYE = 5.0  # seconds that a process takes at most from closing its pipes to its end
+ROUNDS = 12  # of a shuffle: as many as the smallest data sets need to look shuffled
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 Draw = tuple[int, int]  # (epoch, index)
+Process = tuple[int, int]  # (its number, how many there are)
 Batch = dict[str, Any]
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -41,9 +45,8 @@ Value = TypeVar("Value")
 
 
 def _hash(size: int, *name: object) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(" ".join(map(str, name)).encode(), digest_size=size).digest(), "little"
-    )
+    text = " ".join(map(str, name)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=size).digest(), "little")
 
 
 def seed_of(purpose: str, *numbers: int) -> int:
@@ -64,11 +67,8 @@ def stream(purpose: str, *numbers: int) -> np.random.Generator:
 class SampleNoise:
     """Random numbers that belong to samples, not to batches: equal for any batch size or number of processes.
 
-    The same seed and purpose give the same numbers again; another purpose gives independent ones.
-
-    Args:
-        seeds: the batch's `seed`, on the CPU.
-        device: where the numbers are wanted.
+    The same seed (of the batch, on the CPU) and purpose give the same numbers again, on `device`; another
+    purpose gives independent ones.
     """
 
     def __init__(self, seeds: Int[Tensor, " B"], device: torch.device) -> None:
@@ -93,11 +93,51 @@ class SampleNoise:
 # ---------------------------------------------------------------- samples and their order
 
 
-class StepOrder(Sampler[list[Draw]]):
-    """Endless micro-batches of one process, starting at a position in the stream of samples.
+class Shuffle:
+    """An endless stream of the numbers below `size`: one keyed pseudo-random permutation per epoch.
 
-    The stream is a fresh seeded permutation of all indices per epoch, one after the other (`Shuffle`). Step k
-    takes the samples [k·G, (k+1)·G); process r of P takes every P-th of those from the r-th on, in
+    A Feistel network over pairs (left, right) of numbers below a and b, a·b ≥ size, that adds a hash of one
+    half to the other, in turn: invertible, so a permutation of a·b numbers. What comes out beyond `size` is
+    put in again until it does not, which leaves a permutation of `size` numbers (Black and Rogaway 2002,
+    "Ciphers with Arbitrary Finite Domains", sections 4 and 5). Hash: the finaliser of SplitMix64 (Steele et
+    al. 2014). Statistically a shuffle, not a cipher. No memory that grows with `size`.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        left = math.isqrt(size - 1) + 1
+        self.size, self.left, self.right = np.uint64(size), np.uint64(left), np.uint64(-(-size // left))
+        self._keys = np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64)
+
+    def at(self, positions: Int64[np.ndarray, " N"]) -> tuple[Int64[np.ndarray, " N"], ...]:
+        """Epochs and numbers at these positions of the stream; every `size` positions are an epoch."""
+        epochs, numbers = np.divmod(positions.astype(np.uint64), self.size)
+        keys = _mixed(self._keys[:, None] + epochs * GOLDEN)
+        numbers = self._permuted(numbers, keys)
+        while (outside := numbers >= self.size).any():
+            numbers[outside] = self._permuted(numbers[outside], keys[:, outside])
+        return epochs.astype(np.int64), numbers.astype(np.int64)
+
+    def _permuted(
+        self, numbers: UInt64[np.ndarray, " N"], keys: UInt64[np.ndarray, "K N"]
+    ) -> UInt64[np.ndarray, " N"]:
+        left, right = np.divmod(numbers, self.right)
+        for even, odd in zip(keys[::2], keys[1::2]):
+            left = (left + _mixed(right + even) % self.left) % self.left
+            right = (right + _mixed(left + odd) % self.right) % self.right
+        return left * self.right + right
+
+
+def _mixed(x: UInt64[np.ndarray, " *N"]) -> UInt64[np.ndarray, " *N"]:
+    """64 well-mixed bits for each number."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class StepOrder(Sampler[list[Draw]]):
+    """Endless micro-batches of one process, starting at a position in the stream of samples (`Shuffle`).
+
+    Step k takes the samples [k·G, (k+1)·G); process r of P takes every P-th of those from the r-th on, in
     micro-batches. So a position is one number, and the global batches do not depend on P or on the
     micro-batch.
     """
@@ -105,14 +145,7 @@ class StepOrder(Sampler[list[Draw]]):
     AHEAD = 1024  # positions that are looked up at once, because that costs little more than one
 
     def __init__(
-        self,
-        size: int,
-        *,
-        seed: int,
-        start: int,
-        global_batch: int,
-        micro_batch: int,
-        process: tuple[int, int],
+        self, size: int, *, seed: int, start: int, global_batch: int, micro_batch: int, process: Process
     ) -> None:
         self.size, self.start = size, start
         self.global_batch, self.micro_batch = global_batch, micro_batch
@@ -129,13 +162,10 @@ class StepOrder(Sampler[list[Draw]]):
         return self._block[1][offset]
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        position = self.start
-        while True:
-            share = range(position + self.rank, position + self.global_batch, self.processes)
-            draws = [self.draw(p) for p in share]
-            for first in range(0, len(draws), self.micro_batch):
-                yield draws[first : first + self.micro_batch]
-            position += self.global_batch
+        for first in itertools.count(self.start, self.global_batch):
+            share = range(first + self.rank, first + self.global_batch, self.processes)
+            draws = [self.draw(position) for position in share]
+            yield from (draws[i : i + self.micro_batch] for i in range(0, len(draws), self.micro_batch))
 
 
 class SeededDataset(Dataset):
@@ -152,67 +182,59 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         if not self.tolerant:
-            return self.read(draw)
+            return self._read(draw)
         others = stream("other samples", self.seed, *draw).integers(len(self.dataset), size=self.TRIES)
         faults: list[str] = []
         for candidate in (draw[1], *others.tolist()):
             try:
-                return {**self.read((draw[0], candidate)), "fault": "\n".join(faults)}
+                return {**self._read((draw[0], candidate)), "fault": "\n".join(faults)}
             except UserError as error:
                 faults.append(f"sample {candidate}: {error}")
         raise UserError(faults[-1])
 
-    def read(self, draw: Draw) -> dict[str, Any]:
-        """The sample of one draw."""
+    def _read(self, draw: Draw) -> dict[str, Any]:
         seed, index = seed_of("training", self.seed, *draw), draw[1]
-        drawn = hasattr(self.dataset, "sample")
-        sample = self.dataset.sample(index, stream("sample", seed)) if drawn else self.dataset[index]
+        random = hasattr(self.dataset, "sample")
+        sample = self.dataset.sample(index, stream("sample", seed)) if random else self.dataset[index]
         return {**sample, "seed": seed}
 
 
 def readable(read: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Value]]:
     """Each item that can be read, and what `read` makes of it; at the end a line counts the others.
 
-    For what is only shown: in training `SeededDataset` replaces what cannot be read.
-
-    Raises:
-        UserError: none can be read.
+    For what is only shown: in training `SeededDataset` replaces such items. UserError if none can be read.
     """
-    count, faults = 0, []
+    items, faults = list(items), []
     for item in items:
         try:
             value = read(item)
         except UserError as error:
             faults.append(error)
         else:
-            count += 1
             yield item, value
-    if faults and not count:
+    if faults and len(faults) == len(items):
         raise faults[0]
     if faults:
-        total = len(faults) + count
-        print_once(f"left out: {len(faults)} of {total} samples to look at; the first: {faults[0]}")
+        print_once(f"left out: {len(faults)} of {len(items)} samples to look at; the first: {faults[0]}")
 
 
 class Feed:
     """Batches of one process, step by step, with the time spent waiting for them.
 
-    Attributes:
-        samples: position in the stream: samples that all processes have consumed.
-        waited: seconds spent waiting for data since it was last set to 0.
-        parts: pieces that a loaded micro-batch is split into, where the memory does not hold it.
-        faults: samples of this process that could not be read and were replaced, and why.
+    samples: position in the stream: samples that all processes have consumed.
+    waited: seconds spent waiting for data since it was last set to 0.
+    parts: pieces that a loaded micro-batch is split into, where the memory does not hold it.
+    faults: samples of this process that could not be read and were replaced, and why.
     """
 
     def __init__(
         self, dataset: Dataset, trainer: TrainerConfig, accelerator: Accelerator, *, seed: int, start: int
     ) -> None:
         self.trainer, self.device = trainer, accelerator.device
-        process = (accelerator.process_index, accelerator.num_processes)
         micro_batch, self.accumulation = trainer.split_batch(accelerator.num_processes)
         self.order = StepOrder(
             len(dataset), seed=seed, start=start, global_batch=trainer.global_batch, micro_batch=micro_batch,
-            process=process,
+            process=(accelerator.process_index, accelerator.num_processes),
         )  # fmt: skip
         self.samples, self.waited, self.parts = start, 0.0, 1
         self.faults: list[str] = []
@@ -230,8 +252,7 @@ class Feed:
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next step, on the device; strings and `seed` stay where they are.
 
-        Raises:
-            UserError: a sample cannot be read, or more than `trainer.bad_samples` were replaced.
+        UserError if a sample cannot be read, or more than `trainer.bad_samples` were replaced.
         """
         start = time.perf_counter()
         try:
@@ -239,29 +260,21 @@ class Feed:
         except (ConnectionError, EOFError) as error:  # before the loader notices
             time.sleep(GOODBYE)  # its signal handler raises an error that says more, here and not later
             raise RuntimeError(f"DataLoader worker: {error}") from error
-        except (
-            UserError,
-            OSError,
-        ) as error:  # a worker sends its traceback along, which ends with the message
+        except (UserError, OSError) as error:
+            # A worker sends its traceback along, which ends with the message.
             reason = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
             lost = f"data: {reason}; restore it, then continue with resume=true"
             raise UserError(reason if isinstance(error, UserError) else lost) from None
         self.waited += time.perf_counter() - start
         self.samples += self.trainer.global_batch
-        self._note_faults(
-            [line for b in batches for lines in b.pop("fault", []) for line in lines.splitlines()]
-        )
-        parts = [part for batch in batches for part in split(batch, self.parts)]
-        return [send_to_device(part, self.device, non_blocking=True, skip_keys="seed") for part in parts]
-
-    def _note_faults(self, faults: list[str]) -> None:
-        """Raise UserError where more samples than allowed, of a pass or of all since the start, were bad."""
-        self.faults += faults
+        self.faults += [line for b in batches for lines in b.pop("fault", []) for line in lines.splitlines()]
         drawn = max(self.samples - self.order.start, self.order.size) / self.order.processes
         if (count := len(self.faults)) > (allowed := self.trainer.bad_samples) * drawn:
             what = f"{count} samples could not be read, more than trainer.bad_samples={allowed} allows"
             latest = "; ".join(dict.fromkeys(self.faults[-3:]))
             raise UserError(f"data: {what}; fix or remove them, or raise it: {latest}")
+        parts = split(batches, self.parts)
+        return [send_to_device(part, self.device, non_blocking=True, skip_keys="seed") for part in parts]
 
     def indices(self) -> list[int]:
         """Indices in the data set of the latest step's samples, of all processes."""
@@ -273,11 +286,11 @@ class Feed:
         """Samples of one forward pass."""
         return self.order.micro_batch // self.parts
 
-    def shrink(self) -> int:
-        """From now on take fewer samples at a time; returns how many times more often."""
+    def shrink(self, batches: list[Batch]) -> list[Batch]:
+        """From now on take fewer samples at a time; returns these batches split so."""
         factor = next(n for n in range(2, self.micro_batch + 1) if self.micro_batch % n == 0)
         self.parts *= factor
-        return factor
+        return split(batches, factor)
 
     @property
     def epochs(self) -> float:
@@ -305,10 +318,10 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch of B samples as `parts` batches of B / parts."""
+def split(batches: list[Batch], parts: int) -> list[Batch]:
+    """Batches of B samples, each as `parts` batches of B / parts."""
     if parts == 1:
-        return [batch]
-    size = len(batch["seed"]) // parts
+        return batches
+    size = len(batches[0]["seed"]) // parts
     pieces = [slice(first, first + size) for first in range(0, size * parts, size)]
-    return [{name: value[piece] for name, value in batch.items()} for piece in pieces]
+    return [{name: value[piece] for name, value in b.items()} for b in batches for piece in pieces]

@@ -1,11 +1,17 @@
-"""What goes wrong in a run: numbers that are not finite, too little memory, lost workers and processes."""
+"""What ends a run early: signals, numbers that are not finite, lack of memory, lost workers and processes."""
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,17 +20,40 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from defi.engine.checkpoint import how_to_continue
+from defi.engine.checkpoint import list_checkpoints
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Batch
-from defi.engine.distributed import in_any_process
 from defi.engine.model import StageModel
 from defi.engine.output import write_file
-from defi.engine.rng import preserved_rng
+from defi.engine.state import preserved_rng
 from defi.errors import UserError, one_line
+from defi.processes import in_any_process
 
+EXIT_PREEMPTED = 75  # "temporary failure, try again": start the same command with resume=true
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # As the loader says it, or `Feed`; an error within a worker comes as what it is, and says "Caught …" first.
 DEAD_WORKER = re.compile(r"DataLoader worker( \(pid|:)")
+
+
+class Preemption:
+    """Remembers that one of `SIGNALS` was received; a second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.received, self._previous = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        self.close()
+        if os.environ.get("RANK", "0") == "0":  # one of the processes
+            now = "saving after this step, then exiting. Send again to exit immediately."
+            print(f"{signal.Signals(number).name} received: {now}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Give the signals back to their previous handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 class Stopped(RuntimeError):
@@ -33,11 +62,8 @@ class Stopped(RuntimeError):
 
 @contextmanager
 def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
-    """A fault of memory, disk, loader workers or other processes is one line; other errors are bugs and stay.
-
-    Raises:
-        UserError: says what happened and from which checkpoint to continue.
-    """
+    """A fault of memory, disk, loader workers or other processes becomes a UserError, which says from which
+    checkpoint to continue; other errors are bugs and stay."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -56,7 +82,9 @@ def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
             fault = f"trainer.workers={trainer.workers}: {died}; lower trainer.workers"
         else:
             raise
-        raise UserError(f"{fault}, {how_to_continue(output)}") from error
+        saved = list_checkpoints(output)
+        then = f"continue from {saved[-1].name} with resume=true" if saved else "start again"
+        raise UserError(f"{fault}, then {then}") from error
 
 
 def micro_batch_fits(model: StageModel, batch: Mapping[str, Any], accelerator: Accelerator) -> bool:
@@ -79,19 +107,16 @@ def micro_batch_fits(model: StageModel, batch: Mapping[str, Any], accelerator: A
     return not in_any_process(not fits, accelerator)
 
 
-def write_report(file: Path, model: StageModel, batches: Sequence[Batch], **facts: Any) -> str:
+def write_report(file: Path, model: StageModel, batches: Sequence[Batch], facts: Mapping[str, Any]) -> str:
     """Write a process's share of a step that is not finite: its texts, the `origin` and other facts as JSON.
 
-    The tensors of the i-th micro-batch are named `<i>.<name>` in a `.safetensors` file beside it.
-
-    Returns:
-        The origin (`find_origin`) and where the report is, or why it could not be written.
+    The tensors of the i-th micro-batch are named `<i>.<name>` in a `.safetensors` file beside it. Returns the
+    origin (`find_origin`) and where the report is, or why it could not be written.
     """
-    origin, texts, tensors = find_origin(model, batches), [], {}
-    for number, batch in enumerate(batches):
-        named = {name: value for name, value in batch.items() if torch.is_tensor(value)}
-        tensors |= {f"{number}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
-        texts.append({name: value for name, value in batch.items() if name not in named})
+    origin = find_origin(model, batches)
+    texts = [{name: value for name, value in b.items() if not torch.is_tensor(value)} for b in batches]
+    values = [(f"{i}.{name}", value) for i, b in enumerate(batches) for name, value in b.items()]
+    tensors = {name: value.cpu().contiguous() for name, value in values if torch.is_tensor(value)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file.with_suffix(".safetensors"), save(tensors))
@@ -113,23 +138,17 @@ def find_origin(model: StageModel, batches: Sequence[Batch]) -> str:
         if not all(tensor.isfinite().all() for tensor in _tensors(value)):
             found.append(what)
 
-    def watch(name: str) -> Callable[..., None]:
-        def check_output(module: nn.Module, inputs: Any, output: Any) -> None:
-            check(f"the output of {name}", output)
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(
-                        lambda gradient: check(f"the gradient that {name} receives", gradient)
-                    )
+    def watch(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        check(f"the output of {name}", output)
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(check, f"the gradient that {name} receives"))
 
-        return check_output
-
-    for batch in batches:
-        for name, value in batch.items():
-            check(f"{name!r} of the batch", value)
+    for name, value in (item for batch in batches for item in batch.items()):
+        check(f"{name!r} of the batch", value)
     for name, weights in model.named_parameters():
         check(f"the weights {name}", weights)
-    hooks = [m.register_forward_hook(watch(name or "the loss")) for name, m in model.named_modules()]
+    hooks = [m.register_forward_hook(partial(watch, name or "the loss")) for name, m in model.named_modules()]
     try:
         with preserved_rng():
             for batch in batches:
@@ -149,7 +168,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         if value.is_floating_point():
             yield value
         return
-    value = vars(value) if is_dataclass(value) and not isinstance(value, Mapping) else value
+    if is_dataclass(value) and not isinstance(value, Mapping):
+        value = vars(value)
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     for part in parts:
         yield from _tensors(part)

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from defi.engine import faults
 from defi.engine.config import TrainerConfig
 from defi.engine.data import Batch
-from defi.engine.distributed import full_tensor, in_any_process
+from defi.engine.faults import EXIT_PREEMPTED, Preemption
 from defi.engine.model import StageModel
 from defi.engine.optimizer import learning_rate
-from defi.engine.preemption import EXIT_PREEMPTED, Preemption
 from defi.engine.run import Inspect, Run
+from defi.processes import full_tensor, in_any_process
 
 
 def train(
@@ -47,7 +47,7 @@ def train(
         UserError: something does not fit (`Run`) or fails (`faults.explained`); or the loss or gradient is
             no longer finite: the run stops before that step moves the weights, unless
             `trainer.skip_nonfinite` lets it continue.
-        SystemExit: with `EXIT_PREEMPTED`, after saving, when a signal came (`defi.engine.preemption`).
+        SystemExit: with `EXIT_PREEMPTED`, after saving, when a signal came (`faults.Preemption`).
     """
     output = Path(output)
     with (

@@ -2,12 +2,14 @@
 
 import copy
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from defi.errors import reading
 from defi.files import check_sizes, read_json
 
 Model = TypeVar("Model", bound="StageModel")
+Part = TypeVar("Part")  # a module, parameter or tensor
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -29,7 +32,7 @@ class StageModel(nn.Module):
     trained, averaged or saved, and stay in eval mode; call `freeze()` once they exist. All that training
     changes are parameters and buffers: checkpoints are written from a copy of those (`copied_to`).
     `blocks` are the classes of the large modules, called through `forward` alone and not inside each other,
-    which a sharded run (`defi.engine.distributed`) puts together one at a time.
+    which a sharded run puts together one at a time (`shard`).
 
     Several processes: parameters get averaged gradients; buffers are *not* broadcast, so a buffer that
     accumulates over samples must be reduced over processes inside `forward`, `step_end` or `epoch_end`.
@@ -72,13 +75,10 @@ class StageModel(nn.Module):
             self.get_submodule(name).eval()
         return self
 
-    def is_frozen(self, name: str) -> bool:
-        """Whether a module, parameter or buffer belongs to a frozen sub-network."""
-        return f"{name}.".startswith(tuple(f"{part}." for part in self.frozen))
-
-    def frozen_parameters(self) -> set[nn.Parameter]:
-        """Those of the frozen sub-networks."""
-        return {parameter for name, parameter in self.named_parameters() if self.is_frozen(name)}
+    def unfrozen(self, named: Iterable[tuple[str, Part]]) -> dict[str, Part]:
+        """Of named modules, parameters or buffers those outside the frozen sub-networks."""
+        frozen = tuple(f"{part}." for part in self.frozen)
+        return {name: part for name, part in named if not f"{name}.".startswith(frozen)}
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer moves, in a fixed order."""
@@ -86,8 +86,7 @@ class StageModel(nn.Module):
 
     def mutable_tensors(self) -> dict[str, Tensor]:
         """Parameters and all buffers outside the frozen sub-networks: everything that training changes."""
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        return {name: tensor for name, tensor in tensors if not self.is_frozen(name)}
+        return self.unfrozen([*self.named_parameters(), *self.named_buffers()])
 
     def copied_to(self: Model, device: torch.device | str) -> Model:
         """A copy, not of a sharded model, with the `mutable_tensors` on a device; frozen networks are shared.
@@ -105,12 +104,25 @@ class StageModel(nn.Module):
 
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers outside the frozen sub-networks."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not self.is_frozen(name)}
+        return self.unfrozen(self.state_dict().items())
 
-    def unfrozen_blocks(self) -> list[nn.Module]:
-        """The modules of the classes `blocks` outside the frozen sub-networks."""
-        modules = self.named_modules()
-        return [m for name, m in modules if isinstance(m, self.blocks) and not self.is_frozen(name)]
+    def shard(self, device: torch.device) -> None:
+        """Shard the model by FSDP2, in place, over all processes; frozen networks stay complete in each.
+
+        While the model computes, each of its `blocks` is put together and released again; what is in no block
+        stays together for a forward and backward pass. Weights travel in float32 and autocast does the rest:
+        the numbers are those of an unsharded model in any precision.
+        """
+        from torch.distributed.device_mesh import init_device_mesh  # these take a second to import
+        from torch.distributed.fsdp import fully_shard
+
+        # Stable Video Diffusion's blocks return views; nothing after them works in place.
+        warnings.filterwarnings("ignore", message=r".*returned a view tensor", category=UserWarning)
+        blocks = [m for m in self.unfrozen(self.named_modules()).values() if isinstance(m, self.blocks)]
+        frozen = {*self.parameters()} - {*self.unfrozen(self.named_parameters()).values()}
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for module in (*blocks, self):
+            fully_shard(module, mesh=mesh, ignored_params=frozen)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and `config.json`; stages with a format of their own override this."""
@@ -120,11 +132,7 @@ class StageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: Path) -> Model:
-        """Build the model from its stored config and load its weights, strictly.
-
-        Raises:
-            UserError: a file is missing or damaged, or a tensor's name or shape does not fit.
-        """
+        """Build the model from its stored config and load its weights; UserError where anything misfits."""
         file = folder / CONFIG
         values = read_json(file, COPY_AGAIN)
         check_sizes(values, file)

@@ -1,6 +1,8 @@
-"""AdamW over everything that is trained, its state as named tensors, and its learning rate."""
+"""What moves the weights: AdamW over everything that is trained, its learning rate, averaged weights."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -57,3 +59,38 @@ def optimizer_tensors(optimizer: Optimizer, model: StageModel) -> dict[str, Tens
     """The optimizer's tensors as `<kind>.<parameter name>`; its settings are the configuration's."""
     named = ((name, optimizer.state[parameter]) for name, parameter in model.trainable())
     return {f"{kind}.{name}": tensor for name, state in named for kind, tensor in state.items()}
+
+
+class EMA:
+    """average ← average + (1 − d)·(weights − average), d = min(decay, (1 + n)/(10 + n)) at update n.
+
+    The rising decay lets short runs forget their initial weights. Frozen parameters are not averaged.
+    """
+
+    def __init__(self, model: StageModel, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.parameters = [p for _, p in model.trainable()]
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the present weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averaged weights inside this context, and its own again after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.average):  # one by one needs little memory
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)

@@ -1,4 +1,4 @@
-"""Output folders and atomic writes: no earlier run is lost by accident, no half-written file is seen."""
+"""Folders and files written to: no earlier run is lost by accident, no half-written file is seen."""
 
 import fcntl
 import os
@@ -56,26 +56,33 @@ def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool 
 
 
 def claim(output: Path) -> TextIO | None:
-    """Lock a folder for writing until the result is closed or this process ends.
-
-    Returns None where the file system has no locks.
+    """Lock a folder for writing until the result is closed or this process ends; None without locks there.
 
     Raises:
         UserError: another process is writing there.
     """
     try:
         file = (output / LOCK).open("a")
-    except OSError:
-        return None
-    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except OSError as error:
-        file.close()
-        if not isinstance(error, BlockingIOError | PermissionError):
-            return None
+    except BlockingIOError:
         fix = "wait for it, stop it, or choose another output="
         raise UserError(f"{output}: another process is writing there; {fix}") from None
+    except OSError:  # the file system has no locks, or lets nobody write
+        return None
+
+
+def take_turn(folder: Path) -> TextIO:
+    """Make a folder and wait until no other process is at work in it; closing the result ends the turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def user_cache() -> Path:
+    """For what can be made again at any time: `$XDG_CACHE_HOME/defi`, or `~/.cache/defi`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "defi"
 
 
 def is_leftover(path: Path) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -32,11 +31,7 @@ STYLE = {
 
 
 def curves(path: Path | str) -> Curves:
-    """Every number of a run as (steps, values), under `<kind>/<name>`, such as `train/loss`.
-
-    Args:
-        path: a run's output folder or its metrics.jsonl.
-    """
+    """Every number of a run (its folder or metrics.jsonl) as (steps, values), under `<kind>/<name>`."""
     file = Path(path, METRICS) if Path(path).is_dir() else Path(path)
     points: dict[str, list[tuple[int, float]]] = {}
     for record in read_metrics(file):
@@ -51,9 +46,6 @@ def draw(runs: Sequence[Path]) -> Figure:
     """The curves of the runs: a panel per number, a colour per run.
 
     Training is a line, everything else points; vertical lines mark steps that were left out.
-
-    Raises:
-        UserError: a run has no numbers.
     """
     panels: dict[str, list[tuple[str, str, np.ndarray, np.ndarray]]] = {}
     for color, run in enumerate(runs):
@@ -62,20 +54,30 @@ def draw(runs: Sequence[Path]) -> Figure:
             panels.setdefault(number, []).append((kind, f"C{color}", steps, values))
     left_out = panels.pop("left_out", [])
     if not panels:
-        raise UserError(
-            f"{runs[0]}: {METRICS} holds no numbers yet; wait for the first trainer.log_every steps"
-        )
+        fix = "wait for the first trainer.log_every steps"
+        raise UserError(f"{runs[0]}: {METRICS} holds no numbers yet; {fix}")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure((4.6 * columns, 2.6 * rows + 0.5), layout="constrained")
-    for place, number in enumerate(sorted(panels, key=_rank), start=1):
+    # Losses first, the machinery last.
+    order = sorted(panels, key=lambda name: (name in LAST, not name.endswith("loss"), name != "loss", name))
+    for place, number in enumerate(order, start=1):
         axis = figure.add_subplot(rows, columns, place)
-        for kind, color, steps, values in panels[number]:
-            _draw_curve(axis, kind, steps, values, color, smooth=number != "lr")
+        for curve in panels[number]:
+            _draw_curve(axis, number, *curve)
         for _, color, steps, _ in left_out:
             for step in steps:
                 axis.axvline(step, color=color, linewidth=0.8, linestyle=":")
-        _finish(axis, number)
+        axis.set_title(TITLES.get(number, number.replace("_", " ")), loc="left")
+        low, high = axis.dataLim.intervaly
+        if number.endswith("loss") and low > 0 and high > 5 * low:
+            log_scale(axis)
+        if number in SHARES:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if number in (*SHARES, "lr", "samples_per_s"):
+            axis.set_ylim(bottom=0)
+        if axis.get_legend_handles_labels()[1]:  # which marks are which
+            axis.legend(fontsize=8)
         axis.set_xlim(0, max(steps[-1] for found in panels.values() for _, _, steps, _ in found))
     names = [run.parent if run.name == METRICS else run for run in runs]
     handles = [Line2D([], [], color=f"C{color}", label=str(name)) for color, name in enumerate(names)]
@@ -83,43 +85,20 @@ def draw(runs: Sequence[Path]) -> Figure:
     return figure
 
 
-def _rank(number: str) -> tuple[int, str]:
-    """Order of the panels: losses first, the machinery last."""
-    return (0 if number == "loss" else 1 if number.endswith("loss") else 3 if number in LAST else 2, number)
-
-
 def _draw_curve(
-    axis: Axes, kind: str, steps: np.ndarray, values: np.ndarray, color: str, *, smooth: bool
+    axis: Axes, number: str, kind: str, color: str, steps: np.ndarray, values: np.ndarray
 ) -> None:
     """Training as a line, faint under its running mean where there are many points; the rest as points."""
     if kind != "train":
         label = None if kind in axis.get_legend_handles_labels()[1] else kind
         axis.plot(steps, values, MARKS.get(kind, "o-"), color=color, linewidth=0.6, label=label)
-    elif smooth and len(steps) >= SMOOTHED:
+    elif number != "lr" and len(steps) >= SMOOTHED:
+        window = np.ones(2 * (len(steps) // 50) + 1)
+        mean = np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
         axis.plot(steps, values, color=color, alpha=0.25)
-        axis.plot(steps, running_mean(values, len(steps) // 50), color=color)
+        axis.plot(steps, mean, color=color)
     else:
         axis.plot(steps, values, color=color, marker="" if len(steps) > 1 else ".")
-
-
-def running_mean(values: Float[np.ndarray, " N"], reach: int) -> Float[np.ndarray, " N"]:
-    """Mean of each value and as many as `reach` before and after it."""
-    ones = np.ones(2 * reach + 1)
-    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
-
-
-def _finish(axis: Axes, number: str) -> None:
-    """Title, scales, and which marks are which."""
-    axis.set_title(TITLES.get(number, number.replace("_", " ")), loc="left")
-    low, high = axis.dataLim.intervaly
-    if number.endswith("loss") and low > 0 and high > 5 * low:
-        log_scale(axis)
-    if number in SHARES:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if number in (*SHARES, "lr", "samples_per_s"):
-        axis.set_ylim(bottom=0)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=8)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,14 @@ from defi.config import flatten
 from defi.engine import checkpoint, faults
 from defi.engine.checkpoint import CheckpointWriter, continues, find_checkpoint, rotate, save
 from defi.engine.config import TrainerConfig
-from defi.engine.data import Batch, Feed, split
-from defi.engine.distributed import shard, sharding_requested, start_processes
-from defi.engine.ema import EMA
-from defi.engine.log import METRICS, TRACKERS, Journal, ProgressDisplay, check_tracker
+from defi.engine.data import Batch, Feed
+from defi.engine.log import METRICS, TRACKERS, Journal, check_tracker
 from defi.engine.model import StageModel
-from defi.engine.optimizer import build_optimizer, optimizer_tensors
+from defi.engine.optimizer import EMA, build_optimizer, optimizer_tensors
 from defi.engine.output import check_output, claim, prepare_output, write_file
-from defi.engine.rng import preserved_rng, rng_state, set_rng_state
-from defi.engine.state import Progress, TrainingState, read_progress
+from defi.engine.state import Progress, TrainingState, preserved_rng, read_progress, rng_state, set_rng_state
 from defi.errors import UserError
+from defi.processes import join_training, sharding_requested
 
 # Called with the model, the step and a folder for pictures or videos; returns numbers to log.
 Inspect = Callable[[StageModel, int, Path], Mapping[str, float]]
@@ -70,8 +68,9 @@ class Run:
         self.trainer = trainer = trainer.for_samples(len(dataset))
         self.data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
         progress, rng = read_progress(source) if source else (Progress(), [])
+        self.progress = progress
 
-        self.accelerator = accelerator = start_processes(trainer, check_tracker(tracker), output)
+        self.accelerator = accelerator = join_training(trainer.precision, check_tracker(tracker), output)
         self.main, device = accelerator.is_main_process, accelerator.device
         torch.set_float32_matmul_precision(trainer.matmul)
         set_seed(seed, device_specific=True)
@@ -80,7 +79,7 @@ class Run:
         copy = model.copied_to("cpu") if self.main else None
         self.sharded = sharding_requested()
         if self.sharded:
-            shard(model, model.unfrozen_blocks(), model.frozen_parameters(), device)
+            model.shard(device)
         ema = EMA(model, trainer.ema) if trainer.ema is not None else None
         # What the loop calls: DDP's wrapper, which evaluation mode leaves out.
         self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.sharded)
@@ -97,10 +96,8 @@ class Run:
             self.lock = claim(output)
             write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config)))
         accelerator.wait_for_everyone()
-        display = ProgressDisplay(model.stage, trainer.max_steps, self.step, enabled=self.main)
-        self.journal = Journal(accelerator, output, display, self.step)
-        if check_tracker(tracker):
-            self.journal.open_tracker(tracker, self.config)
+        self.journal = Journal(accelerator, output, model.stage, trainer.max_steps, done=self.step)
+        self.journal.open_tracker(tracker, self.config)
         self.started = time.monotonic() - progress.elapsed_s
         self.saved = self.step  # step of the latest checkpoint
         scores = checkpoint.scores(output, trainer.best_metric)
@@ -108,37 +105,28 @@ class Run:
         # A trial of a sharded model that fails in one process would leave the others waiting for its shards.
         self.fits = self.sharded or device.type == "cpu"  # a micro-batch is known to fit the memory
         self.reported = 0  # replaced samples
-        changes = self._changes(source, processes_then=len(rng)) if source else []
-        self._summarise(source, changes)
+        self._summarise(source, processes_then=len(rng))
         if accelerator.process_index < len(rng):
             set_rng_state(rng[accelerator.process_index])
 
     @property
     def step(self) -> int:
         """Steps taken so far, over all starts."""
-        return self.state.progress.step
+        return self.progress.step
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all starts."""
         return time.monotonic() - self.started
 
     def next_batches(self) -> list[Batch]:
-        """The micro-batches of the next step, small enough for the memory."""
-        batches = self.feed.next_step()
-        if not self.fits:
-            batches = self.fit(batches)
-        self.state.mark()
-        return batches
-
-    def fit(self, batches: list[Batch]) -> list[Batch]:
-        """The batches in parts small enough for the memory; the global batch stays."""
-        asked = self.feed.micro_batch
-        while not faults.micro_batch_fits(self.model, batches[0], self.accelerator):
+        """The micro-batches of the next step, small enough for the memory; the global batch stays."""
+        batches, asked = self.feed.next_step(), self.feed.micro_batch
+        while not (self.fits or faults.micro_batch_fits(self.model, batches[0], self.accelerator)):
             if self.feed.micro_batch == 1:
                 raise faults.Stopped("trainer.micro_batch=1: out of memory even so; choose a smaller preset")
-            pieces = self.feed.shrink()
-            batches = [part for batch in batches for part in split(batch, pieces)]
+            batches = self.feed.shrink(batches)
         self.fits = True
+        self.state.mark()
         if (now := self.feed.micro_batch) < asked:
             text = f"out of memory with {asked} samples at a time: now {now}, {len(batches)} times per step"
             self.journal.say(f"{text}; the global batch stays {self.trainer.global_batch}")
@@ -150,8 +138,8 @@ class Run:
             self.state.ema.update()
         self.journal.add(scalars)
         self._advance()
-        usual = self.state.progress.spikes.mean
-        if self.state.progress.spikes.is_spike(loss):
+        usual = self.progress.spikes.mean
+        if self.progress.spikes.is_spike(loss):
             text = f"spike: loss {loss:.4g} at step {self.step}, usually {usual:.4g}; see {METRICS}"
             record = {"loss": loss, "usual": usual, "samples": self.feed.indices()}
             self.journal.write("spike", self.step, record, say=text)
@@ -159,16 +147,16 @@ class Run:
     def leave_out(self, batches: list[Batch], error: FloatingPointError) -> None:
         """Report a step whose numbers are not finite, and continue without it if that is still allowed.
 
-        Raises:
-            Stopped: by `trainer.skip_nonfinite` it is not; a checkpoint from before the step is written.
+        Otherwise (`trainer.skip_nonfinite`) write a checkpoint from before the step and raise `Stopped`.
         """
-        step, process, samples = self.step + 1, self.accelerator.process_index, self.feed.indices()
+        step, process, allowed = self.step + 1, self.accelerator.process_index, self.trainer.skip_nonfinite
+        record = {"reason": str(error), "samples": self.feed.indices()}
         file = self.output / "nonfinite" / f"step_{step:08d}_process_{process}.json"
-        report = faults.write_report(file, self.model, batches, reason=str(error), step=step, samples=samples)
-        what, allowed = f"{error} at step {step}, first in {report}", self.trainer.skip_nonfinite
+        what = f"{error} at step {step}, first in "
+        what += faults.write_report(file, self.model, batches, {"step": step} | record)
         self.state.rewind()
         self.optimizer.zero_grad()
-        if self.state.progress.left_out >= allowed:
+        if self.progress.left_out >= allowed:
             if self.saved != self.step:
                 self.feed.samples -= self.trainer.global_batch  # a run that continues takes them again
                 with suppress(UserError):  # another error is raised already
@@ -177,15 +165,14 @@ class Run:
             raise faults.Stopped(f"{self.output}: {what}; {fix}")
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
-        self.state.progress.left_out += 1
+        self.progress.left_out += 1
         self._advance()
-        count = f"{self.state.progress.left_out} of trainer.skip_nonfinite={allowed}"
-        record = {"reason": str(error), "samples": samples}
+        count = f"{self.progress.left_out} of trainer.skip_nonfinite={allowed}"
         self.journal.write("left_out", self.step, record, say=f"left out: {what} ({count})")
 
     def _advance(self) -> None:
         """The step is over, taken or left out."""
-        self.state.progress.step += 1
+        self.progress.step += 1
         self.new_best = False
         self.model.step_end()
         if self.writer.idle:
@@ -201,11 +188,11 @@ class Run:
             return
         speed, wait = steps * self.trainer.global_batch / seconds, min(self.feed.waited / seconds, 1.0)
         self.feed.waited = 0.0
-        position = {"epoch": self.feed.epochs, "elapsed_s": self.elapsed()}
-        numbers = means | {"lr": rate, "samples_per_s": speed, "data_wait": wait} | position
+        numbers = means | {"lr": rate, "samples_per_s": speed, "data_wait": wait}
+        numbers |= {"epoch": self.feed.epochs, "elapsed_s": self.elapsed()}
         self.journal.write("train", self.step, numbers)
         text = f"loss {means['loss']:.4g}  {speed:.4g} samples/s  data wait {wait:.0%}"
-        self.journal.display.show(self.step, text)
+        self.journal.show(self.step, text)
 
     def _report_replaced(self) -> None:
         """Write and show which samples were replaced since the last time, in any process."""
@@ -216,51 +203,43 @@ class Run:
             self.journal.write("bad_sample", self.step, {"reason": fault}, say=f"replaced: {fault}")
 
     def inspect(self, kind: str, function: Inspect) -> None:
-        """Let `function` draw or roll out the averaged model in the main process; the others wait."""
+        """Let `function` draw or roll out the averaged model in the main process; the others wait.
+
+        Training is undisturbed. An evaluation without `trainer.best_metric` saves and stops the run.
+        """
         numbers: dict[str, float] = {}
         with self.journal.paused():
-            if self.sharded:
+            state = self.state
+            if self.sharded:  # a copy is put together
                 self.writer.wait()
-                self.state.copy_to(self.writer.copy, optimizer=False)
+                state = self.writer.copy
+                self.state.copy_to(state, optimizer=False)
             if self.main:
                 folder = self.output / FOLDERS[kind] / f"step_{self.step:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
-                with self._averaged_model() as model:
-                    numbers = dict(function(model, self.step, folder))
+                averages = state.ema.applied() if state.ema is not None else nullcontext()
+                with preserved_rng(), torch.no_grad(), self.accelerator.autocast(), averages:
+                    model = state.model.copied_to(self.accelerator.device) if self.sharded else self.model
+                    numbers = dict(function(model.eval(), self.step, folder))
+                    model.train()
                 self.journal.write(kind, self.step, numbers)
             (numbers,) = broadcast_object_list([numbers])
-        if kind == "evaluate":
-            self.state.progress.metrics = numbers
-            self._compare(numbers, self.trainer.best_metric)
-
-    def _compare(self, numbers: dict[str, float], metric: str | None) -> None:
-        """Note whether an evaluation is the best so far; without the metric the run saves and stops."""
-        if metric is None:
+        if kind == "preview":
             return
-        if metric not in numbers:
+        self.progress.metrics, metric = numbers, self.trainer.best_metric
+        if metric in numbers:
+            self.new_best = numbers[metric] > self.best
+            self.best = max(numbers[metric], self.best)
+        elif metric is not None:
             self.save()
             fix = f"choose one that an evaluation reports: {', '.join(sorted(numbers))}"
             raise faults.Stopped(f"trainer.best_metric={metric}: {fix}")
-        self.new_best = numbers[metric] > self.best
-        self.best = max(numbers[metric], self.best)
-
-    @contextmanager
-    def _averaged_model(self) -> Iterator[StageModel]:
-        """Averaged weights, eval mode, no gradients; training undisturbed. Of a sharded model, a copy."""
-        state = self.writer.copy if self.sharded else self.state
-        averages = state.ema.applied() if state.ema is not None else nullcontext()
-        with preserved_rng(), torch.no_grad(), self.accelerator.autocast(), averages:
-            model = state.model.copied_to(self.accelerator.device) if self.sharded else state.model
-            try:
-                yield model.eval()
-            finally:
-                model.train()
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step; `settle` waits for its end."""
         self._report_replaced()
         self.saved = self.step
-        progress, scaler = self.state.progress, self.accelerator.scaler
+        progress, scaler = self.progress, self.accelerator.scaler
         progress.samples, progress.elapsed_s = self.feed.samples, self.elapsed()
         progress.ema_updates = self.state.ema.updates if self.state.ema is not None else 0
         progress.scaler = scaler.state_dict() if scaler is not None else None
@@ -268,10 +247,9 @@ class Run:
         with self.journal.paused():
             self.writer.save()
 
-    def _write(self, state: TrainingState) -> None:
-        """Write a copy of the state, in the checkpoint thread."""
-        progress, settings = state.progress, {"config": self.config, "data": self.data}
-        save(state.model, self.output, step=progress.step, metrics=progress.metrics, state=state, **settings)
+    def _write(self, state: TrainingState) -> None:  # in the checkpoint thread, of a copy
+        step = state.progress.step
+        save(state.model, self.output, step=step, config=self.config, data=self.data, state=state)
         rotate(self.output, self.trainer.keep, self.trainer.best_metric)
 
     def settle(self) -> None:
@@ -279,7 +257,7 @@ class Run:
         self.writer.wait()
         self.accelerator.wait_for_everyone()
 
-    def _summarise(self, source: Path | None, changes: list[str]) -> None:
+    def _summarise(self, source: Path | None, processes_then: int) -> None:
         """Print what is trained, on what, where it goes, and what a resumed run does differently."""
         trained = sum(parameter.numel() for _, parameter in self.model.trainable())
         frozen = sum(parameter.numel() for parameter in self.model.parameters()) - trained
@@ -295,25 +273,22 @@ class Run:
             ("precision", f"{trainer.precision} on {self.accelerator.device.type}"),
             ("output", str(self.output)),
             ("starting", f"after step {self.step}, from {source}" if source else "anew"),
-            *(("changed", change) for change in changes),
         ]
-        self.journal.display.table(f"{self.model.stage}, preset {self.config.get('preset_name')}", rows)
-
-    def _changes(self, source: Path, processes_then: int) -> list[str]:
-        """Everything that is not what the checkpoint `source` was trained with."""
-        old, new = flatten(checkpoint.read_run_config(source)), flatten(self.config)
-        keys = sorted((old.keys() | new.keys()) - {"resume", "overwrite", "output"})
-        changes = [f"{k}: {old.get(k)} → {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
-        if checkpoint.read_manifest(source)["data"] != self.data:
-            changes.append("the training data: samples come in another order from here on")
-        if (processes := self.accelerator.num_processes) != processes_then:
-            changes.append(f"processes: {processes_then} → {processes}; same samples, other dropout")
-        return changes
+        if source:
+            old, new = flatten(checkpoint.read_run_config(source)), flatten(self.config)
+            keys = sorted((old.keys() | new.keys()) - {"resume", "overwrite", "output"})
+            changes = [f"{k}: {old.get(k)} → {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+            if checkpoint.read_manifest(source)["data"] != self.data:
+                changes.append("the training data: samples come in another order from here on")
+            if processes != processes_then:
+                changes.append(f"processes: {processes_then} → {processes}; same samples, other dropout")
+            rows += [("changed", change) for change in changes]
+        self.journal.table(f"{self.model.stage}, preset {self.config.get('preset_name')}", rows)
 
     def finish(self) -> Path:
         """Say where everything is and return the last checkpoint."""
         self.settle()
-        self.journal.display.close()
+        self.journal.close()
         final = find_checkpoint(self.output)
         rows = [
             ("checkpoint", f"{final} ({len(checkpoint.list_checkpoints(self.output))} kept)"),
@@ -322,18 +297,18 @@ class Run:
         places = [self.output / name for name in (*FOLDERS.values(), "nonfinite", *TRACKERS)]
         rows += [(place.name, f"{place}/") for place in places if place.is_dir()]
         took = timedelta(seconds=round(self.elapsed()))
-        self.journal.display.table(f"done: step {self.step} after {took}", rows)
+        self.journal.table(f"done: step {self.step} after {took}", rows)
         return final
 
     def close(self) -> None:
-        """Release the checkpoint thread, loader workers, files and the terminal."""
-        self.journal.display.close()
+        """Finish the checkpoint; release loader workers, files and the terminal."""
         try:
-            self.writer.close()
+            self.writer.wait()
         except UserError as error:  # something else ends the run already; this is not to be lost
             self.journal.say(f"error: {error}")
         self.feed.close()
         self.journal.close()
+        self.journal.close_tracker()
         if self.lock is not None:
             self.lock.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)

@@ -1,46 +1,83 @@
 """The state of training: everything that an exact resume needs, in one place."""
 
 import json
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from defi.config import typed
-from defi.engine.distributed import full_tensor
-from defi.engine.ema import EMA
 from defi.engine.log import SpikeDetector
 from defi.engine.model import StageModel
-from defi.engine.rng import as_json, preserved_rng, rng_state, set_rng_state
+from defi.engine.optimizer import EMA
 from defi.engine.weights import COPY_AGAIN, load_strict, read_tensors
 from defi.errors import UserError, reading
 from defi.files import read_json
+from defi.processes import full_tensor
 
 AVERAGES = "ema"
 OPTIMIZER, PROGRESS, RNG = "state/optimizer.safetensors", "state/progress.json", "state/rng.json"
 
 
+# ---------------------------------------------------------------- global random generators
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the generators of Python, NumPy, torch and the current GPU, which a model may draw from."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put the generators where `rng_state` found them; its arrays may be lists, as in a checkpoint."""
+    version, words, gauss = state["python"]
+    kind, keys, position, *rest = state["numpy"]
+    if not 0 <= position <= len(keys):  # NumPy would read beyond the array
+        raise ValueError("a position outside of the keys")
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, *rest))
+    torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """What is drawn inside this context does not change what is drawn after it."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+# ---------------------------------------------------------------- all of it
+
+
 @dataclass
 class Progress:
-    """Where a run is. The run changes it as it goes; a checkpoint holds it as it was then.
-
-    samples: position in the stream of samples. elapsed_s: seconds of training over all starts.
-    left_out: steps whose numbers were not finite. scaler: state of the loss scale, with fp16.
-    metrics: of the latest evaluation.
-    """
+    """Where a run is. The run changes it as it goes; a checkpoint holds it as it was then."""
 
     step: int = 0
-    samples: int = 0
-    elapsed_s: float = 0.0
+    samples: int = 0  # position in the stream of samples
+    elapsed_s: float = 0.0  # training, over all starts
     ema_updates: int = 0
-    left_out: int = 0
+    left_out: int = 0  # steps whose numbers were not finite
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
-    scaler: dict[str, Any] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None  # state of the loss scale, with fp16
+    metrics: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
 
 
 @dataclass
@@ -97,14 +134,10 @@ class TrainingState:
         (folder / PROGRESS).parent.mkdir()
         save_file({name: t.contiguous() for name, t in self.optimizer.items()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(self.progress), indent=1))
-        (folder / RNG).write_text(as_json(self.rng))
+        (folder / RNG).write_text(json.dumps(self.rng, default=lambda array: array.tolist()))
 
     def load(self, folder: Path, scaler: GradScaler | None) -> None:
-        """Put tensors and loss scale where the checkpoint left them, as `progress` says (`read_progress`).
-
-        Raises:
-            UserError: a file is missing, damaged, or of another model.
-        """
+        """Put tensors and loss scale where the checkpoint left them, as `progress` says (`read_progress`)."""
         if self.ema is not None:
             averaged = (folder / AVERAGES).is_dir()
             with self.ema.applied():
@@ -117,11 +150,7 @@ class TrainingState:
 
 
 def read_progress(folder: Path) -> tuple[Progress, list[dict[str, Any]]]:
-    """Progress, and the generators of all processes, of a checkpoint.
-
-    Raises:
-        UserError: it holds none, or they are damaged.
-    """
+    """Progress, and the generators of all processes, of a checkpoint; UserError if it has none."""
     file = folder / PROGRESS
     if not file.is_file():
         raise UserError(f"{folder}: holds weights but no training state; it cannot be resumed")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from defi.engine.distributed import shard_like
 from defi.errors import UserError, reading
+from defi.processes import shard_like
 
 COPY_AGAIN = "copy the checkpoint again"
 BLOCK, BLOCKS = 4096, 64  # bytes, and how many such blocks of a file `fingerprint` reads
@@ -23,35 +23,22 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_strict(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Copy `tensors` into `target` in place; names and shapes must agree entirely, else nothing is copied.
-
-    Raises:
-        UserError: as `check_fit`.
-    """
+    """Copy `tensors` into `target` in place; where names or shapes do not agree (`check_fit`), nothing is."""
     check_fit(target, tensors, source=source)
     for name, tensor in target.items():
         tensor.copy_(shard_like(tensors[name], tensor))
 
 
 def check_fit(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Compare the names and shapes of the tensors of a file with those of a model.
-
-    Raises:
-        UserError: names the source, the first tensor that does not fit, and how many do not.
-    """
-    missing = [name for name in target if name not in tensors]
-    extra = [name for name in tensors if name not in target]
-    wrong = [name for name in target if name in tensors and target[name].shape != tensors[name].shape]
-    if wrong:
-        found, wanted = tuple(tensors[wrong[0]].shape), tuple(target[wrong[0]].shape)
-        fault = f"{wrong[0]} has shape {found}, the model wants {wanted} ({len(wrong)} such)"
-    elif missing:
-        fault = f"lacks {missing[0]} ({len(missing)} tensors missing)"
-    elif extra:
-        fault = f"has {extra[0]}, unknown to the model ({len(extra)} tensors too many)"
-    else:
-        return
-    raise UserError(f"{source}: {fault}; use the preset and settings it was trained with")
+    """Compare names and shapes of tensors of a file with a model's; UserError with the first misfit."""
+    found, wanted = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, target))
+    wrong = [name for name in wanted if name in found and found[name] != wanted[name]]
+    faults = [f"{name} has shape {found[name]}, the model wants {wanted[name]}" for name in wrong]
+    faults += [f"lacks {name}" for name in wanted if name not in found]
+    faults += [f"has {name}, unknown to the model" for name in found if name not in wanted]
+    if faults:
+        fix = "use the preset and settings it was trained with"
+        raise UserError(f"{source}: {faults[0]} ({len(faults)} such faults); {fix}")
 
 
 def fingerprint(folder: Path) -> str:

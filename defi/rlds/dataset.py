@@ -28,8 +28,7 @@ from jaxtyping import Bool, UInt8
 from rich.progress import track
 
 from defi.archive import read_places
-from defi.cache import take_turn
-from defi.engine.output import write_file
+from defi.engine.output import take_turn, write_file
 from defi.errors import UserError, one_line, reading
 from defi.files import read_json
 from defi.instructions import is_utf8

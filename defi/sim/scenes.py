@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from defi.cache import user_cache
+from defi.engine.output import user_cache
 from defi.errors import UserError
 from defi.sim.mesh import ALL_FACES, Files, Material, Part, ball, cuboid, joint, link, prism, robot_files
 from defi.sim.panda import arm_files
