@@ -48,9 +48,14 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         raise ValueError("a position outside of the keys")
     random.setstate((version, tuple(words), gauss))
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, *rest))
-    torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
+    torch.set_rng_state(_bytes(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(state: Tensor | list[int] | str) -> Tensor:
+    """A state as a tensor, in a checkpoint numbers, in older ones hexadecimal."""
+    return torch.as_tensor(list(bytes.fromhex(state)) if isinstance(state, str) else state, dtype=torch.uint8)
 
 
 @contextmanager
