@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from defi.engine.data import SampleNoise
 from Step1_GFDM.model import GFDM
-from Step3_DeFI.config import PRECISIONS
+from Step3_DeFI.config import PRECISIONS, PolicyConfig
 from Step3_DeFI.observation import to_unit
 
 
@@ -39,15 +39,15 @@ def imagine(
 
 
 def video_noise(
-    gfdm: GFDM, seeds: Int[Tensor, " B"], *, views: int, kind: str, device: torch.device
+    gfdm: GFDM, config: PolicyConfig, seeds: Int[Tensor, " B"], device: torch.device
 ) -> Float[Tensor, "B V F 4 h w"]:
-    """Noise that GFDM starts from, other for each view. `fresh`: a function of each sample's seed; `fixed`:
-    the same for all."""
-    config = gfdm.config
-    shape = (config.frames, config.vae.latent_channels, config.latent_size, config.latent_size)
-    draw = SampleNoise(torch.zeros_like(seeds[:1]) if kind == "fixed" else seeds, device)
-    noise = torch.stack([draw.normal(f"features of view {view}", *shape) for view in range(views)], dim=1)
-    return noise.expand(len(seeds), *noise.shape[1:])
+    """Noise that GFDM starts from, other for each view: a function of each sample's seed, or of nothing if
+    `feature_noise: fixed`."""
+    sizes = gfdm.config
+    shape = (sizes.frames, sizes.vae.latent_channels, sizes.latent_size, sizes.latent_size)
+    draw = SampleNoise(torch.zeros_like(seeds[:1]) if config.feature_noise == "fixed" else seeds, device)
+    views = [draw.normal(f"features of view {view}", *shape) for view in range(config.views)]
+    return torch.stack(views, dim=1).expand(len(seeds), -1, -1, -1, -1, -1)
 
 
 def merge_tokens(features: Float[Tensor, "B V F L C"], side: int) -> Float[Tensor, "B V F M D"]:
@@ -56,13 +56,8 @@ def merge_tokens(features: Float[Tensor, "B V F L C"], side: int) -> Float[Tenso
     The projection that follows then has a weight of its own for each place in a square, so that a small
     policy learns where things are in far fewer steps. Side 1 leaves the tokens as they are.
     """
-    return rearrange(
-        features,
-        "b v f (y p x q) c -> b v f (y x) (p q c)",
-        y=math.isqrt(features.shape[3]) // side,
-        p=side,
-        q=side,
-    )
+    rows = math.isqrt(features.shape[3]) // side
+    return rearrange(features, "b v f (y p x q) c -> b v f (y x) (p q c)", y=rows, p=side, q=side)
 
 
 class Standardise(nn.Module):

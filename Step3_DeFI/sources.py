@@ -1,4 +1,4 @@
-"""The stage-1 and stage-2 checkpoints a policy stands on: where they lie, what sizes they have."""
+"""Where the stage-1 and stage-2 checkpoints lie that a policy stands on."""
 
 import json
 import os
@@ -8,33 +8,9 @@ from defi.engine.checkpoint import find_weights
 from defi.engine.weights import COPY_AGAIN, fingerprint
 from defi.errors import UserError, reading
 from defi.files import read_json
-from Step1_GFDM.model import GFDM
-from Step2_GIDM.model import GIDM
-from Step3_DeFI.config import StageSizes
 
 SOURCES = "sources.json"
 Sources = dict[str, Path]  # "gfdm", "gidm" → folder of its weights
-
-
-def stage_sizes(gfdm: GFDM, gidm: GIDM) -> StageSizes:
-    """Raises UserError if the stage-2 model has no language."""
-    if gidm.config.variant != "language":
-        raise UserError(
-            f"gidm.variant={gidm.config.variant}: a policy needs a stage-2 checkpoint of variant language"
-        )
-    return StageSizes(
-        frames=gfdm.config.frames,
-        feature_tokens=gfdm.feature_tokens,
-        feature_channels=gfdm.feature_channels,
-        sentence_width=gfdm.clip.projection,
-        latent_action=gidm.tokenizer.sizes,
-    )
-
-
-def load_sources(sources: Sources) -> dict[str, GFDM | GIDM]:
-    """Both models, by stage."""
-    gidm = GIDM.from_pretrained(sources["gidm"])
-    return {"gfdm": GFDM.from_pretrained(sources["gfdm"]), "gidm": gidm}
 
 
 def write_sources(folder: Path, sources: Sources) -> None:

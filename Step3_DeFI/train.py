@@ -18,9 +18,9 @@ from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.processes import print_once
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import open_samples
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import action_previews, rollouts
+from Step3_DeFI.store import open_samples
 
 FITTED = 512  # samples that the features' mean and deviation are taken from
 
