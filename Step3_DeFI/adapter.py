@@ -18,7 +18,7 @@ from defi.checkpoints.names import Names, below, under
 from defi.errors import UserError
 from Step1_GFDM import adapter as gfdm_adapter
 from Step2_GIDM import adapter as gidm_adapter
-from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.config import PolicyConfig, check
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.policy import DeFI
 
@@ -60,11 +60,10 @@ _BLOCK = {
 _DECODER_BLOCK = _BLOCK | {
     "adaLN_zero.modulation": "modulation",
     "ln3": "cross_norm",
-    **{
-        theirs.replace("attn.", "cross_att."): f"cross_{ours}"
-        for theirs, ours in _BLOCK.items()
-        if "attn" in theirs
-    },
+    "cross_att.query": "cross_attention.query",
+    "cross_att.key": "cross_attention.key",
+    "cross_att.value": "cross_attention.value",
+    "cross_att.c_proj": "cross_attention.out",
 }
 ACTION_DENOISER = Names(
     {
@@ -103,21 +102,12 @@ def build(cfg: DictConfig) -> DeFI:
 
 
 def publish(policy: DeFI) -> dict[str, Tensor]:
-    """The trained part under the published names.
-
-    Raises:
-        UserError: published files have no place for its positions, or for a video model finetuned along.
-    """
-    if policy.config.action_head.cross_attention == "full":
-        raise UserError(
-            "policy.action_head.cross_attention=full: a published policy's is causal, without positions; "
-            "use preset=released, or policy.action_head.cross_attention=causal"
-        )
-    if policy.config.finetune.mode != "none":
-        raise UserError(
-            f"gfdm.finetune={policy.config.finetune.mode}: a published file cannot hold a finetuned video "
-            "model; use this project's checkpoint"
-        )
+    """The trained part under the published names; UserError if these have no place for all of it."""
+    kind, mode = policy.config.action_head.cross_attention, policy.config.finetune.mode
+    rule = "a published policy's is causal, without positions; use preset=released, or causal here"
+    check("policy.action_head.cross_attention", kind, kind == "causal", rule)
+    rule = "a published file cannot hold a finetuned video model; use this project's checkpoint"
+    check("gfdm.finetune", mode, mode == "none", rule)
     return {
         **under(FORMER, VIDEO_FORMER.join(policy.video_former.state_dict())),
         **branch_to_published(policy.gidm_branch),
@@ -138,9 +128,6 @@ def publish_towers(policy: DeFI) -> dict[str, Tensor]:
 def adopt(policy: DeFI, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
     """Load a published policy into `policy`, whose frozen towers must be the ones it was trained with: where
     the file holds them too, they are compared.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape, or a tower has other weights.
     """
     same = {T5: "frozen T5, equal to stage 2's", CLIP: "frozen CLIP, equal to stage 1's"}
     same |= {SENTENCE: "frozen CLIP once more, equal to stage 1's"}

@@ -92,22 +92,22 @@ class ActionDiffusionConfig:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
+        dropout, guidance = self.text_dropout, self.guidance
         check_choice("policy.diffusion.sampler", self.sampler, SAMPLERS)
         check("policy.diffusion.steps", self.steps, self.steps >= 1, "must be 1 or more")
-        dropout, guidance = self.text_dropout, self.guidance
         check("policy.diffusion.text_dropout", dropout, 0 <= dropout < 1, "must lie in [0, 1)")
         rule = "the policy never saw a dropped text; set 1, or train with policy.diffusion.text_dropout=0.1"
         check("policy.diffusion.guidance", guidance, guidance == 1 or dropout > 0, rule)
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise levels of training from uniform u in [0, 1]."""
-        bounds = {"minimum": self.sigma_min, "maximum": self.sigma_max}
-        return log_logistic(u, loc=math.log(self.sigma_data), scale=self.density_scale, **bounds)
+        middle, ends = math.log(self.sigma_data), {"minimum": self.sigma_min, "maximum": self.sigma_max}
+        return log_logistic(u, loc=middle, scale=self.density_scale, **ends)
 
     def schedule(self, device: torch.device | str = "cpu") -> Tensor:
         """Noise levels of sampling, descending, 0 at the end."""
-        levels = {"sigma_max": self.sigma_max, "sigma_min": self.last_sigma}
-        return exponential_schedule(self.steps, **levels, device=device)
+        sigma_max, sigma_min = self.sigma_max, self.last_sigma
+        return exponential_schedule(self.steps, sigma_max=sigma_max, sigma_min=sigma_min, device=device)
 
 
 @dataclass
@@ -162,17 +162,17 @@ class PolicyConfig:
     stages: StageSizes | None = None
 
     def __post_init__(self) -> None:
-        learn = self.finetune
+        learning = self.finetune
         check_choice("policy.feature_noise", self.feature_noise, ("fresh", "fixed"))
         check_choice("policy.gfdm_precision", self.gfdm_precision, PRECISIONS)
         check_choice(
             "policy.action_head.cross_attention", self.action_head.cross_attention, ("full", "causal")
         )
-        check_choice("gfdm.finetune", learn.mode, ("none", "lora", "full"))
-        check("gfdm.lora_rank", learn.rank, learn.rank >= 1, "must be 1 or more")
-        fine = learn.video_loss == 0 or (learn.video_loss > 0 and learn.mode != "none")
+        check_choice("gfdm.finetune", learning.mode, ("none", "lora", "full"))
+        check("gfdm.lora_rank", learning.rank, learning.rank >= 1, "must be 1 or more")
+        fine = learning.video_loss == 0 or (learning.video_loss > 0 and learning.mode != "none")
         rule = "must be 0, or positive with gfdm.finetune=lora or full"
-        check("gfdm.video_loss", learn.video_loss, fine, rule)
+        check("gfdm.video_loss", learning.video_loss, fine, rule)
         if self.stages is not None:
             seen, last = self.latent_action_frames, self.stages.frames - 1
             rule = f"the last frame that the stage-1 checkpoint imagines is {last}"
@@ -203,9 +203,5 @@ class PolicyConfig:
         }
 
 
-# What presets and commands change by name (`policy: defaults` in configs/step3_*.yaml); not what comes from
-# the settings gfdm.* and from checkpoints.
-CHOICES = {
-    name: value for name, value in asdict(PolicyConfig()).items() if name not in ("finetune", "stages")
-}
-ConfigStore.instance().store("defaults", CHOICES, group="policy")
+# Presets and commands change settings that are here by name: `policy: defaults` in configs/step3_*.yaml.
+ConfigStore.instance().store("defaults", asdict(PolicyConfig()), group="policy")

@@ -1,6 +1,10 @@
-"""From pictures to features of the imagined future: the one path of preparation, training and rollout."""
+"""The video model below a policy: from pictures to features of the imagined future, and which weights learn.
+
+One path for preparation, training and rollout.
+"""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from einops import rearrange
@@ -9,15 +13,48 @@ from torch import Tensor, nn
 
 from defi.engine.data import SampleNoise
 from Step1_GFDM.model import GFDM
+from Step1_GFDM.unet import FEATURE_PARTS
 from Step3_DeFI.config import PRECISIONS, PolicyConfig
 from Step3_DeFI.observation import to_unit
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # projections that LoRA adapts
 
-def keep_in(precision: str, gfdm: GFDM) -> None:
-    """Keep the weights of UNet and VAE in fp16 or bf16; CLIP's and, with `no`, all stay as they are."""
-    if precision != "no":
+
+def set_up(gfdm: GFDM, config: PolicyConfig) -> None:
+    """Put UNet and VAE in their precision, and freeze all of `gfdm` but the part of its UNet that learns.
+
+    What learns is what a loss reaches: the way to the features, or the whole UNet where there is a video
+    loss; with LoRA, adapters that are added here. The UNet's activations are computed again on the way back:
+    those of 16 frames take too much memory.
+    """
+    if config.video_precision != "no":
         for network in (gfdm.unet, gfdm.vae):
-            nn.Module.to(network, PRECISIONS[precision])  # diffusers' own has a warning to tell
+            nn.Module.to(network, PRECISIONS[config.video_precision])  # diffusers' own prints a warning
+    gfdm.requires_grad_(False)
+    if config.finetune.mode == "none":
+        return
+    parts = ("",) if config.finetune.video_loss else FEATURE_PARTS
+    if config.finetune.mode == "full":
+        for part in parts:
+            gfdm.unet.get_submodule(part).requires_grad_(True)
+    else:
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import, and only wanted here
+
+        # arXiv 2106.09685, on the attention's projections; the first output is that of the bare UNet.
+        names = [n for n, _ in gfdm.unet.named_modules() if n.startswith(parts) and n.endswith(ATTENTION)]
+        rank = config.finetune.rank
+        adapters = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+        inject_adapter_in_model(adapters, gfdm.unet, "policy")
+    gfdm.unet.enable_gradient_checkpointing()
+
+
+def idle(module: nn.Module, name: str) -> Iterator[str]:
+    """Dotted names, below `name`, of the largest sub-networks in which no weight learns."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        yield name
+        return
+    for child_name, child in module.named_children():
+        yield from idle(child, f"{name}.{child_name}")
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictures to context.
 """
 
+import json
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +18,8 @@ from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel
-from defi.engine.weights import COPY_AGAIN
-from defi.errors import reading
+from defi.engine.weights import COPY_AGAIN, fingerprint
+from defi.errors import UserError, reading
 from defi.files import check_sizes, read_json
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
@@ -26,11 +28,13 @@ from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig, StageSizes, check
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
-from Step3_DeFI.features import Standardise, encode_views, imagine, keep_in, merge_tokens, video_noise
-from Step3_DeFI.finetune import idle, open_for_finetuning
+from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_tokens, set_up, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
-from Step3_DeFI.sources import Sources, read_sources, write_sources
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
+
+STAGES = {"gfdm": GFDM, "gidm": GIDM}
+SOURCES = "sources.json"
+Sources = dict[str, Path]  # "gfdm", "gidm" → folder of the weights that a policy stands on
 
 
 @dataclass
@@ -76,10 +80,9 @@ class DeFI(StageModel):
     def __init__(
         self, config: PolicyConfig, *, gfdm: GFDM, gidm: GIDM, sources: Sources | None = None
     ) -> None:
-        """Of `gidm` its text tower and the sizes of its tokenizer are taken. sources: where both lie.
+        """Of `gidm`, which must know language, the text tower and its tokenizer's sizes are taken.
 
-        Raises:
-            UserError: the stage-2 model has no language.
+        sources: where both lie.
         """
         super().__init__()
         variant, rule = gidm.config.variant, "a policy needs a stage-2 checkpoint of variant language"
@@ -93,8 +96,7 @@ class DeFI(StageModel):
         )
         self.config, self.sources = replace(config, stages=stages), sources
         self.gfdm, self.t5 = gfdm, gidm.text
-        keep_in(config.video_precision, gfdm)
-        open_for_finetuning(gfdm, config.finetune)
+        set_up(gfdm, config)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
         channels = stages.feature_channels * config.merge**2
         self.video_former = VideoFormer(
@@ -301,13 +303,10 @@ class DeFI(StageModel):
         Raises:
             UserError: a checkpoint is missing, of another stage, or knows no language.
         """
-        return cls._load(config, {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")})
-
-    @classmethod
-    def _load(cls, config: PolicyConfig, sources: Sources) -> "DeFI":
-        gfdm, gidm = GFDM.from_pretrained(sources["gfdm"]), GIDM.from_pretrained(sources["gidm"])
-        policy = cls(config, gfdm=gfdm, gidm=gidm, sources=sources)
-        policy.gidm_branch.tokenizer.load_state_dict(gidm.tokenizer.state_dict())
+        sources = {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")}
+        models = {stage: STAGES[stage].from_pretrained(folder) for stage, folder in sources.items()}
+        policy = cls(config, **models, sources=sources)
+        policy.gidm_branch.tokenizer.load_state_dict(models["gidm"].tokenizer.state_dict())
         return policy
 
     def save_pretrained(self, folder: Path) -> None:
@@ -328,8 +327,37 @@ class DeFI(StageModel):
         file = Path(folder) / CONFIG
         values = read_json(file, COPY_AGAIN)
         check_sizes(values, file)
+        config = typed(PolicyConfig, values, str(file))
         sources = read_sources(file.parent, gfdm=gfdm, gidm=gidm)
+        models = {stage: STAGES[stage].from_pretrained(path) for stage, path in sources.items()}
         with reading(file, COPY_AGAIN):
-            policy = cls._load(typed(PolicyConfig, values, str(file)), sources)
+            policy = cls(config, **models, sources=sources)
         policy.load_weights(file.parent)
         return policy
+
+
+def write_sources(folder: Path, sources: Sources) -> None:
+    """Record both beside a policy: paths relative to it, so that both can be moved together."""
+    record = {
+        stage: {"path": os.path.relpath(path.resolve(), folder.resolve()), "fingerprint": fingerprint(path)}
+        for stage, path in sources.items()
+    }
+    (folder / SOURCES).write_text(json.dumps(record, indent=1))
+
+
+def read_sources(folder: Path, **given: Path | str | None) -> Sources:
+    """What `write_sources` recorded, or the places `given`; the weights there must be the recorded ones."""
+    record, found = read_json(folder / SOURCES, COPY_AGAIN), {}
+    for stage, place in given.items():
+        with reading(folder / SOURCES, COPY_AGAIN):
+            recorded, expected = folder / str(record[stage]["path"]), record[stage]["fingerprint"]
+            if place is None and not recorded.is_dir():
+                fault = f"the {stage} checkpoint of this policy is gone; give its place with {stage}="
+                raise UserError(f"{os.path.abspath(recorded)}: {fault}")
+        found[stage] = recorded if place is None else find_weights(place, stage)
+        if (actual := fingerprint(found[stage])) != expected:
+            raise UserError(
+                f"{found[stage]}: not the {stage} checkpoint that {folder} was trained on "
+                f"(fingerprint {actual}, expected {expected}); give that one with {stage}="
+            )
+    return found

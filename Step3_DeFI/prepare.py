@@ -29,7 +29,7 @@ from defi.processes import print_once, processes, share
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig, check, check_choice
-from Step3_DeFI.features import encode_views, imagine, keep_in, video_noise
+from Step3_DeFI.features import encode_views, imagine, set_up, video_noise
 from Step3_DeFI.samples import CalvinSamples, SampleRules
 from Step3_DeFI.store import DONE, INPUT_DIMENSIONS, INPUTS, MANIFEST, PROGRESS, StoreManifest
 
@@ -62,7 +62,7 @@ class Encoder:
         if kind == "images":
             return cls(kind, draws, cfg.seed, policy, GFDMConfig.from_preset(cfg))
         gfdm = GFDM.from_pretrained(find_weights(cfg.gfdm_checkpoint, "gfdm")).to(processes().device).eval()
-        keep_in(policy.video_precision, gfdm)
+        set_up(gfdm, policy)
         return cls(kind, draws, cfg.seed, policy, gfdm.config, gfdm)
 
     @property
@@ -134,24 +134,19 @@ def prepare(cfg: DictConfig) -> Path:
         fill(output, samples, encoder, batch=cfg.store.batch)
         state.wait_for_everyone()
     if state.is_main_process:
-        if not (output / MANIFEST).exists():
-            with writing(output, MANIFEST):
-                write_file(output / MANIFEST, record)
+        with writing(output, MANIFEST):
+            write_file(output / MANIFEST, record)
         for file in (PROGRESS, DONE):
             (output / file).unlink(missing_ok=True)
-        bytes_ = (output / INPUTS).stat().st_size
-        print(f"{output}: {manifest.samples} samples of {len(samples.tasks)} tasks, {bytes_ / 1e6:.0f} MB")
+        megabytes = (output / INPUTS).stat().st_size / 1e6
+        print(f"{output}: {len(samples)} samples of {len(samples.tasks)} tasks, {megabytes:.0f} MB")
     return output
 
 
 def is_begun(output: Path, manifest: StoreManifest) -> bool:
-    """Whether the folder holds this store, complete or not; data are known by their fingerprint.
-
-    Raises:
-        UserError: it holds another store; what differs is named.
-    """
-    file = next((output / name for name in (MANIFEST, PROGRESS) if (output / name).exists()), None)
-    if file is None:
+    """Whether the folder holds this store, complete or not; UserError if it holds another one."""
+    file = output / (MANIFEST if (output / MANIFEST).exists() else PROGRESS)
+    if not file.exists():
         return False
     found, wanted = vars(StoreManifest.read(file, "make it anew with overwrite=true")), vars(manifest)
     unequal = [name for name in wanted if name not in FOLLOWS and found[name] != wanted[name]]

@@ -59,24 +59,16 @@ class PolicySamples(Dataset):
     """What the policy learns from: N samples of recordings (`CalvinSamples`) or of a `PolicyStore`.
 
     Samples are {features | latents | images, text, actions [K, A]} and, where kept, `video` [V, F, ...].
-
-    Attributes:
-        kind: names the first; of features there may be several `draws`, which are samples of their own.
-        inputs: by observation, an array or `Pictures`.
-        index: int64 [N, 2]: row of inputs, number of the instruction in `texts`.
-        actions: float32 [N, K, A]: [dx, dy, dz] / 0.02 m, [droll, dpitch, dyaw] / 0.05 rad, gripper +1 open,
-            −1 closed.
-        video: int64 [N, F]: rows of inputs, the frames that really follow.
-        fingerprint: identifies the data, for the checkpoints' manifests.
+    Actions are [dx, dy, dz] / 0.02 m, [droll, dpitch, dyaw] / 0.05 rad, gripper +1 open, −1 closed.
     """
 
-    kind: str
-    draws: int = 1
-    fingerprint: str
-    inputs: np.ndarray | Pictures
-    index: np.ndarray
-    actions: np.ndarray
-    video: np.ndarray | None
+    kind: str  # features, latents or images
+    draws: int = 1  # versions of the features with different noise, samples of their own
+    fingerprint: str  # identifies the data, for the checkpoints' manifests
+    inputs: np.ndarray | Pictures  # a row per observation
+    index: Int64[np.ndarray, "N 2"]  # row of inputs, number of the instruction
+    actions: Float32[np.ndarray, "N K A"]
+    video: Int64[np.ndarray, "N F"] | None  # rows of inputs, the frames that really follow
     texts: list[str]
 
     def __len__(self) -> int:
@@ -107,14 +99,7 @@ class CalvinSamples(PolicySamples):
 
     They start at s … e − min_remaining of every annotated span (s, e). With `spans=all` the recordings' other
     frames follow, with an empty instruction; there need be no annotation. Processes share the reading of
-    actions. Besides what all `PolicySamples` have:
-
-    Attributes:
-        observations: int64 [R, 2], the distinct ones: frame, instruction (−1 without `by_text`).
-        robot_obs: float32 [N, 15] at the sample's frame: TCP xyz in m, TCP Euler angles in rad, finger width
-            in m, 7 joints in rad, last gripper action.
-        spans: int64 [N, 2]: number of the annotated span (−1: none), frame.
-        tasks: samples of each.
+    actions.
 
     Args:
         by_text: whether what is stored of an observation depends on the instruction.
@@ -125,6 +110,12 @@ class CalvinSamples(PolicySamples):
     """
 
     kind = "images"
+    observations: Int64[np.ndarray, "R 2"]  # the distinct ones: frame, instruction (−1 without `by_text`)
+    robot_obs: Float32[
+        np.ndarray, "N 15"
+    ]  # TCP xyz in m, rpy in rad, finger width in m, joints in rad, gripper
+    spans: Int64[np.ndarray, "N 2"]  # number of the annotated span (−1: none), frame
+    tasks: dict[str, int]  # samples of each
 
     def __init__(
         self,
@@ -169,9 +160,6 @@ def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[tuple[int, Spa
     """Number of the annotated span (−1: none), demonstration and frame of each sample.
 
     Notes are printed on spans without words, and on those that are too short.
-
-    Raises:
-        UserError: no span, or (`all`) no recording, is long enough.
     """
     rest, everything = rules.min_remaining, rules.spans == "all"
     fate = "taken without text" if everything else "left out"
@@ -187,8 +175,8 @@ def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[tuple[int, Spa
         for frame in range(span.start, span.end - rest + 1, rules.stride)
     ]
     if short := [span for _, span in known if span.end - span.start < rest]:
-        note = f"{len(short)} of {len(known)} annotated spans are too short for data.min_remaining={rest}"
-        note += f": {fate}"
+        count = f"{len(short)} of {len(known)} annotated spans"
+        note = f"{count} are too short for data.min_remaining={rest}: {fate}"
         if lost := sorted({span.task for span in short} - {span.task for _, span, _ in starts}):
             note += f"; tasks without any sample: {', '.join(lost)}"
         if long_enough := sum(span.end - span.start >= rules.chunk - 1 for span in short):
@@ -208,11 +196,7 @@ def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[tuple[int, Spa
 
 
 def read_motions(data: CalvinFolder, frames: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N 22"]:
-    """Relative action and robot state of each frame; every process reads a part and gets all.
-
-    Raises:
-        UserError: an action or state is no number or absurd; the frame's file is named.
-    """
+    """Relative action and robot state of each frame; every process reads a part and gets all."""
 
     def read(batch: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
         motions = []

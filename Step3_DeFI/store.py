@@ -70,11 +70,7 @@ class StoreManifest:
 
 
 class PolicyStore(PolicySamples):
-    """Samples of a store.
-
-    Raises:
-        UserError: there is no store, it is not complete, or a file is damaged.
-    """
+    """Samples of a store. UserError: there is none, it is not complete, or a file is damaged."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -93,11 +89,9 @@ class PolicyStore(PolicySamples):
         self.actions = self._array("actions", (made.samples, made.chunk), 3)
         self.index = self._array("index", (made.samples, 2), 2)
         self.video = None if made.video_stride is None else self._array("video", (made.samples,), 2)
-        ends = (made.rows, len(made.texts))
-        if made.samples and not (self.index.min() >= 0 and (self.index.max(0) < ends).all()):
-            raise UserError(
-                f"{self.folder}: index.npy names rows or texts that are not there; prepare it again"
-            )
+        inside = (self.index >= 0) & (self.index < (made.rows, len(made.texts)))
+        if not inside.all():
+            raise UserError(f"{self.folder}: index.npy names what does not exist; prepare it again")
 
     def _array(self, name: str, shape: tuple[int, ...], dimensions: int) -> np.ndarray:
         """An array whose shape begins with `shape`."""
@@ -108,8 +102,7 @@ class PolicyStore(PolicySamples):
         return array
 
     def check_fit(self, policy: DeFI, clip: range | None) -> None:
-        """Raises UserError if this policy cannot learn from it, with a video `clip` of each sample if given;
-        what differs is named."""
+        """Raises UserError if this policy cannot learn from it, with a video `clip` of each sample if any."""
         made, config = self.manifest, policy.config
         if made.kind == "features" and config.finetune.mode != "none":
             raise UserError(

@@ -22,8 +22,6 @@ from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import action_previews, rollouts
 from Step3_DeFI.store import open_samples
 
-FITTED = 512  # samples that the features' mean and deviation are taken from
-
 
 def train_policy(cfg: DictConfig) -> Path:
     """Check everything, then train; returns the last checkpoint's folder."""
@@ -38,7 +36,7 @@ def train_policy(cfg: DictConfig) -> Path:
     samples = open_samples(cfg.data, policy)
     print_once(policy.gfdm.clip.truncation_note(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):
-        policy.fit_standardisation(samples["training"].spread(FITTED, cfg.seed))
+        policy.fit_standardisation(samples["training"].spread(512, cfg.seed))
     return train(
         policy,
         samples["training"],
