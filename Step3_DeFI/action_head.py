@@ -130,19 +130,6 @@ class SigmaEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
 
-def _init(module: nn.Module, std: float) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=std)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _init_plain(module: nn.Module) -> None:
-    """Weights that keep the size of what passes through, for training from scratch."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-
-
 class ActionDenoiser(nn.Module):
     """The network inside the preconditioning: context and noisy actions → a 7-D vector per action."""
 
@@ -173,10 +160,14 @@ class ActionDenoiser(nn.Module):
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(dim, bias=False)
         self.predict = nn.Linear(dim, action_dim)
-        std = 0.02 * math.sqrt(384 / dim)  # the published 0.02 at the published width
-        self.apply(lambda module: _init(module, std))
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for linear in linears:
+            nn.init.normal_(linear.weight, std=0.02 * math.sqrt(384 / dim))  # published: 0.02 at width 384
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         if config.identity_modulation:
-            self.apply(_init_plain)
+            for linear in linears:  # what passes through keeps its size, for training from scratch
+                nn.init.xavier_uniform_(linear.weight)
             for layer in self.decoder:
                 _, scale, gate, _, ff_scale, ff_gate = layer.modulation[1].bias.data.chunk(6)
                 for part in (scale, gate, ff_scale, ff_gate):
@@ -190,14 +181,9 @@ class ActionDenoiser(nn.Module):
         latent_actions: Float[Tensor, "B Q Dg"],
     ) -> Memory:
         """What the decoder looks at, computed once per chunk."""
-        x = torch.cat(
-            [
-                self.embed_sentence(sentence)[:, None],
-                self.embed_video(video_tokens),
-                self.embed_latent_action(latent_actions),
-            ],
-            dim=1,
-        )
+        sentence = self.embed_sentence(sentence)[:, None]
+        video, motion = self.embed_video(video_tokens), self.embed_latent_action(latent_actions)
+        x = torch.cat([sentence, video, motion], dim=1)
         for layer in self.encoder:
             x = layer(x)
         context = self.encoder_norm(x)
@@ -220,15 +206,11 @@ class ActionDenoiser(nn.Module):
         x = self.embed_action(noisy)
         if self.action_positions is not None:
             x = x + self.action_positions
-        mask = self._cross_mask(memory, x)
+        mask = None
+        if self.config.cross_attention == "causal":  # action i sees context tokens 0 … i
+            tokens = memory[0][0].shape[2]
+            mask = torch.ones(x.shape[2], tokens, dtype=torch.bool, device=x.device).tril()
+            mask = mask.repeat(x.shape[1], 1)
         for layer, keys_values, modulation in zip(self.decoder, memory, levels, strict=True):
             x = layer(x, keys_values, modulation, mask=mask)
         return self.predict(self.decoder_norm(x))
-
-    def _cross_mask(self, memory: Memory, x: Float[Tensor, "B R K D"]) -> Tensor | None:
-        """`causal`: action i sees context tokens 0 … i."""
-        if self.config.cross_attention == "full":
-            return None
-        tokens = memory[0][0].shape[2]
-        mask = torch.ones(x.shape[2], tokens, dtype=torch.bool, device=x.device).tril()
-        return mask.repeat(x.shape[1], 1)

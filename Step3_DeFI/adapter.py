@@ -17,7 +17,7 @@ from defi.checkpoints.matching import LoadingReport, Names, below, compare, unde
 from defi.errors import UserError
 from Step1_GFDM import adapter as gfdm_adapter
 from Step2_GIDM import adapter as gidm_adapter
-from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.config import PolicyConfig, check
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.policy import DeFI
 
@@ -46,19 +46,23 @@ VIDEO_FORMER = Names(
     }
 )
 
-_ATTENTION = {"query": "query", "key": "key", "value": "value", "c_proj": "out"}
 _BLOCK = {
     "ln_1": "attention_norm",
+    "attn.query": "attention.query",
+    "attn.key": "attention.key",
+    "attn.value": "attention.value",
+    "attn.c_proj": "attention.out",
     "ln_2": "feed_forward_norm",
     "mlp.c_fc": "feed_forward.0",
     "mlp.c_proj": "feed_forward.2",
-    **{f"attn.{theirs}": f"attention.{ours}" for theirs, ours in _ATTENTION.items()},
 }
-_DECODER_BLOCK = {
-    **_BLOCK,
+_DECODER_BLOCK = _BLOCK | {
     "adaLN_zero.modulation": "modulation",
     "ln3": "cross_norm",
-    **{f"cross_att.{theirs}": f"cross_attention.{ours}" for theirs, ours in _ATTENTION.items()},
+    "cross_att.query": "cross_attention.query",
+    "cross_att.key": "cross_attention.key",
+    "cross_att.value": "cross_attention.value",
+    "cross_att.c_proj": "cross_attention.out",
 }
 ACTION_DENOISER = Names(
     {
@@ -97,21 +101,12 @@ def build(cfg: DictConfig) -> DeFI:
 
 
 def publish(policy: DeFI) -> dict[str, Tensor]:
-    """The trained part under the published names.
-
-    Raises:
-        UserError: published files have no place for its positions, or for a video model finetuned along.
-    """
-    if policy.config.action_head.cross_attention == "full":
-        raise UserError(
-            "policy.action_head.cross_attention=full: a published policy's is causal, without positions; "
-            "use preset=released, or policy.action_head.cross_attention=causal"
-        )
-    if policy.config.finetune.mode != "none":
-        raise UserError(
-            f"gfdm.finetune={policy.config.finetune.mode}: a published file cannot hold a finetuned video "
-            "model; use this project's checkpoint"
-        )
+    """The trained part under the published names; UserError if these have no place for all of it."""
+    kind, mode = policy.config.action_head.cross_attention, policy.config.finetune.mode
+    rule = "a published policy's is causal, without positions; use preset=released, or causal here"
+    check("policy.action_head.cross_attention", kind, kind == "causal", rule)
+    rule = "a published file cannot hold a finetuned video model; use this project's checkpoint"
+    check("gfdm.finetune", mode, mode == "none", rule)
     return {
         **under(FORMER, VIDEO_FORMER.join(policy.video_former.state_dict())),
         **branch_to_published(policy.gidm_branch),
@@ -132,15 +127,11 @@ def publish_towers(policy: DeFI) -> dict[str, Tensor]:
 def adopt(policy: DeFI, tensors: Mapping[str, Tensor], *, source: object) -> LoadingReport:
     """Load a published policy into `policy`, whose frozen towers must be the ones it was trained with: where
     the file holds them too, they are compared.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape, or a tower has other weights.
     """
-    towers = publish_towers(policy)
     same = {T5: "frozen T5, equal to stage 2's", CLIP: "frozen CLIP, equal to stage 1's"}
-    reasons = {**UNNEEDED, **same, SENTENCE: "frozen CLIP once more, equal to stage 1's"}
-    report = compare(tensors, publish(policy), source=source, unneeded=reasons).check()
-    _check_towers(tensors, towers, source=source)
+    same |= {SENTENCE: "frozen CLIP once more, equal to stage 1's"}
+    report = compare(tensors, publish(policy), source=source, unneeded=UNNEEDED | same).check()
+    _check_towers(tensors, publish_towers(policy), source=source)
     policy.video_former.load_state_dict(VIDEO_FORMER.split(below(tensors, FORMER)))
     policy.action_head.load_state_dict(ACTION_DENOISER.split(below(tensors, HEAD)))
     load_branch(policy.gidm_branch, {name: tensors[name] for name in branch_to_published(policy.gidm_branch)})
@@ -169,27 +160,23 @@ def load_branch(branch: GIDMBranch, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Tensor], *, source: object) -> None:
     """Refuse a policy whose frozen text towers are others than those it is put on."""
-    ours = {_plain(name): tensor for name, tensor in towers.items()}
+    prefix = f"{CLIP}text_model."  # only some versions of transformers give it
+    ours = {name.replace(prefix, CLIP): tensor for name, tensor in towers.items()}
     for name, tensor in tensors.items():
         if not name.startswith((T5, CLIP, SENTENCE)) or name.startswith(tuple(UNNEEDED)):
             continue
-        stage, wanted = "gidm" if name.startswith(T5) else "gfdm", ours.get(_plain(name))
-        if wanted is None and not name.endswith("position_ids"):  # a buffer of older versions of transformers
+        wanted = ours.get(name.replace(prefix, CLIP))
+        if wanted is None:
+            if name.endswith("position_ids"):  # a buffer of older versions of transformers
+                continue
             raise UserError(f"{source}: {name} is not of its text tower; give the checkpoint of this stage")
-        if wanted is not None and not _close(tensor, wanted):
+        close = tensor.shape == wanted.shape
+        if close and not (tensor.is_meta or wanted.is_meta):
+            difference = torch.linalg.vector_norm(tensor.float() - wanted.float())
+            close = bool(difference <= ROUNDING * torch.linalg.vector_norm(wanted.float()))
+        if not close:
+            stage = "gidm" if name.startswith(T5) else "gfdm"
             raise UserError(
                 f"{source}: {name} differs from the text tower of {stage}_checkpoint; give the one that the "
                 "policy was trained on"
             )
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape or found.is_meta or wanted.is_meta:
-        return found.shape == wanted.shape
-    difference = torch.linalg.vector_norm(found.float() - wanted.float())
-    return bool(difference <= ROUNDING * torch.linalg.vector_norm(wanted.float()))
-
-
-def _plain(name: str) -> str:
-    """Without the prefix that only some versions of transformers give to CLIP's text tower."""
-    return name.replace(f"{CLIP}text_model.", CLIP)

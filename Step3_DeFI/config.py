@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from hydra.core.config_store import ConfigStore
 from torch import Tensor
 
 from defi.config import typed
-from defi.engine.weights import COPY_AGAIN
-from defi.errors import UserError, reading
-from defi.files import check_sizes, read_json
+from defi.errors import UserError
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
@@ -71,9 +69,6 @@ class ActionHeadConfig:
     cross_attention: str = "full"
     identity_modulation: bool = False
 
-    def __post_init__(self) -> None:
-        check_choice("policy.action_head.cross_attention", self.cross_attention, ("full", "causal"))
-
 
 @dataclass
 class ActionDiffusionConfig:
@@ -97,22 +92,22 @@ class ActionDiffusionConfig:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
+        dropout, guidance = self.text_dropout, self.guidance
         check_choice("policy.diffusion.sampler", self.sampler, SAMPLERS)
         check("policy.diffusion.steps", self.steps, self.steps >= 1, "must be 1 or more")
-        dropout, guidance = self.text_dropout, self.guidance
         check("policy.diffusion.text_dropout", dropout, 0 <= dropout < 1, "must lie in [0, 1)")
         rule = "the policy never saw a dropped text; set 1, or train with policy.diffusion.text_dropout=0.1"
         check("policy.diffusion.guidance", guidance, guidance == 1 or dropout > 0, rule)
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise levels of training from uniform u in [0, 1]."""
-        bounds = {"minimum": self.sigma_min, "maximum": self.sigma_max}
-        return log_logistic(u, loc=math.log(self.sigma_data), scale=self.density_scale, **bounds)
+        middle, ends = math.log(self.sigma_data), {"minimum": self.sigma_min, "maximum": self.sigma_max}
+        return log_logistic(u, loc=middle, scale=self.density_scale, **ends)
 
     def schedule(self, device: torch.device | str = "cpu") -> Tensor:
         """Noise levels of sampling, descending, 0 at the end."""
-        levels = {"sigma_max": self.sigma_max, "sigma_min": self.last_sigma}
-        return exponential_schedule(self.steps, **levels, device=device)
+        sigma_max, sigma_min = self.sigma_max, self.last_sigma
+        return exponential_schedule(self.steps, sigma_max=sigma_max, sigma_min=sigma_min, device=device)
 
 
 @dataclass
@@ -127,13 +122,6 @@ class FinetuneConfig:
     mode: str = "none"
     rank: int = 16
     video_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_choice("gfdm.finetune", self.mode, ("none", "lora", "full"))
-        check("gfdm.lora_rank", self.rank, self.rank >= 1, "must be 1 or more")
-        fine = self.video_loss == 0 or (self.video_loss > 0 and self.mode != "none")
-        rule = "must be 0, or positive with gfdm.finetune=lora or full"
-        check("gfdm.video_loss", self.video_loss, fine, rule)
 
 
 @dataclass
@@ -174,8 +162,17 @@ class PolicyConfig:
     stages: StageSizes | None = None
 
     def __post_init__(self) -> None:
+        learning = self.finetune
         check_choice("policy.feature_noise", self.feature_noise, ("fresh", "fixed"))
         check_choice("policy.gfdm_precision", self.gfdm_precision, PRECISIONS)
+        check_choice(
+            "policy.action_head.cross_attention", self.action_head.cross_attention, ("full", "causal")
+        )
+        check_choice("gfdm.finetune", learning.mode, ("none", "lora", "full"))
+        check("gfdm.lora_rank", learning.rank, learning.rank >= 1, "must be 1 or more")
+        fine = learning.video_loss == 0 or (learning.video_loss > 0 and learning.mode != "none")
+        rule = "must be 0, or positive with gfdm.finetune=lora or full"
+        check("gfdm.video_loss", learning.video_loss, fine, rule)
         if self.stages is not None:
             seen, last = self.latent_action_frames, self.stages.frames - 1
             rule = f"the last frame that the stage-1 checkpoint imagines is {last}"
@@ -194,27 +191,6 @@ class PolicyConfig:
         """From a composed configuration: its section `policy`."""
         return typed(cls, cfg["policy"], "policy")
 
-    @classmethod
-    def read(cls, file: Path) -> "PolicyConfig":
-        """From a checkpoint's file; in older ones stage sizes and positions were settings beside the others.
-
-        Raises:
-            UserError: the file is damaged, or has positions that do not go with the cross-attention.
-        """
-        values = read_json(file, COPY_AGAIN)
-        check_sizes(values, file)
-        if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
-            values["stages"] = older
-        with reading(file, COPY_AGAIN):
-            head = values.get("action_head", {})
-            has, kind = head.pop("action_positions", None), head.get("cross_attention", "full")
-        if has is not None and has != (kind == "full"):
-            raise UserError(
-                f"{file}: cross_attention={kind} with action_positions={has} is no longer possible (full "
-                "cannot tell actions apart without positions, causal has none); train it again"
-            )
-        return typed(cls, values, str(file))
-
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Valid training input from stored features."""
         generator, of = torch.Generator().manual_seed(seed), self.stages
@@ -225,3 +201,7 @@ class PolicyConfig:
             "actions": torch.rand(batch_size, self.chunk, self.action_dim, generator=generator) * 2 - 1,
             "seed": torch.arange(batch_size),
         }
+
+
+# Presets and commands change settings that are here by name: `policy: defaults` in configs/step3_*.yaml.
+ConfigStore.instance().store("defaults", asdict(PolicyConfig()), group="policy")

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Denoiser = Callable[[Float[Tensor, "*B K A"], int], Float[Tensor, "*B K A"]]
+Actions = Float[Tensor, "*B K A"]
+Denoiser = Callable[[Actions, int], Actions]
 """x, i → D(x, σᵢ): actions of the i-th noise level of a schedule → the clean actions seen in them."""
 
 
@@ -62,16 +63,11 @@ def denoising_loss(
     return (network(c_in * noisy, sigma) - target).square().mean()
 
 
-def log_logistic_cdf(value: float, *, loc: float, scale: float) -> float:
-    return 1 / (1 + math.exp((loc - math.log(value)) / scale))
-
-
 def log_logistic(
     u: Float[Tensor, "..."], *, loc: float, scale: float, minimum: float, maximum: float
 ) -> Float[Tensor, "..."]:
     """Quantile function of the log-logistic density on [minimum, maximum]: u in [0, 1] → σ (float32)."""
-    low = log_logistic_cdf(minimum, loc=loc, scale=scale)
-    high = log_logistic_cdf(maximum, loc=loc, scale=scale)
+    low, high = (1 / (1 + math.exp((loc - math.log(sigma)) / scale)) for sigma in (minimum, maximum))
     return (u.double() * (high - low) + low).logit().mul(scale).add(loc).exp().float()
 
 
@@ -83,9 +79,7 @@ def exponential_schedule(
     return torch.cat([levels, levels.new_zeros(1)])
 
 
-def ddim(
-    denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
-) -> Float[Tensor, "*B K A"]:
+def ddim(denoise: Denoiser, x: Actions, sigmas: Float[Tensor, " S1"]) -> Actions:
     """First-order deterministic sampling: x ← (σ'/σ)·x + (1 − σ'/σ)·D(x, σ)."""
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         ratio = following / sigma
@@ -93,9 +87,7 @@ def ddim(
     return x
 
 
-def dpmpp_2m(
-    denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
-) -> Float[Tensor, "*B K A"]:
+def dpmpp_2m(denoise: Denoiser, x: Actions, sigmas: Float[Tensor, " S1"]) -> Actions:
     """DPM-Solver++(2M): as `ddim`, with D extrapolated from the step before; first order at both ends."""
     earlier: tuple[Tensor, Tensor] | None = None  # (D, step length in ln σ) of the step before
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
@@ -109,9 +101,7 @@ def dpmpp_2m(
     return x
 
 
-def heun(
-    denoise: Denoiser, x: Float[Tensor, "*B K A"], sigmas: Float[Tensor, " S1"]
-) -> Float[Tensor, "*B K A"]:
+def heun(denoise: Denoiser, x: Actions, sigmas: Float[Tensor, " S1"]) -> Actions:
     """EDM's algorithm 1: Euler step and trapezoidal correction; two evaluations per step but the last."""
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         slope = (x - denoise(x, i)) / sigma

@@ -3,32 +3,38 @@
 DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictures to context.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import json
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel
-from defi.engine.weights import COPY_AGAIN
-from defi.errors import reading
+from defi.engine.weights import COPY_AGAIN, fingerprint
+from defi.errors import UserError, reading
+from defi.files import check_sizes, read_json
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
-from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.config import PolicyConfig, StageSizes, check
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
-from Step3_DeFI.features import Standardise, encode_views, imagine, keep_in, merge_tokens, video_noise
-from Step3_DeFI.finetune import idle, open_for_finetuning
+from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_tokens, set_up, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
-from Step3_DeFI.sources import Sources, load_sources, read_sources, stage_sizes, write_sources
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
+
+STAGES = {"gfdm": GFDM, "gidm": GIDM}
+SOURCES = "sources.json"
+Sources = dict[str, Path]  # "gfdm", "gidm" → folder of the weights that a policy stands on
 
 
 @dataclass
@@ -47,10 +53,6 @@ class Context:
     video_tokens: Float[Tensor, "B FQ D"]
     latent_actions: Float[Tensor, "B Q Dg"]
     codes: Quantized
-
-    def without_sentence(self, dropped: Bool[Tensor, "B 1"]) -> "Context":
-        """The same with the sentence at zero where `dropped`; video and latent actions stay as they are."""
-        return replace(self, sentence=self.sentence * ~dropped)
 
     def both(self) -> "Context":
         """2B rows for guidance: B as they are, then the same without sentence."""
@@ -78,28 +80,38 @@ class DeFI(StageModel):
     def __init__(
         self, config: PolicyConfig, *, gfdm: GFDM, gidm: GIDM, sources: Sources | None = None
     ) -> None:
-        """Of `gidm` its text tower and the sizes of its tokenizer are taken. sources: where both lie."""
+        """Of `gidm`, which must know language, the text tower and its tokenizer's sizes are taken.
+
+        sources: where both lie.
+        """
         super().__init__()
-        stages = stage_sizes(gfdm, gidm)
+        variant, rule = gidm.config.variant, "a policy needs a stage-2 checkpoint of variant language"
+        check("gidm.variant", variant, variant == "language", rule)
+        stages = StageSizes(
+            frames=gfdm.config.frames,
+            feature_tokens=gfdm.feature_tokens,
+            feature_channels=gfdm.feature_channels,
+            sentence_width=gfdm.clip.projection,
+            latent_action=gidm.tokenizer.sizes,
+        )
         self.config, self.sources = replace(config, stages=stages), sources
         self.gfdm, self.t5 = gfdm, gidm.text
-        keep_in(config.video_precision, gfdm)
-        open_for_finetuning(gfdm, config.finetune)
+        set_up(gfdm, config)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
-        former, merged_channels = config.video_former, stages.feature_channels * config.merge**2
+        channels = stages.feature_channels * config.merge**2
         self.video_former = VideoFormer(
-            feature_channels=merged_channels, frames=stages.frames, **vars(former)
+            feature_channels=channels, frames=stages.frames, **vars(config.video_former)
         )
         shape = (config.views, stages.feature_tokens, stages.feature_channels)
         self.standardise = Standardise(*shape) if config.standardise else nn.Identity()
         self.gidm_branch = GIDMBranch(
-            stages.latent_action, feature_channels=merged_channels, frames=config.latent_action_frames
+            stages.latent_action, feature_channels=channels, frames=config.latent_action_frames
         )
         self.gidm_branch.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
         self.action_head = ActionDenoiser(
             config.action_head,
             sentence_dim=stages.sentence_width,
-            video_dim=former.dim,
+            video_dim=config.video_former.dim,
             latent_action_dim=stages.latent_action.width,
             action_dim=config.action_dim,
             chunk=config.chunk,
@@ -107,11 +119,6 @@ class DeFI(StageModel):
         self.freeze()
 
     # ------------------------------------------------------------ from pictures to context
-
-    def video_noise(self, seeds: Int[Tensor, " B"]) -> Float[Tensor, "B V F 4 h w"]:
-        """Noise for GFDM, a function of each sample's seed (or of nothing, if `feature_noise: fixed`)."""
-        views, kind = self.config.views, self.config.feature_noise
-        return video_noise(self.gfdm, seeds, views=views, kind=kind, device=self.device)
 
     def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
         """From features and instructions to what the action head encodes; computed once per chunk."""
@@ -134,11 +141,8 @@ class DeFI(StageModel):
 
     def encode(self, context: Context) -> Memory:
         """What the action decoder looks at."""
-        return self.action_head.encode(
-            sentence=context.sentence,
-            video_tokens=context.video_tokens,
-            latent_actions=context.latent_actions,
-        )
+        given = {"sentence": context.sentence, "video_tokens": context.video_tokens}
+        return self.action_head.encode(**given, latent_actions=context.latent_actions)
 
     # ------------------------------------------------------------ training
 
@@ -158,33 +162,32 @@ class DeFI(StageModel):
             + weights.codebook_weight * codes.codebook_loss
             + weights.commitment_weight * codes.commitment_loss
         )
-        result = {
-            "action_loss": action_loss.detach(),
-            "codebook": codes.codebook_loss.detach(),
-            "commitment": codes.commitment_loss.detach(),
+        parts = {
+            "action_loss": action_loss,
+            "codebook": codes.codebook_loss,
+            "commitment": codes.commitment_loss,
             "perplexity": perplexity(codes.counts),
         }
         if weights.finetune.video_loss:
-            video_loss = self._video_loss(batch)
-            loss = loss + weights.finetune.video_loss * video_loss
-            result["video_loss"] = video_loss.detach()
-        return {"loss": loss, **result}
+            parts["video_loss"] = self._video_loss(batch)
+            loss = loss + weights.finetune.video_loss * parts["video_loss"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
-    def _features_of(self, batch: dict[str, Any]) -> Float[Tensor, "B V F L C"]:
+    def _features_of(
+        self, batch: dict[str, Any], noise: Float[Tensor, "B V F 4 h w"] | None = None
+    ) -> Float[Tensor, "B V F L C"]:
         """Features, stored or imagined now; with a gradient where the video model learns."""
         if "features" in batch:
             return batch["features"].to(self.device, self.dtype)
-        with self._video_precision():
+        if noise is None:
+            noise = video_noise(self.gfdm, self.config, batch["seed"], self.device)
+        own = self.config.video_precision != "no"  # computes in that, not in autocast's
+        with torch.autocast(self.device.type, enabled=False) if own else nullcontext():
             if "latents" in batch:
                 latents = batch["latents"].to(self.device, self.dtype)
             else:
                 latents = encode_views(self.gfdm, batch["images"].to(self.device))
-            return imagine(self.gfdm, latents, batch["text"], noise=self.video_noise(batch["seed"]))
-
-    def _video_precision(self) -> AbstractContextManager:
-        """A video model with a precision of its own computes in that, not in autocast's."""
-        own = self.config.video_precision != "no"
-        return torch.autocast(self.device.type, enabled=False) if own else nullcontext()
+            return imagine(self.gfdm, latents, batch["text"], noise=noise)
 
     def _action_loss(
         self, context: Context, actions: Float[Tensor, "B K A"], seeds: Int[Tensor, " B"]
@@ -195,7 +198,7 @@ class DeFI(StageModel):
         sigma = diffusion.sigma(draw.uniform("action sigma", diffusion.draws))
         noise = draw.normal("actions", diffusion.draws, *actions.shape[1:])
         dropped = draw.uniform("sentence dropout", 1) < diffusion.text_dropout
-        memory = self.encode(context.without_sentence(dropped))
+        memory = self.encode(replace(context, sentence=context.sentence * ~dropped))
         return denoising_loss(
             lambda noisy, level: self.action_head.decode(memory, noisy, self.action_head.noise_levels(level)),
             actions[:, None],
@@ -233,11 +236,8 @@ class DeFI(StageModel):
 
     def noise(self, seeds: Int[Tensor, " B"]) -> PolicyNoise:
         """The noise of B observations, one seed each: the same whatever else is in the batch."""
-        return PolicyNoise(video=self.video_noise(seeds), actions=self.action_noise(seeds))
-
-    def action_noise(self, seeds: Int[Tensor, " B"]) -> Float[Tensor, "B K A"]:
-        """Noise that the sampling of a chunk starts from, a function of each observation's seed."""
-        return SampleNoise(seeds, self.device).normal("actions", self.config.chunk, self.config.action_dim)
+        actions = SampleNoise(seeds, self.device).normal("actions", self.config.chunk, self.config.action_dim)
+        return PolicyNoise(video=video_noise(self.gfdm, self.config, seeds, self.device), actions=actions)
 
     @torch.no_grad()
     def act(
@@ -248,9 +248,7 @@ class DeFI(StageModel):
         noise: PolicyNoise,
     ) -> Float[Tensor, "B K A"]:
         """The next K actions, gripper not binarised. `images` as `observe` gives them: static, gripper."""
-        with self._video_precision():
-            latents = encode_views(self.gfdm, images.to(self.device))
-            features = imagine(self.gfdm, latents, texts, noise=noise.video)
+        features = self._features_of({"images": images, "text": texts}, noise.video)
         return self.act_on_features(features, texts, noise=noise.actions)
 
     @torch.no_grad()
@@ -279,8 +277,9 @@ class DeFI(StageModel):
     @torch.no_grad()
     def predict(self, batch: dict[str, Any]) -> Float[Tensor, "B K A"]:
         """The chunks it would act out on a training batch (whose `actions` are not looked at)."""
-        noise = self.action_noise(batch["seed"])
-        return self.act_on_features(self._features_of(batch), batch["text"], noise=noise)
+        noise = self.noise(batch["seed"])
+        features = self._features_of(batch, noise.video)
+        return self.act_on_features(features, batch["text"], noise=noise.actions)
 
     @property
     def image_size(self) -> int:
@@ -305,9 +304,9 @@ class DeFI(StageModel):
             UserError: a checkpoint is missing, of another stage, or knows no language.
         """
         sources = {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")}
-        stages = load_sources(sources)
-        policy = cls(config, **stages, sources=sources)
-        policy.gidm_branch.tokenizer.load_state_dict(stages["gidm"].tokenizer.state_dict())
+        models = {stage: STAGES[stage].from_pretrained(folder) for stage, folder in sources.items()}
+        policy = cls(config, **models, sources=sources)
+        policy.gidm_branch.tokenizer.load_state_dict(models["gidm"].tokenizer.state_dict())
         return policy
 
     def save_pretrained(self, folder: Path) -> None:
@@ -325,11 +324,40 @@ class DeFI(StageModel):
         Raises:
             UserError: a file is missing or damaged, or a stage's checkpoint is not the one it was trained on.
         """
-        folder = Path(folder)
-        config = PolicyConfig.read(folder / CONFIG)
-        sources = read_sources(folder, gfdm=gfdm, gidm=gidm)
-        stages = load_sources(sources)
-        with reading(folder / CONFIG, COPY_AGAIN):
-            policy = cls(config, **stages, sources=sources)
-        policy.load_weights(folder)
+        file = Path(folder) / CONFIG
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
+        config = typed(PolicyConfig, values, str(file))
+        sources = read_sources(file.parent, gfdm=gfdm, gidm=gidm)
+        models = {stage: STAGES[stage].from_pretrained(path) for stage, path in sources.items()}
+        with reading(file, COPY_AGAIN):
+            policy = cls(config, **models, sources=sources)
+        policy.load_weights(file.parent)
         return policy
+
+
+def write_sources(folder: Path, sources: Sources) -> None:
+    """Record both beside a policy: paths relative to it, so that both can be moved together."""
+    record = {
+        stage: {"path": os.path.relpath(path.resolve(), folder.resolve()), "fingerprint": fingerprint(path)}
+        for stage, path in sources.items()
+    }
+    (folder / SOURCES).write_text(json.dumps(record, indent=1))
+
+
+def read_sources(folder: Path, **given: Path | str | None) -> Sources:
+    """What `write_sources` recorded, or the places `given`; the weights there must be the recorded ones."""
+    record, found = read_json(folder / SOURCES, COPY_AGAIN), {}
+    for stage, place in given.items():
+        with reading(folder / SOURCES, COPY_AGAIN):
+            recorded, expected = folder / str(record[stage]["path"]), record[stage]["fingerprint"]
+            if place is None and not recorded.is_dir():
+                fault = f"the {stage} checkpoint of this policy is gone; give its place with {stage}="
+                raise UserError(f"{os.path.abspath(recorded)}: {fault}")
+        found[stage] = recorded if place is None else find_weights(place, stage)
+        if (actual := fingerprint(found[stage])) != expected:
+            raise UserError(
+                f"{found[stage]}: not the {stage} checkpoint that {folder} was trained on "
+                f"(fingerprint {actual}, expected {expected}); give that one with {stage}="
+            )
+    return found

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -10,10 +11,6 @@ from defi.config import typed
 from defi.engine.loop import Inspect
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.samples import PolicySamples
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
@@ -38,25 +35,21 @@ def action_previews(sets: dict[str, PolicySamples], count: int, seed: int) -> In
     return preview
 
 
-def plot_actions(predicted: Tensor, expert: Tensor, texts: list[str], file: Path, *, rows: int = 6) -> None:
-    """One row per sample, one panel per action dimension: the expert's chunk and the policy's."""
-    rows = min(rows, len(texts))
-    size = (14, 1.6 * rows)
-    figure, axes = plt.subplots(
-        rows, predicted.shape[-1], figsize=size, sharex=True, sharey=True, squeeze=False
-    )
-    for row, text in enumerate(texts[:rows]):
-        for dim, axis in enumerate(axes[row]):
-            axis.plot(expert[row, :, dim], color="0.6", label="expert")
-            axis.plot(predicted[row, :, dim], color="tab:blue", label="policy")
-        axes[row][0].set_ylabel(text[:24], fontsize=6)
+def plot_actions(predicted: Tensor, expert: Tensor, texts: list[str], file: Path) -> None:
+    """One row per sample, six at most, one panel per action dimension: the chunks of expert and policy."""
+    rows, columns = len(texts[:6]), predicted.shape[-1]
+    figure = Figure(figsize=(14, 1.6 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for row, dim in np.ndindex(rows, columns):
+        axes[row, dim].plot(expert[row, :, dim], color="0.6", label="expert")
+        axes[row, dim].plot(predicted[row, :, dim], color="tab:blue", label="policy")
+    for row in range(rows):
+        axes[row, 0].set_ylabel(texts[row][:24], fontsize=6)
     for axis, name in zip(axes[0], ACTION_NAMES):
         axis.set_title(name, fontsize=9)
-        axis.set_ylim(-1.3, 1.3)  # of all: they share it
-    axes[0][0].legend(fontsize=6)
-    figure.tight_layout()
+    axes[0, 0].set_ylim(-1.3, 1.3)  # of all: they share it
+    axes[0, 0].legend(fontsize=6)
     figure.savefig(file, dpi=90)
-    plt.close(figure)
 
 
 def rollouts(cfg: DictConfig) -> Inspect:
@@ -65,7 +58,5 @@ def rollouts(cfg: DictConfig) -> Inspect:
     from Step3_DeFI.rollout.protocol import RolloutConfig
 
     evaluation = Evaluation.prepare(typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout"))
-    precision = cfg.trainer.precision
-    return lambda policy, step, folder: evaluate_policy(
-        policy, evaluation, precision=precision, output=folder
-    )
+    how = {"precision": cfg.trainer.precision}
+    return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder, **how)

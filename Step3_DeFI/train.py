@@ -18,11 +18,9 @@ from defi.engine.loop import train
 from defi.engine.output import check_output
 from defi.processes import print_once
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import open_samples
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import action_previews, rollouts
-
-FITTED = 512  # samples that the features' mean and deviation are taken from
+from Step3_DeFI.store import open_samples
 
 
 def train_policy(cfg: DictConfig) -> Path:
@@ -38,7 +36,7 @@ def train_policy(cfg: DictConfig) -> Path:
     samples = open_samples(cfg.data, policy)
     print_once(policy.gfdm.clip.truncation_note(text for part in samples.values() for text in part.texts))
     if not continues(cfg.output, cfg.resume):
-        policy.fit_standardisation(samples["training"].spread(FITTED, cfg.seed))
+        policy.fit_standardisation(samples["training"].spread(512, cfg.seed))
     return train(
         policy,
         samples["training"],

@@ -28,9 +28,8 @@ from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
-from Step3_DeFI.plan import SampleRules
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.samples import CalvinSamples
+from Step3_DeFI.samples import CalvinSamples, SampleRules
 from Step3_DeFI.store import PolicyStore
 
 CHUNK, MIN_REMAINING, BATCH, SIDE = 10, 21, 32, 256
@@ -101,10 +100,10 @@ def main() -> None:
             kind: PolicyStore(prepare(settings(folder, work / kind, kind, work / "gfdm")))
             for kind in ("images", "latents")
         }
-        rules = SampleRules.of(cfg.data, CHUNK)
+        rules = SampleRules(CHUNK, cfg.data.min_remaining, cfg.data.stride, cfg.data.spans)
         raw = CalvinSamples(folder, rules, image_size=SIDE)
         archive = CalvinSamples(make_zip(folder, work / "calvin.zip"), rules, image_size=SIDE)
-        starts = raw.plan.observations[raw.plan.index[:, 0], 0].tolist()
+        starts = raw.observations[raw.index[:, 0], 0].tolist()
         sources = {
             "published": lambda i: published(raw.inputs.data, starts, i),
             "folder": raw.__getitem__,

@@ -44,7 +44,7 @@ from Step1_GFDM.model import GFDM
 from Step1_GFDM.pipeline import load_part
 from Step1_GFDM.sources import read_source
 from Step2_GIDM.model import GIDM
-from Step3_DeFI import sources
+from Step3_DeFI import policy
 from Step3_DeFI.compare import compare
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.protocol import SimConfig, read_instructions
@@ -177,11 +177,11 @@ def make_sources(folder: Path) -> None:
     for name in ("gfdm", "gidm"):
         (folder / name).mkdir()
     (folder / "policy").mkdir()
-    sources.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
+    policy.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
 
 
 def read_sources(folder: Path) -> None:
-    sources.read_sources(folder / "policy", gfdm=None, gidm=None)
+    policy.read_sources(folder / "policy", gfdm=None, gidm=None)
 
 
 def make_rlds(folder: Path) -> None:

@@ -15,8 +15,8 @@ from Step1_GFDM.model import GFDM
 from Step2_GIDM.dino import DinoConfig
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.plan import SampleRules
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.samples import SampleRules
 
 TEXT = {"tokens": 12, "width": 16, "layers": 1, "heads": 2, "projection": 16}
 

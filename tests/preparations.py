@@ -88,9 +88,9 @@ def noted(done: list[str]) -> None:
         done.append(f"{split}/{name}")
         write(output, split, name, *args, **named)
 
-    def encoded(self: step3.Encoder, images: np.ndarray, texts: list[str], first_row: int) -> np.ndarray:
-        done.append(str(first_row))
-        return encode(self, images, texts, first_row)
+    def encoded(self: step3.Encoder, images: np.ndarray, texts: list[str], rows: np.ndarray) -> np.ndarray:
+        done.append(str(rows[0]))
+        return encode(self, images, texts, rows)
 
     step1.write_episode, step3.Encoder.__call__ = write_episode, encoded
 

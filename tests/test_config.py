@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from defi.config import check_settings, entry, one_line_errors
 from defi.errors import UserError
+from Step3_DeFI import config  # noqa: F401  (the policy's settings by name)
 
 
 @entry("step3_train")

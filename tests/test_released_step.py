@@ -31,8 +31,8 @@ from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step2_GIDM.train import build_model
 from Step3_DeFI.config import FinetuneConfig, PolicyConfig
-from Step3_DeFI.data import open_samples
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.store import open_samples
 
 SCALING = 0.18215  # of SVD's latents
 SMALL = (

@@ -22,9 +22,9 @@ from defi.errors import UserError
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.features import imagine
 from Step3_DeFI.observation import observe
-from Step3_DeFI.plan import plan_samples
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
+from Step3_DeFI.samples import CalvinSamples
 from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
@@ -68,8 +68,7 @@ def train_settings(place: Path, output: Path, store: Path, **values: Any) -> Dic
 @pytest.mark.parametrize(("rest", "stride", "expected"), [(9, 1, 6 + 13), (9, 4, 2 + 4), (21, 1, 0 + 1)])
 def test_sample_positions(place: Path, rest: int, stride: int, expected: int) -> None:
     """Spans are (100, 114) and (115, 136); sample i has the actions of frames i … i + 9."""
-    data = CalvinFolder(place / "demos" / "training")
-    plan = plan_samples(data, sample_rules(rest, stride=stride))
+    plan = CalvinSamples(place / "demos" / "training", sample_rules(rest, stride=stride), image_size=16)
     starts = [plan.observations[row, 0] for row, _ in plan.index]
     assert len(starts) == expected == sum(plan.tasks.values())
     assert starts == [frame for s, e in ((100, 114), (115, 136)) for frame in range(s, e + 1 - rest, stride)]
@@ -88,16 +87,15 @@ def test_spans_without_samples_are_told(place: Path, capsys) -> None:
             f"tasks without any sample: {data.spans[0].task}; data.min_remaining=9 takes 1 of them",
         ),
     ):
-        plan_samples(data, sample_rules(min_remaining))
+        CalvinSamples(data.folder, sample_rules(min_remaining), image_size=16)
         assert capsys.readouterr().out.strip() == told
 
 
 def test_every_action_of_a_chunk_must_exist(place: Path) -> None:
-    data = CalvinFolder(place / "demos" / "training")
     with pytest.raises(UserError, match="data.min_remaining=8: a chunk has 10 actions"):
-        plan_samples(data, sample_rules(8))
+        sample_rules(8)
     with pytest.raises(UserError, match="no annotated span is longer than data.min_remaining=30"):
-        plan_samples(data, sample_rules(30))
+        CalvinSamples(place / "demos" / "training", sample_rules(30), image_size=16)
 
 
 def test_views_are_resized_alike() -> None:
@@ -132,7 +130,7 @@ def test_a_store_holds_what_the_policy_would_compute(place: Path, tmp_path: Path
     elif kind == "latents":
         torch.testing.assert_close(sample["latents"].float(), latents, rtol=2e-3, atol=2e-3)
     else:
-        noise = policy.video_noise(torch.tensor([seed_of("store", 0, 7, 0)]))  # run's seed, row, draw
+        noise = policy.noise(torch.tensor([seed_of("store", 0, 7, 0)])).video  # run's seed, row, draw
         features = imagine(policy.gfdm, latents[None], ["do thing 1"], noise=noise)
         torch.testing.assert_close(sample["features"].float(), features[0], rtol=5e-3, atol=5e-3)
     batch = default_collate([store[0], store[18]]) | {"seed": torch.arange(2)}
@@ -175,13 +173,7 @@ def test_an_interrupted_preparation_goes_on(place: Path, tmp_path: Path, monkeyp
     assert manifest.items() <= expected.items()
     for file in ("inputs.npy", "actions.npy", "index.npy"):
         assert (whole / file).read_bytes() == (broken / file).read_bytes(), file
-    # A store from before some settings had their names is complete as well.
-    del expected["video_stride"]
-    for name, older in {"min_remaining": "tail", "stage1_weights": "gfdm"}.items():
-        expected[older] = expected.pop(name)
-    expected["look"] = [2, 3, 16, 64]
-    (broken / "manifest.json").write_text(json.dumps(expected))
-    prepare(prepare_settings(place, broken, **values, resume=True))
+    prepare(prepare_settings(place, broken, **values, resume=True))  # a complete one stays as it is
     assert len(calls) == 6
 
 

@@ -11,17 +11,16 @@ from test_step3_data import prepare_settings, train_settings
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from defi.calvin import CalvinFolder
 from defi.engine import checkpoint
 from defi.engine.checkpoint import find_weights
 from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.unet import FEATURE_PARTS
-from Step3_DeFI.plan import plan_samples
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
 from Step3_DeFI.rollout.policy import load_policy
+from Step3_DeFI.samples import CalvinSamples
 from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
@@ -168,8 +167,8 @@ def test_a_store_keeps_the_frames_that_follow(place: Path) -> None:
     gfdm = GFDM.from_pretrained(find_weights(place / "gfdm"))
     encoded = gfdm.encode_images(images[3]["video"].flatten(0, 1) / 127.5 - 1).unflatten(0, (2, 3))
     torch.testing.assert_close(latents[3]["video"].float(), encoded, rtol=2e-3, atol=2e-3)
-    data = CalvinFolder(place / "demos" / "training")
-    plan = plan_samples(data, sample_rules(stride=5), clip=range(0, 30, 10))
+    rules, data = sample_rules(stride=5), place / "demos" / "training"
+    plan = CalvinSamples(data, rules, image_size=16, clip=range(0, 30, 10))
     assert [plan.observations[row, 0] for row in plan.video[1]] == [105, 114, 114]  # not beyond the span
 
 

@@ -22,7 +22,6 @@ from Step1_GFDM.config import GFDMConfig
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.observation import observe
-from Step3_DeFI.plan import plan_samples
 from Step3_DeFI.prepare import Encoder, prepare
 from Step3_DeFI.samples import CalvinSamples
 from Step3_DeFI.store import PolicyStore
@@ -197,9 +196,8 @@ def test_recordings_without_samples_that_have_text(
         UserError, match="is longer than data.min_rem.*=30" if annotated else "data.spans=all"
     ):
         prepare(settings(place, tmp_path / "new", "demos", "images", **given))
-    frames = CalvinFolder(root / "training")
     with pytest.raises(UserError, match="no recording has the 30 frames of a chunk"):
-        plan_samples(frames, sample_rules(29, chunk=30, spans="all"))
+        CalvinSamples(root / "training", sample_rules(29, chunk=30, spans="all"), image_size=16)
 
 
 def change_frame(root: Path, number: int, key: str, place: int, value: float) -> Path:
@@ -264,7 +262,7 @@ def test_spans_without_words(
 def test_instructions_that_are_cut_are_told(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """By the video model's own text tower, and before there is one by the preset's."""
+    """Where a video model is: when latents are made, and when training starts."""
     root = write_demonstrations(tmp_path / "demos")
     file = root / "training" / ANNOTATIONS
     annotation = np.load(file, allow_pickle=True).item()
@@ -275,9 +273,9 @@ def test_instructions_that_are_cut_are_told(
     for kind in ("images", "latents"):
         given = {"data.root": root, "text.clip.keep_end": False}
         prepare(settings(place, tmp_path / kind, "demos", kind, **given))
-        told = capsys.readouterr().out
-        assert f"2 of 2 instructions are truncated at {tokens} tokens" in told
-        assert f"2 of them are equal to another, the first: {texts[0]!r} = {texts[1]!r}" in told
+    told = capsys.readouterr().out
+    assert f"2 of 2 instructions are truncated at {tokens} tokens" in told
+    assert f"2 of them are equal to another, the first: {texts[0]!r} = {texts[1]!r}" in told
     train_policy(train_settings(place, tmp_path / "run", tmp_path / "images", **{"trainer.max_steps": 1}))
     assert f"2 of 2 instructions are truncated at {tokens} tokens" in capsys.readouterr().out
 
@@ -294,7 +292,7 @@ def test_missing_frames_are_named_before_any_work(place: Path, tmp_path: Path) -
     for frame in (103, 120):
         (root / "training" / frame_name(frame)).unlink()
     with pytest.raises(UserError, match=r"episode_0000103\.npz: missing, and 1 more of the 37 frames"):
-        plan_samples(CalvinFolder(root / "training"), sample_rules())
+        CalvinSamples(root / "training", sample_rules(), image_size=16)
 
 
 def test_a_full_disk_is_named_before_any_work(

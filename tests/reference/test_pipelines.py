@@ -41,13 +41,13 @@ from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.data import open_samples
 from Step3_DeFI.observation import CAMERAS, to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
 from Step3_DeFI.rollout.policy import ModelPolicy
 from Step3_DeFI.rollout.simulator import Observation
 from Step3_DeFI.samples import PolicySamples
+from Step3_DeFI.store import open_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are left out|too few episodes):UserWarning")
 SIGMAS = 4  # that shares may differ by: dozens of them are compared
@@ -492,7 +492,7 @@ def test_pipelines_stage3_samples_texts_and_actions(
 def test_pipelines_stage3_rows(samples: PolicySamples, split: str, stage3: dict[str, Any]) -> None:
     """Which annotation and which frame a sample is of."""
     store = getattr(samples, "folder", None)
-    spans = samples.plan.spans if store is None else np.load(store / "spans.npy")
+    spans = samples.spans if store is None else np.load(store / "spans.npy")
     for number, start, annotation, frame in stage3["splits"][split]["rows"]:
         assert spans[number].tolist() == [annotation, start] == [annotation, frame]
 
