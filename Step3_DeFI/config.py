@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,6 +191,24 @@ class PolicyConfig:
     def from_preset(cls, cfg: Mapping[str, Any]) -> "PolicyConfig":
         """From a composed configuration: its section `policy`."""
         return typed(cls, cfg["policy"], "policy")
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
+        """From a checkpoint's config.json; in older ones stage sizes and positions lay among the settings.
+
+        Raises:
+            UserError: a value does not fit, or the older positions do not go with the cross-attention.
+        """
+        if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
+            values["stages"] = older
+        head = values.get("action_head") or {}
+        positions = head.pop("action_positions", None) if isinstance(head, dict) else None
+        if positions not in (None, head.get("cross_attention", "full") == "full"):
+            raise UserError(
+                f"{file}: cross_attention={head['cross_attention']} with action_positions={positions} is no "
+                "longer possible (full needs positions, causal has none); train it again"
+            )
+        return typed(cls, values, str(file))
 
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Valid training input from stored features."""

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from defi.config import typed
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel
@@ -327,7 +326,7 @@ class DeFI(StageModel):
         file = Path(folder) / CONFIG
         values = read_json(file, COPY_AGAIN)
         check_sizes(values, file)
-        config = typed(PolicyConfig, values, str(file))
+        config = PolicyConfig.from_record(values, file)
         sources = read_sources(file.parent, gfdm=gfdm, gidm=gidm)
         models = {stage: STAGES[stage].from_pretrained(path) for stage, path in sources.items()}
         with reading(file, COPY_AGAIN):

@@ -29,6 +29,7 @@ from Step3_DeFI.samples import CalvinSamples, PolicySamples, SampleRules
 
 MANIFEST, INPUTS = "manifest.json", "inputs.npy"
 PROGRESS, DONE = "progress.json", "done.npy"  # while it is made: the manifest to be, a byte per row
+OLDER = {"tail": "min_remaining", "gfdm": "stage1_weights"}  # names in older manifests
 INPUT_DIMENSIONS = {"features": 6, "latents": 5, "images": 5}  # by kind
 
 
@@ -62,7 +63,9 @@ class StoreManifest:
     @classmethod
     def read(cls, file: Path, fix: str) -> "StoreManifest":
         """Raises UserError, with the `fix`, if the file is missing or damaged."""
-        manifest = typed(cls, read_json(file, fix), str(file))
+        record = {OLDER.get(name, name): value for name, value in read_json(file, fix).items()}
+        record.pop("look", None)
+        manifest = typed(cls, record, str(file))
         check_choice(f"{file}: kind", manifest.kind, INPUT_DIMENSIONS)
         if not all(isinstance(text, str) for text in manifest.texts):
             raise UserError(f"{file}: texts: not a list of texts; {fix}")

@@ -1,5 +1,6 @@
 """The policy: gradients, learning, independence of the batch, work done once, checkpoints of all stages."""
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -253,6 +254,7 @@ def test_a_saved_policy_acts_the_same_also_after_moving(
     checkpoint.save(build_gfdm(seed=1), tmp_path / "other", step=1, config={"preset_name": "test"})
     with pytest.raises(UserError, match="not the gfdm checkpoint that .* was trained on"):
         DeFI.from_pretrained(run, gfdm=tmp_path / "other")
+    check_older_config(run, tmp_path / "elsewhere")
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: cannot be read"):
         DeFI.from_pretrained(run, gfdm=tmp_path / "elsewhere")
@@ -291,6 +293,22 @@ def test_refuses_other_checkpoints(stages: tuple[Path, Path], tmp_path: Path) ->
         DeFI.from_stages(policy_config(), gfdm=tmp_path / "nothing", gidm=gidm)
     with pytest.raises(UserError, match="holds a gidm checkpoint, not gfdm"):
         DeFI.from_stages(policy_config(), gfdm=gidm, gidm=gidm)
+
+
+def check_older_config(run: Path, gfdm: Path) -> None:
+    """Sizes lay among the choices, and positions were a setting of their own: read where they follow from the
+    cross-attention."""
+    file = run / "config.json"
+    config = json.loads(file.read_text())
+    config |= config.pop("stages")
+    older = config | {"action_head": config["action_head"] | {"action_positions": True}}
+    file.write_text(json.dumps(older))
+    DeFI.from_pretrained(run, gfdm=gfdm)
+    for kind, positions in (("full", False), ("causal", True)):
+        older["action_head"] |= {"action_positions": positions, "cross_attention": kind}
+        file.write_text(json.dumps(older))
+        with pytest.raises(UserError, match=f"cross_attention={kind} with action_positions={positions}"):
+            DeFI.from_pretrained(run, gfdm=gfdm)
 
 
 @pytest.mark.parametrize("preset", presets())
