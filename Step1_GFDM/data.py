@@ -12,7 +12,6 @@ latent_videos_svd, which the annotations do not name.
 import json
 import math
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from defi.checkpoints.files import is_archive
 from defi.config import typed
 from defi.engine.weights import fingerprint
 from defi.errors import UserError, one_line, reading
@@ -147,8 +147,8 @@ def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
             with safe_open(path, framework="pt") as file:
                 part = file.get_slice(LATENTS)[first : last + 1]
         else:
-            mapped = zipfile.is_zipfile(path)
-            part = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)[first : last + 1]
+            stored = torch.load(path, weights_only=True, map_location="cpu", mmap=is_archive(path))
+            part = stored[first : last + 1]
         if part.dim() != 4:
             raise ValueError(f"holds {list(part.shape)}, not latents [frames, 4, h, w]")
         return part[torch.from_numpy(indices - first)].float()
