@@ -12,7 +12,7 @@ latent_videos_svd, which the annotations do not name.
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,19 +253,20 @@ def open_sets(cfg: Mapping[str, Any], model: GFDMConfig, split: str) -> dict[str
     return {name: LatentSet(config, model, split) for name, config in sets.items()}
 
 
-def check_latents(sets: Iterable[LatentSet], vae: Path, model: GFDMConfig) -> None:
+def check_latents(sets: Collection[LatentSet], vae: Path, model: GFDMConfig) -> None:
     """Raises UserError if another autoencoder than the model's made the latents, or they have another size.
 
     A pretrained model has a file of its own: another fingerprint is only noted then.
     """
     used, size = fingerprint(vae), model.clip_shape[1:]
-    for latents in sets:
-        made = read_manifest(latents.root).get("vae", used)
-        wrong = f"{latents.root / MANIFEST}: these latents were made by autoencoder {made}, {vae} is {used}"
+    for root in dict.fromkeys(latents.root for latents in sets):
+        made = read_manifest(root).get("vae", used)
+        wrong = f"{root / MANIFEST}: these latents were made by autoencoder {made}, {vae} is {used}"
         if made != used and model.pretrained is None:
             raise UserError(f"{wrong}; give the data and the autoencoder that belong together, or {AGAIN}")
         if made != used:
             print_once(f"note: {wrong}; these must be the same weights in another file")
+    for latents in sets:
         found = latents.clip(0, np.random.default_rng(0))["latents"].shape[1:]
         if found != size:
             wrong = f"its latents are {list(found)}, the model's {list(size)}"

@@ -20,6 +20,8 @@ def one_line(error: BaseException) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError) and " " not in str(error):  # of a dictionary; libraries say more
+        return f"no {error} in it"
     return getattr(error, "strerror", None) or one_line(error)  # of the system, or of FFmpeg
 
 
