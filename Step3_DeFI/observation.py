@@ -1,5 +1,7 @@
 """What the policy sees: both cameras as one array, the same in stored data, training and rollout."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ CAMERAS = ("rgb_static", "rgb_gripper")
 """Order of the views V: keys of CALVIN's frames and of the simulator's pictures."""
 
 
-def observe(images: dict[str, UInt8[np.ndarray, "H W 3"]], size: int) -> UInt8[Tensor, "V 3 size size"]:
+def observe(images: Mapping[str, UInt8[np.ndarray, "H W 3"]], size: int) -> UInt8[Tensor, "V 3 size size"]:
     """Pictures of all cameras (any size each) → size × size, bilinear with antialiasing, rounded to uint8.
 
     In float32, as published: PyTorch's kernel for uint8 is off by one level at every tenth value.

@@ -31,7 +31,7 @@ from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
 
-STAGES = {"gfdm": GFDM, "gidm": GIDM}
+STAGES: dict[str, type[StageModel]] = {"gfdm": GFDM, "gidm": GIDM}
 SOURCES = "sources.json"
 Sources = dict[str, Path]  # "gfdm", "gidm" → folder of the weights that a policy stands on
 

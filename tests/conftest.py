@@ -10,7 +10,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+# Files that take longest, in order: begun first, so that no processor waits for the last of them.
+LONGEST = ("scripts", "evaluation", "collect", "rollout_policy", "processes", "step2_commands", "sharding")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if config.getoption("--slow"):
         return
     for item in items:

@@ -48,10 +48,10 @@ def draw(runs: Sequence[Path]) -> Figure:
     Training is a line, everything else points; vertical lines mark steps that were left out.
     """
     panels: dict[str, list[tuple[str, str, np.ndarray, np.ndarray]]] = {}
-    for color, run in enumerate(runs):
+    for index, run in enumerate(runs):
         for name, (steps, values) in curves(run).items():
             kind, _, number = name.partition("/")
-            panels.setdefault(number, []).append((kind, f"C{color}", steps, values))
+            panels.setdefault(number, []).append((kind, f"C{index}", steps, values))
     left_out = panels.pop("left_out", [])
     if not panels:
         fix = "wait for the first trainer.log_every steps"

@@ -96,7 +96,7 @@ class Run:
             self.lock = claim(output)
             write_file(output / checkpoint.RUN_CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config)))
         accelerator.wait_for_everyone()
-        self.journal = Journal(accelerator, output, model.stage, trainer.max_steps, done=self.step)
+        self.journal = Journal(accelerator, output, model.stage, trainer.max_steps or 0, done=self.step)
         self.journal.open_tracker(tracker, self.config)
         self.started = time.monotonic() - progress.elapsed_s
         self.saved = self.step  # step of the latest checkpoint
@@ -209,7 +209,7 @@ class Run:
         """
         numbers: dict[str, float] = {}
         with self.journal.paused():
-            state = self.state
+            state: TrainingState | None = self.state
             if self.sharded:  # a copy is put together
                 self.writer.wait()
                 state = self.writer.copy

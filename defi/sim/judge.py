@@ -67,7 +67,8 @@ Rule = Callable[[JudgeState, JudgeState], bool]
 
 
 def _displacement(start: BlockState, end: BlockState) -> Vector:
-    return tuple(b - a for a, b in zip(start.position, end.position))
+    x, y, z = (b - a for a, b in zip(start.position, end.position))
+    return x, y, z
 
 
 def rotation_between(start: Quaternion, end: Quaternion) -> Vector:
