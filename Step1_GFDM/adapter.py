@@ -59,11 +59,12 @@ def expected(config: GFDMConfig, text_width: int) -> dict[str, Tensor]:
 def convert(cfg: DictConfig) -> tuple[GFDM, LoadingReport]:
     """The GFDM in the diffusers folder `cfg.source`, at the sizes of a preset, its text tower included."""
     folder, config = Path(cfg.source), GFDMConfig.from_preset(cfg)
+    tensors = read(folder)
     if (folder / "text_encoder").is_dir():
         clip = CLIPText.load(folder / "text_encoder", config.clip, tokenizer=folder / "tokenizer")
     else:
         clip = CLIPText.from_config(config.clip)
-    report = compare(read(folder), expected(config, clip.width), source=folder).check()
+    report = compare(tensors, expected(config, clip.width), source=folder).check()
     report.left_over = {why: [f"{part}/"] for part, why in UNNEEDED.items() if (folder / part).exists()}
     parts, sizes = pipeline.load_foreign(folder, clip.width)
     config = replace(config, **sizes, pretrained=None, clip=replace(config.clip, pretrained=None))

@@ -12,8 +12,7 @@ latent_videos_svd, which the annotations do not name.
 import json
 import math
 import os
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from defi.checkpoints.files import is_archive
 from defi.config import typed
 from defi.engine.weights import fingerprint
 from defi.errors import UserError, one_line, reading
@@ -147,8 +147,8 @@ def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
             with safe_open(path, framework="pt") as file:
                 part = file.get_slice(LATENTS)[first : last + 1]
         else:
-            mapped = zipfile.is_zipfile(path)
-            part = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)[first : last + 1]
+            stored = torch.load(path, weights_only=True, map_location="cpu", mmap=is_archive(path))
+            part = stored[first : last + 1]
         if part.dim() != 4:
             raise ValueError(f"holds {list(part.shape)}, not latents [frames, 4, h, w]")
         return part[torch.from_numpy(indices - first)].float()
@@ -253,19 +253,20 @@ def open_sets(cfg: Mapping[str, Any], model: GFDMConfig, split: str) -> dict[str
     return {name: LatentSet(config, model, split) for name, config in sets.items()}
 
 
-def check_latents(sets: Iterable[LatentSet], vae: Path, model: GFDMConfig) -> None:
+def check_latents(sets: Collection[LatentSet], vae: Path, model: GFDMConfig) -> None:
     """Raises UserError if another autoencoder than the model's made the latents, or they have another size.
 
     A pretrained model has a file of its own: another fingerprint is only noted then.
     """
     used, size = fingerprint(vae), model.clip_shape[1:]
-    for latents in sets:
-        made = read_manifest(latents.root).get("vae", used)
-        wrong = f"{latents.root / MANIFEST}: these latents were made by autoencoder {made}, {vae} is {used}"
+    for root in dict.fromkeys(latents.root for latents in sets):
+        made = read_manifest(root).get("vae", used)
+        wrong = f"{root / MANIFEST}: these latents were made by autoencoder {made}, {vae} is {used}"
         if made != used and model.pretrained is None:
             raise UserError(f"{wrong}; give the data and the autoencoder that belong together, or {AGAIN}")
         if made != used:
             print_once(f"note: {wrong}; these must be the same weights in another file")
+    for latents in sets:
         found = latents.clip(0, np.random.default_rng(0))["latents"].shape[1:]
         if found != size:
             wrong = f"its latents are {list(found)}, the model's {list(size)}"

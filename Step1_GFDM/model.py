@@ -74,7 +74,10 @@ class GFDM(StageModel):
         values = read_json(file := folder / CONFIG, "give a checkpoint folder of Step1_GFDM.train")
         check_sizes(values, file)
         if "frame_step" not in values:
-            print_once(f"{file}: no frame_step, taken as {GFDMConfig.frame_step}")
+            note = (
+                f"no frame_step, taken as {GFDMConfig.frame_step}; if its clips had another, write it there"
+            )
+            print_once(f"{file}: {note}")
         config = typed(GFDMConfig, values, str(file))
         named = config.clip.pretrained is not None
         clip = CLIPText.from_config(config.clip) if named else CLIPText.load(folder / "text", config.clip)

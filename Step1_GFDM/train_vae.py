@@ -26,6 +26,7 @@ from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.data import readable
 from defi.engine.loop import train
 from defi.engine.output import check_output
+from defi.errors import UserError
 from defi.video import prepare_frames
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.evaluation.metrics import psnr
@@ -49,6 +50,11 @@ class FramesConfig:
     frames: int = 2
     stride: int = 3
     cameras: dict[str, float] = field(default_factory=lambda: {"static": 0.5, "gripper": 0.5})
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.stride) < 1 or min(self.cameras.values(), default=0) <= 0:
+            given = f"data.frames={self.frames}, data.stride={self.stride}, data.cameras={self.cameras}"
+            raise UserError(f"{given}: numbers must be at least 1, a camera's share above 0")
 
 
 class FrameClips(Dataset):

@@ -77,8 +77,11 @@ def fit_and_predict(
     rotation = PCA().fit(fit)  # a ridge regression does not mind, and has no more columns than samples
     scale = max(rotation.explained_variance_.sum(), 1e-12)
     folds = GroupKFold(min(FOLDS, count)) if (count := len(np.unique(groups))) > 1 else None
-    ridge = RidgeCV(PENALTIES * scale, cv=folds and list(folds.split(fit, groups=groups)))
-    return ridge.fit(rotation.transform(fit), targets).predict(rotation.transform(new))
+    splits = folds and list(folds.split(fit, groups=groups))
+    # Scored by R², actions that hardly vary would count as much as the others.
+    ridge = RidgeCV(PENALTIES * scale, cv=splits, scoring="neg_mean_squared_error")
+    guess = ridge.fit(rotation.transform(fit), targets).predict(rotation.transform(new))
+    return guess.reshape(len(new), -1)  # of a single action it is a row
 
 
 def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, dict[str, float | None]]:

@@ -20,6 +20,8 @@ def one_line(error: BaseException) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError) and " " not in str(error):  # of a dictionary; libraries say more
+        return f"no {error} in it"
     return getattr(error, "strerror", None) or one_line(error)  # of the system, or of FFmpeg
 
 
@@ -27,7 +29,8 @@ def _reason(error: Exception) -> str:
 def reading(file: Path | str, fix: str) -> Iterator[None]:
     """Around a library call that opens or decodes a file from others: whatever it raises becomes one line.
 
-    The one place where a library's complaint about damage becomes a message; see docs/security.md.
+    The one place where a library's complaint about damage becomes a message; see docs/security.md. The
+    complaint stays as the error's cause: commands do not print it, tests and notebooks do.
 
     Raises:
         UserError: names the file, what the library said, and the `fix`.
@@ -39,7 +42,7 @@ def reading(file: Path | str, fix: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {fix}") from None
     except Exception as error:  # each library, and each kind of damage, has errors of its own
-        raise UserError(f"{file}: cannot be read ({_reason(error)}); {fix}") from None
+        raise UserError(f"{file}: cannot be read ({_reason(error)}); {fix}") from error
 
 
 @contextmanager

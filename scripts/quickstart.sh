@@ -37,7 +37,7 @@ step() { # name, what it does, command …: runs once, its time goes to done/<na
     shift 2
     [ -e "$output/done/$name" ] && return
     printf '\n── %s\n' "$title"
-    "$@" || { echo "error: the step '$name' failed; mend it and run the same command again" >&2; exit 1; }
+    "$@" || { echo "error: the step '$name' failed; fix it and run the same command again" >&2; exit 1; }
     printf '%s\t%s\t%s\n' "$((SECONDS - start))" "$title" "$*" > "$output/done/$name"
 }
 again() { [ -d "$1" ] && echo resume=true || echo resume=false; } # go on with what a killed step left

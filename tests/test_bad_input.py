@@ -17,7 +17,7 @@ from preparations import run, write_inputs
 from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
 from defi.calvin import ANNOTATIONS, encode_frame, frame_name
 from defi.engine.data import readable
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.rlds import RLDSDataset, dataset
 from defi.rlds.tfrecord import read_records
 from defi.video import write_mp4
@@ -418,3 +418,13 @@ def test_a_full_disk_while_rlds_is_indexed(
         ):
             RLDSDataset(toy, index=tmp_path / "index")
     assert RLDSDataset(toy, index=tmp_path / "index").lengths.tolist() == [3, 3]
+
+
+def test_a_fault_of_a_reader_itself_can_be_found() -> None:
+    """It looks like a damaged file to the user; who debugs it sees where it was raised."""
+    with (
+        pytest.raises(UserError, match="a.json: cannot be read .*; copy it again") as caught,
+        reading("a.json", "copy it again"),
+    ):
+        missing_name  # noqa: B018, F821
+    assert isinstance(caught.value.__cause__, NameError)

@@ -22,6 +22,7 @@ from hostile_readers import READERS
 from policy_fakes import build_gidm
 
 from defi.archive import open_files
+from defi.checkpoints.files import read_foreign
 from defi.checkpoints.torchscript import read_torchscript
 from defi.errors import UserError
 from defi.files import read_yaml
@@ -137,8 +138,21 @@ def test_a_torchscript_archive_may_not_grow(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt") as stored, zipfile.ZipFile(tmp_path / "b.pt", "w", 8) as packed:
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
-    with pytest.raises(UserError, match=r"b\.pt: cannot be read \(its tensors are compressed\)"):
+    with pytest.raises(UserError, match=r"b\.pt: cannot be read \(data\.pkl is compressed"):
         read_torchscript(tmp_path / "b.pt")
+
+
+def test_a_file_of_torch_save_may_not_grow(tmp_path: Path) -> None:
+    """A packed pickle could take a thousand times the file's size, before its tensors are looked at."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as stored, zipfile.ZipFile(tmp_path / "b.pt", "w", 8) as packed:
+        for name in stored.namelist():
+            kind = zipfile.ZIP_DEFLATED if name.endswith("data.pkl") else zipfile.ZIP_STORED
+            packed.writestr(name, stored.read(name), kind)
+    assert read_foreign(tmp_path / "a.pt")["a"].tolist() == [1, 1]
+    for read in (read_foreign, lambda file: read_latents(file, np.array([0]))):
+        with pytest.raises(UserError, match=r"b\.pt: cannot be read \(its members are compressed"):
+            read(tmp_path / "b.pt")
 
 
 def test_a_small_archive_may_not_grow(tmp_path: Path) -> None:

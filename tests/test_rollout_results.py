@@ -163,7 +163,7 @@ def test_results_are_read_back_as_written(tmp_path):
         ("{", "cannot be read (Expecting property name"),
         ("[]", "cannot be read ('list' object has no attribute 'get')"),
         ('{"format": 99}', "cannot be read (format 99, this version reads 1)"),
-        ('{"format": 1, "chains": []}', "cannot be read ('policy')"),
+        ('{"format": 1, "chains": []}', "cannot be read (no 'policy' in it)"),
     ],
 )
 def test_files_that_are_no_results(tmp_path, content, message):

@@ -349,6 +349,15 @@ def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: P
     ("module", "settings", "message"),
     [
         ("train_vae", ["data.root=nowhere", "output={out}/new"], "nowhere/training: no such folder"),
+        *(
+            ("train_vae", ["data.root={demos}", "output={out}/new", wrong], wrong)
+            for wrong in ("data.frames=0", "data.stride=0")
+        ),
+        (
+            "train_vae",
+            ["data.root={demos}", "output={out}/new", "data.cameras.static=0"],
+            "data.cameras={'static': 0.0",
+        ),
         ("prepare", ["data.root={demos}", "vae=nowhere", "output={out}/new"], "nowhere: no checkpoint"),
         ("train", ["data.root=nowhere", "vae={out}/vae", "output={out}/new"], "nowhere/annotation/train"),
         (

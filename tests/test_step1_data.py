@@ -1,4 +1,4 @@
-"""LatentSet of latents: windows, mixtures, safe paths, clear errors; the scores of imagined frames."""
+"""Clips of latents: windows, mixtures, safe paths, clear errors; the scores of imagined frames."""
 
 import json
 import shutil

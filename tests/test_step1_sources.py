@@ -484,7 +484,7 @@ def test_a_root_may_be_spelled_differently(
             "entry 1: a video or its caption is missing; give each as video and text",
         ),
         ("captions.csv", "video,text\na.mp4,\n", "no captions in it"),
-        ("labels.json", '[{"id": "1"}]', "labels.json: cannot be read ('label')"),
+        ("labels.json", '[{"id": "1"}]', "labels.json: cannot be read (no 'label' in it)"),
         ("labels.txt", "x", "captions are read from"),
         (None, "", "none.csv: missing"),
     ],

@@ -321,6 +321,19 @@ def test_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
     assert scores(per_group, drift)[0] < 0.2
 
 
+def test_probe_is_chosen_for_the_actions_that_vary_most() -> None:
+    """Six that are hardly more than noise do not shrink what is read of the seventh."""
+    rng = np.random.default_rng(0)
+    inputs, groups = rng.normal(size=(160, 40)), np.arange(80) // 8
+    large = 100 * inputs @ rng.normal(size=(40, 1)) + rng.normal(size=(160, 1))
+    targets = np.hstack([large, 0.2 * rng.normal(size=(160, 6))])
+    alone, together = (
+        fit_and_predict(inputs[:80], chosen[:80], inputs[80:], groups=groups)[:, 0]
+        for chosen in (large, targets)
+    )
+    assert r2_score(targets[80:, 0], together) == pytest.approx(r2_score(targets[80:, 0], alone), abs=0.01)
+
+
 def test_where_no_action_varies_there_is_nothing_to_probe(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

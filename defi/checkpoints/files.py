@@ -67,6 +67,20 @@ def read_published(path: Path | str, mark: str, title: str) -> dict[str, Tensor]
     return tensors
 
 
+def is_archive(file: Path) -> bool:
+    """Whether a file of `torch.save` is a zip archive, as all but old ones are.
+
+    Raises:
+        ValueError: one with compressed members, which torch never writes: they could fill the memory.
+    """
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("its members are compressed, as torch never writes them")
+    return True
+
+
 def find_index(folder: Path) -> Path | None:
     """The index of weights that lie in several files of a folder, if there is one."""
     unsplit = any(folder.glob("[!.]*.safetensors"))  # then an index of .bin files came along without them
@@ -126,7 +140,7 @@ def _read_pickled(file: Path) -> Any:
         try:
             # Old files are no zip archives and cannot be mapped into memory.
             with torch.serialization.safe_globals(SETTINGS):
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive(file))
         except pickle.UnpicklingError as error:
             if named := re.search(r"GLOBAL (\S+)", str(error)):
                 raise ValueError(f"refers to {named[1]}, which could run code") from None

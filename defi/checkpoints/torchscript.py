@@ -56,7 +56,13 @@ class _Unpickler(PlainUnpickler):
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive, self.contents = archive, {}
         self.root = next(n.split("/")[0] for n in archive.namelist() if n.endswith("/data.pkl"))
-        super().__init__(archive.open(f"{self.root}/data.pkl"))
+        super().__init__(archive.open(self._stored("data.pkl")))
+
+    def _stored(self, name: str) -> zipfile.ZipInfo:
+        member = self.archive.getinfo(f"{self.root}/{name}")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed, as torch never writes it")
+        return member
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -66,10 +72,7 @@ class _Unpickler(PlainUnpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, *_ = pid
         if key not in self.contents:  # each is read once, and torch never packs them: no file grows in memory
-            member = self.archive.getinfo(f"{self.root}/data/{key}")
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("its tensors are compressed")
-            self.contents[key] = bytearray(self.archive.read(member))
+            self.contents[key] = bytearray(self.archive.read(self._stored(f"data/{key}")))
         content = self.contents[key]
         return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
 
