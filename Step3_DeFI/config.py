@@ -176,8 +176,9 @@ class PolicyConfig:
         check("gfdm.video_loss", learning.video_loss, fine, rule)
         if self.stages is not None:
             seen, last = self.latent_action_frames, self.stages.frames - 1
-            rule = f"the last frame that the stage-1 checkpoint imagines is {last}"
-            check("policy.latent_action_frames", seen, 0 <= min(seen) <= max(seen) <= last, rule)
+            rule = f"name two; the last frame that the stage-1 checkpoint imagines is {last}"
+            fine = len(seen) == 2 and 0 <= min(seen) <= max(seen) <= last
+            check("policy.latent_action_frames", seen, fine, rule)
             side = math.isqrt(self.stages.feature_tokens)
             fine, rule = self.merge >= 1 and side % self.merge == 0, f"must divide {side}, the features' side"
             check("policy.merge", self.merge, fine, rule)
@@ -201,13 +202,14 @@ class PolicyConfig:
         """
         if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
             values["stages"] = older
-        head = values.get("action_head") or {}
-        positions = head.pop("action_positions", None) if isinstance(head, dict) else None
-        if positions not in (None, head.get("cross_attention", "full") == "full"):
-            raise UserError(
-                f"{file}: cross_attention={head['cross_attention']} with action_positions={positions} is no "
-                "longer possible (full needs positions, causal has none); train it again"
-            )
+        head = values.get("action_head")
+        if isinstance(head, dict) and "action_positions" in head:
+            positions, kind = head.pop("action_positions"), head.get("cross_attention", "full")
+            if positions != (kind == "full"):
+                raise UserError(
+                    f"{file}: cross_attention={kind} with action_positions={positions} is no longer "
+                    "possible (full needs positions, causal has none); train it again"
+                )
         return typed(cls, values, str(file))
 
     def fake_batch(self, batch_size: int, seed: int = 0) -> dict[str, Any]:

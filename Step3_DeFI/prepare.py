@@ -33,7 +33,7 @@ from Step3_DeFI.features import encode_views, imagine, set_up, video_noise
 from Step3_DeFI.samples import CalvinSamples, SampleRules
 from Step3_DeFI.store import DONE, INPUT_DIMENSIONS, INPUTS, MANIFEST, PROGRESS, StoreManifest
 
-FOLLOWS = {"source", "samples", "rows", "texts", "tasks"}  # of a manifest: from data and settings
+FOLLOWS = {"source", "texts", "tasks"}  # of a manifest: from data and settings, or may have moved
 
 
 @dataclass

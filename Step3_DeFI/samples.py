@@ -111,9 +111,8 @@ class CalvinSamples(PolicySamples):
 
     kind = "images"
     observations: Int64[np.ndarray, "R 2"]  # the distinct ones: frame, instruction (−1 without `by_text`)
-    robot_obs: Float32[
-        np.ndarray, "N 15"
-    ]  # TCP xyz in m, rpy in rad, finger width in m, joints in rad, gripper
+    # TCP xyz in m, TCP Euler angles in rad, finger width in m, 7 joints in rad, last gripper action
+    robot_obs: Float32[np.ndarray, "N 15"]
     spans: Int64[np.ndarray, "N 2"]  # number of the annotated span (−1: none), frame
     tasks: dict[str, int]  # samples of each
 
@@ -183,7 +182,8 @@ def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[tuple[int, Spa
             note += f"; data.min_remaining={rules.chunk - 1} takes {long_enough} of them"
         print_once(f"{data.folder}: {note}")
     if everything:
-        taken = [frame for _, span in known for frame in range(span.start, span.end - rest + 1)]
+        taken = [np.arange(span.start, span.end - rest + 1) for _, span in known]
+        taken = np.unique(np.concatenate([np.empty(0, np.int64), *taken]))
         for start, end in data.episodes:
             frames = np.setdiff1d(np.arange(start, end - rules.chunk + 2, rules.stride), taken)
             starts += [(-1, Span(start, end, "", ""), int(frame)) for frame in frames]

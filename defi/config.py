@@ -191,7 +191,7 @@ def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Setting
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
-        reason, key = str(error).splitlines()[0].rstrip("."), f"{where}.{error.full_key}"
+        reason, key = str(error).splitlines()[0].rstrip("."), f"{where}.{error.full_key}".rstrip(".")
         if "is not a ListConfig" in reason:
             reason = "must be a list"
         fault = f"{reason}; see {cls.__name__} in {cls.__module__}"

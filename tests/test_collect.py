@@ -227,6 +227,7 @@ def test_an_existing_output_is_left_alone(collected: Path) -> None:
         ("tasks=[open_drawr]", "open_drawr: no such task; did you mean open_drawer"),
         ("tasks=[]", "name at least one"),
         ("scenes=[A,D]", "scenes: D has no variations to train on; set variations=0"),
+        ("scenes=null", "scenes: there is no scene None"),
         ("scenes=[E]", "scenes: there is no scene E; choose from A, B, C, D"),
         ("validation.scenes=[Z]", "validation.scenes: there is no scene Z"),
         ("demos_per_task=0", "demos_per_task=0: must be 1 or more"),

@@ -330,3 +330,6 @@ def test_baseline_runs_beside_on_the_same_chains(tmp_path: Path):
     alone = run_chains(fake_evaluation(processes=1, chains=5), "random", show=False)
     assert [chain["steps"] for chain in results.baseline["chains"]] == [chain.steps for chain in alone]
     assert results.run["observations"] == sum(chain.observations for chain in results.chains)
+    # Each in a file of its own: a resumed run with another baseline must not take this one's chains for its.
+    logs = {"chains.jsonl", "baseline_random.jsonl"}
+    assert {file.name for file in tmp_path.glob("*.jsonl")} == logs

@@ -299,6 +299,8 @@ def test_videos_are_chosen_over_tasks(tmp_path):
     chosen = choose_videos(tmp_path, "solved", 4)
     assert [path.name[:4] for path in chosen] == ["0000", "0006", "0008", "0002"]
     assert list(chosen.values())[1] == "move_b: chain 6, task 1"
+    (tmp_path / "0012_10_solved_move_d.mp4").touch()  # of a long chain
+    assert "move_d: chain 12, task 10" in choose_videos(tmp_path, "solved", 5).values()
 
 
 @pytest.mark.parametrize(("size", "words"), [("smoke\n", SMOKE), ("short\n", ""), (None, "")])

@@ -183,6 +183,15 @@ def test_an_interrupted_preparation_goes_on(place: Path, tmp_path: Path, monkeyp
     assert len(calls) == 6
 
 
+def test_a_store_goes_on_with_the_clips_it_was_begun_with(place: Path, tmp_path: Path) -> None:
+    values = {"store.kind": "images", "store.videos": True}
+    cfg = prepare_settings(place, tmp_path / "store", **values, resume=True)
+    prepare(cfg)
+    cfg.gfdm.frames += 1
+    with pytest.raises(UserError, match=r"with other data or settings \(rows \d+, not \d+\)"):
+        prepare(cfg)
+
+
 def test_preparation_refuses_bad_input(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "store"
     for values, message in (

@@ -285,6 +285,7 @@ def test_refuses_other_checkpoints(stages: tuple[Path, Path], tmp_path: Path) ->
         DeFI.from_stages(policy_config(), gfdm=gfdm, gidm=tmp_path / "gidm")
     for changes, message in (
         ({"latent_action_frames": [0, 5]}, "the last frame that the stage-1 checkpoint imagines is 2"),
+        ({"latent_action_frames": []}, r"policy.latent_action_frames=\[\]: name two"),
         ({"merge": 3}, "policy.merge=3: must divide 4"),
     ):
         with pytest.raises(UserError, match=message):
@@ -309,6 +310,9 @@ def check_older_config(run: Path, gfdm: Path) -> None:
         file.write_text(json.dumps(older))
         with pytest.raises(UserError, match=f"cross_attention={kind} with action_positions={positions}"):
             DeFI.from_pretrained(run, gfdm=gfdm)
+    file.write_text(json.dumps(config | {"action_head": ["damaged"]}))
+    with pytest.raises(UserError, match="config.json: .*ActionHeadConfig"):
+        DeFI.from_pretrained(run, gfdm=gfdm)
 
 
 @pytest.mark.parametrize("preset", presets())

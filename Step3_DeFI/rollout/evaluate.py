@@ -191,7 +191,8 @@ def evaluate(
     }
     results = Results({"kind": agent, **(identity or {})}, evaluation.protocol, run, chains)
     if config.baseline:
-        chains = run_chains(evaluation, config.baseline, name="baseline", output=output, **how)
+        name = f"baseline_{config.baseline}"  # a resumed run may have another one
+        chains = run_chains(evaluation, config.baseline, name=name, output=output, **how)
         limits = replace(results, chains=chains).limits
         baseline = {"agent": config.baseline, "limits": limits, "chains": list(map(asdict, chains))}
         results = replace(results, baseline=baseline)

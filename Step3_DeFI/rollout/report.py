@@ -169,7 +169,7 @@ def write_clip(folder: Path, clip: Clip, every: int) -> None:
 def choose_videos(folder: Path, outcome: str, most: int) -> dict[Path, str]:
     """Up to `most` videos of an outcome, with captions: one of each task, then second ones, and so on."""
     seen, ranked = Counter(), []
-    for path in sorted(folder.glob(f"*_?_{outcome}_*.mp4")):
+    for path in sorted(folder.glob(f"*_{outcome}_*.mp4")):
         chain, position, _, task = path.stem.split("_", 3)
         seen[task] += 1
         ranked.append((seen[task], task, path, f"{task}: chain {int(chain)}, task {position}"))

@@ -177,6 +177,8 @@ def read_results(path: Path | str) -> Results:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a result."""
-    installed = {each.name: each.version for each in importlib.metadata.distributions()}
-    found = {package: installed.get(package, "not installed") for package in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:  # the first on the path of each, whatever else lies there
+        installed = importlib.metadata.distributions(name=package)
+        found[package] = next((each.version for each in installed), "not installed")
+    return found

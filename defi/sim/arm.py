@@ -25,9 +25,7 @@ class Arm:
         self.gripper_action = 1
         self._joints = [*config.arm_joints, *config.finger_joints]
         self.body = bullet.load(config.urdf, config.base_position, config.base_euler, useFixedBase=True)
-        if (
-            config.pedestal
-        ):  # drawn below the base: a body of its own, so that those loaded later count from it
+        if config.pedestal:  # drawn below; a body of its own, so that those loaded later count from it
             (x, y, z), yaw = config.base_position, config.base_euler[2]
             middle = [x - np.cos(yaw) * 0.05, y - np.sin(yaw) * 0.05, z / 2]
             cylinder = {"radius": PEDESTAL_RADIUS, "length": z, "rgbaColor": [1, 1, 1, 1]}

@@ -124,7 +124,8 @@ def main(cfg: DictConfig) -> None:
     columns = "task", "attempts", "solved", "rate", "median steps", "most"
     table = Table(*columns, title="Success of the policies")
     for task, numbers in success_rates(records.values()).items():
-        table.add_row(task, *("–" if number is None else f"{number:.3g}" for number in numbers.values()))
+        shown = (f"{number:.2f}" if isinstance(number, float) else number for number in numbers.values())
+        table.add_row(task, *("–" if number is None else str(number) for number in shown))
     console.print(table)
     attempts = sum(len(record.attempts) for record in records.values())
     frames = sum(record.frames for record in records.values())

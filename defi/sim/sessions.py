@@ -70,7 +70,7 @@ class CollectConfig:
     def __post_init__(self) -> None:
         names = {"tasks": self.tasks, "scenes": self.scenes, "validation.scenes": self.validation.scenes}
         for key, value in names.items():
-            names[key] = [value] if isinstance(value, str) else list(value)  # a single name is a list of one
+            names[key] = list(map(str, value if isinstance(value, list) else [value]))  # or a single name
             if not names[key]:
                 raise UserError(f"{key}=[]: name at least one")
             if key != "tasks" and (unknown := set(names[key]) - set(SCENES)):
