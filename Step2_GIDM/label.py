@@ -4,7 +4,8 @@ One row per frame of a clip, as in training: the clip's `name` and `start`, the 
 `later` (positions in the clip; at its end both are the last), `indices` [Q] (codes, rows of `codebook`).
 
     codes.parquet   written clip by clip, so of any length; the codebook as JSON in the file's metadata
-    codes.npz       plain arrays, one per column, and `codebook` [codes, Z]; held in memory
+    codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name` and `start`, `said` [N]
+                    that of `text`; and `codebook` [codes, Z]
 
 All of a data set is labelled where its section does not ask for less: RLDS' whole `train`, all of CALVIN's
 recordings. A clip that cannot be read is left out; the last line says what was labelled, and what was not.
@@ -104,7 +105,11 @@ def write_npz(path: Path, codebook: np.ndarray) -> Iterator[Write]:
     parts: list[Columns] = []
     yield parts.append
     buffer = io.BytesIO()
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in ("frame", "later", "indices")}
+    columns["clip"] = np.repeat(np.arange(len(parts)), [len(part["text"]) for part in parts])
+    columns |= {name: np.array([part[name][0] for part in parts]) for name in ("name", "start")}
+    texts = [text for part in parts for text in part["text"]]
+    columns["text"], columns["said"] = np.unique(texts, return_inverse=True)
     np.savez_compressed(buffer, codebook=codebook, **columns)
     write_file(path, buffer.getvalue())
 

@@ -37,7 +37,7 @@ def reading(file: Path | str, fix: str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, ImportError):  # a package that is missing is no damage
         raise
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {fix}") from None
