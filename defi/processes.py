@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import Tensor
 
 from defi.errors import UserError
@@ -40,7 +40,8 @@ SUPPORTED = {
 def processes() -> PartialState:
     """This process among them: its number, how many there are, its device. Without a GPU they run on CPUs."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=LONGEST)
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # a launcher's default; it would start on GPUs
+        return PartialState(cpu=cpu, timeout=LONGEST)
 
 
 def print_once(line: str) -> None:
