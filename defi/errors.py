@@ -39,7 +39,8 @@ def reading(file: Path | str, fix: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {fix}") from None
     except Exception as error:  # each library, and each kind of damage, has errors of its own
-        raise UserError(f"{file}: cannot be read ({_reason(error)}); {fix}") from None
+        # The cause stays with it: should it be a bug of ours, a debugger or a test shows where.
+        raise UserError(f"{file}: cannot be read ({_reason(error)}); {fix}") from error
 
 
 @contextmanager
