@@ -27,7 +27,7 @@ TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store",
 TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae", "tokenizer"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
-REFERENCE = re.compile(r"[^'\"]*\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
+REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
 Settings = TypeVar("Settings")
 
 RETIRED = {  # settings that there were once, and what to do instead

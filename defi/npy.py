@@ -25,7 +25,12 @@ SPARE_VALUES = 100_000  # that a pickle may repeat, besides one for each of its 
 
 
 class _Recorded:
-    """Stands for a global of NumPy, or for a call of it. state: what the pickle sets afterwards."""
+    """Stands for a global of NumPy, or for a call of it. state: what the pickle sets afterwards.
+
+    array: made of it, once, however often it is referred to.
+    """
+
+    array: np.ndarray | None = None
 
     def __init__(self, name: str, args: tuple = ()) -> None:
         self.name, self.args, self.state = name, args, ()
@@ -61,6 +66,8 @@ def _plain(value: Any, left: Iterator) -> Any:
         return np.frombuffer(data, _numeric_type(dtype)).reshape(())[()]
     if name != "_reconstruct":
         raise ValueError(f"it holds {name}, which is not plain data")
+    if value.array is not None:
+        return value.array
     _, shape, dtype, fortran, data = value.state
     if dtype.name == "dtype" and dtype.args[0] in ("O", "O8") and type(data) is list:
         flat = np.empty(len(data), object)
@@ -70,7 +77,8 @@ def _plain(value: Any, left: Iterator) -> Any:
         flat = np.frombuffer(data, stored := _numeric_type(dtype)).astype(stored.newbyteorder("="))
     if math.prod(shape) != flat.size:
         raise ValueError("the size and contents of an array differ")
-    return flat.reshape(shape, order="F" if fortran else "C")
+    value.array = flat.reshape(shape, order="F" if fortran else "C")
+    return value.array
 
 
 def _numeric_type(record: Any) -> np.dtype:

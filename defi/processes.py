@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import Tensor
 
 from defi.errors import UserError
@@ -40,7 +40,8 @@ SUPPORTED = {
 def processes() -> PartialState:
     """This process among them: its number, how many there are, its device. Without a GPU they run on CPUs."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=LONGEST)
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # a launcher's default; it would start on GPUs
+        return PartialState(cpu=cpu, timeout=LONGEST)
 
 
 def print_once(line: str) -> None:
@@ -66,11 +67,12 @@ def share(tasks: Sequence[Task]) -> list[Task]:
 
 def sharding_requested() -> bool:
     """Whether `accelerate launch` was asked to shard the model; UserError: otherwise than fsdp.yaml does."""
+    sharded = int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get(FSDP, "").lower() in ("true", "1")
     for name, value in SUPPORTED.items():
-        if os.environ.get(name, value).lower() != value:
+        if (sharded or not name.startswith("FSDP")) and os.environ.get(name, value).lower() != value:
             fix = "launch with --config_file configs/accelerate/fsdp.yaml"
             raise UserError(f"{name}={os.environ[name]}: only {name.lower()}: {value} is supported; {fix}")
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get(FSDP, "").lower() in ("true", "1")
+    return sharded
 
 
 def join_training(precision: str, tracker: str | None, output: Path) -> Accelerator:

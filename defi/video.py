@@ -8,7 +8,7 @@ decoding may start and show the same pictures.
 import os
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -74,13 +74,15 @@ class VideoFile:
             if self.stream.frames and len(index) and index[-1].pos + index[-1].size > end:  # half a download
                 there = sum(entry.pos + entry.size <= end for entry in index)
                 raise ValueError(f"truncated: frame {there + 1} of {len(index)} lies beyond its end")
+            self._stated_rate, self._tick = self.stream.average_rate, self.stream.time_base
             if time is not None:
                 self.container.seek(time, stream=self.stream)
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         size = None
-        with reading(self.path, FIX):
-            for packet in self.container.demux(self.stream):
+        demux = self.container.demux(self.stream)
+        with reading(self.path, FIX), closing(self.container), closing(demux):  # not left to the collector
+            for packet in demux:
                 if packet.is_keyframe and None not in (packet.pts, packet.dts):
                     self.keys[packet.pts] = packet.dts
                 frames = []
@@ -96,10 +98,10 @@ class VideoFile:
 
     def rate(self) -> float:
         """Frames per second so far, by when they are shown; the stated rate where both agree to a tick."""
-        stated, known = self.stream.average_rate, set(self.times)
+        stated, known = self._stated_rate, set(self.times)
         if len(known) > 1 and None not in known:
-            seconds = (max(known) - min(known)) * self.stream.time_base
-            if not stated or abs((len(known) - 1) / stated - seconds) > self.stream.time_base:
+            seconds = (max(known) - min(known)) * self._tick
+            if not stated or abs((len(known) - 1) / stated - seconds) > self._tick:
                 return float((len(known) - 1) / seconds)
         if not stated:
             raise UserError(f"{self.path}: states no frames per second; write it again with a frame rate")

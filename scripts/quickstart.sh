@@ -4,7 +4,7 @@
 #   scripts/quickstart.sh size=long    the same with more of everything
 #   scripts/quickstart.sh size=smoke   two minutes: does everything run? (learns nothing)
 #   scripts/quickstart.sh output=DIR   elsewhere than outputs/quickstart
-# What a killed run has finished is kept: the same command goes on from there. To start over, delete the folder.
+# What a killed run has finished is kept: the same command continues from there. To start over, delete the folder.
 . "$(dirname "$0")/setup.sh"
 
 size=short output=
@@ -40,7 +40,7 @@ step() { # name, what it does, command …: runs once, its time goes to done/<na
     "$@" || { echo "error: the step '$name' failed; fix it and run the same command again" >&2; exit 1; }
     printf '%s\t%s\t%s\n' "$((SECONDS - start))" "$title" "$*" > "$output/done/$name"
 }
-again() { [ -d "$1" ] && echo resume=true || echo resume=false; } # go on with what a killed step left
+again() { [ -d "$1" ] && echo resume=true || echo resume=false; } # continue what a killed step left
 train_again() { compgen -G "$1/checkpoints/step_*" > /dev/null && echo resume=true || echo overwrite=true; }
 
 data=$output/data ckpts=$output/ckpts

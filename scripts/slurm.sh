@@ -4,8 +4,8 @@
 #       scripts/slurm.sh Step3_DeFI.train output=/scratch/me/policy key=value …
 #
 # One task per GPU. Three minutes before the time limit Slurm sends SIGUSR1 to the tasks, on preemption SIGTERM: they
-# save, leave with exit code 75, and the job queues itself again. A job that starts again finds its configuration in
-# output= and goes on from its newest checkpoint; so does one whose node died. Any other exit code ends the job.
+# save, exit with code 75, and the job queues itself again. A job that starts again finds its configuration in
+# output= and continues from its newest checkpoint; so does one whose node died. Any other exit code ends the job.
 # A rollout during training is not interrupted: where one takes longer, give `sbatch --signal=USR1@900`, say.
 #SBATCH --job-name=defi
 #SBATCH --nodes=1
@@ -29,7 +29,7 @@ for setting in "$@"; do
 done
 [ -n "$output" ] || { echo "error: give output=<folder>, on a disk that all nodes see" >&2; exit 2; }
 if [ -e "$output/config.yaml" ]; then
-    # What the first start was to overwrite is overwritten; from then on the job goes on with its own run.
+    # What the first start was to overwrite is overwritten; from then on the job continues its own run.
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         for setting in "$@"; do
             shift

@@ -10,7 +10,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from defi.config import check_settings, entry, one_line_errors
+from defi.config import check_settings, entry, one_line_errors, typed
+from defi.engine.config import TrainerConfig
 from defi.errors import UserError
 from Step3_DeFI import config  # noqa: F401  (the policy's settings by name)
 
@@ -137,3 +138,9 @@ def test_ctrl_c_is_one_word(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as left, one_line_errors():
         raise KeyboardInterrupt
     assert left.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_a_long_text_of_a_file_is_searched_once() -> None:
+    """For references; looking for one from each sign on would take an hour for this."""
+    with pytest.raises(UserError, match=r"^here: \$\{oc.env:HOME\} refers to something outside"):
+        typed(TrainerConfig, {"schedule": 10**6 * "x" + "'", "precision": "${oc.env:HOME}"}, "here")

@@ -392,7 +392,7 @@ def test_out_of_memory_at_start_shrinks_the_micro_batch(
     hungry = Hungry(toy(dropout=0.0).config)
     hungry.load_state_dict(toy(dropout=0.0).state_dict())
     settings = trainer(global_batch=12, max_steps=5)
-    with pytest.raises(UserError, match="trainer.micro_batch=None: out of memory; lower it"):
+    with pytest.raises(UserError, match="trainer.micro_batch=12: out of memory; lower it"):
         train(hungry, Points(), settings, output=tmp_path / "later", config=CONFIG)
     # On a GPU the first batch is tried out before the first step.
     next_batches, first = Run.next_batches, iter([True])

@@ -13,7 +13,7 @@ import torch
 from engine_toy import Points, Toy, ToyConfig, toy, trainer
 from safetensors.torch import load_file
 
-from defi.engine import checkpoint, loop, state
+from defi.engine import checkpoint, loop, run, state
 from defi.engine.faults import EXIT_PREEMPTED, SIGNALS
 from defi.engine.log import read_metrics
 from defi.engine.loop import train
@@ -99,6 +99,22 @@ def test_progress_below_zero_is_told(change: dict, tmp_path: Path) -> None:
     file.write_text(content)
     with pytest.raises(UserError, match=r"progress\.json: counts below zero"):
         state.read_progress(file.parents[1])
+
+
+def test_generators_are_tried_on_the_device_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it has one, the question for a GPU's generator would start CUDA on the first."""
+    train(toy(), Points(), trainer(max_steps=1), output=tmp_path, config=CONFIG)
+    started, join, read = [], run.join_training, run.read_progress
+
+    def first_started(folder: Path) -> tuple:
+        assert started
+        return read(folder)
+
+    monkeypatch.setattr(run, "join_training", lambda *args: started.append(1) or join(*args))
+    monkeypatch.setattr(run, "read_progress", first_started)
+    train(toy(), Points(), trainer(max_steps=2), output=tmp_path, config=CONFIG, resume=True)
 
 
 def test_resume_goes_back_to_the_newest_whole_checkpoint(tmp_path: Path) -> None:

@@ -155,6 +155,15 @@ def test_a_short_pickle_may_not_grow(tmp_path: Path) -> None:
         load_npy(write_pickle(tmp_path / "bomb.npy", value))
 
 
+def test_an_array_is_made_once_however_often_it_is_named(tmp_path: Path) -> None:
+    """Two bytes of a pickle name it again; copies of it could fill any memory."""
+    array = np.arange(5)
+    np.save(tmp_path / "a.npy", {"all": [array] * 3}, allow_pickle=True)
+    found = load_npy(tmp_path / "a.npy")["all"]
+    assert found[0] is found[1] is found[2]
+    np.testing.assert_array_equal(found[0], array)
+
+
 def test_arrays_without_values(tmp_path: Path) -> None:
     value = {"emb": np.zeros((0, 1, 384), np.float32), "objects": np.zeros((0, 2), object)}
     assert_same(load_npy(write_pickle(tmp_path / "a.npy", value)), value)

@@ -1,5 +1,6 @@
 """Several processes: two that share a batch do what one does with all of it, for every stage."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,13 @@ def test_a_line_before_training_does_not_join_the_processes(
     assert (capsys.readouterr().out, joined) == ("from 0\n", [])
     processes()
     assert joined == [{"cpu": not torch.cuda.is_available(), "timeout": LONGEST}]
+
+
+def test_other_commands_leave_out_the_launchers_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        "defi.processes.PartialState", lambda **_: seen.append(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    )
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    processes()
+    assert seen == ["false"] and os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"

@@ -1,5 +1,7 @@
 """Videos written and read back, and the picture operations."""
 
+import gc
+import os
 from pathlib import Path
 
 import av
@@ -83,3 +85,17 @@ def test_caption_keeps_the_frame() -> None:
     assert np.array_equal(long[: len(frame)], frame)
     assert len(long) > len(short) > len(frame)
     assert long[len(frame) :].max() > 200  # there is writing
+
+
+def test_files_are_closed_without_the_garbage_collector(tmp_path: Path) -> None:
+    file = tmp_path / "a.mp4"
+    write_mp4(file, moving_square(), fps=8)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for frame in (0, 5):
+            read_frames(file, [frame])
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()

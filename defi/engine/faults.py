@@ -71,8 +71,7 @@ def explained(output: Path, trainer: TrainerConfig) -> Iterator[None]:
         if isinstance(error, Stopped):
             fault = str(error)
         elif isinstance(error, torch.OutOfMemoryError):
-            fix = "lower it (the global batch stays), choose a smaller preset or a larger GPU"
-            fault = f"trainer.micro_batch={trainer.micro_batch}: out of memory; {fix}"
+            fault = f"{output}: out of memory; choose a smaller preset or a larger GPU"
         elif isinstance(error, OSError):
             fault = f"{error.filename or output}: {error.strerror or reason}; fix that"
         elif isinstance(error, dist.DistError) or "by peer" in str(error):  # the latter is gloo's

@@ -69,6 +69,9 @@ def take_steps(run: Run, signals: Preemption, *, preview: Inspect | None, evalua
             run.step_done(scalars, loss)
         except FloatingPointError as error:
             run.leave_out(batches, error)
+        except torch.OutOfMemoryError as error:
+            what = f"trainer.micro_batch={run.feed.micro_batch}: out of memory"
+            raise faults.Stopped(f"{what}; lower it (the global batch stays)") from error
         if due(step, trainer.log_every) or step == trainer.max_steps:
             run.log(lr)
         if preview is not None and due(step, trainer.preview_every):

@@ -67,10 +67,11 @@ class Run:
         self.model, self.output, self.config = model, output, dict(config)
         self.trainer = trainer = trainer.for_samples(len(dataset))
         self.data = {"size": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)}
-        progress, rng = read_progress(source) if source else (Progress(), [])
-        self.progress = progress
-
         self.accelerator = accelerator = join_training(trainer.precision, check_tracker(tracker), output)
+        # Not before: trying the states of generators would start CUDA on the first GPU in every process.
+        self.progress, rng = read_progress(source) if source else (Progress(), [])
+        progress = self.progress
+
         self.main, device = accelerator.is_main_process, accelerator.device
         torch.set_float32_matmul_precision(trainer.matmul)
         set_seed(seed, device_specific=True)
