@@ -182,8 +182,8 @@ def choose_starts(data: CalvinFolder, rules: SampleRules) -> list[tuple[int, Spa
             note += f"; data.min_remaining={rules.chunk - 1} takes {long_enough} of them"
         print_once(f"{data.folder}: {note}")
     if everything:
-        taken = [np.arange(span.start, span.end - rest + 1) for _, span in known]
-        taken = np.unique(np.concatenate([np.empty(0, np.int64), *taken]))
+        frames_of = [np.arange(span.start, span.end - rest + 1) for _, span in known]
+        taken = np.unique(np.concatenate([np.empty(0, np.int64), *frames_of]))
         for start, end in data.episodes:
             frames = np.setdiff1d(np.arange(start, end - rules.chunk + 2, rules.stride), taken)
             starts += [(-1, Span(start, end, "", ""), int(frame)) for frame in frames]
