@@ -3,7 +3,7 @@
     python -m Step1_GFDM.prepare data=captioned_videos data.root=<folder> vae=<run> output=<folder>
 
 Sources: `Step1_GFDM.sources`. An episode's annotation is written last, and makes the episode count: a killed
-run goes on with `resume=true`. Processes of `accelerate launch` share the episodes. A damaged video is
+run continues with `resume=true`. Processes of `accelerate launch` share the episodes. A damaged video is
 reported, noted in `skipped/` and left out; `resume=true` tries it again.
 """
 
@@ -130,7 +130,7 @@ def main(cfg: DictConfig) -> None:
             f"image_size=: {weights} is for pictures of {trained_size} pixels a side; "
             "give that of your video model, image_size=256 for preset=paper"
         )
-    manifest = {  # what the latents are made of and with; a run that goes on must agree in all of it
+    manifest = {  # what the latents are made of and with; a resumed run must agree in all of it
         "data": source.identity(),
         "splits": {split: found.fingerprint for split, found in recordings.items()},
         "vae": fingerprint(weights),

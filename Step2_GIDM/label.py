@@ -7,7 +7,7 @@ One row per frame of a clip, as in training: the clip's `name` and `start`, the 
     codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name` and `start`, `said` [N]
                     that of `text`; and `codebook` [codes, Z]
 
-All of a data set is labelled where its section does not ask for less: RLDS' whole `train`, all of CALVIN's
+All of a data set is labelled where its section does not ask for less: RLDS' complete `train`, all of CALVIN's
 recordings. A clip that cannot be read is left out; the last line says what was labelled, and what was not.
 
 The processes of `accelerate launch` take clips in turn. The file appears when it is complete; it is the same

@@ -78,7 +78,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart_unused(self, onto: str = "vectors") -> int:
-        """Move every code unused since the last call; returns how many were. Counting starts anew.
+        """Move every code unused since the last call; returns how many were. Counting starts again.
 
         onto: recent `vectors` of the encoder, drawn from those since the last call, or `codes`, drawn from
             the codebook. The draw depends on the number of earlier restarts only and all processes hold the

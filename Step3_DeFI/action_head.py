@@ -190,7 +190,7 @@ class ActionDenoiser(nn.Module):
         return [layer.cross_attention.keys_values(context) for layer in self.decoder]
 
     def noise_levels(self, sigma: Float[Tensor, "..."]) -> NoiseLevels:
-        """What `decode` needs to know of σ; for a whole schedule in one go."""
+        """What `decode` needs to know of σ; for all levels of a schedule at once."""
         embedded = self.embed_sigma(sigma)
         return [layer.modulation(embedded) for layer in self.decoder]
 

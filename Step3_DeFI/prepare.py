@@ -4,7 +4,7 @@
 
 `store.kind=features` runs the frozen stage 1 once per sample, so that training needs no video model;
 `latents` stores what its VAE makes of the pictures, `images` only resized pictures (any stage 1 will do).
-The root may be CALVIN's zip itself. Processes of `accelerate launch` share the work; a killed run goes on
+The root may be CALVIN's zip itself. Processes of `accelerate launch` share the work; a killed run continues
 with `resume=true`, on any number of processes.
 """
 
@@ -148,7 +148,7 @@ def is_begun(output: Path, manifest: StoreManifest) -> bool:
     file = output / (MANIFEST if (output / MANIFEST).exists() else PROGRESS)
     if not file.exists():
         return False
-    found, wanted = vars(StoreManifest.read(file, "make it anew with overwrite=true")), vars(manifest)
+    found, wanted = vars(StoreManifest.read(file, "make it again with overwrite=true")), vars(manifest)
     unequal = [name for name in wanted if name not in FOLLOWS and found[name] != wanted[name]]
     if differ := [f"{name} {found[name]}, not {wanted[name]}" for name in unequal]:
         raise UserError(

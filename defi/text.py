@@ -269,7 +269,7 @@ class T5Text(_Tower):
 
         full_length: pad to a multiple of the configured T, so that shapes, and with them the rounding of what
             follows, do not depend on the other texts of the batch.
-        together: encode the texts anew as one padded batch, whose padding has states of its own.
+        together: encode the texts again as one padded batch, whose padding has states of its own.
         dropout: do the same with T5's dropout on.
         """
         if together or dropout:

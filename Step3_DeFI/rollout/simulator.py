@@ -85,7 +85,7 @@ class Setup:
     seed: int
     limit: int  # control steps per task
     agent: str = "policy"  # asked over the connection; or random or scripted: these act in this process
-    # Load the world anew before each chain. Bullet's contact order remembers what ran before in the same
+    # Load the world again before each chain. Bullet's contact order remembers what ran before in the same
     # world, so only then does a chain not depend on those before it.
     fresh: bool = True
     filmed: int = 0  # so many chains, the first, are filmed, a picture every `film_every` control steps

@@ -105,7 +105,7 @@ def wrap(angle: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
 def action(move: Move, view: View, commanded: Point) -> Float[np.ndarray, "7"]:
     """The relative action in [−1, 1] towards the move's goal, slowing down before it.
 
-    `commanded` is the position the arm is already told to reach; it stays within `LEAD` of the hand.
+    `commanded` is the position that the arm is already moving to; it stays within `LEAD` of the hand.
     """
     step = GAIN * (move.goal - view.tcp) / POSITION_STEP
     step *= min(1.0, move.speed / max(np.linalg.norm(step), 1e-9))

@@ -43,7 +43,7 @@ class OfficialWorld(contextlib.AbstractContextManager):
         self.reload()
 
     def reload(self) -> None:
-        """Load everything anew into a new physics server."""
+        """Load everything again into a new physics server."""
         self.close()
         with contextlib.redirect_stdout(io.StringIO()):
             try:

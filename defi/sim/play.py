@@ -110,7 +110,7 @@ class Player:
                 self.world.step(np.array([*offset / steps, 0, 0, 0, gripper]))
 
     def _attempt(self, task: str) -> Attempt:
-        """Frames up to `hold` steps after success, at times one, or of the whole failure."""
+        """Frames up to `hold` steps after success, at times one, or of all of a failure."""
         config, world, before = self.config, self.world, self.world.state()
         disturbed = bool(self.rng.random() < config.noise_probability)
         hold = 1 if self.rng.random() < config.at_once else config.hold

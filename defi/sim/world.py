@@ -58,7 +58,7 @@ class World(AbstractContextManager):
         self._connect()
 
     def reload(self) -> None:
-        """Load everything anew: exactly a newly made world."""
+        """Load everything again: exactly a newly made world."""
         if self._loads < RELOADS:
             self._load()
         else:
@@ -113,7 +113,7 @@ class World(AbstractContextManager):
         robot_obs: Float[np.ndarray, "15"] | None = None,
         scene_obs: Float[np.ndarray, "24"] | None = None,
     ) -> None:
-        """Put robot and scene in the given states. None: at rest; all off and closed, blocks drawn anew."""
+        """Put robot and scene in the given states. None: at rest; all off and closed, blocks placed at random."""
         if scene_obs is None:
             self.table.reset()
             self._scatter_blocks()
