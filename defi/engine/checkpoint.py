@@ -88,8 +88,8 @@ def read_run_config(path: Path | str) -> dict[str, Any]:
 def continues(run: Path | str, resume: bool) -> bool:
     """Whether a run with this `resume` continues from a checkpoint; UserError if there is no run to resume.
 
-    A run that was killed before its first checkpoint left only a configuration: resumed, it starts from the beginning, so
-    that a cluster can repeat one command whatever happened.
+    A run that was killed before its first checkpoint left only a configuration: resumed, it starts again,
+    so that a cluster can repeat one command whatever happened.
     """
     run = Path(run)
     if not resume or list_checkpoints(run):

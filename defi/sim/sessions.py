@@ -1,4 +1,4 @@
-"""Collection in sessions, so that any number of processes gives the same data and a killed run can be resumed.
+"""Collection in sessions, so that any number of processes gives the same data and a killed run can resume.
 
 A session is a stretch of play in one world, with a random generator of its own. It is written to
 `.sessions/<split>-<index>/` (with `.part` added until it is complete); once all are there, the frames get

@@ -113,7 +113,7 @@ class World(AbstractContextManager):
         robot_obs: Float[np.ndarray, "15"] | None = None,
         scene_obs: Float[np.ndarray, "24"] | None = None,
     ) -> None:
-        """Put robot and scene in the given states. None: at rest; all off and closed, blocks placed at random."""
+        """Put robot and scene in the given states. None: at rest; all off, closed, blocks at random."""
         if scene_obs is None:
             self.table.reset()
             self._scatter_blocks()
