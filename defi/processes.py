@@ -5,6 +5,7 @@ state (`StageModel.shard`). `full_tensor` puts a tensor together for a file and 
 part of one, so checkpoints do not depend on the launch.
 """
 
+import atexit
 import os
 import warnings
 from collections.abc import Sequence
@@ -40,8 +41,16 @@ SUPPORTED = {
 def processes() -> PartialState:
     """This process among them: its number, how many there are, its device. Without a GPU they run on CPUs."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    atexit.register(leave)
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # a launcher's default; it would start on GPUs
         return PartialState(cpu=cpu, timeout=LONGEST)
+
+
+def leave() -> None:
+    """Part from the others, before Python ends: Gloo's threads hold tensors, and one that lets go of them
+    after that aborts the process (pytorch/pytorch#179291). NCCL has no such threads."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def print_once(line: str) -> None:
@@ -83,6 +92,7 @@ def join_training(precision: str, tracker: str | None, output: Path) -> Accelera
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     handlers = [ddp, InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+    atexit.register(leave)
     request = os.environ.pop(FSDP, None)  # accelerate would shard in its own way, and on GPUs only
     try:
         return Accelerator(
