@@ -42,11 +42,11 @@ SUPPORTED = {
 def processes() -> PartialState:
     """This process among them: its number, how many there are, its device. Without a GPU they run on CPUs."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    atexit.register(leave)
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # a launcher's default; it would start on GPUs
         return PartialState(cpu=cpu, timeout=LONGEST)
 
 
+@atexit.register  # once, however often processes are asked for
 def leave() -> None:
     """Let Gloo's threads finish before Python ends: one that lets go of a tensor later aborts the process
     (pytorch/pytorch#179291; 3 of 280 short runs). Destroying the group would not end its threads."""
@@ -93,7 +93,6 @@ def join_training(precision: str, tracker: str | None, output: Path) -> Accelera
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     handlers = [ddp, InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
-    atexit.register(leave)
     request = os.environ.pop(FSDP, None)  # accelerate would shard in its own way, and on GPUs only
     try:
         return Accelerator(

@@ -1,5 +1,6 @@
 """Several processes: two that share a batch do what one does with all of it, for every stage."""
 
+import atexit
 import os
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def test_a_line_before_training_does_not_join_the_processes(
     assert (capsys.readouterr().out, joined) == ("from 0\n", [])
     processes()
     assert joined == [{"cpu": not torch.cuda.is_available(), "timeout": LONGEST}]
+
+
+def test_processes_asked_for_in_a_loop_leave_nothing_more_to_do_at_the_end() -> None:
+    """The wait for Gloo's threads is once per process: preparation asks with every batch."""
+    before = atexit._ncallbacks()
+    for _ in range(3):
+        processes()
+    assert atexit._ncallbacks() == before
 
 
 def test_other_commands_leave_out_the_launchers_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
