@@ -302,7 +302,7 @@ CAMERAS = {"static": "rgb_static", "gripper": "rgb_gripper"}
 class Settings(DataSettings):
     """`split` and `held_out` are folders of `root`, which may be CALVIN's zip itself.
 
-    spans: annotated (demonstrations with an instruction); recordings (all of them, without words); all (both);
+    spans: annotated (those with an instruction); recordings (all of them, without words); all (both);
     None: annotated, and recordings where everything is wanted (labels).
     """
 

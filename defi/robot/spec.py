@@ -1,4 +1,4 @@
-"""What a robot sees and does: made from its data, kept in every policy checkpoint, checked where both meet."""
+"""What a robot sees and does: made from its data, kept in policy checkpoints, checked where both meet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
