@@ -48,8 +48,8 @@ def processes() -> PartialState:
 
 
 def leave() -> None:
-    """Before Python ends, let Gloo's threads finish: one that lets go of a tensor after that aborts the process
-    (pytorch/pytorch#179291; seen in 3 of 280 short runs). Destroying the group does not end its threads."""
+    """Let Gloo's threads finish before Python ends: one that lets go of a tensor later aborts the process
+    (pytorch/pytorch#179291; 3 of 280 short runs). Destroying the group would not end its threads."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         time.sleep(0.2)  # without the interpreter's lock, which they wait for
 
