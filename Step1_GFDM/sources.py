@@ -21,14 +21,14 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from defi.calvin import CalvinFolder, Span
+from defi.data.calvin import CalvinFolder, Span
 from defi.config import typed
 from defi.errors import UserError, reading
 from defi.files import find_files
-from defi.hdf5 import read_hdf5
+from defi.data.hdf5 import read_hdf5
 from defi.instructions import read_instruction, read_instructions
 from defi.picture import decode_picture, stack_frames
-from defi.rlds import RLDSDataset, default_splits
+from defi.data.rlds import RLDSDataset, default_splits
 from defi.video import frame_count, read_video
 from Step1_GFDM.config import check_rate
 from Step1_GFDM.data import annotation_files, as_list, inside, read_episode, stored_step

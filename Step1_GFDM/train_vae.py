@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from defi.calvin import CalvinFolder
+from defi.data.calvin import CalvinFolder
 from defi.config import entry, typed
 from defi.engine.checkpoint import continues
 from defi.engine.config import TrainerConfig, run_settings

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int64, UInt8
 from rich.progress import track
 from torch.utils.data import Dataset, default_collate
 
-from defi.calvin import CalvinFolder, Span, check_gripper
+from defi.data.calvin import CalvinFolder, Span, check_gripper
 from defi.engine.data import readable, sample_seeds
 from defi.errors import UserError
 from defi.processes import print_once, processes, share

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from defi.calvin import TRAINING, VALIDATION
+from defi.data.calvin import TRAINING, VALIDATION
 from defi.config import typed
 from defi.engine.weights import fingerprint
 from defi.errors import UserError

@@ -23,7 +23,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
-from defi.calvin import CalvinFolder
+from defi.data.calvin import CalvinFolder
 from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from Step1_GFDM.config import GFDMConfig

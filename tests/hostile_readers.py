@@ -29,14 +29,14 @@ from stages import build_vae
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
-from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
+from defi.data.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import open_checkpoint
 from defi.engine import checkpoint, state
 from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
 from defi.engine.weights import load_strict, read_tensors
-from defi.rlds import RLDSDataset, default_splits
+from defi.data.rlds import RLDSDataset, default_splits
 from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents

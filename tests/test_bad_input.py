@@ -15,11 +15,11 @@ from policy_fakes import write_demonstrations
 from preparations import run, write_inputs
 
 from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
-from defi.calvin import ANNOTATIONS, encode_frame, frame_name
+from defi.data.calvin import ANNOTATIONS, encode_frame, frame_name
 from defi.engine.data import readable
 from defi.errors import UserError, reading
-from defi.rlds import RLDSDataset, dataset
-from defi.rlds.tfrecord import read_records
+from defi.data.rlds import RLDSDataset, dataset
+from defi.data.rlds.tfrecord import read_records
 from defi.video import write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes

@@ -15,7 +15,7 @@ from rich.console import Console
 
 pytest.importorskip("pybullet")
 
-from defi.calvin import CalvinFolder, frame_name
+from defi.data.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR, typed
 from defi.errors import UserError
 from defi.sim import sessions

@@ -18,7 +18,7 @@ from killing import die_before
 from launcher import launch
 from preparations import KINDS, OBSERVATIONS, VIDEOS, contents, noted, run, write_inputs
 
-from defi.calvin import frame_name
+from defi.data.calvin import frame_name
 from defi.engine import output as output_folder
 from defi.errors import UserError
 from Step1_GFDM import prepare as step1

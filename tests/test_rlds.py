@@ -23,10 +23,10 @@ from benchmarks.rlds_writer import (
 )
 from defi.engine.data import SeededDataset
 from defi.errors import UserError
-from defi.rlds import RLDSDataset, default_splits
-from defi.rlds.dataset import _scan
-from defi.rlds.spec import Split, choose_split
-from defi.rlds.tfrecord import masked_crc, parse_example, read_records
+from defi.data.rlds import RLDSDataset, default_splits
+from defi.data.rlds.dataset import _scan
+from defi.data.rlds.spec import Split, choose_split
+from defi.data.rlds.tfrecord import masked_crc, parse_example, read_records
 from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.pairs import PairDataset
 
@@ -145,7 +145,7 @@ def test_the_index_is_made_once_and_outside_the_data(toy: Path, monkeypatch: pyt
     opened(toy)
     assert sorted(toy.rglob("*")) == before
     with monkeypatch.context() as patch:
-        patch.setattr("defi.rlds.dataset._scan", lambda *a, **k: pytest.fail("read again"))
+        patch.setattr("defi.data.rlds.dataset._scan", lambda *a, **k: pytest.fail("read again"))
         assert opened(toy).lengths.tolist() == [5, 3, 4]
     shutil.copy(file_of(toy, 1), file_of(toy, 0))  # another file under the same name
     with pytest.raises(UserError, match=r"00000-of-00002: has 1 episodes, dataset_info\.json counts 2"):
@@ -163,8 +163,8 @@ def test_an_interrupted_index_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         return _scan(shard, *args, **kwargs)
 
-    monkeypatch.setattr("defi.rlds.dataset.READERS", 1)
-    monkeypatch.setattr("defi.rlds.dataset._scan", scan)
+    monkeypatch.setattr("defi.data.rlds.dataset.READERS", 1)
+    monkeypatch.setattr("defi.data.rlds.dataset._scan", scan)
     with pytest.raises(KeyboardInterrupt):
         opened(toy)
     assert good == file_of(toy, 1).read_bytes() and stamp == file_of(toy, 1).stat().st_mtime_ns

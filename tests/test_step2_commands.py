@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from launcher import launch
 
 from benchmarks.rlds_writer import write_videos
-from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
+from defi.data.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
 from defi.engine.log import read_metrics
 from defi.video import read_frames, write_mp4

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import r2_score
 
-from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
+from defi.data.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.errors import UserError
 from defi.video import write_mp4
 from Step2_GIDM.code_evaluation import CodeEvaluation, displacement, mean_displacement

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from policy_fakes import PRESET, policy_config, sample_rules, write_demonstrations, write_stages
 from torch.utils.data import default_collate
 
-from defi.calvin import CalvinFolder, frame_name
+from defi.data.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR
 from defi.engine.checkpoint import find_weights, read_manifest
 from defi.engine.data import seed_of

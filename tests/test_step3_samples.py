@@ -13,7 +13,7 @@ from policy_fakes import PRESET, build_gfdm, sample_rules, write_demonstrations,
 from safetensors.torch import load_file
 from test_step3_data import train_settings
 
-from defi.calvin import ANNOTATIONS, CalvinFolder, encode_frame, frame_name
+from defi.data.calvin import ANNOTATIONS, CalvinFolder, encode_frame, frame_name
 from defi.config import CONFIG_DIR, compose_preset
 from defi.engine.checkpoint import find_checkpoint, read_manifest
 from defi.engine.log import read_metrics

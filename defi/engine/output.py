@@ -1,8 +1,10 @@
 """Folders and files written to: no earlier run is lost by accident, no half-written file is seen."""
 
 import fcntl
+import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -83,6 +85,27 @@ def take_turn(folder: Path) -> TextIO:
 def user_cache() -> Path:
     """For what can be made again at any time: `$XDG_CACHE_HOME/defi`, or `~/.cache/defi`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "defi"
+
+
+def index_place(root: Path, name: str, done: str) -> Path:
+    """The folder of an index of data: `<root>/.defi/<name>`, or beside `root` if that is a file.
+
+    In `$DEFI_INDEX` instead, if set, or in the user's cache where the data's folder cannot be written to. A
+    folder that holds the file `done` comes first.
+    """
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    beside, given = root if root.is_dir() else root.parent, os.environ.get("DEFI_INDEX")
+    places = [beside / ".defi" / name, user_cache() / "index" / digest / name]
+    places = [Path(given) / digest / name] if given else places
+    for place in places:
+        if (place / done).is_file():
+            return place
+    for place in places:
+        with suppress(OSError):  # read-only, say
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place
+    raise UserError(f"{places[-1]}: cannot be written to; set DEFI_INDEX to a folder for indices of data")
 
 
 def is_leftover(path: Path) -> bool:

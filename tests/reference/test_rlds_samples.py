@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from defi.config import CONFIG_DIR
-from defi.rlds import RLDSDataset
+from defi.data.rlds import RLDSDataset
 from Step2_GIDM.data.build import build_pairs
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from defi.calvin import TRAINING, VALIDATION, CalvinFolder
+from defi.data.calvin import TRAINING, VALIDATION, CalvinFolder
 from defi.errors import UserError
 from defi.processes import print_once
 from Step2_GIDM.data.pairs import Clip, PairsSettings, Part, Source

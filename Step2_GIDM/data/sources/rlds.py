@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
-from defi.rlds import FEW, RLDSDataset, default_splits
-from defi.rlds.spec import find_version, read_splits
+from defi.data.rlds import FEW, RLDSDataset, default_splits
+from defi.data.rlds.spec import find_version, read_splits
 from Step2_GIDM.data.pairs import FARTHEST, Clip, PairDataset, PairsSettings, Part, Source
 
 

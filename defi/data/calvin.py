@@ -20,19 +20,23 @@ import io
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from defi.archive import COPY_AGAIN, open_files
+from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part
 from defi.errors import UserError, reading
 from defi.instructions import read_instruction
 from defi.npy import load_npy, plain_array
 from defi.picture import stack_frames
+from defi.processes import print_once
+from defi.robot.spec import Gripper, Robot, Vector
 
 TRAINING, VALIDATION = "training", "validation"
 INDEX, LENGTHS, SCENES = "ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy"
@@ -160,7 +164,7 @@ class CalvinFolder:
         """The annotated demonstrations, in the file's order, with and without instruction."""
         path = self._files.path(ANNOTATIONS)
         if not self.is_annotated:
-            without = "data.language=false in stage 2, data.spans=all in stage 3"
+            without = "data.spans=recordings, or all"
             raise UserError(f"{path}: missing annotation of instructions; copy it, or do without ({without})")
         annotation = self._load(ANNOTATIONS)
         with reading(path, "not CALVIN's annotation (language.ann, language.task, info.indx)"):
@@ -277,3 +281,97 @@ def index_files(
         SCENES: _npy({f"calvin_scene_{name}": list(ends) for name, ends in scenes.items()}),
         ANNOTATIONS: _npy(annotation),
     }
+
+
+# ---------------------------------------------------------------- as data of every stage
+
+# The published policy's robot: actions as they are stored, the gripper binarised at 0.
+ACTIONS = Vector(
+    names=["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"],
+    units=["0.02 m"] * 3 + ["0.05 rad"] * 3 + ["1 open, -1 closed"],
+    relative=[True] * 6 + [False],
+    normalisation=["none"] * 7,
+    offset=[0.0] * 7,
+    scale=[1.0] * 7,
+)
+STATE = ("x", "y", "z", "roll", "pitch", "yaw", "width", *(f"joint_{i}" for i in range(1, 8)), "last_gripper")
+CAMERAS = {"static": "rgb_static", "gripper": "rgb_gripper"}
+
+
+@dataclass(kw_only=True)
+class Settings(DataSettings):
+    """`split` and `held_out` are folders of `root`, which may be CALVIN's zip itself.
+
+    spans: annotated (those with an instruction); recordings (all of them, without words); all (both);
+    None: annotated, and recordings where everything is wanted (labels).
+    """
+
+    split: str | None = TRAINING
+    held_out: str | None = VALIDATION
+    spans: str | None = None
+
+    def open(self, part: Part) -> "CalvinData":
+        split = self.held_out if part == "held_out" else self.split
+        spans = self.spans or ("recordings" if part == "all" else "annotated")
+        if spans not in ("annotated", "recordings", "all"):
+            raise UserError(f"data.spans={spans}: choose annotated, recordings or all")
+        return CalvinData(Path(self.root, split or TRAINING), self.places(), spans)
+
+
+class CalvinData(Dataset):
+    """An episode per annotated span, per recording, or both, in this order."""
+
+    fps, min_remaining = 30.0, 21
+    action_names, state_names = tuple(ACTIONS.names), STATE
+
+    def __init__(self, folder: Path, places: Mapping[str, str], spans: str = "annotated") -> None:
+        self.files = CalvinFolder(folder)
+        self.root, self.fingerprint = folder, self.files.fingerprint
+        known = set(CAMERAS) | set(CAMERAS.values())
+        if unknown := set(places.values()) - known:
+            raise UserError(f"data.cameras: {min(unknown)!r} is no camera; choose from {', '.join(CAMERAS)}")
+        self._keys = {name: CAMERAS.get(place, place) for name, place in places.items()} or CAMERAS
+        self.cameras = tuple(self._keys)
+        self._episodes: list[Episode] = []
+        if spans == "annotated" or (spans == "all" and self.files.is_annotated):
+            fate = "left out" if spans == "annotated" else "taken without text"
+            print_once(self.files.missing_text_note(fate=fate))
+            for number, span in enumerate(self.files.spans):
+                if not span.fault:
+                    length, texts = span.end - span.start + 1, (span.instruction,)
+                    self._episodes.append(Episode(f"{number:06d}", span.start, length, texts, span.task))
+            if spans == "annotated" and not self._episodes:
+                raise UserError(self.files.spans[0].fault if self.files.spans else f"{folder}: no spans")
+            self.faults = {f"{n:06d}": span.fault for n, span in enumerate(self.files.spans) if span.fault}
+        if spans != "annotated":
+            for start, end in self.files.episodes:
+                self._episodes.append(Episode(f"recording_{start:07d}", start, end - start + 1))
+        self.starts = np.array([each.start for each in self._episodes], np.int64)
+        self.lengths = np.array([each.length for each in self._episodes], np.int64)
+        what = {"annotated": "annotated spans", "recordings": "all recordings, without instructions"}
+        self.scope = f"{folder} ({', '.join(self.cameras)}; {what.get(spans, 'all')})"
+        self.left_out = [f"the camera {name} (data.cameras)" for name in CAMERAS if name not in self.cameras]
+        self.left_out += ["frames without annotation (data.spans)"] if spans == "annotated" else []
+        others = [s for s in (TRAINING, VALIDATION) if s != folder.name and (folder.parent / s).is_dir()]
+        self.left_out += [f"the split {split} (data.split)" for split in others]
+
+    def episode(self, number: int) -> Episode:
+        return self._episodes[number]
+
+    def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
+        numbers, keys = [episode.start + position for position in positions], [self._keys[c] for c in cameras]
+        frames = [self.files.frame(number, keys) for number in numbers]
+        paths = [self.files.path(number) for number in numbers]
+        return {c: stack_frames([frame[key] for frame in frames], paths) for c, key in zip(cameras, keys)}
+
+    def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:
+        found = []
+        for number in frames:
+            frame = self.files.frame(number, ("rel_actions", "robot_obs"))
+            check_gripper(self.files.path(number), frame["rel_actions"])
+            found.append(np.concatenate([frame["rel_actions"], frame["robot_obs"]]))
+        return np.array(found, np.float32)
+
+    def robot(self) -> Robot:
+        state = Vector.plain(self.state_names)
+        return Robot(list(self.cameras), deepcopy(ACTIONS), state, self.fps, gripper=Gripper(dimension=6))

@@ -5,6 +5,6 @@ spec.py       features.json and dataset_info.json: what a data set holds, its sp
 dataset.py    any frame of any episode, by number; the index of where each lies
 """
 
-from defi.rlds.dataset import FEW, RLDSDataset, default_splits
+from defi.data.rlds.dataset import FEW, RLDSDataset, default_splits
 
 __all__ = ["FEW", "RLDSDataset", "default_splits"]

@@ -28,14 +28,7 @@ from jaxtyping import Bool, UInt8
 from rich.progress import track
 
 from defi.archive import read_places
-from defi.engine.output import take_turn, write_file
-from defi.errors import UserError, one_line, reading
-from defi.files import read_json
-from defi.instructions import is_utf8
-from defi.npy import map_npy
-from defi.picture import decode_picture, stack_frames
-from defi.processes import print_once
-from defi.rlds.spec import (
+from defi.data.rlds.spec import (
     FEATURES,
     STEPS,
     Feature,
@@ -46,7 +39,14 @@ from defi.rlds.spec import (
     read_spec,
     read_splits,
 )
-from defi.rlds.tfrecord import BYTES, FIX, INTS, NOTHING, Values, parse_example, read_records
+from defi.data.rlds.tfrecord import BYTES, FIX, INTS, NOTHING, Values, parse_example, read_records
+from defi.engine.output import take_turn, write_file
+from defi.errors import UserError, one_line, reading
+from defi.files import read_json
+from defi.instructions import is_utf8
+from defi.npy import map_npy
+from defi.picture import decode_picture, stack_frames
+from defi.processes import print_once
 
 # Where data sets keep their instruction, in order of preference.
 LANGUAGE = ("language_instruction", "observation/natural_language_instruction", "observation/instruction")

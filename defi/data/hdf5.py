@@ -50,7 +50,7 @@ def read_hdf5(path: Path, *, group: str = "", cameras: Mapping[str, str], text: 
         UserError: the file is damaged, has no such members, or they are not what they should be.
     """
     asked = {"file": str(path), "group": group, "cameras": dict(cameras), "text": text, "every": every}
-    done = subprocess.run([sys.executable, "-m", "defi.hdf5", json.dumps(asked)], capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "defi.data.hdf5", json.dumps(asked)], capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         how = signal.Signals(-done.returncode).name if done.returncode < 0 else said[-1]

@@ -1,0 +1,154 @@
+"""What a data set is to every stage, whatever its format: numbered frames, and episodes of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+
+from defi.data.motions import Motions, index_motions
+from defi.errors import UserError
+from defi.robot.spec import Robot, Vector
+
+Part = Literal["training", "held_out", "all"]
+Frames = UInt8[np.ndarray, "N H W 3"]
+HELD_OUT_EVERY = 20  # where a data set does not name its held-out part, every 20th recording is
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Consecutive frames of a data set, with what happens in them. Episodes may share frames.
+
+    name: of its own in the data set, fit for a file. start: the number of its first frame in the data set.
+    texts: the instruction of each frame, or one for all ("" where unknown).
+    task: a short name of what is done, for counts ("" where there is none).
+    """
+
+    name: str
+    start: int
+    length: int
+    texts: tuple[str, ...] = ("",)
+    task: str = ""
+
+    def text(self, position: int) -> str:
+        """The instruction of a frame, counted from the episode's start."""
+        return self.texts[position if len(self.texts) > 1 else 0]
+
+    def sentences(self) -> Iterator[tuple[range, str]]:
+        """Positions that follow each other with one instruction, and that instruction."""
+        for text, same in groupby(range(self.length), self.text):
+            positions = list(same)
+            yield range(positions[0], positions[-1] + 1), text
+
+
+class Dataset:
+    """One part of a data set. Every format is a subclass.
+
+    root: what the user named. fingerprint: identifies the data, wherever they lie.
+    cameras: names, in order; the first is the one whose motion stage 2 names.
+    fps: frames per second; None: it does not say, or recordings differ (`rate`).
+    scope: what was opened, in words. left_out: what else the data set holds. faults: name → why it cannot be
+    read, of recordings that are no episodes for that reason.
+    action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
+    min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
+    lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
+    millions of episodes, each made when asked for.
+    """
+
+    root: Path
+    fingerprint: str
+    cameras: tuple[str, ...]
+    fps: float | None = None
+    min_remaining: int = 0
+    scope: str
+    left_out: Sequence[str] = ()
+    faults: Mapping[str, str] = {}
+    action_names: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = ()
+    lengths: Int64[np.ndarray, " E"]
+    starts: Int64[np.ndarray, " E"]
+
+    def __len__(self) -> int:
+        """Episodes."""
+        return len(self.lengths)
+
+    def episode(self, number: int) -> Episode:
+        """An episode by its number, 0 … len − 1."""
+        raise NotImplementedError
+
+    def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
+        """Pictures of some frames, counted from the episode's start (in any order, repeated ones are fine).
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        raise NotImplementedError
+
+    def rate(self, episode: Episode) -> float:
+        """Frames per second. UserError if neither the data nor the settings say."""
+        if self.fps is None:
+            raise UserError(f"{self.root}: does not say its frames per second; give data.fps")
+        return self.fps
+
+    # ------------------------------------------------------------ actions and state
+
+    @cached_property
+    def motions(self) -> Motions:
+        """Actions and state of the frames of all episodes. UserError if there are no actions."""
+        if not self.action_names:
+            raise UserError(
+                f"{self.root}: holds no actions; give a robot's data, or name them (data.actions)"
+            )
+        return index_motions(self)
+
+    def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:
+        """Action and state, joined, of consecutive frames by their numbers; of no more than one episode, but
+        where episodes share frames. UserError if they cannot be read."""
+        raise NotImplementedError
+
+    def robot(self) -> Robot:
+        """What the data say of their robot; what they do not say is left open (`defi.robot.spec`)."""
+        state = Vector.plain(self.state_names) if self.state_names else None
+        return Robot(list(self.cameras), Vector.plain(self.action_names), state, self.fps)
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """What the section `data` says of any format; configs/data/<format>.yaml says more.
+
+    split, held_out: what the data set calls its parts; None: as the format usually does.
+    cameras: which ones, in order, as `name` or `name=place in the data`; None: all, or the format's usual.
+    """
+
+    root: str
+    split: str | None = None
+    held_out: str | None = None
+    cameras: list[str] | None = None
+
+    def open(self, part: Part) -> Dataset:
+        """What is trained on, what is held out, or all that there is (for labels, say).
+
+        Raises:
+            UserError: what is missing or damaged is named.
+        """
+        raise NotImplementedError
+
+    def places(self) -> dict[str, str]:
+        """Camera → its place in the data, of those that are named."""
+        named = (each.partition("=") for each in self.cameras or ())
+        return {name: place or name for name, _, place in named}
+
+
+def of_part(items: Sequence, part: Part) -> list:
+    """The items of a part, where a data set does not name its parts: every 20th is held out.
+
+    Of fewer than 20, the last; of one, it is in both.
+    """
+    if part == "all" or len(items) == 1:
+        return list(items)
+    every = min(HELD_OUT_EVERY, len(items))
+    return [item for number, item in enumerate(items, 1) if (number % every == 0) == (part == "held_out")]
