@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,9 +91,7 @@ class Videos(Dataset):
             start = ends_of[file] - numbering.frames
             self._episodes.append(Episode(name, start, numbering.frames, (text,)))
             self._videos[name] = file, numbering
-            digest.update(
-                f"{file.name} {numbering.frames}{text and f' {text}'}\n".encode(errors="surrogateescape")
-            )
+            digest.update(os.fsencode(f"{file.name} {numbering.frames}{text and f' {text}'}\n"))
         if not self._episodes:
             raise UserError(f"{root}: {count} cannot be read; the first: {next(iter(self.faults.values()))}")
         self.fingerprint = digest.hexdigest()[:16]
