@@ -1,9 +1,13 @@
 """What a data set is to every stage, whatever its format: numbered frames, and episodes of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +20,7 @@ from defi.robot.spec import Robot, Vector
 
 Part = Literal["training", "held_out", "all"]
 Frames = UInt8[np.ndarray, "N H W 3"]
+LONGEST_NAME = 180  # bytes; folders take 255, with endings and the marks of unfinished files
 HELD_OUT_EVERY = 20  # where a data set does not name its held-out part, every 20th recording is
 
 
@@ -152,3 +157,25 @@ def of_part(items: Sequence, part: Part) -> list:
         return list(items)
     every = min(HELD_OUT_EVERY, len(items))
     return [item for number, item in enumerate(items, 1) if (number % every == 0) == (part == "held_out")]
+
+
+def file_name(text: str) -> str:
+    """A text as a file's name: what is not a letter, digit, dot or dash becomes an underscore.
+
+    Of one that is too long, or not UTF-8, the start is kept, and a hash of all of it.
+    """
+    name = re.sub(r"[^\w.\-]+", "_", text).strip("._") or "_"
+    start = os.fsencode(name)[:LONGEST_NAME].decode(errors="ignore")
+    return name if start == name else f"{start}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names, with numbers after those that occurred before; no number makes a name that another has."""
+    names = list(names)
+    taken, numbers = set(names), defaultdict[str, Iterator[int]](lambda: count(2))
+    found: dict[str, None] = {}  # ordered, and quick to search
+    for name in names:
+        if name in found:
+            name = next(new for number in numbers[name] if (new := f"{name}-{number}") not in taken)
+        found[name] = None
+    return list(found)
