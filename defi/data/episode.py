@@ -88,6 +88,10 @@ class Dataset:
         """
         raise NotImplementedError
 
+    def size(self) -> int:
+        """Frames that a share in a mixture counts."""
+        return int(self.lengths.sum())
+
     def rate(self, episode: Episode) -> float:
         """Frames per second. UserError if neither the data nor the settings say."""
         if self.fps is None:

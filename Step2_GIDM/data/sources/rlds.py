@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.errors import UserError
-from defi.data.rlds import FEW, RLDSDataset, default_splits
+from defi.data.rlds import RLDSDataset, default_splits
 from defi.data.rlds.spec import find_version, read_splits
 from Step2_GIDM.data.pairs import FARTHEST, Clip, PairDataset, PairsSettings, Part, Source
 
@@ -33,12 +33,10 @@ class Settings(PairsSettings):
     def open(self, part: Part) -> "RLDSClips":
         split = self.held_out if part == "held_out" else self.split
         if not split:
-            training, held_out = splits = default_splits(self.root)
-            if splits == FEW:  # the published code, whose 95 % of few episodes are all, trains on all
-                training = held_out = "train"
-                if part == "held_out":
-                    what = "too few episodes to hold any out; pictures and health are of the training's"
-                    warnings.warn(f"{self.root}: {what} (data.held_out)", stacklevel=2)
+            training, held_out = default_splits(self.root)
+            if part == "held_out" and held_out == "train":
+                what = "too few episodes to hold any out; pictures and health are of the training's"
+                warnings.warn(f"{self.root}: {what} (data.held_out)", stacklevel=2)
             split = held_out if part == "held_out" else training
             split = split.partition("[")[0] if part == "all" else split
         return RLDSClips(self, split)
