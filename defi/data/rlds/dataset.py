@@ -1,8 +1,8 @@
 """Any frame of any episode of an RLDS data set, by number; and the index that says where each lies.
 
 The index is made by one pass over a split's files, which checks all checksums and that every episode is what
-the specification says. It lies in `<data set>/<version>/.defi` (`defi.engine.output.index_place`), or where it
-is told to. For E episodes of N steps in all, P pictures and T texts per step:
+the specification says. It lies in `<data set>/<version>/.defi` (`defi.engine.output.index_place`), or where
+it is told to. For E episodes of N steps in all, P pictures and T texts per step:
 
     <data set>-<version>-<split>-<hash>/
         episodes.npy   int64 [E, 3]: first byte of the record's data and the one after its last; its steps
