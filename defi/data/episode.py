@@ -55,6 +55,7 @@ class Dataset:
     read, of recordings that are no episodes for that reason.
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
     min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
+    pair_distance: frames between the two of a pair of stage 2, unless a setting says otherwise.
     lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
     millions of episodes, each made when asked for.
     """
@@ -64,6 +65,7 @@ class Dataset:
     cameras: tuple[str, ...]
     fps: float | None = None
     min_remaining: int = 0
+    pair_distance: int = 15
     scope: str
     left_out: Sequence[str] = ()
     faults: Mapping[str, str] = {}
