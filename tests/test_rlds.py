@@ -29,7 +29,7 @@ from defi.data.rlds.tfrecord import masked_crc, parse_example, read_records
 from defi.engine.data import SeededDataset
 from defi.errors import UserError
 from Step2_GIDM.data.build import build_pairs
-from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.pairs import PairDataset, later
 
 
 @pytest.fixture
@@ -484,7 +484,7 @@ def parse_and_replace(data: bytes, actions: np.ndarray) -> bytes:
 
 
 def section(folder: Path, **changes) -> dict:
-    data = {"source": "rlds", "root": str(folder), "split": None, "held_out": None, "image": None}
+    data = {"format": "rlds", "root": str(folder), "split": None, "held_out": None, "cameras": None}
     data |= {"language": None, "index": str(folder.parent / "index"), "distance": [2, 2], "stride": 1}
     data |= {"trim": [0, 0], "drop_unlabelled": False}
     return data | {"augmentation": None} | changes
@@ -517,11 +517,18 @@ def write_texts(root: Path, *episodes: list[str], name: str = "said") -> Path:
     return write_set(root, features, {"train": [written[:2], written[2:]]}, name=name)
 
 
+def shown(pairs: PairDataset, index: int) -> list[int]:
+    """The first number in each picture of a pair."""
+    episode, camera, now = pairs.locate(index)
+    positions = [now, later(episode, now, pairs.distance[1])]
+    return pairs.read(episode, camera, positions)[:, 0, 0, 0].tolist()
+
+
 def pairs_with_texts(pairs: PairDataset) -> list[tuple[list[int], str]]:
     """What the pictures of each pair show, and its text."""
     return [
         (
-            pairs.frames(*pairs.locate(i), pairs.distance[1])[:, 0, 0, 0].tolist(),
+            shown(pairs, i),
             pairs.sample(i, np.random.default_rng(0))["text"],
         )
         for i in range(len(pairs))
@@ -571,7 +578,7 @@ def test_few_episodes_are_all_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "wrist"}, "data.cameras=wrist: choose one of image"),
+        ({"cameras": ["wrist"]}, "data.cameras=wrist: choose one of image"),
         ({"language": "observation/words"}, "language=observation/words: there is language_instruction"),
         ({"split": "test"}, "this data set has train, val"),
         ({"index": "/proc/index"}, "/proc/index.*data.index"),
@@ -594,9 +601,9 @@ def test_episodes_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     data = opened(folder)
     assert data.lengths.tolist() == [3, 0, 0, 2, 0] and data.values(1, "language_instruction") == []
     pairs = build_pairs(section(folder), 48)
-    found = [(pairs.locate(i)[0].name, pairs.locate(i)[1]) for i in range(len(pairs))]
-    assert found == [("toy:0", 0), ("toy:0", 1), ("toy:0", 2), ("toy:3", 0), ("toy:3", 1)]
-    assert [int(pairs.frames(*pairs.locate(i), 2)[0, 0, 0, 0]) for i in range(5)] == [0, 0, 0, 30, 30]
+    found = [(pairs.locate(i)[0].name, pairs.locate(i)[2]) for i in range(len(pairs))]
+    assert found == [("000000", 0), ("000000", 1), ("000000", 2), ("000003", 0), ("000003", 1)]
+    assert [shown(pairs, i)[0] for i in range(5)] == [0, 0, 0, 30, 30]
 
 
 def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
@@ -612,14 +619,15 @@ def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
     def epoch(seed: int) -> list[tuple[str, str, int]]:
         rng = np.random.default_rng(seed)
         drawn = [mixture.member(i, rng.random()) for i in range(len(mixture))]
-        return [(pairs.source.data.name, pairs.locate(i)[0].name, pairs.locate(i)[1]) for pairs, i in drawn]
+        found = [(pairs.data.data.name, *pairs.locate(i)) for pairs, i in drawn]
+        return [(name, episode.name, now) for name, episode, _, now in found]
 
     first, second = epoch(1), epoch(2)
-    assert sorted(first[:8]) == sorted([("a", "a:0", i) for i in range(4)] * 2)
-    assert first[8:16] == [("b", "b:0", i) for i in range(8)]
+    assert sorted(first[:8]) == sorted([("a", "000000", i) for i in range(4)] * 2)
+    assert first[8:16] == [("b", "000000", i) for i in range(8)]
     assert len(set(first[16:])) == 4 and set(first[16:]) != set(second[16:])
     every = {pair for seed in range(60) for pair in epoch(seed)[16:]}
-    assert every == {("c", f"c:{episode}", i) for episode in range(2) for i in range(8)}
+    assert every == {("c", f"00000{episode}", i) for episode in range(2) for i in range(8)}
     sample = mixture.sample(9, np.random.default_rng(0))
     assert (sample["frames"][:, 1, 0, 0] * 255).round().tolist() == [8, 24]
 

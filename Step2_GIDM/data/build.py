@@ -1,7 +1,7 @@
 """The `data` section of a configuration → data set of pairs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from defi.data import DataSettings, Part, read_sets, read_settings
@@ -15,7 +15,7 @@ HEAVIEST = 10**6  # weight: places of an epoch are counted in 64 bits
 
 @dataclass(kw_only=True)
 class PairSettings:
-    """What a section says of its pairs; the defaults are those of configs/step2_train.yaml.
+    """What a section says of its pairs; see configs/step2_train.yaml.
 
     distance: [low, high], frames between the two of a pair; None: the data set's own, `Dataset.pair_distance`.
     stride: frames between the starts of pairs. weight: in a mixture.
@@ -23,7 +23,7 @@ class PairSettings:
 
     distance: list[int] | None = None
     stride: int = 1
-    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    augmentation: Augmentation | None = None
     weight: float = 1.0
 
     def __post_init__(self) -> None:

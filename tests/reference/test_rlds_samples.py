@@ -34,7 +34,7 @@ def table() -> dict:
 def test_the_table_of_data_sets_is_the_recorded_one(reference: Path, table: dict) -> None:
     recorded = json.loads((reference / "oxe_mixtures.json").read_text())
     sets = {name: (s["primary_image"], s["window"]) for name, s in recorded["datasets"].items()}
-    assert {name: (s["image"], s["distance"]) for name, s in table["sets"].items()} == sets
+    assert {name: (*s["cameras"], s["distance"]) for name, s in table["sets"].items()} == sets
     assert table["mixtures"] == {name: dict(weights) for name, weights in recorded["mixtures"].items()}
 
 
@@ -44,7 +44,7 @@ def test_every_episode(recorded: dict[Path, dict], table: dict, tmp_path: Path) 
             if split.startswith("_"):
                 continue
             data = RLDSDataset(folder, split, index=tmp_path)
-            picture, language = data.picture(table["sets"][folder.name]["image"]), data.language(None)
+            picture, language = data.picture(table["sets"][folder.name]["cameras"][0]), data.language(None)
             assert data.lengths.tolist() == [episode["length"] for episode in episodes]
             for number, expected in enumerate(episodes):
                 assert data.text(number, language) == expected["language"]
