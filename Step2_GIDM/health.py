@@ -31,7 +31,7 @@ from Step2_GIDM.data.pairs import PairDataset, later
 from Step2_GIDM.gallery import draw_gallery, draw_transfer
 from Step2_GIDM.model import GIDM
 
-STILL = 0.1  # an action that deviates less than this (of CALVIN's: 2 mm, 0.3 degrees) does not count as varying
+STILL = 0.1  # actions that deviate less than this (CALVIN's: 2 mm, 0.3 degrees) do not count as varying
 PENALTIES = np.logspace(-3, 3, 13)  # of the ridge regression, as shares of the inputs' variance
 FOLDS = 5  # of the cross-validation that chooses one
 
@@ -146,7 +146,8 @@ def main(cfg: DictConfig) -> None:
     numbers: dict[str, Any] = seen.numbers(codes)
     if isinstance(data, PairDataset) and data.data.action_names:
         training, actions = build_pairs(cfg.data, side, augment=False), data.data.robot().actions
-        if training.fingerprint == data.fingerprint and np.isin(data.data.starts, training.data.starts).any():
+        same = (training.data.root, training.fingerprint) == (data.data.root, data.fingerprint)
+        if same and np.isin(data.data.starts, training.data.starts).any():
             raise UserError(f"data.held_out={cfg.data.held_out}: is the training split; name another")
         fit = Probed.of(training, evaluate_codes(model, training, cfg.pairs))
         numbers["probe"] = probe(fit, Probed.of(data, seen), actions, codes, seed=cfg.seed)

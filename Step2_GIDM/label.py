@@ -5,8 +5,8 @@ its first frame), `camera`; the frame's `text`, `frame` and `later` (positions i
 are the last), `indices` [Q] (codes, rows of `codebook`).
 
     codes.parquet   written clip by clip, so of any length; the codebook as JSON in the file's metadata
-    codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name`, `start` and `camera`, `said`
-                    [N] that of `text`; and `codebook` [codes, Z]
+    codes.npz       plain arrays, held in memory: `clip` [N] is the row of `name`, `start` and `camera`,
+                    `said` [N] that of `text`; and `codebook` [codes, Z]
 
 All of a data set is labelled where its section does not ask for less: RLDS' complete `train`, all of CALVIN's
 recordings. A clip that cannot be read is left out; the last line says what was labelled, and what was not.

@@ -36,7 +36,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
     "data.tail": "use data.min_remaining instead",
     "data.image": "use data.cameras=[…]",
-    "data.language": "use data.spans=annotated or recordings",
+    "data.language": "of CALVIN write data.spans=annotated or recordings",
     "data.source": "use data.format, as data=… gives it",
     "demos_per_unit": "use demos_per_session instead",
     **dict.fromkeys(

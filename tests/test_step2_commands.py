@@ -144,10 +144,8 @@ def test_label_leaves_out_what_cannot_be_read(
     (tmp_path / "videos" / "d.mp4").write_bytes(b"no video")
     cut = tmp_path / "videos" / "b.mp4"
     with pytest.warns(UserWarning, match="left out"):
-        open_dataset(
-            {"format": "videos", "root": str(cut.parent)}, "all"
-        )  # numbers the frames; then the file is damaged, and looks as it did
-    seen = cut.stat()
+        open_dataset({"format": "videos", "root": str(cut.parent)}, "all")  # numbers the frames
+    seen = cut.stat()  # then the file is damaged, and looks as it did
     cut.write_bytes(bytes(seen.st_size))
     os.utime(cut, ns=(seen.st_mtime_ns, seen.st_mtime_ns))
     table = tmp_path / "codes.parquet"

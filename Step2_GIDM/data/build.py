@@ -17,7 +17,7 @@ HEAVIEST = 10**6  # weight: places of an epoch are counted in 64 bits
 class PairSettings:
     """What a section says of its pairs; see configs/step2_train.yaml.
 
-    distance: [low, high], frames between the two of a pair; None: the data set's own, `Dataset.pair_distance`.
+    distance: [low, high], frames between the two of a pair; None: the data set's own, `pair_distance`.
     stride: frames between the starts of pairs. weight: in a mixture.
     """
 
