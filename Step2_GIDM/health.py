@@ -127,10 +127,10 @@ def report(numbers: dict[str, Any], codes: int) -> None:
     if (cosine := numbers.get("transfer_cosine")) is not None:
         console.print(f"transfer        to other clips: cosine of the motions {cosine:.2f}")
     if "probe" in numbers:
-        names = list(numbers["probe"]["codes"])
-        table = Table("R²", *names, title="robot actions read linearly from")
-        for name, scores in numbers["probe"].items():
-            table.add_row(name, *("—" if scores[key] is None else f"{scores[key]:.2f}" for key in names))
+        scores, names = list(numbers["probe"].values()), list(numbers["probe"]["codes"])
+        table = Table("R²", *numbers["probe"], title="robot actions read linearly from")
+        for name in names:  # a robot may have many
+            table.add_row(name, *("—" if each[name] is None else f"{each[name]:.2f}" for each in scores))
         console.print(table)
         if names == ["all"]:
             console.print("No action varies in both splits: there is nothing to probe.")

@@ -365,7 +365,7 @@ def write_robot(root: Path, *, action: dict, state: dict, lengths: list[int], na
     """A data set of two cameras whose tensors hold 100 · episode + step, and tenths for their place."""
     features = {
         "action": features_dict(**action) if action else tensor("float32", 4),
-        "observation": features_dict(front=image(8, 8, "png"), wrist=image(6, 6, "png"), **state),
+        "observation": features_dict(an_arm_wrist=image(6, 6, "png"), front=image(8, 8, "png"), **state),
         "language_instruction": text(),
     }
     sizes = {f"steps/action/{key}": value for key, value in action.items()} or {"steps/action": tensor("", 4)}
@@ -378,7 +378,7 @@ def write_robot(root: Path, *, action: dict, state: dict, lengths: list[int], na
             for path, described in sizes.items()
             for shape in [described["tensor"]["shape"].get("dimensions", [])]
         }
-        for camera, size in (("front", 8), ("wrist", 6)):
+        for camera, size in (("front", 8), ("an_arm_wrist", 6)):
             shades = [
                 encode(np.full((size, size, 3), 10 * number + i, np.uint8), "PNG") for i in range(length)
             ]
@@ -394,7 +394,7 @@ def test_rlds_actions_and_state_of_trimmed_episodes(tmp_path: Path, monkeypatch:
     folder = write_robot(tmp_path, action={}, state={"state": tensor("float64", 3)}, lengths=[4, 1, 3, 2, 5])
     given = {"format": "rlds", "root": str(folder), "trim": [1, 1], "fps": 4.0}
     data = open_dataset(given, "all")
-    assert data.cameras == ("front", "wrist") and data.rate(data.episode(0)) == 4
+    assert data.cameras == ("front", "an_arm_wrist") and data.rate(data.episode(0)) == 4
     assert data.action_names == ("action_0", "action_1", "action_2", "action_3")
     assert data.state_names == ("state_0", "state_1", "state_2")
     read, vectors = [], RLDSDataset.vectors
@@ -410,7 +410,7 @@ def test_rlds_actions_and_state_of_trimmed_episodes(tmp_path: Path, monkeypatch:
         np.testing.assert_allclose(state, actions[:, :3])
         seen.append(actions[:, 0].tolist())
         if episode.length:
-            pictures = data.read(episode, range(episode.length), ["wrist", "front"])
+            pictures = data.read(episode, range(episode.length), ["an_arm_wrist", "front"])
             assert [len(frames[0]) for frames in pictures.values()] == [6, 8]
             shades = [value // 100 * 10 + value % 100 for value in seen[-1]]
             assert all(frames[:, 0, 0, 0].tolist() == shades for frames in pictures.values())
@@ -434,7 +434,7 @@ def test_rlds_actions_that_lie_in_parts(tmp_path: Path) -> None:
     chosen = open_dataset(own | {"actions": ["action/arm", "observation/arm"], "state": ["observation/arm"]})
     assert chosen.action_names == ("action_arm_0", "action_arm_1", "observation_arm_0", "observation_arm_1")
     assert chosen.state_names == ("arm_0", "arm_1") and chosen.fingerprint != open_dataset(own).fingerprint
-    for wrong in ("observation/wrist", "action/foot"):
+    for wrong in ("observation/an_arm_wrist", "action/foot"):
         message = f"features.json: data.actions={wrong}: is no vector of fixed size; there are action/arm, "
         with pytest.raises(UserError, match=message):
             open_dataset(own | {"actions": [wrong]})
@@ -442,12 +442,14 @@ def test_rlds_actions_that_lie_in_parts(tmp_path: Path) -> None:
 
 def test_rlds_cameras_have_names(tmp_path: Path, toy: Path) -> None:
     folder = write_robot(tmp_path, action={}, state={}, lengths=[2, 1])
-    data = open_dataset({"format": "rlds", "root": str(folder), "cameras": ["hand=wrist"]})
+    data = open_dataset({"format": "rlds", "root": str(folder), "cameras": ["hand=an_arm_wrist"]})
     assert data.cameras == ("hand",) and data.left_out == ["the camera front (data.cameras)"]
     assert data.read(data.episode(0), [1, 0, 1], ["hand"])["hand"].shape == (3, 6, 6, 3)
     with pytest.raises(UserError, match="does not say its frames per second; give data.fps"):
         data.rate(data.episode(0))
-    with pytest.raises(UserError, match=r"features\.json: data\.cameras=top: choose one of front, wrist"):
+    with pytest.raises(
+        UserError, match=r"features\.json: data\.cameras=top: choose one of an_arm_wrist, front"
+    ):
         open_dataset({"format": "rlds", "root": str(folder), "cameras": ["front", "hand=top"]})
     with pytest.raises(UserError, match=r"data\.fps=0\.0: must be a rate above 0"):
         open_dataset({"format": "rlds", "root": str(folder), "fps": 0.0})

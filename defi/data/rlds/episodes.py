@@ -19,6 +19,7 @@ from defi.errors import UserError
 # Where data sets keep what a robot does: one of `ACTION`, or what there is of `ACTIONS` (Open X-Embodiment's
 # names), else all that lies below `action`; and the robot's state, the first of `STATES`.
 ACTION, ACTIONS = "action", ("world_vector", "rotation_delta", "gripper_closedness_action")
+ON_HAND = ("wrist", "hand", "gripper")  # in the names of cameras that move with the robot, and come last
 STATES = ("observation/state", "observation/proprio", "observation/base_pose_tool_reached")
 LONGEST_TRIM = 10**6  # steps
 
@@ -73,7 +74,9 @@ class RLDSData(Dataset):
         if settings.actions or settings.state:  # else features.json decides, which the fingerprint is of
             chosen = json.dumps([settings.actions, settings.state])
             self.fingerprint += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
-        everything = {path.removeprefix("observation/").replace("/", "_"): path for path in data.pictures}
+        short = {path.removeprefix("observation/").replace("/", "_"): path for path in data.pictures}
+        order = sorted(short, key=lambda name: (any(word in name for word in ON_HAND), name))
+        everything = {name: short[name] for name in order}
         named = {name: data.picture(place) for name, place in settings.places().items()}
         self._pictures = named or everything
         self.cameras = tuple(self._pictures)
@@ -144,7 +147,7 @@ class RLDSData(Dataset):
         paths = (path.removeprefix(STEPS) for path in self.data.spec)
         below = [path for path in paths if path.startswith(f"{ACTION}/") and self._is_vector(path)]
         usual = [path for path in (f"{ACTION}/{name}" for name in ACTIONS) if path in below]
-        return usual or [path for path in below if "terminate" not in path]
+        return usual or sorted(path for path in below if "terminate" not in path)
 
     def _paths(self, key: str, given: Sequence[str] | None, usual: list[str]) -> list[str]:
         if wrong := [path for path in given or () if not self._is_vector(path)]:
