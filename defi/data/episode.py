@@ -60,6 +60,7 @@ class Dataset:
     read, of recordings that are no episodes for that reason.
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
     min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
+    pair_distance: frames between the two of a pair of stage 2, unless a setting says otherwise.
     lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
     millions of episodes, each made when asked for.
     """
@@ -69,6 +70,7 @@ class Dataset:
     cameras: tuple[str, ...]
     fps: float | None = None
     min_remaining: int = 0
+    pair_distance: int = 15
     scope: str
     left_out: Sequence[str] = ()
     faults: Mapping[str, str] = {}
@@ -92,6 +94,10 @@ class Dataset:
             UserError: a file is missing or damaged.
         """
         raise NotImplementedError
+
+    def size(self) -> int:
+        """Frames that a share in a mixture counts."""
+        return int(self.lengths.sum())
 
     def rate(self, episode: Episode) -> float:
         """Frames per second. UserError if neither the data nor the settings say."""
