@@ -51,6 +51,12 @@ class Numbering:
     starts: tuple[tuple[int, int | None], ...]
     rate: float | None
 
+    def fps(self, path: Path) -> float:
+        """Frames per second. UserError, which names the file, if it states none."""
+        if self.rate is None:
+            raise UserError(f"{path}: states no frames per second; write it again with a frame rate")
+        return self.rate
+
 
 class VideoFile:
     """A video, decoded from its beginning or from a time (in ticks of its stream). Iterating yields frames.

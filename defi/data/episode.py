@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
@@ -45,6 +45,9 @@ class Episode:
 
     def sentences(self) -> Iterator[tuple[range, str]]:
         """Positions that follow each other with one instruction, and that instruction."""
+        if len(self.texts) == 1:
+            yield range(self.length), self.texts[0]
+            return
         for text, same in groupby(range(self.length), self.text):
             positions = list(same)
             yield range(positions[0], positions[-1] + 1), text
@@ -53,9 +56,11 @@ class Episode:
 class Dataset:
     """One part of a data set. Every format is a subclass.
 
-    root: what the user named. fingerprint: identifies the data, wherever they lie.
+    root: what the user named. fingerprint: identifies the data, wherever they lie; known_by_names: not
+    quite, it is of names alone, which other data may have.
     cameras: names, in order; the first is the one whose motion stage 2 names.
     fps: frames per second; None: it does not say, or recordings differ (`rate`).
+    stored_step: steps of the recording from one frame to the next, where the data lack some.
     scope: what was opened, in words. left_out: what else the data set holds. faults: name → why it cannot be
     read, of recordings that are no episodes for that reason.
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
@@ -67,8 +72,10 @@ class Dataset:
 
     root: Path
     fingerprint: str
+    known_by_names: bool = False
     cameras: tuple[str, ...]
     fps: float | None = None
+    stored_step: int = 1
     min_remaining: int = 0
     pair_distance: int = 15
     scope: str
@@ -147,6 +154,10 @@ class DataSettings:
             UserError: what is missing or damaged is named.
         """
         raise NotImplementedError
+
+    def wordless(self) -> Self:
+        """These, but of all recordings, if they do not say which: for what needs no instructions."""
+        return self
 
     def places(self) -> dict[str, str]:
         """Camera → its place in the data, of those that are named."""

@@ -64,6 +64,8 @@ class Settings(DataSettings):
 class Videos(Dataset):
     """An episode per video, or per caption: those of one video share its frames. Its camera: `rgb`."""
 
+    known_by_names = True
+
     def __init__(
         self, root: Path, folder: Path, said: Sequence[tuple[Path, str]], cameras: list[str]
     ) -> None:
@@ -85,13 +87,16 @@ class Videos(Dataset):
         self._videos, self.faults, digest = {}, {}, hashlib.sha256()
         for name, (file, text) in zip(names, said):
             numbering = numbered[file]
+            if text != "":  # said of a damaged video too, which may be mended
+                digest.update(os.fsencode(f"{file.name} {text}\n"))
             if isinstance(numbering, UserError) or text is None:
                 self.faults[name] = f"{file}: its caption is blank" if text is None else str(numbering)
                 continue
             start = ends_of[file] - numbering.frames
             self._episodes.append(Episode(name, start, numbering.frames, (text,)))
             self._videos[name] = file, numbering
-            digest.update(os.fsencode(f"{file.name} {numbering.frames}{text and f' {text}'}\n"))
+            if text == "":
+                digest.update(os.fsencode(f"{file.name} {numbering.frames}\n"))
         if not self._episodes:
             raise UserError(f"{root}: {count} cannot be read; the first: {next(iter(self.faults.values()))}")
         self.fingerprint = digest.hexdigest()[:16]
@@ -107,9 +112,7 @@ class Videos(Dataset):
 
     def rate(self, episode: Episode) -> float:
         file, numbering = self._videos[episode.name]
-        if numbering.rate is None:
-            raise UserError(f"{file}: states no frames per second; write it again with a frame rate")
-        return numbering.rate
+        return numbering.fps(file)
 
 
 def read_captions(file: Path) -> list[tuple[str, str | None]]:
