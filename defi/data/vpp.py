@@ -5,7 +5,7 @@
     <root>/latent_videos/{train,val}/<id>/<camera>.safetensors (or .pt): scaled latents [frames, 4, h, w]
     <root>/manifest.json                       of prepared folders: `data.every`, steps between stored frames
 
-What `Step1_GFDM.prepare` writes, and VPP's own sets. Their CALVIN has annotation_abc_13/{train,val_d} instead.
+`Step1_GFDM.prepare` writes it too. VPP's own CALVIN has annotation_abc_13/{train,val_d} instead.
 """
 
 import hashlib
@@ -187,8 +187,8 @@ class VPPData(Dataset):
         self.lengths, self.starts = rows, np.cumsum(rows) - rows
 
     def _names(self, name: str, widths: list[int]) -> tuple[str, ...]:
-        if len(distinct_widths := set(widths)) > 1:
-            print_once(f"{self.root}: {name}: {sorted(distinct_widths)} numbers in a row; not read")
+        if len(set(widths)) > 1:
+            print_once(f"{self.root}: {name} not read: annotations have {sorted(set(widths))} numbers of it")
             return ()
         return tuple(f"{name}_{number}" for number in range(widths[0]))
 
