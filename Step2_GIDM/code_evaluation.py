@@ -160,12 +160,11 @@ def transfer(model: GIDM, data: PairDataset) -> Transfer:
     actions = model.tokenizer(model.patches(frames.to(device)), *language)
     tokens, text = actions.all_tokens(), (actions.text, *language[1:])
     reached = []
-    long = (data.source.lengths > 1).nonzero()[0].tolist()
+    long = (data.lengths > 1).nonzero()[0].tolist()
     for number in evenly(STARTS, len(long)):
-        clip = data.source.clip(long[number])
-        positions = evenly(CANDIDATES, clip.length)
-        pixels = torch.from_numpy(data.source.read(clip, positions)).permute(0, 3, 1, 2)
-        candidates = resize(pixels, data.image_size)
+        episode, camera = data.clip(long[number])
+        positions = evenly(CANDIDATES, episode.length)
+        candidates = resize(data.read(episode, camera, positions), data.image_size)
         patches = model.dino(candidates.to(device))
         middle = len(positions) // 2  # a start from which the clip goes both ways
         start = patches[middle : middle + 1].expand(len(pairs), -1, -1)

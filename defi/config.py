@@ -35,6 +35,9 @@ RETIRED = {  # settings that there were once, and what to do instead
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
     "data.tail": "use data.min_remaining instead",
+    "data.image": "use data.cameras=[…]",
+    "data.language": "of CALVIN write data.spans=annotated or recordings",
+    "data.source": "use data.format, as data=… gives it",
     "demos_per_unit": "use demos_per_session instead",
     **dict.fromkeys(
         (f"policy.{size}" for size in ("frames", "feature_tokens", "feature_channels", "sentence_width")),

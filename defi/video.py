@@ -44,10 +44,18 @@ class Numbering:
     frames: how many there are.
     starts: (frame, time): from this frame to the next start's, decoding from this time on (in ticks of the
         stream; None: from the beginning) shows the right pictures.
+    rate: frames per second; None: it states none.
     """
 
     frames: int
     starts: tuple[tuple[int, int | None], ...]
+    rate: float | None
+
+    def fps(self, path: Path) -> float:
+        """Frames per second. UserError, which names the file, if it states none."""
+        if self.rate is None:
+            raise UserError(f"{path}: states no frames per second; write it again with a frame rate")
+        return self.rate
 
 
 class VideoFile:
@@ -96,16 +104,17 @@ class VideoFile:
             if not self.times:
                 raise ValueError("it shows no frame")
 
-    def rate(self) -> float:
-        """Frames per second so far, by when they are shown; the stated rate where both agree to a tick."""
+    def rate(self) -> float | None:
+        """Frames per second so far, by when they are shown; the stated rate where both agree to a tick.
+
+        None: it states no rate, and its frames no times.
+        """
         stated, known = self._stated_rate, set(self.times)
         if len(known) > 1 and None not in known:
             seconds = (max(known) - min(known)) * self._tick
             if not stated or abs((len(known) - 1) / stated - seconds) > self._tick:
                 return float((len(known) - 1) / seconds)
-        if not stated:
-            raise UserError(f"{self.path}: states no frames per second; write it again with a frame rate")
-        return float(stated)
+        return float(stated) if stated else None
 
 
 def upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
@@ -151,7 +160,7 @@ def _number(path: Path, changed: int) -> Numbering:
                         starts.append((number, time))
                         second = other
                         break
-    return Numbering(len(video.times), tuple(starts))
+    return Numbering(len(video.times), tuple(starts), video.rate())
 
 
 def _same(one: av.VideoFrame, other: av.VideoFrame | None) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from defi import calvin
+from defi.data import calvin
 from defi.config import typed
 from defi.engine import checkpoint
 from defi.text import TextConfig

@@ -15,18 +15,17 @@ from policy_fakes import write_demonstrations
 from preparations import run, write_inputs
 
 from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
+from defi.data import open_dataset
 from defi.data.calvin import ANNOTATIONS, encode_frame, frame_name
-from defi.engine.data import readable
-from defi.errors import UserError, reading
 from defi.data.rlds import RLDSDataset, dataset
 from defi.data.rlds.tfrecord import read_records
+from defi.engine.data import readable
+from defi.errors import UserError, reading
 from defi.video import write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes
 from Step2_GIDM import train
-from Step2_GIDM.data.pairs import PairDataset
-from Step2_GIDM.data.sources.calvin import CalvinClips
-from Step2_GIDM.data.sources.videos import VideoClips
+from Step2_GIDM.data.build import build_pairs
 
 HIDDEN = b"\0\5\x16\7\0\2\0\0Mac OS X"  # how files begin that macOS puts beside others
 
@@ -55,10 +54,10 @@ def fails(module, capsys: pytest.CaptureFixture, *settings: str) -> str:
         (prepare, "data=captioned_hdf5 data.cameras={a:b}", "none: no HDF5 files here"),
         (prepare, "data=captioned_rlds", "none: no features.json here"),
         (prepare, "data=captioned_calvin", "none/training: no such folder"),
-        (train, "data=pairs_videos", "none: no videos here"),
-        (train, "data=pairs_rlds", "none: no features.json here"),
+        (train, "data=videos", "none: no videos here"),
+        (train, "data=rlds", "none: no features.json here"),
         (train, "data=pairs_oxe data.mixture=rt_1", "none/fractal20220817_data: no features.json here"),
-        (train, "data=pairs_calvin", "none/training: no such folder"),
+        (train, "data=calvin", "none/training: no such folder"),
     ],
 )
 def test_empty_folders(
@@ -299,7 +298,7 @@ def test_hidden_files_and_marks_of_encoding(inputs: Path, tmp_path: Path) -> Non
     files = [tmp_path / "videos" / name for name in ("a.mp4", "._a.mp4", ".trash/b.mp4")]
     for file in files:
         write_mp4(file, np.zeros((3, 32, 32, 3), np.uint8), 10)
-    assert [Path(clip.name) for clip in VideoClips(tmp_path / "videos").clips] == files[:1]
+    assert len(open_dataset({"format": "videos", "root": str(tmp_path / "videos")}, "all")) == 1
 
 
 @pytest.mark.parametrize(
@@ -330,13 +329,16 @@ def test_captions_that_are_no_text(
     assert f"{tmp_path}/captions.jsonl: {said}" in fails(prepare, capsys, *given)
 
 
-@pytest.mark.parametrize("language", [True, False])
+@pytest.mark.parametrize("spans", ["annotated", "recordings"])
 def test_stage_2_leaves_spans_without_words_out(
-    language: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+    spans: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     said = calvin_without_words(tmp_path / "calvin")
-    clips = CalvinClips(tmp_path / "calvin" / "training", cameras=["static"], language=language).clips
-    assert [clip.text(0) for clip in clips] == (["do thing 0"] if language else ["", ""])
+    language = spans == "annotated"
+    section = {"format": "calvin", "root": str(tmp_path / "calvin"), "spans": spans, "cameras": None}
+    pairs = build_pairs(section, 14)
+    found = [pairs.clip(number)[0].text(0) for number in range(len(pairs.lengths))]
+    assert found == (["do thing 0"] if language else ["", ""])
     told = f"1 of 2 annotated spans have no instruction: left out; the first: {said}\n"
     assert capsys.readouterr().out.endswith(told if language else "")
 
@@ -344,9 +346,8 @@ def test_stage_2_leaves_spans_without_words_out(
 def test_samples_to_look_at_may_be_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Held-out pairs across a change of size, say: the others are looked at."""
     calvin_of_two_sizes(tmp_path)
-    pairs = PairDataset(
-        CalvinClips(tmp_path / "training", cameras=["static"], language=False), image_size=14, distance=(2, 2)
-    )
+    section = {"format": "calvin", "root": str(tmp_path), "spans": "recordings", "distance": [2, 2]}
+    pairs = build_pairs(section, 14)
     read = dict(readable(pairs.sample, range(len(pairs))))
     assert 0 < len(pairs) - len(read) < len(read)
     told = f"left out: {len(pairs) - len(read)} of {len(pairs)} samples to look at; the first: "
@@ -360,7 +361,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"gr\xfcn.mp4")
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=r"n\.mp4: its name is not UTF-8, .*rename it"):
-        VideoClips(tmp_path)
+        open_dataset({"format": "videos", "root": str(tmp_path)})
 
 
 def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(

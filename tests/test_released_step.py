@@ -197,7 +197,7 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stage_2_batch(demonstrations: Path) -> None:
-    cfg = composed("step2_train", *SMALL, "data=pairs_calvin", f"data.root={demonstrations}")
+    cfg = composed("step2_train", *SMALL, f"data.root={demonstrations}")
     config = GIDMConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
     model = build_model(config, None).train()

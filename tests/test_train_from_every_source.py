@@ -222,16 +222,16 @@ def test_stage_1_from_a_mixture(sources: Sources, tmp_path: Path) -> None:
 # ------------------------------------------------------------ stage 2
 
 STAGE2 = {
-    "a folder of videos": "data=pairs_videos;data.root={captioned}",
-    "RLDS": "data=pairs_rlds;data.root={toy};data.index={index}",
+    "a folder of videos": "data=videos;data.root={captioned}",
+    "RLDS": "data=rlds;data.root={toy};data.index={index}",
     "Open X-Embodiment": "data=pairs_oxe;data.root={oxe};data.index={index};data.mixture=bridge_rt_1;"
-    "data.sets.bridge_orig.image=image",
+    "data.sets.bridge_orig.cameras=[image]",
     "CALVIN": "data.root={calvin}",
     "CALVIN's zip": "data.root={calvin.zip}",
     "own demonstrations": "data.root={own}",
-    "a mixture of all": "data=pairs_mixture;+data.sets.mine={source: videos, root: {captioned}, weight: 1};"
-    "+data.sets.toy={source: rlds, root: {toy}, index: {index}, weight: 0.5};"
-    "+data.sets.calvin={source: calvin, root: {calvin}, weight: 2}",
+    "a mixture of all": "data=pairs_mixture;+data.sets.mine={format: videos, root: {captioned}, weight: 1};"
+    "+data.sets.toy={format: rlds, root: {toy}, index: {index}, weight: 0.5};"
+    "+data.sets.calvin={format: calvin, root: {calvin}, weight: 2}",
 }
 
 

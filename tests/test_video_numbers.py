@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from defi.data import open_dataset
 from defi.errors import UserError
 from defi.video import frame_count, number_video, read_frames, read_video
 from Step1_GFDM.sources import read_source
-from Step2_GIDM.data.sources.videos import VideoClips
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 COVER = 1024  # the disposition of an attached picture
@@ -460,10 +460,10 @@ def test_all_stages_see_the_same_frames(tmp_path: Path) -> None:
     for read in source.open("train").read.values():
         name = read.args[0].name
         np.testing.assert_array_equal(read().views["rgb"], true[name][::2])
-    for clips in (VideoClips(tmp_path), VideoClips(tmp_path)):
-        assert {Path(clip.name).name: clip.length for clip in clips.clips} == {
-            n: len(f) for n, f in true.items()
-        }
-        for clip in clips.clips:
+    for _ in range(2):
+        data = open_dataset({"format": "videos", "root": str(tmp_path)}, "all")
+        assert data.lengths.tolist() == [len(true[name]) for name in sorted(true)]
+        for number, name in enumerate(sorted(true)):
             for pair in ([0, 5], [38, 39], [11, 30]):
-                np.testing.assert_array_equal(clips.read(clip, pair), true[Path(clip.name).name][pair])
+                found = data.read(data.episode(number), pair, data.cameras)
+                np.testing.assert_array_equal(found[data.cameras[0]], true[name][pair])

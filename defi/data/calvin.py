@@ -21,7 +21,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -316,6 +316,9 @@ class Settings(DataSettings):
         if spans not in ("annotated", "recordings", "all"):
             raise UserError(f"data.spans={spans}: choose annotated, recordings or all")
         return CalvinData(Path(self.root, split or TRAINING), self.places(), spans)
+
+    def wordless(self) -> "Settings":
+        return replace(self, spans=self.spans or "recordings")
 
 
 class CalvinData(Dataset):

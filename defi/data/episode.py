@@ -1,11 +1,15 @@
 """What a data set is to every stage, whatever its format: numbered frames, and episodes of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
@@ -16,6 +20,7 @@ from defi.robot.spec import Robot, Vector
 
 Part = Literal["training", "held_out", "all"]
 Frames = UInt8[np.ndarray, "N H W 3"]
+LONGEST_NAME = 180  # bytes; folders take 255, with endings and the marks of unfinished files
 HELD_OUT_EVERY = 20  # where a data set does not name its held-out part, every 20th recording is
 
 
@@ -40,6 +45,9 @@ class Episode:
 
     def sentences(self) -> Iterator[tuple[range, str]]:
         """Positions that follow each other with one instruction, and that instruction."""
+        if len(self.texts) == 1:
+            yield range(self.length), self.texts[0]
+            return
         for text, same in groupby(range(self.length), self.text):
             positions = list(same)
             yield range(positions[0], positions[-1] + 1), text
@@ -48,22 +56,28 @@ class Episode:
 class Dataset:
     """One part of a data set. Every format is a subclass.
 
-    root: what the user named. fingerprint: identifies the data, wherever they lie.
+    root: what the user named. fingerprint: identifies the data, wherever they lie; known_by_names: not
+    quite, it is of names alone, which other data may have.
     cameras: names, in order; the first is the one whose motion stage 2 names.
     fps: frames per second; None: it does not say, or recordings differ (`rate`).
+    stored_step: steps of the recording from one frame to the next, where the data lack some.
     scope: what was opened, in words. left_out: what else the data set holds. faults: name → why it cannot be
     read, of recordings that are no episodes for that reason.
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
     min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
+    pair_distance: frames between the two of a pair of stage 2, unless a setting says otherwise.
     lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
     millions of episodes, each made when asked for.
     """
 
     root: Path
     fingerprint: str
+    known_by_names: bool = False
     cameras: tuple[str, ...]
     fps: float | None = None
+    stored_step: int = 1
     min_remaining: int = 0
+    pair_distance: int = 15
     scope: str
     left_out: Sequence[str] = ()
     faults: Mapping[str, str] = {}
@@ -87,6 +101,10 @@ class Dataset:
             UserError: a file is missing or damaged.
         """
         raise NotImplementedError
+
+    def size(self) -> int:
+        """Frames that a share in a mixture counts."""
+        return int(self.lengths.sum())
 
     def rate(self, episode: Episode) -> float:
         """Frames per second. UserError if neither the data nor the settings say."""
@@ -137,6 +155,10 @@ class DataSettings:
         """
         raise NotImplementedError
 
+    def wordless(self) -> Self:
+        """These, but of all recordings, if they do not say which: for what needs no instructions."""
+        return self
+
     def places(self) -> dict[str, str]:
         """Camera → its place in the data, of those that are named."""
         named = (each.partition("=") for each in self.cameras or ())
@@ -152,3 +174,25 @@ def of_part(items: Sequence, part: Part) -> list:
         return list(items)
     every = min(HELD_OUT_EVERY, len(items))
     return [item for number, item in enumerate(items, 1) if (number % every == 0) == (part == "held_out")]
+
+
+def file_name(text: str) -> str:
+    """A text as a file's name: what is not a letter, digit, dot or dash becomes an underscore.
+
+    Of one that is too long, or not UTF-8, the start is kept, and a hash of all of it.
+    """
+    name = re.sub(r"[^\w.\-]+", "_", text).strip("._") or "_"
+    start = os.fsencode(name)[:LONGEST_NAME].decode(errors="ignore")
+    return name if start == name else f"{start}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names, with numbers after those that occurred before; no number makes a name that another has."""
+    names = list(names)
+    taken, numbers = set(names), defaultdict[str, Iterator[int]](lambda: count(2))
+    found: dict[str, None] = {}  # ordered, and quick to search
+    for name in names:
+        if name in found:
+            name = next(new for number in numbers[name] if (new := f"{name}-{number}") not in taken)
+        found[name] = None
+    return list(found)

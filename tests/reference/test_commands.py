@@ -46,7 +46,7 @@ def test_stage_1(
     sets = {"calvin": "cameras: [0.75, 0.25]"} | dict.fromkeys(rlds, "clips: spread, cameras: [1.0]")
     for name, episodes in rlds.items():
         given = ["data=captioned_rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
-        given += [f"data.cameras={{static: {TABLE[name]['image']}}}", "data.every=2"]
+        given += [f"data.cameras={{static: {TABLE[name]['cameras'][0]}}}", "data.every=2"]
         # A few episodes are enough; the last one is held out.
         given += ["data.splits={train: 'train[:3]', val: 'train[-1:]'}"]
         run("Step1_GFDM.prepare", *given, vae, f"output={tmp_path / name}")
@@ -76,8 +76,8 @@ def test_stage_2(
     run("Step2_GIDM.health", *made, f"output={tmp_path / 'codes'}", "pairs=40")
     assert "probe" in json.loads((tmp_path / "codes" / "health.json").read_text())
     name, episodes = next(iter(rlds.items()))
-    given = ["data=pairs_rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
-    given += [f"data.image={TABLE[name]['image']}", "data.split='train[:2]'"]
+    given = ["data=rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
+    given += [f"data.cameras={TABLE[name]['cameras']}", "data.split='train[:2]'"]
     run("Step2_GIDM.label", made[0], *given, f"output={tmp_path / 'codes.npz'}")
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as labels:
         assert len(labels["frame"]) == sum(episode["length"] for episode in episodes[:2])

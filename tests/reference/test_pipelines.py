@@ -20,6 +20,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from hydra import compose, initialize_config_dir
+from made_data import MadeData
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,7 +38,7 @@ from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.images import Augmentation, Draw
-from Step2_GIDM.data.pairs import Clip, PairDataset, Source
+from Step2_GIDM.data.pairs import PairDataset, later
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
@@ -294,11 +295,11 @@ def test_pipelines_stage2_pairs_and_texts(sets: Recorded, mixture) -> None:
         assert len(data) == found["pairs"]
         mine: dict[int, list[tuple[list[int], str]]] = {}
         for index in range(len(data)):
-            clip, now = data.locate(index)
-            pair = [clip.start + position for position in clip.pair(now, window - 1)]
-            mine.setdefault(data.source.episode(clip), []).append((pair, clip.text(now)))
+            clip, _, now = data.locate(index)
+            pair = [data.data.trim[0] + position for position in (now, later(clip, now, window - 1))]
+            mine.setdefault(int(clip.name) - data.data.data.first, []).append((pair, clip.text(now)))
         assert list(mine) == [episode["episode"] for episode in found["episodes"]]
-        assert data.source.dropped == len(found["dropped"]) and not set(mine) & set(found["dropped"])
+        assert data.data.dropped == len(found["dropped"]) and not set(mine) & set(found["dropped"])
         for episode in found["episodes"]:
             pairs, texts = zip(*mine[episode["episode"]])
             assert list(pairs) == episode["pairs"], (name, window, episode["episode"])
@@ -314,9 +315,11 @@ def test_pipelines_stage2_samples_show_the_frames_of_their_pair(sets: Recorded, 
         first = 0
         for episode in found["episodes"]:
             for place in {0, len(episode["pairs"]) // 2, len(episode["pairs"]) - 1}:
-                now, later = episode["pairs"][place]
-                expected = data.source.data.frames(episode["episode"], [now, later], data.source.picture)
-                shown = data.frames(*data.locate(first + place), window - 1)
+                now, then = episode["pairs"][place]
+                source, picture = data.data.data, data.data.data.picture(data.cameras[0])
+                expected = source.frames(episode["episode"], [now, then], picture)
+                clip, camera, at = data.locate(first + place)
+                shown = data.read(clip, camera, [at, later(clip, at, window - 1)])
                 assert np.array_equal(shown.permute(0, 2, 3, 1).numpy(), expected)
             sample = data.sample(first, np.random.default_rng(0))
             assert sample["text"] in episode["stored_text"]
@@ -327,7 +330,7 @@ def test_pipelines_stage2_settings_of_the_table(stage2: dict[str, Any], table: d
     """Windows of W frames, as the release's lists give them: distances of W - 1."""
     for name, data in stage2["data_sets"].items():
         windows = data["windows_that_can_be_drawn"]
-        assert table["sets"][name]["image"] == data["image_key"]
+        assert table["sets"][name]["cameras"] == [data["image_key"]]
         assert table["sets"][name]["distance"] == [min(windows) - 1, max(windows) - 1]
 
 
@@ -385,16 +388,18 @@ def test_pipelines_stage2_resized_pictures(pictures: Arrays, sets: Recorded, mix
         side = expected.shape[-1]
         section = mixture({name: 1.0}, split=split, trim=[0, 0], drop_unlabelled=False)
         data = opened(section, name, side)
-        source = data.source.data
+        source, camera = data.data.data, data.cameras[0]
         index = int(source.lengths[: int(episode)].sum()) + int(step)
         found = data.sample(index, np.random.default_rng(0))["frames"][0] * 255
         difference = (found - expected).abs()
-        (coded,) = source.encoded(int(episode), [int(step)], data.source.picture)
+        (coded,) = source.encoded(int(episode), [int(step)], source.picture(camera))
         if coded[:2] != b"\xff\xd8":
             assert difference.max() < 1.001, key
             continue
         assert difference.mean() < 2, key
-        bilinear = TF.resize(data.frames(*data.locate(index), 1)[0], [side, side], antialias=True)
+        bilinear = TF.resize(
+            data.read(data.locate(index)[0], camera, [int(step)])[0], [side, side], antialias=True
+        )
         ours.append(difference.mean().item())
         others.append((bilinear - expected).abs().mean().item())
     assert sum(ours) < sum(others) or not ours
@@ -408,14 +413,9 @@ def test_pipelines_stage2_augmentation(
         pytest.skip("no augmented pictures")
     picture = pictures["augmented_source"]
 
-    class Still(Source):
-        clips, lengths, fingerprint = [Clip("picture", 0, 2)], np.array([2]), "still"
-
-        def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
-            return np.stack([picture for _ in positions])
-
-    side = len(picture)
-    data = PairDataset(Still(), image_size=side, distance=(1, 1), augmentation=Augmentation())
+    still = MadeData([2], lambda episode, positions: np.stack([picture for _ in positions]))
+    side, one = len(picture), Augmentation()
+    data = PairDataset(still, still.cameras, image_size=side, distance=(1, 1), augmentation=one)
     for number, given in enumerate(stage2["augmentation_examples"]):
         names = {"brightness": "brightness_delta", "hue": "hue_delta"}
         names |= {"contrast": "contrast_factor", "saturation": "saturation_factor"}

@@ -1,10 +1,10 @@
 """Any frame of any episode of an RLDS data set, by number; and the index that says where each lies.
 
 The index is made by one pass over a split's files, which checks all checksums and that every episode is what
-the specification says. Nothing is written into the data set's folder. For E episodes of N steps in all, P
-pictures and T texts per step:
+the specification says. It lies in `<data set>/<version>/.defi` (`defi.engine.output.index_place`), or where
+it is told to. For E episodes of N steps in all, P pictures and T texts per step:
 
-    <cache>/<data set>-<version>-<split>-<hash>/
+    <data set>-<version>-<split>-<hash>/
         episodes.npy   int64 [E, 3]: first byte of the record's data and the one after its last; its steps
         pictures.npy   int64 [N, P, 2]: the same two bytes of each encoded picture; memory-mapped
         numbers.npy    int32 [N, T]: which of its feature's texts each step has; memory-mapped
@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from rich.progress import track
 
 from defi.archive import read_places
@@ -40,7 +40,7 @@ from defi.data.rlds.spec import (
     read_splits,
 )
 from defi.data.rlds.tfrecord import BYTES, FIX, INTS, NOTHING, Values, parse_example, read_records
-from defi.engine.output import take_turn, write_file
+from defi.engine.output import index_place, take_turn, write_file
 from defi.errors import UserError, one_line, reading
 from defi.files import read_json
 from defi.instructions import is_utf8
@@ -50,9 +50,7 @@ from defi.processes import print_once
 
 # Where data sets keep their instruction, in order of preference.
 LANGUAGE = ("language_instruction", "observation/natural_language_instruction", "observation/instruction")
-FEW = ("train[:-1]", "train[-1:]")  # splits of so few episodes that 5 % of them are none
 
-INDEX_FOLDER = Path("data/rlds_index")
 ARRAYS, TEXTS = ("episodes", "pictures", "numbers"), "texts.json"
 FORMAT = 4
 READERS = 4  # files that are read at the same time
@@ -63,14 +61,16 @@ Features = Mapping[str, Feature]
 def default_splits(folder: str | Path) -> tuple[str, str]:
     """Splits for training and for holding out: `val` where there is one, else the end of `train`.
 
-    The end is 5 %, or the last episode (`FEW`). Where there is nothing but `val` (Ego4D), it serves for both.
+    The end is 5 %. Of so few episodes that 5 % are none all serve for both, as the published code has it, and
+    where there is nothing but `val` (Ego4D).
     """
     version = find_version(Path(folder))
     splits = read_splits(version)
     if "val" in splits:
         return "train" if "train" in splits else "val", "val"
     _, episodes = choose_split(version, splits, "train")
-    return ("train[:95%]", "train[95%:]") if round(0.95 * len(episodes)) < len(episodes) else FEW
+    enough = round(0.95 * len(episodes)) < len(episodes)
+    return ("train[:95%]", "train[95%:]") if enough else ("train", "train")
 
 
 class RLDSDataset:
@@ -79,13 +79,14 @@ class RLDSDataset:
     Args:
         folder: `<data set>/<version>`, or `<data set>`: its highest version.
         split: as TFDS names them: `train`, `train[:95%]`, `val[10:20]`.
-        index: folder that keeps indices; the first opening of a split reads it once, and checks it all.
+        index: folder that keeps indices; None: `index_place`. The first opening of a split reads it once, and
+            checks it all.
 
     Raises:
         UserError: what is missing or damaged is named with file and position.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", *, index: str | Path = INDEX_FOLDER) -> None:
+    def __init__(self, folder: str | Path, split: str = "train", *, index: str | Path | None = None) -> None:
         self.folder = find_version(Path(folder))
         self.name = self.folder.resolve().parent.name
         self.spec = read_spec(self.folder)
@@ -97,13 +98,15 @@ class RLDSDataset:
         self.split, chosen = choose_split(self.folder, read_splits(self.folder), split)
         data, parts = _identify(self.folder, self.split)
         self.fingerprint = f"{data}-{split}"
-        place = _make_index(self.folder, self.split, pictures, texts, Path(index), parts)
+        place = _make_index(self.folder, self.split, pictures, texts, index, parts)
         episodes, self._places, self._texts = _open_index(place, self.split, pictures, list(texts))
         self.first, part = chosen.start, slice(chosen.start, chosen.stop)
         steps = episodes[:, 2]
         self._files = np.repeat(np.arange(len(self.split.shards)), self.split.lengths)[part]
-        self._records, self._firsts = episodes[part, :2], (steps.cumsum() - steps)[part]
-        self.lengths = steps[part].copy()
+        self._records, self.firsts = episodes[part, :2], (steps.cumsum() - steps)[part]
+        self.lengths = steps[
+            part
+        ].copy()  # in steps, the first of which have the numbers `firsts` in the split
         self.pictures = list(self._places)  # features that hold RGB pictures, as paths below `steps/`
 
     def __len__(self) -> int:
@@ -115,7 +118,7 @@ class RLDSDataset:
         matching = [name for name in self.pictures if key in (None, name, name.removeprefix("observation/"))]
         if len(matching) != 1:
             listed = ", ".join(name.removeprefix("observation/") for name in self.pictures)
-            raise UserError(f"{self.folder / FEATURES}: image={key}: choose one of {listed}")
+            raise UserError(f"{self.folder / FEATURES}: data.cameras={key}: choose one of {listed}")
         return matching[0]
 
     def language(self, key: str | None) -> str | None:
@@ -142,7 +145,7 @@ class RLDSDataset:
         if language is None:
             return ("",)
         distinct, numbers = self._texts[language]
-        first = self._firsts[episode]
+        first = self.firsts[episode]
         found = numbers[first : first + self.lengths[episode]][steps]
         if len(found) and (found == found[0]).all():
             found = found[:1]
@@ -153,10 +156,10 @@ class RLDSDataset:
         if language is None:
             return np.zeros(len(self), bool)
         distinct, numbers = self._texts[language]
-        begin, end = self._firsts[0], self._firsts[-1] + self.lengths[-1]
+        begin, end = self.firsts[0], self.firsts[-1] + self.lengths[-1]
         has_text = np.array([text != "" and is_utf8(text) for text in distinct], bool)[numbers[begin:end]]
         before = np.append(0, np.cumsum(has_text))  # texts before each step
-        starts, ends = self._firsts - begin + trim[0], self._firsts - begin + self.lengths - trim[1]
+        starts, ends = self.firsts - begin + trim[0], self.firsts - begin + self.lengths - trim[1]
         return before[ends.clip(0, end - begin)] > before[starts.clip(0, end - begin)]
 
     def shard(self, episode: int) -> Path:
@@ -165,7 +168,7 @@ class RLDSDataset:
 
     def encoded(self, episode: int, steps: Sequence[int], picture: str) -> list[bytes]:
         """Pictures of some steps as they are stored (JPEG or PNG)."""
-        rows = self._firsts[episode] + np.asarray(steps)
+        rows = self.firsts[episode] + np.asarray(steps)
         return read_places(self.shard(episode), self._places[picture][rows].tolist())
 
     def frames(self, episode: int, steps: Sequence[int], picture: str) -> UInt8[np.ndarray, "N H W 3"]:
@@ -176,17 +179,30 @@ class RLDSDataset:
 
     def values(self, episode: int, name: str) -> np.ndarray | list[str]:
         """A feature of all steps (say, `action`): an array [steps, ...], or a list of texts."""
-        feature = self.spec.get(STEPS + name)
-        if feature is None or feature.kind not in ("tensor", "text"):
-            kind = "missing" if feature is None else f"a {feature.kind}"
-            raise UserError(f"{self.folder / FEATURES}: {STEPS}{name} is {kind}; tensors and text are read")
+        return self._values(episode, [name])[0]
+
+    def vectors(self, episode: int, names: Sequence[str]) -> Float32[np.ndarray, "steps X"]:
+        """Features of numbers of all steps, joined; the episode is read once."""
+        found = self._values(episode, names)
+        return np.concatenate([np.reshape(each, (len(each), -1)) for each in found], axis=1, dtype=np.float32)
+
+    def _values(self, episode: int, names: Sequence[str]) -> list[np.ndarray | list[str]]:
         (data,) = read_places(self.shard(episode), [tuple(self._records[episode].tolist())])
-        with reading(f"{self.shard(episode)}: episode {episode}: {STEPS}{name}", FIX):
-            values = parse_example(data)[STEPS + name]
-            if feature.kind == "text":
-                return _texts(values, data, feature)
-            shape = [-1 if size is None else size for size in feature.shape]
-            return values.numbers(data).astype(feature.dtype).reshape(self.lengths[episode], *shape)
+        found: list[np.ndarray | list[str]] = []
+        for name in names:
+            feature = self.spec.get(STEPS + name)
+            if feature is None or feature.kind not in ("tensor", "text"):
+                kind = "missing" if feature is None else f"a {feature.kind}"
+                where = f"{self.folder / FEATURES}: {STEPS}{name}"
+                raise UserError(f"{where} is {kind}; tensors and text are read")
+            with reading(f"{self.shard(episode)}: episode {episode}: {STEPS}{name}", FIX):
+                values = parse_example(data)[STEPS + name]
+                if feature.kind == "text":
+                    found.append(_texts(values, data, feature))
+                else:
+                    shape = [self.lengths[episode], *(-1 if size is None else size for size in feature.shape)]
+                    found.append(values.numbers(data).astype(feature.dtype).reshape(shape))
+        return found
 
 
 # ---------------------------------------------------------------- the index
@@ -212,14 +228,20 @@ def _identify(folder: Path, split: Split) -> tuple[str, list[str]]:
 
 
 def _make_index(
-    folder: Path, split: Split, pictures: Sequence[str], texts: Features, cache: Path, parts: Sequence[str]
+    folder: Path,
+    split: Split,
+    pictures: Sequence[str],
+    texts: Features,
+    cache: str | Path | None,
+    parts: Sequence[str],
 ) -> Path:
-    """The folder of a split's index, made if the cache has none of these very files (`parts`)."""
+    """The folder of a split's index, made if there is none of these very files (`parts`)."""
     name = "-".join([*folder.resolve().parts[-2:], split.name])
-    place = cache / f"{name}-{hashlib.sha256(os.fsencode(''.join(parts))).hexdigest()[:16]}"
+    own = f"{name}-{hashlib.sha256(os.fsencode(''.join(parts))).hexdigest()[:16]}"
+    place = index_place(folder, own, TEXTS) if cache is None else Path(cache, own)
     if (place / TEXTS).is_file():
         return place
-    files = [cache / f"{name}-parts" / part for part in parts]
+    files = [place.parent / f"{name}-parts" / part for part in parts]
 
     def make(file: Path, shard: Path, length: int) -> None:
         if not file.is_file():
