@@ -114,6 +114,27 @@ def test_health(trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert sorted((tmp_path / "codes").iterdir()) == before
 
 
+def test_health_of_any_robot(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What the probe reads has the data's names; what is held out must not be what it was fitted on."""
+    toy = write_videos(tmp_path, {"train": [[9] * 6], "val": [[9] * 3]})
+    given = [
+        f"checkpoint={trained}",
+        "data=rlds",
+        f"data.root={toy}",
+        f"output={tmp_path / 'codes'}",
+        "pairs=40",
+    ]
+    assert run(health, *given, "data.held_out=train", monkeypatch=monkeypatch) == 2
+    assert "data.held_out=train: is the training split; name another" in capsys.readouterr().err
+    assert run(health, *given, monkeypatch=monkeypatch) == 0
+    found = json.loads((tmp_path / "codes" / "health.json").read_text())["probe"]["codes"]
+    assert list(found) == [*(f"action_{i}" for i in range(7)), "all"]
+    told = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert told == list(found), "a row for each"
+
+
 def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (80, 64, 64, 3), dtype=np.uint8)
     write_mp4(tmp_path / "video.mp4", frames, 10)
@@ -254,6 +275,10 @@ def test_controllable_run_starts_from_a_language_run(
     ("module", "arguments", "named"),
     [
         (train, ["data.root=/nowhere"], "/nowhere"),
+        (train, ["data.source=rlds"], "data.source=: no longer a setting; use data.format"),
+        (train, ["data=rlds", "data.image=image"], "data.image=: no longer a setting; use data.cameras"),
+        (label, ["data.language=true"], "data.language=: no longer a setting; of CALVIN write data.spans="),
+        (train, ["data=rlds", "data.fps=0", "data.trim=[1]"], "data.trim=[1]: must be"),
         (train, ["gidm.variant=wild"], "gidm.variant=wild"),
         (train, ["first_stage=somewhere"], "first_stage=somewhere"),
         (train, ["gidm.dino.image_size=50"], "image_size=50"),

@@ -14,7 +14,7 @@ from sklearn.metrics import r2_score
 
 from benchmarks.rlds_writer import write_videos
 from defi.data import open_dataset
-from defi.data.calvin import ACTIONS, FRAME, Span, encode_frame, frame_name, index_files
+from defi.data.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.data.motions import Motions
 from defi.errors import UserError
 from defi.robot.spec import Vector
@@ -388,7 +388,7 @@ def test_where_no_action_varies_there_is_nothing_to_probe(
         np.arange(4), torch.zeros(4, 2, 3, 8, 8), still, torch.rand(4, 3), *torch.zeros(3, 4)
     )
     part = Probed(seen, np.array([0, 0, 1, 1]), np.zeros((4, 7)))
-    found = probe(part, part, ACTIONS, codes=8)
+    found = probe(part, part, Vector.plain(["still"] * 7), codes=8)
     assert set(found) == {"codes", "random codes", "feature differences"}
     assert all(scores == {"all": None} for scores in found.values())
     numbers = seen.numbers(8) | {"probe": found}
