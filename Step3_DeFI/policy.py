@@ -52,6 +52,7 @@ class Context:
     video_tokens: Float[Tensor, "B FQ D"]
     latent_actions: Float[Tensor, "B Q Dg"]
     codes: Quantized
+    state: Float[Tensor, "B S"] | None = None  # normalised
 
     def both(self) -> "Context":
         """2B rows for guidance: B as they are, then the same without sentence."""
@@ -60,6 +61,7 @@ class Context:
             sentence=torch.cat([self.sentence, torch.zeros_like(self.sentence)]),
             video_tokens=self.video_tokens.repeat(2, 1, 1),
             latent_actions=self.latent_actions.repeat(2, 1, 1),
+            state=None if self.state is None else self.state.repeat(2, 1),
         )
 
 
@@ -84,6 +86,7 @@ class DeFI(StageModel):
         sources: where both lie.
         """
         super().__init__()
+        check("policy.robot", config.robot, config.robot is not None, "give the robot of the data")
         variant, rule = gidm.config.variant, "a policy needs a stage-2 checkpoint of variant language"
         check("gidm.variant", variant, variant == "language", rule)
         stages = StageSizes(
@@ -114,13 +117,22 @@ class DeFI(StageModel):
             latent_action_dim=stages.latent_action.width,
             action_dim=config.action_dim,
             chunk=config.chunk,
+            state_dim=config.state_dim,
         )
         self.freeze()
 
     # ------------------------------------------------------------ from pictures to context
 
-    def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
-        """From features and instructions to what the action head encodes; computed once per chunk."""
+    def context(
+        self,
+        features: Float[Tensor, "B V F L C"],
+        texts: list[str],
+        state: Float[Tensor, "B S"] | None = None,
+    ) -> Context:
+        """From what is seen and said to what the action head encodes; computed once per chunk.
+
+        state: in the robot's units; looked at only with `policy.state`.
+        """
         if self.config.video_precision != "no":
             features = features.to(self.dtype)
         features = merge_tokens(self.standardise(features), self.config.merge)
@@ -136,12 +148,22 @@ class DeFI(StageModel):
             video_tokens=self.video_former(features.transpose(1, 2).flatten(2, 3)),
             latent_actions=latent_actions.tokens,
             codes=latent_actions.codes,
+            state=self._normal_state(state),
         )
 
     def encode(self, context: Context) -> Memory:
         """What the action decoder looks at."""
-        given = {"sentence": context.sentence, "video_tokens": context.video_tokens}
-        return self.action_head.encode(**given, latent_actions=context.latent_actions)
+        return self.action_head.encode(
+            sentence=context.sentence,
+            video_tokens=context.video_tokens,
+            latent_actions=context.latent_actions,
+            state=context.state,
+        )
+
+    def _normal_state(self, state: Float[Tensor, "B S"] | None) -> Float[Tensor, "B S"] | None:
+        if not self.config.state:
+            return None
+        return self.config.robot.state.normalise(state.to(self.device, torch.float32)).to(self.dtype)
 
     # ------------------------------------------------------------ training
 
@@ -149,12 +171,14 @@ class DeFI(StageModel):
         """Loss of a batch.
 
         Args:
-            batch: `text` (B strings), `actions` [B, K, 7], `seed` [B], and one of `features` [B, V, F, L, C],
-                `latents` [B, V, 4, h, w] (scaled), `images` [B, V, 3, H, W] (uint8 or in [-1, 1]); for a
-                video loss also `video`, the frames that really follow: latents or images [B, V, F, ...].
+            batch: `text` (B strings), `actions` [B, K, A] and, with `policy.state`, `state` [B, S] in the
+                robot's units, `seed` [B], and one of `features` [B, V, F, L, C], `latents` [B, V, 4, h, w]
+                (scaled), `images` [B, V, 3, H, W] (uint8 or in [-1, 1]); for a video loss also `video`, the
+                frames that really follow: latents or images [B, V, F, ...].
         """
-        context = self.context(self._features_of(batch), batch["text"])
-        action_loss = self._action_loss(context, batch["actions"].float(), batch["seed"])
+        context = self.context(self._features_of(batch), batch["text"], batch.get("state"))
+        actions = self.config.robot.actions.normalise(batch["actions"].float())
+        action_loss = self._action_loss(context, actions, batch["seed"])
         codes, weights = context.codes, self.config
         loss = (
             action_loss
@@ -245,20 +269,27 @@ class DeFI(StageModel):
         texts: list[str],
         *,
         noise: PolicyNoise,
+        state: Float[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B K A"]:
-        """The next K actions, gripper not binarised. `images` as `observe` gives them: static, gripper."""
+        """The next K actions in the robot's units, gripper not snapped. `images` as `observe` gives them."""
         features = self._features_of({"images": images, "text": texts}, noise.video)
-        return self.act_on_features(features, texts, noise=noise.actions)
+        return self.act_on_features(features, texts, noise=noise.actions, state=state)
 
     @torch.no_grad()
     def act_on_features(
-        self, features: Float[Tensor, "B V F L C"], texts: list[str], *, noise: Float[Tensor, "B K A"]
+        self,
+        features: Float[Tensor, "B V F L C"],
+        texts: list[str],
+        *,
+        noise: Float[Tensor, "B K A"],
+        state: Float[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B K A"]:
         """As `act`, from features."""
         diffusion = self.config.diffusion
         sigmas = diffusion.schedule(self.device)
-        denoise = self.denoiser(self.context(features.to(self.dtype), texts), sigmas)
-        return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        denoise = self.denoiser(self.context(features.to(self.dtype), texts, state), sigmas)
+        actions = SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        return self.config.robot.actions.restore(actions)
 
     def denoiser(self, context: Context, sigmas: Float[Tensor, " S1"]) -> Denoiser:
         """D(x, σᵢ) of B chunks; each context is encoded once, or with and without its sentence if guided."""
@@ -277,8 +308,8 @@ class DeFI(StageModel):
     def predict(self, batch: dict[str, Any]) -> Float[Tensor, "B K A"]:
         """The chunks it would act out on a training batch (whose `actions` are not looked at)."""
         noise = self.noise(batch["seed"])
-        features = self._features_of(batch, noise.video)
-        return self.act_on_features(features, batch["text"], noise=noise.actions)
+        features, given = self._features_of(batch, noise.video), {"state": batch.get("state")}
+        return self.act_on_features(features, batch["text"], noise=noise.actions, **given)
 
     @property
     def image_size(self) -> int:

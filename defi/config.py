@@ -36,6 +36,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
     "data.tail": "use data.min_remaining instead",
     "demos_per_unit": "use demos_per_session instead",
+    **dict.fromkeys(("policy.views", "policy.action_dim"), "the data say (policy.robot); leave this out"),
     **dict.fromkeys(
         (f"policy.{size}" for size in ("frames", "feature_tokens", "feature_channels", "sentence_width")),
         "it is read from the stage-1 checkpoint; leave this out",

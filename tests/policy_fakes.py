@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from defi import calvin
 from defi.config import typed
+from defi.data import calvin
 from defi.engine import checkpoint
 from defi.text import TextConfig
 from Step1_GFDM.config import GFDMConfig
@@ -61,7 +61,8 @@ PRESET: dict[str, Any] = {
 
 
 def policy_config(**changes: Any) -> PolicyConfig:
-    return typed(PolicyConfig, PRESET["policy"] | changes, "policy")
+    """Of CALVIN's robot, if `changes` name no other."""
+    return typed(PolicyConfig, PRESET["policy"] | {"robot": calvin.calvin_robot()} | changes, "policy")
 
 
 def sample_rules(min_remaining: int = 9, **changes: Any) -> SampleRules:

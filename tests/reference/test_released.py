@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from defi.config import compose_preset
+from defi.data.calvin import calvin_robot
 from defi.errors import UserError
 from defi.text import CLIPText, T5Text, TextConfig
 from Step1_GFDM.adapter import build as build_gfdm
@@ -66,7 +67,7 @@ def policy() -> DeFI:
     with torch.device("meta"):
         gfdm = build_gfdm(cfg)
         gfdm.clip = clip_base()
-        return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=build_gidm("language"))
+        return DeFI(PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, gidm=build_gidm("language"))
 
 
 @pytest.mark.parametrize("variant", GIDM_FILES)
