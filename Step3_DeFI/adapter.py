@@ -21,6 +21,7 @@ from Step2_GIDM import adapter as gidm_adapter
 from Step3_DeFI.config import PolicyConfig, check
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.stages import language_of
 
 TITLE = "published policy (DeFI stage 3)"
 MARK = "Video_Former.latents"
@@ -98,7 +99,7 @@ UNNEEDED = {
 def build(cfg: DictConfig) -> DeFI:
     """The policy of a preset, new, on a new video model and text tower."""
     gfdm, gidm = gfdm_adapter.build(cfg), gidm_adapter.build(cfg)
-    return DeFI(PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, gidm=gidm)
+    return DeFI(PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, **language_of(gidm))
 
 
 def publish(policy: DeFI) -> dict[str, Tensor]:

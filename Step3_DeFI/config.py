@@ -13,7 +13,9 @@ from torch import Tensor
 
 from defi.config import typed
 from defi.data.calvin import calvin_robot
+from defi.engine.weights import COPY_AGAIN
 from defi.errors import UserError
+from defi.files import check_sizes, read_json
 from defi.robot.spec import Robot
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
@@ -221,13 +223,16 @@ class PolicyConfig:
         return typed(cls, values, "policy")
 
     @classmethod
-    def from_record(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
+    def read(cls, file: Path) -> "PolicyConfig":
         """From a checkpoint's config.json; in older ones stage sizes and positions lay among the settings,
         and the robot was CALVIN's.
 
         Raises:
-            UserError: a value does not fit, or the older positions do not go with the cross-attention.
+            UserError: the file is missing or damaged, a value does not fit, or the older positions do not go
+                with the cross-attention.
         """
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
         if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
             values["stages"] = older
         seen = values.pop("views", 2), values.pop("action_dim", 7)

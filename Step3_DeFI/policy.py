@@ -3,8 +3,6 @@
 DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictures to context.
 """
 
-import json
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,23 +15,21 @@ from torch import Tensor, nn
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel
-from defi.engine.weights import COPY_AGAIN, fingerprint
-from defi.errors import UserError, reading
-from defi.files import check_sizes, read_json
+from defi.engine.weights import COPY_AGAIN
+from defi.errors import reading
+from defi.hub import local_folder
+from defi.text import T5Text
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
-from Step2_GIDM.model import GIDM
+from Step2_GIDM.latent_action import LatentActionSizes
 from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig, StageSizes, check
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
 from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_tokens, set_up, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
+from Step3_DeFI.stages import Sources, is_whole, load_stages, read_sources, read_whole, write_sources
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
-
-STAGES: dict[str, type[StageModel]] = {"gfdm": GFDM, "gidm": GIDM}
-SOURCES = "sources.json"
-Sources = dict[str, Path]  # "gfdm", "gidm" → folder of the weights that a policy stands on
 
 
 @dataclass
@@ -79,25 +75,30 @@ class DeFI(StageModel):
     config: PolicyConfig
 
     def __init__(
-        self, config: PolicyConfig, *, gfdm: GFDM, gidm: GIDM, sources: Sources | None = None
+        self,
+        config: PolicyConfig,
+        *,
+        gfdm: GFDM,
+        t5: T5Text,
+        latent_action: LatentActionSizes,
+        sources: Sources | None = None,
     ) -> None:
-        """Of `gidm`, which must know language, the text tower and its tokenizer's sizes are taken.
-
-        sources: where both lie.
+        """t5, latent_action: of stage 2, which must know language, the text tower and the tokenizer's sizes.
+        sources: where the checkpoints of both stages lie; None: nowhere, or beside the policy.
         """
         super().__init__()
         check("policy.robot", config.robot, config.robot is not None, "give the robot of the data")
-        variant, rule = gidm.config.variant, "a policy needs a stage-2 checkpoint of variant language"
-        check("gidm.variant", variant, variant == "language", rule)
+        rule = "a policy needs a stage-2 checkpoint of variant language"
+        check("gidm.variant", "controllable", latent_action.text_width is not None, rule)
         stages = StageSizes(
             frames=gfdm.config.frames,
             feature_tokens=gfdm.feature_tokens,
             feature_channels=gfdm.feature_channels,
             sentence_width=gfdm.clip.projection,
-            latent_action=gidm.tokenizer.sizes,
+            latent_action=latent_action,
         )
         self.config, self.sources = replace(config, stages=stages), sources
-        self.gfdm, self.t5 = gfdm, gidm.text
+        self.gfdm, self.t5 = gfdm, t5
         set_up(gfdm, config)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
         channels = stages.feature_channels * config.merge**2
@@ -334,9 +335,9 @@ class DeFI(StageModel):
             UserError: a checkpoint is missing, of another stage, or knows no language.
         """
         sources = {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")}
-        models = {stage: STAGES[stage].from_pretrained(folder) for stage, folder in sources.items()}
-        policy = cls(config, **models, sources=sources)
-        policy.gidm_branch.tokenizer.load_state_dict(models["gidm"].tokenizer.state_dict())
+        parts, tokenizer = load_stages(sources)
+        policy = cls(config, **parts)
+        policy.gidm_branch.tokenizer.load_state_dict(tokenizer.state_dict())
         return policy
 
     def save_pretrained(self, folder: Path) -> None:
@@ -349,45 +350,20 @@ class DeFI(StageModel):
     def from_pretrained(
         cls, folder: Path | str, *, gfdm: Path | str | None = None, gidm: Path | str | None = None
     ) -> "DeFI":
-        """The policy that `save_pretrained` wrote. gfdm, gidm: where its checkpoints lie, if moved.
+        """The policy in a checkpoint folder, an exported folder, or one of these on the hub, `user/name`.
+
+        gfdm, gidm: where the checkpoints that it stands on lie, if moved.
 
         Raises:
             UserError: a file is missing or damaged, or a stage's checkpoint is not the one it was trained on.
         """
-        file = Path(folder) / CONFIG
-        values = read_json(file, COPY_AGAIN)
-        check_sizes(values, file)
-        config = PolicyConfig.from_record(values, file)
-        sources = read_sources(file.parent, gfdm=gfdm, gidm=gidm)
-        models = {stage: STAGES[stage].from_pretrained(path) for stage, path in sources.items()}
+        file = local_folder(folder) / CONFIG
+        config = PolicyConfig.read(file)
+        if is_whole(file.parent):
+            parts = read_whole(file.parent, config)
+        else:
+            parts, _ = load_stages(read_sources(file.parent, gfdm=gfdm, gidm=gidm))
         with reading(file, COPY_AGAIN):
-            policy = cls(config, **models, sources=sources)
+            policy = cls(config, **parts)
         policy.load_weights(file.parent)
         return policy
-
-
-def write_sources(folder: Path, sources: Sources) -> None:
-    """Record both beside a policy: paths relative to it, so that both can be moved together."""
-    record = {
-        stage: {"path": os.path.relpath(path.resolve(), folder.resolve()), "fingerprint": fingerprint(path)}
-        for stage, path in sources.items()
-    }
-    (folder / SOURCES).write_text(json.dumps(record, indent=1))
-
-
-def read_sources(folder: Path, **given: Path | str | None) -> Sources:
-    """What `write_sources` recorded, or the places `given`; the weights there must be the recorded ones."""
-    record, found = read_json(folder / SOURCES, COPY_AGAIN), {}
-    for stage, place in given.items():
-        with reading(folder / SOURCES, COPY_AGAIN):
-            recorded, expected = folder / str(record[stage]["path"]), record[stage]["fingerprint"]
-            if place is None and not recorded.is_dir():
-                fault = f"the {stage} checkpoint of this policy is gone; give its place with {stage}="
-                raise UserError(f"{os.path.abspath(recorded)}: {fault}")
-        found[stage] = recorded if place is None else find_weights(place, stage)
-        if (actual := fingerprint(found[stage])) != expected:
-            raise UserError(
-                f"{found[stage]}: not the {stage} checkpoint that {folder} was trained on "
-                f"(fingerprint {actual}, expected {expected}); give that one with {stage}="
-            )
-    return found

@@ -17,6 +17,7 @@ from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.samples import SampleRules
+from Step3_DeFI.stages import language_of
 
 TEXT = {"tokens": 12, "width": 16, "layers": 1, "heads": 2, "projection": 16}
 
@@ -87,7 +88,7 @@ def build_gidm(seed: int = 0, **changes: Any) -> GIDM:
 def build_policy(**changes: Any) -> DeFI:
     gfdm, gidm = build_gfdm(), build_gidm()
     torch.manual_seed(0)
-    return DeFI(policy_config(**changes), gfdm=gfdm, gidm=gidm)
+    return DeFI(policy_config(**changes), gfdm=gfdm, **language_of(gidm))
 
 
 def write_stages(folder: Path) -> tuple[Path, Path]:

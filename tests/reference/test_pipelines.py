@@ -41,12 +41,11 @@ from Step2_GIDM.data.images import Augmentation, Draw
 from Step2_GIDM.data.pairs import Clip, PairDataset, Source
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
+from Step3_DeFI.acting import Policy
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.observation import to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.rollout.policy import ModelPolicy
-from Step3_DeFI.rollout.simulator import Observation
 from Step3_DeFI.samples import PolicySamples
 from Step3_DeFI.store import open_samples
 
@@ -637,13 +636,13 @@ def test_pipelines_text_of_stage_3(policy: DeFI, said: dict[str, Any]) -> None:
 
 def test_pipelines_text_of_a_rollout(policy: DeFI, said: dict[str, Any]) -> None:
     """The towers are given what training gives them."""
-    images = {camera: np.zeros((16, 16, 3), np.uint8) for camera in CAMERAS.values()}
-    acting = ModelPolicy(policy)
+    images = {camera: np.zeros((16, 16, 3), np.uint8) for camera in CAMERAS}
+    acting = Policy(policy)
     for entry in said["texts"]:
         assert entry["rollout"]["clip_ids_equal_training"] and entry["rollout"]["t5_string_equal_training"]
 
         def act(text: str = entry["text"]) -> None:
-            acting.act([Observation((0, 0, 0), "task", text, images)])
+            acting.infer({"images": images, "instruction": text})
 
         assert spied(policy.t5, act).given == [entry["stage3_t5"]["string"]]
         assert set(spied(policy.gfdm.clip, act).given) == {entry["stage3_clip"]["string"]}

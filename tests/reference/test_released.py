@@ -20,6 +20,7 @@ from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.stages import language_of
 
 GIDM_FILES = {"language": "gidm_stage2_checkpoint", "controllable": "gidm_controllable"}
 DINO_POSITIONS = 518  # pixels; dinov2_vitb14_reg's
@@ -67,7 +68,9 @@ def policy() -> DeFI:
     with torch.device("meta"):
         gfdm = build_gfdm(cfg)
         gfdm.clip = clip_base()
-        return DeFI(PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, gidm=build_gidm("language"))
+        return DeFI(
+            PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, **language_of(build_gidm("language"))
+        )
 
 
 @pytest.mark.parametrize("variant", GIDM_FILES)
