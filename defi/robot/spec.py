@@ -44,9 +44,7 @@ class Vector:
     def __post_init__(self) -> None:
         lists = (self.units, self.relative, self.normalisation, self.offset, self.scale)
         if {len(each) for each in lists} != {len(self)}:
-            raise UserError(
-                f"robot: {len(self)} names, but {', '.join(str(len(each)) for each in lists)} values"
-            )
+            raise UserError(f"robot: {len(self)} names, but lists of {[len(each) for each in lists]} values")
         if unknown := set(self.normalisation) - set(NORMALISATIONS):
             raise UserError(f"robot: normalisation={min(unknown)}: choose from {', '.join(NORMALISATIONS)}")
         if not all(map(math.isfinite, self.offset)) or not all(0 < scale < math.inf for scale in self.scale):
@@ -164,6 +162,30 @@ class Robot:
         if state is not None:
             state = state.fitted(Statistics.of(motions.state), [normalisation] * len(state))
         return replace(self, actions=actions, state=state)
+
+    def rows(self, *, state: bool) -> Iterator[tuple[str, str, str, str, str]]:
+        """Cameras, actions and, if it is read, state, for people: what, name, unit, normalisation, range."""
+        for camera in self.cameras:
+            yield "camera", camera, "", "", ""
+        for what, vector in (("action", self.actions), ("state", self.state if state else None)):
+            for i, name in enumerate(vector.names if vector else ()):
+                change = "change in " if vector.relative[i] else ""
+                normal, ends = vector.normalisation[i], ""
+                if normal != "none":
+                    normal += f": (x − {vector.offset[i]:.4g}) / {vector.scale[i]:.4g}"
+                if vector.low:
+                    ends = f"{vector.low[i]:.4g} … {vector.high[i]:.4g}"
+                yield what, name, change + (vector.units[i] or "unknown unit"), normal, ends
+
+    def summary(self, chunk: int) -> str:
+        """Rate, chunk and gripper in a line, for people."""
+        rate = f"{self.fps:g} steps per second" if self.fps else "unknown rate"
+        parts = [rate, f"{self.executed or chunk} of {chunk} actions are carried out before the next look"]
+        if found := self.gripper:
+            name, effect = self.actions.names[found.dimension], "opens" if found.opens else "closes"
+            above = f"{found.above:g} ({effect}) above {found.threshold:g}"
+            parts.append(f"{name} {above}, else {found.below:g}")
+        return "; ".join(parts)
 
     def differences(self, other: "Robot") -> list[str]:
         """What this robot sees or does otherwise than another, in words; none where they can be exchanged.
