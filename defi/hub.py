@@ -24,7 +24,7 @@ def local_folder(place: Path | str) -> Path:
     """
     if os.path.exists(place) or not REPOSITORY.fullmatch(str(place)) or _is_path(Path(place)):
         return Path(place)
-    fix = "check the name, log in with `hf auth login`, or give a folder"
+    fix = "check name and network, log in with `hf auth login`, or give a folder"
     with reading(f"{constants.ENDPOINT}/{place}", fix):
         return Path(snapshot_download(str(place), allow_patterns=list(CHECKPOINT)))
 
