@@ -204,7 +204,7 @@ class PolicyConfig:
     @property
     def state_dim(self) -> int | None:
         """S: the numbers of the state; None where the policy does not read it."""
-        return len(self.robot.state) if self.state else None
+        return len(self.robot.state.names) if self.state else None
 
     @property
     def video_precision(self) -> str:

@@ -286,8 +286,8 @@ def index_files(
 
 CAMERAS = {"static": "rgb_static", "gripper": "rgb_gripper"}
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
-STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "width")
-STATE_NAMES += (*(f"joint_{i}" for i in range(1, 8)), "last_gripper")
+POSE = ("x", "y", "z", "roll", "pitch", "yaw", "width")
+STATE_NAMES = (*POSE, *(f"joint_{i}" for i in range(1, 8)), "last_gripper")
 
 
 def calvin_robot(cameras: Sequence[str] = tuple(CAMERAS)) -> Robot:

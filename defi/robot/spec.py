@@ -99,7 +99,7 @@ class Vector:
                 yield f"{name} {kinds[relative]} in {unit}, not {kinds[its_relative]} in {its_unit}"
 
 
-def _like(numbers: list[float], values: Numbers) -> Numbers:
+def _like(numbers: list[float], values: Any) -> Any:
     is_array = isinstance(values, np.ndarray)
     return np.asarray(numbers, values.dtype) if is_array else values.new_tensor(numbers)
 
