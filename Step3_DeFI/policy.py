@@ -28,7 +28,7 @@ from Step3_DeFI.config import PolicyConfig, StageSizes, check
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
 from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_tokens, set_up, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
-from Step3_DeFI.stages import Sources, is_whole, load_stages, read_sources, read_whole, write_sources
+from Step3_DeFI.stages import Sources, load_stages, read_parts, write_sources
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
 
 
@@ -359,10 +359,7 @@ class DeFI(StageModel):
         """
         file = local_folder(folder) / CONFIG
         config = PolicyConfig.read(file)
-        if is_whole(file.parent):
-            parts = read_whole(file.parent, config)
-        else:
-            parts, _ = load_stages(read_sources(file.parent, gfdm=gfdm, gidm=gidm))
+        parts = read_parts(file.parent, config, gfdm=gfdm, gidm=gidm)
         with reading(file, COPY_AGAIN):
             policy = cls(config, **parts)
         policy.load_weights(file.parent)

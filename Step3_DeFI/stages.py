@@ -87,12 +87,10 @@ def write_whole(policy: "DeFI", folder: Path) -> None:
     (folder / TEXT / TEXT_CONFIG).write_text(json.dumps(asdict(text), indent=1))
 
 
-def is_whole(folder: Path) -> bool:
-    return (folder / VIDEO).is_dir()
-
-
-def read_whole(folder: Path, config: PolicyConfig) -> dict[str, Any]:
-    """What lies beside the policy in an exported folder, as arguments for `DeFI`."""
+def read_parts(folder: Path, config: PolicyConfig, **moved: Path | str | None) -> dict[str, Any]:
+    """What the policy in a folder stands on, as arguments for `DeFI`; `moved` as for `read_sources`."""
+    if not (folder / VIDEO).is_dir():
+        return load_stages(read_sources(folder, **moved))[0]
     if config.stages is None:
         raise UserError(f"{folder / CONFIG}: lacks stages; {COPY_AGAIN}")
     values = read_json(file := folder / TEXT / TEXT_CONFIG, COPY_AGAIN)
