@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from defi.config import entry
+from defi.data.calvin import calvin_robot
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import seed_of
 from defi.engine.output import check_output, prepare_output, write_file
@@ -96,7 +97,7 @@ class Encoder:
 def prepare(cfg: DictConfig) -> Path:
     """Make (or finish) a store: what was noted as done is not done again."""
     output = check_output(Path(cfg.output), resume=cfg.resume, overwrite=cfg.overwrite)
-    policy, data = PolicyConfig.from_preset(cfg), cfg.data
+    policy, data = PolicyConfig.from_preset(cfg, calvin_robot()), cfg.data
     rules = SampleRules(policy.chunk, data.min_remaining, data.stride, data.spans)
     encoder = Encoder.from_config(cfg, policy)
     kind, size, gfdm = encoder.kind, encoder.stage1.image_size, encoder.gfdm

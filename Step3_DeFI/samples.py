@@ -13,12 +13,12 @@ from jaxtyping import Float32, Int64, UInt8
 from rich.progress import track
 from torch.utils.data import Dataset, default_collate
 
-from defi.data.calvin import CalvinFolder, Span, check_gripper
+from defi.data.calvin import CAMERAS, CalvinFolder, Span, check_gripper
 from defi.engine.data import readable, sample_seeds
 from defi.errors import UserError
 from defi.processes import print_once, processes, share
 from Step3_DeFI.config import check, check_choice
-from Step3_DeFI.observation import CAMERAS, observe
+from Step3_DeFI.observation import observe
 
 READERS = 4  # frames that a process reads at the same time
 BATCH = 64  # frames that a reader takes at once
@@ -51,7 +51,10 @@ class Pictures:
         wanted = self.frames[rows]
         frames, places = np.unique(wanted, return_inverse=True)
         with ThreadPoolExecutor(READERS) as pool:
-            seen = list(pool.map(lambda frame: observe(self.data.frame(frame, CAMERAS), self.size), frames))
+            keys = tuple(CAMERAS.values())
+            seen = list(
+                pool.map(lambda frame: observe(self.data.frame(frame, keys), keys, self.size), frames)
+            )
         return torch.stack(seen).numpy()[places.reshape(wanted.shape)]
 
 

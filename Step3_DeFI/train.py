@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from defi.config import entry
+from defi.data.calvin import calvin_robot
 from defi.engine.checkpoint import continues
 from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.loop import train
@@ -27,7 +28,7 @@ def train_policy(cfg: DictConfig) -> Path:
     """Check everything, then train; returns the last checkpoint's folder."""
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     trainer = TrainerConfig.from_config(cfg.trainer)
-    config = PolicyConfig.from_preset(cfg)
+    config = PolicyConfig.from_preset(cfg, calvin_robot())
     torch.manual_seed(cfg.seed)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     frames, apart = config.latent_action_frames, policy.gfdm.config.frame_step

@@ -25,6 +25,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 # Settings that are texts, whatever they look like.
 TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store", "path", "source"}
 TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae", "tokenizer"}
+TEXTS |= {"push"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
@@ -39,6 +40,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     "data.language": "of CALVIN write data.spans=annotated or recordings",
     "data.source": "use data.format, as data=… gives it",
     "demos_per_unit": "use demos_per_session instead",
+    **dict.fromkeys(("policy.views", "policy.action_dim"), "the data say (policy.robot); leave this out"),
     **dict.fromkeys(
         (f"policy.{size}" for size in ("frames", "feature_tokens", "feature_channels", "sentence_width")),
         "it is read from the stage-1 checkpoint; leave this out",

@@ -29,14 +29,14 @@ from stages import build_vae
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
-from defi.data.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import open_checkpoint
+from defi.data.calvin import ANNOTATIONS, CalvinFolder, frame_name
+from defi.data.rlds import RLDSDataset, default_splits
 from defi.engine import checkpoint, state
 from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
 from defi.engine.weights import load_strict, read_tensors
-from defi.data.rlds import RLDSDataset, default_splits
 from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents
@@ -44,7 +44,7 @@ from Step1_GFDM.model import GFDM
 from Step1_GFDM.pipeline import load_part
 from Step1_GFDM.sources import read_source
 from Step2_GIDM.model import GIDM
-from Step3_DeFI import policy
+from Step3_DeFI import stages
 from Step3_DeFI.compare import compare
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.protocol import SimConfig, read_instructions
@@ -177,11 +177,11 @@ def make_sources(folder: Path) -> None:
     for name in ("gfdm", "gidm"):
         (folder / name).mkdir()
     (folder / "policy").mkdir()
-    policy.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
+    stages.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
 
 
 def read_sources(folder: Path) -> None:
-    policy.read_sources(folder / "policy", gfdm=None, gidm=None)
+    stages.read_sources(folder / "policy", gfdm=None, gidm=None)
 
 
 def make_rlds(folder: Path) -> None:

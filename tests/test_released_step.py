@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from defi.config import CONFIG_DIR
+from defi.data.calvin import calvin_robot
 from defi.engine import checkpoint
 from defi.engine.data import SeededDataset
 from Step1_GFDM.config import GFDMConfig
@@ -262,7 +263,7 @@ def stage3(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     for name, model in (("gfdm", gfdm), ("gidm", gidm)):
         checkpoint.save(model, folder / name, step=1, config={"preset_name": "released"})
     cfg = composed("step3_train", *SMALL_POLICY, f"data.root={demonstrations}")
-    config = PolicyConfig.from_preset(cfg)
+    config = PolicyConfig.from_preset(cfg, calvin_robot())
     policy = DeFI.from_stages(config, gfdm=folder / "gfdm", gidm=folder / "gidm")
     samples = open_samples(cfg.data, policy)["training"]
     return policy.train(), samples

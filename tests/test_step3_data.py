@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from policy_fakes import PRESET, policy_config, sample_rules, write_demonstrations, write_stages
 from torch.utils.data import default_collate
 
-from defi.data.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR
+from defi.data.calvin import CAMERAS, CalvinFolder, frame_name
 from defi.engine.checkpoint import find_weights, read_manifest
 from defi.engine.data import seed_of
 from defi.engine.log import read_metrics
@@ -102,7 +102,7 @@ def test_views_are_resized_alike() -> None:
     """A constant picture stays constant; a picture of the wanted size is untouched; static comes first."""
     grey = np.full((20, 20, 3), 77, np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    views = observe({"rgb_gripper": noise, "rgb_static": grey}, 16)
+    views = observe({"gripper": noise, "static": grey}, ["static", "gripper"], 16)
     assert views.shape == (2, 3, 16, 16) and views.dtype == torch.uint8
     assert (views[0] == 77).all()
     assert np.array_equal(views[1].permute(1, 2, 0).numpy(), noise)
@@ -122,7 +122,7 @@ def test_a_store_holds_what_the_policy_would_compute(place: Path, tmp_path: Path
     assert torch.allclose(1000 * sample["actions"][:, 0], torch.arange(116.0, 126.0))
     assert torch.allclose(1000 * sample["actions"][0, :6], 116 + torch.arange(6) / 10)
 
-    images = observe(data.frame(116), 16)
+    images = observe(data.frame(116), CAMERAS.values(), 16)
     policy = DeFI.from_stages(policy_config(), gfdm=place / "gfdm", gidm=place / "gidm").eval()
     latents = policy.gfdm.encode_images(images / 127.5 - 1)
     if kind == "images":

@@ -17,9 +17,9 @@ from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.unet import FEATURE_PARTS
+from Step3_DeFI.acting import Policy
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.rollout.policy import load_policy
 from Step3_DeFI.samples import CalvinSamples
 from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
@@ -184,7 +184,7 @@ def test_training_changes_the_video_model_and_the_rollout_has_it(
     of_gfdm = {name for name in weights if name.startswith("gfdm.")}
     assert all(name.startswith("gfdm.unet.") and ("lora_" in name) == (mode == "lora") for name in of_gfdm)
 
-    policy = load_policy(tmp_path / "run").eval()
+    policy = Policy.load(tmp_path / "run").model
     assert policy.config.finetune.mode == mode
     for name in of_gfdm:
         assert torch.equal(policy.state_dict()[name], weights[name]), name

@@ -13,8 +13,8 @@ from policy_fakes import PRESET, build_gfdm, sample_rules, write_demonstrations,
 from safetensors.torch import load_file
 from test_step3_data import train_settings
 
-from defi.data.calvin import ANNOTATIONS, CalvinFolder, encode_frame, frame_name
 from defi.config import CONFIG_DIR, compose_preset
+from defi.data.calvin import ANNOTATIONS, CAMERAS, CalvinFolder, calvin_robot, encode_frame, frame_name
 from defi.engine.checkpoint import find_checkpoint, read_manifest
 from defi.engine.log import read_metrics
 from defi.errors import UserError
@@ -146,7 +146,7 @@ def test_latents_are_those_of_the_raw_frames(place: Path, tmp_path: Path) -> Non
     data, gfdm = CalvinFolder(place / "demos" / "training"), build_gfdm().eval()
     for i in (0, 7, 18):
         frame = int(np.load(tmp_path / "store" / "spans.npy")[i, 1])
-        expected = gfdm.encode_images(observe(data.frame(frame), 16) / 127.5 - 1)
+        expected = gfdm.encode_images(observe(data.frame(frame), CAMERAS.values(), 16) / 127.5 - 1)
         torch.testing.assert_close(store[i]["latents"].float(), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -283,7 +283,9 @@ def test_instructions_that_are_cut_are_told(
 def test_a_frame_of_latents_takes_at_most_17_kb() -> None:
     """Both views, at the sizes of Stable Video Diffusion's autoencoder and 256² pixels."""
     cfg = compose_preset("paper")
-    encoder = Encoder("latents", 1, 0, PolicyConfig.from_preset(cfg), GFDMConfig.from_preset(cfg))
+    encoder = Encoder(
+        "latents", 1, 0, PolicyConfig.from_preset(cfg, calvin_robot()), GFDMConfig.from_preset(cfg)
+    )
     assert np.prod(encoder.row_shape) * np.float16().nbytes <= 17 * 1024
 
 

@@ -17,8 +17,7 @@ from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 from Step2_GIDM.data.images import Augmentation
 from Step2_GIDM.data.pairs import PairDataset
-from Step3_DeFI.rollout.policy import ModelPolicy
-from Step3_DeFI.rollout.simulator import Observation
+from Step3_DeFI.acting import Policy
 
 RUNS, SAMPLES = (0, 1), 4  # neighbouring seeds of runs, neighbouring samples
 
@@ -138,9 +137,10 @@ def train_step() -> int:
 
 def look() -> int:
     """Looks of neighbouring chains; returns how many numbers they need."""
-    images = {name: np.zeros((20, 20, 3), np.uint8) for name in ("rgb_static", "rgb_gripper")}
+    images = {name: np.zeros((20, 20, 3), np.uint8) for name in ("static", "gripper")}
     seeds = list(product(RUNS, range(2), range(2)))
-    ModelPolicy(build_policy()).act([Observation(seed, "push", "push", images) for seed in seeds])
+    seen = [{"images": images, "instruction": "push"}] * len(seeds)
+    Policy(build_policy()).infer_batch(seen, [seed_of("rollout", *seed) for seed in seeds])
     return len(seeds) * (2 * 3 * 4 * 8 * 8 + 70)
 
 

@@ -285,17 +285,19 @@ def index_files(
 
 # ---------------------------------------------------------------- as data of every stage
 
-# The published policy's robot: actions as they are stored, the gripper binarised at 0.
-ACTIONS = Vector(
-    names=["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"],
-    units=["0.02 m"] * 3 + ["0.05 rad"] * 3 + ["1 open, -1 closed"],
-    relative=[True] * 6 + [False],
-    normalisation=["none"] * 7,
-    offset=[0.0] * 7,
-    scale=[1.0] * 7,
-)
-STATE = ("x", "y", "z", "roll", "pitch", "yaw", "width", *(f"joint_{i}" for i in range(1, 8)), "last_gripper")
 CAMERAS = {"static": "rgb_static", "gripper": "rgb_gripper"}
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+POSE = ("x", "y", "z", "roll", "pitch", "yaw", "width")
+STATE_NAMES = (*POSE, *(f"joint_{i}" for i in range(1, 8)), "last_gripper")
+
+
+def calvin_robot(cameras: Sequence[str] = tuple(CAMERAS)) -> Robot:
+    """The published policy's robot: actions as they are stored, the gripper binarised at 0."""
+    actions, state = Vector.plain(ACTION_NAMES), Vector.plain(STATE_NAMES)
+    actions.units = ["0.02 m"] * 3 + ["0.05 rad"] * 3 + ["1 open, -1 closed"]
+    actions.relative = [True] * 6 + [False]
+    state.units = ["m"] * 3 + ["rad"] * 3 + ["m"] + ["rad"] * 7 + actions.units[-1:]
+    return Robot(list(cameras), actions, state, fps=30.0, gripper=Gripper(dimension=6))
 
 
 @dataclass(kw_only=True)
@@ -325,7 +327,7 @@ class CalvinData(Dataset):
     """An episode per annotated span, per recording, or both, in this order."""
 
     fps, min_remaining = 30.0, 21
-    action_names, state_names = tuple(ACTIONS.names), STATE
+    action_names, state_names = ACTION_NAMES, STATE_NAMES
 
     def __init__(self, folder: Path, places: Mapping[str, str], spans: str = "annotated") -> None:
         self.files = CalvinFolder(folder)
@@ -376,5 +378,4 @@ class CalvinData(Dataset):
         return np.array(found, np.float32)
 
     def robot(self) -> Robot:
-        state = Vector.plain(self.state_names)
-        return Robot(list(self.cameras), deepcopy(ACTIONS), state, self.fps, gripper=Gripper(dimension=6))
+        return calvin_robot(self.cameras)

@@ -4,11 +4,12 @@ import fcntl
 import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from defi.errors import UserError
+from defi.errors import UserError, writing
 
 LOCK = ".lock"  # held by the process that writes to the folder
 LEFTOVER = ".writing"
@@ -120,6 +121,24 @@ def write_file(path: Path, content: str | bytes) -> None:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which takes the place of `output` when all of it is on the disk, or never."""
+    folder = output.with_name(f".{output.name}{LEFTOVER}")
+    with writing(output, "it", fix="repeat the command"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+                sync(path)
+            shutil.rmtree(output, ignore_errors=True)
+            os.replace(folder, output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        sync(output.parent)
 
 
 def sync(path: Path) -> None:

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from defi.config import CONFIG_DIR, compose_preset
+from defi.data.calvin import CAMERAS
 from defi.engine.config import TrainerConfig
 from defi.engine.data import SeededDataset
 from defi.engine.optimizer import build_optimizer
@@ -41,12 +42,11 @@ from Step2_GIDM.data.images import Augmentation, Draw
 from Step2_GIDM.data.pairs import PairDataset, later
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
+from Step3_DeFI.acting import Policy
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.observation import CAMERAS, to_unit
+from Step3_DeFI.observation import to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.rollout.policy import ModelPolicy
-from Step3_DeFI.rollout.simulator import Observation
 from Step3_DeFI.samples import PolicySamples
 from Step3_DeFI.store import open_samples
 
@@ -504,7 +504,7 @@ def test_pipelines_stage3_pictures(samples: PolicySamples, split: str, looks: Ar
         pytest.skip(f"no pictures recorded of {split}")
     for number in sorted(numbers):
         images = samples[number]["images"]
-        for view, camera in enumerate(CAMERAS):
+        for view, camera in enumerate(CAMERAS.values()):
             expected = looks[f"{split}_{number}_{camera}"].astype(np.float32)
             np.testing.assert_array_equal(images[view], np.round((expected * 0.5 + 0.5) * 255))
             np.testing.assert_allclose(to_unit(images)[view], expected, atol=2**-11)
@@ -512,7 +512,7 @@ def test_pipelines_stage3_pictures(samples: PolicySamples, split: str, looks: Ar
 
 def test_pipelines_stage3_batch(samples: PolicySamples, stage3: dict[str, Any]) -> None:
     published = stage3["batch"]
-    static, gripper = (published["rgb_obs"][camera] for camera in CAMERAS)
+    static, gripper = (published["rgb_obs"][camera] for camera in CAMERAS.values())
     size = published["actions"][0]
     if len(samples) < size:
         pytest.skip(f"{len(samples)} samples are no batch of {size}")
@@ -637,12 +637,12 @@ def test_pipelines_text_of_stage_3(policy: DeFI, said: dict[str, Any]) -> None:
 def test_pipelines_text_of_a_rollout(policy: DeFI, said: dict[str, Any]) -> None:
     """The towers are given what training gives them."""
     images = {camera: np.zeros((16, 16, 3), np.uint8) for camera in CAMERAS}
-    acting = ModelPolicy(policy)
+    acting = Policy(policy)
     for entry in said["texts"]:
         assert entry["rollout"]["clip_ids_equal_training"] and entry["rollout"]["t5_string_equal_training"]
 
         def act(text: str = entry["text"]) -> None:
-            acting.act([Observation((0, 0, 0), "task", text, images)])
+            acting.infer({"images": images, "instruction": text})
 
         assert spied(policy.t5, act).given == [entry["stage3_t5"]["string"]]
         assert set(spied(policy.gfdm.clip, act).given) == {entry["stage3_clip"]["string"]}
