@@ -1,15 +1,17 @@
-"""Captioned video → latents, annotations and videos in VPP's layout (`Step1_GFDM.data` reads them).
+"""Recordings with instructions → latents, annotations and videos in VPP's layout (`Step1_GFDM.data` reads them).
 
-    python -m Step1_GFDM.prepare data=captioned_videos data.root=<folder> vae=<run> output=<folder>
+    python -m Step1_GFDM.prepare data=lerobot data.root=<folder> vae=<run> output=<folder>
 
-Sources: `Step1_GFDM.sources`. An episode's annotation is written last, and makes the episode count: a killed
-run continues with `resume=true`. Processes of `accelerate launch` share the episodes. A damaged video is
-reported, noted in `skipped/` and left out; `resume=true` tries it again.
+Of any data set of `defi.data`, one of these for each episode, or for each part of it with an instruction of
+its own (`<episode>-1`, `<episode>-2`, …). An episode's annotation is written last, and makes it count: a killed
+run continues with `resume=true`. Processes of `accelerate launch` share the episodes. What is damaged or has
+no instruction is reported, noted in `skipped/` and left out; `resume=true` tries it again.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from defi.config import entry
+from defi.data import Dataset, DataSettings, Episode, read_settings
+from defi.data.episode import Frames, distinct
+from defi.data.vpp import MANIFEST
 from defi.engine.checkpoint import MANIFEST as CHECKPOINT
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
@@ -32,13 +37,81 @@ from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import check_counts
-from Step1_GFDM.data import LATENTS, MANIFEST, SPLITS
-from Step1_GFDM.sources import Recordings, Scene, read_source
+from Step1_GFDM.data import LATENTS, SPLITS
 
 SKIPPED = "skipped"
 # Pixels a side that an autoencoder alone may ask for: SVD's says 768, and no preset works at that.
 LARGEST = 512
 Encode = Callable[[Float[Tensor, "F 3 H W"]], Float[Tensor, "F 4 h w"]]
+
+
+@dataclass
+class TakeSettings:
+    """What the section `data` says beside its format.
+
+    every: take every n-th frame. Clips are made of what is taken: `Step1_GFDM.data` finds it in the manifest.
+    longest: frames; what is longer is left out.
+    """
+
+    every: int = 1
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.longest or 1) < 1:
+            raise UserError(f"data.every={self.every}, data.longest={self.longest}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Frames of an episode with one instruction, by their positions; or (`fault`) why there are none."""
+
+    split: str
+    name: str
+    data: Dataset
+    episode: Episode | None
+    positions: range
+    text: str
+    fault: str
+
+    def read(self) -> tuple[dict[str, Frames], float] | UserError:
+        """Frames of each camera, and how many of all frames come per second."""
+        try:
+            if self.fault:
+                raise UserError(self.fault)
+            rate = self.data.rate(self.episode)
+            return self.data.read(self.episode, self.positions, self.data.cameras), rate
+        except UserError as error:
+            return error
+
+
+def find_recordings(split: str, data: Dataset, take: TakeSettings) -> list[Recording]:
+    """Of a data set, damaged ones too. Raises UserError if none has an instruction."""
+    found: list[tuple[str, Episode | None, range, str, str]] = []
+    for name, fault in data.faults.items():
+        found.append((name, None, range(0), "", fault))
+    for number in range(len(data)):
+        episode = data.episode(number)
+        where = f"{data.root}: episode {episode.name}"
+        said = [(span, text) for span, text in episode.sentences() if text]
+        for count, (span, text) in enumerate(said or [(range(0), "")], 1):
+            name = f"{episode.name}-{count}" if len(said) > 1 else episode.name
+            fault = "" if said else f"{where} has no instruction"
+            if take.longest is not None and len(span) > take.longest:
+                fault = f"{where} has {len(span)} frames, data.longest={take.longest} leaves it out"
+            found.append((name, episode, span[:: take.every], text, fault))
+    if not any(text for *_, text, _ in found):
+        raise UserError(f"{data.root}: holds no instructions; stage 1 needs captions: {found[0][-1]}")
+    names = distinct(name for name, *_ in found)
+    return [Recording(split, name, data, *each[1:]) for name, each in zip(names, found)]
+
+
+def identity(section: Mapping[str, Any], settings: DataSettings, take: TakeSettings, data: Dataset) -> dict:
+    """What decides how episodes look, for JSON; the place only where the fingerprint may not tell."""
+    given = {"format": section["format"], **asdict(settings), **asdict(take)}
+    given["every"] *= data.stored_step
+    given["root"] = str(Path(settings.root).resolve())
+    left_out = {"index"} | (set() if data.known_by_names else {"root"})
+    return {key: value for key, value in given.items() if key not in left_out}
 
 
 def check_same(file: Path, manifest: Mapping[str, Any]) -> None:
@@ -61,59 +134,60 @@ def load_vae(path: Path) -> tuple[AutoencoderKLTemporalDecoder, Path]:
 
 
 def write_episode(
-    output: Path, split: str, name: str, scene: Scene, *, encode: Encode, image_size: int
+    output: Path,
+    split: str,
+    name: str,
+    views: dict[str, Frames],
+    text: str,
+    fps: float,
+    encode: Encode,
+    size: int,
 ) -> None:
     """Latents and videos of all cameras, then the annotation that makes them count."""
-    latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in scene.views]
-    videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in scene.views]
-    for frames, latent, video in zip(scene.views.values(), latents, videos):
+    latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in views]
+    videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in views]
+    for frames, latent, video in zip(views.values(), latents, videos):
         (output / latent).parent.mkdir(parents=True, exist_ok=True)
-        coded = encode(prepare_frames(frames, image_size))
+        coded = encode(prepare_frames(frames, size))
         write_file(output / latent, save({LATENTS: coded.half().contiguous()}))
-        write_mp4(output / video, frames, scene.fps)
+        write_mp4(output / video, frames, fps)
     annotation = {
         "episode_id": name,
-        "texts": scene.texts,
+        "texts": [text],
         "videos": [{"video_path": path} for path in videos],
         "latent_videos": [{"latent_video_path": path} for path in latents],
         "video_length": len(frames),
-        "fps": scene.fps,
+        "fps": fps,
     }
     write_file(output / "annotation" / split / f"{name}.json", json.dumps(annotation))
 
 
-def write_episodes(output: Path, recordings: Mapping[str, Recordings], encode: Encode, size: int) -> None:
-    """This process's share of the episodes that are not there yet, or notes of why they are left out.
+def write_episodes(
+    output: Path, recordings: list[Recording], encode: Encode, *, image_size: int, every: int
+) -> None:
+    """This process's share of the episodes that are not there yet, or notes of why they are left out."""
 
-    The next recording is read while this one is encoded.
-    """
-
-    def read(job: tuple[str, str]) -> Scene | UserError:
-        try:
-            return recordings[job[0]].read[job[1]]()
-        except UserError as error:
-            return error
-
-    def read_ahead() -> Iterator[tuple[str, str, Scene | UserError]]:
+    def read_ahead() -> Iterator[tuple[Recording, tuple[dict[str, Frames], float] | UserError]]:
+        """The next recording is read while this one is encoded."""
         with ThreadPoolExecutor(1) as pool:
-            scenes = (pool.submit(read, job) for job in jobs)
-            following = next(scenes, None)
+            reading = (pool.submit(job.read) for job in jobs)
+            following = next(reading, None)
             for job in jobs:
-                scene, following = following.result(), next(scenes, None)
-                yield *job, scene
+                scene, following = following.result(), next(reading, None)
+                yield job, scene
 
-    every = [(split, name) for split, found in recordings.items() for name in found.read]
-    jobs = share([(s, n) for s, n in every if not (output / "annotation" / s / f"{n}.json").exists()])
+    jobs = share([r for r in recordings if not (output / "annotation" / r.split / f"{r.name}.json").exists()])
     quiet = not processes().is_local_main_process
-    for split, name, scene in track(read_ahead(), "latents", total=len(jobs), disable=quiet):
-        note = output / SKIPPED / split / f"{name}.txt"
-        with writing(output, f"episode {split}/{name}"):
+    for job, scene in track(read_ahead(), "latents", total=len(jobs), disable=quiet):
+        note = output / SKIPPED / job.split / f"{job.name}.txt"
+        with writing(output, f"episode {job.split}/{job.name}"):
             if isinstance(scene, UserError):
                 print(f"left out: {scene}")
                 write_file(note, f"{scene}\n")
             else:
                 note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
-                write_episode(output, split, name, scene, encode=encode, image_size=size)
+                views, rate = scene
+                write_episode(output, job.split, job.name, views, job.text, rate / every, encode, image_size)
 
 
 @entry("step1_prepare")
@@ -121,8 +195,9 @@ def main(cfg: DictConfig) -> None:
     state = processes()
     output = check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     check_counts(cfg, batch=1, **({} if cfg.image_size is None else {"image_size": 1}))
-    source = read_source(cfg.data)
-    recordings = {split: source.open(split) for split in SPLITS}
+    settings, take = read_settings(cfg.data, TakeSettings)
+    sets = {split: settings.open(part) for split, part in zip(SPLITS, ("training", "held_out"))}
+    recordings = [each for split, data in sets.items() for each in find_recordings(split, data, take)]
     vae, weights = load_vae(Path(cfg.vae))
     scaling, trained_size = vae.config.scaling_factor, vae.config.sample_size
     if cfg.image_size is None and trained_size > LARGEST:
@@ -131,12 +206,12 @@ def main(cfg: DictConfig) -> None:
             "give that of your video model, image_size=256 for preset=paper"
         )
     manifest = {  # what the latents are made of and with; a resumed run must agree in all of it
-        "data": source.identity(),
-        "splits": {split: found.fingerprint for split, found in recordings.items()},
+        "data": identity(cfg.data, settings, take, sets["train"]),
+        "splits": {split: data.fingerprint for split, data in sets.items()},
         "vae": fingerprint(weights),
         "scaling": scaling,
         "image_size": cfg.image_size or trained_size,
-        "cameras": recordings["train"].cameras,
+        "cameras": list(sets["train"].cameras),
         "latents": "float16 safetensors, posterior's mode × scaling",
         "videos": VIDEO_CODEC,
     }
@@ -159,7 +234,7 @@ def main(cfg: DictConfig) -> None:
         modes = [vae.encode(some.to(vae.device)).latent_dist.mode() for some in frames.split(cfg.batch)]
         return torch.cat(modes).cpu() * scaling
 
-    write_episodes(output, recordings, encode, manifest["image_size"])
+    write_episodes(output, recordings, encode, image_size=manifest["image_size"], every=take.every)
     state.wait_for_everyone()
     for split in SPLITS if state.is_main_process else ():
         count, skipped = (len(list((output / f / split).glob("[!.]*"))) for f in ("annotation", SKIPPED))

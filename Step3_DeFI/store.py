@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from defi.data.calvin import TRAINING, VALIDATION
 from defi.config import typed
+from defi.data.calvin import TRAINING, VALIDATION
 from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from defi.files import read_json

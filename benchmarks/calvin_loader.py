@@ -23,8 +23,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
-from defi.data.calvin import CalvinFolder
 from defi.config import CONFIG_DIR
+from defi.data.calvin import CalvinFolder
 from defi.engine import checkpoint
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM

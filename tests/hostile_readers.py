@@ -26,6 +26,7 @@ from policy_fakes import (
 from rollout_fakes import fake_evaluation
 from safetensors.torch import save_file
 from stages import build_vae
+from Step1_GFDM.sources import read_source
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
@@ -42,7 +43,6 @@ from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.pipeline import load_part
-from Step1_GFDM.sources import read_source
 from Step2_GIDM.model import GIDM
 from Step3_DeFI import stages
 from Step3_DeFI.compare import compare

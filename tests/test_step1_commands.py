@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import alexnet
 
-from defi.data.calvin import Span, encode_frame, frame_name, index_files
 from defi.config import CONFIG_DIR
+from defi.data.calvin import Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights
 from defi.engine.log import read_metrics
 from defi.errors import UserError

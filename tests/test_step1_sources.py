@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from Step1_GFDM.sources import distinct, file_name, part, read_captions, read_source
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi.errors import UserError
@@ -18,7 +19,6 @@ from Step1_GFDM import prepare
 from Step1_GFDM.config import GFDMConfig, VAESizes
 from Step1_GFDM.data import LatentSet, LatentSetConfig, read_episodes, read_latents, stored_step
 from Step1_GFDM.pipeline import build_vae
-from Step1_GFDM.sources import distinct, file_name, part, read_captions, read_source
 
 
 @pytest.fixture(scope="module")

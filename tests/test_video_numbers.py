@@ -19,11 +19,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from Step1_GFDM.sources import read_source
 
 from defi.data import open_dataset
 from defi.errors import UserError
 from defi.video import frame_count, number_video, read_frames, read_video
-from Step1_GFDM.sources import read_source
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 COVER = 1024  # the disposition of an attached picture
