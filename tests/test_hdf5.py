@@ -9,6 +9,7 @@ import pytest
 
 from defi import hdf5
 from defi.errors import UserError
+from defi.hdf5 import READER
 
 h5py = pytest.importorskip("h5py")
 
@@ -26,8 +27,8 @@ def write_black(file: Path, frames: int) -> None:
 def test_strongly_packed_pictures_are_read(tmp_path: Path) -> None:
     write_black(tmp_path / "black.hdf5", 1500)
     assert (tmp_path / "black.hdf5").stat().st_size < 10**6
-    episode = hdf5.read_hdf5(tmp_path / "black.hdf5", cameras={"top": "top"}, text="", every=5)
-    assert episode.pictures["top"].shape == (300, 256, 256, 3) and not episode.pictures["top"].any()
+    (pictures,) = READER.pictures(tmp_path / "black.hdf5", "", ["top"], range(0, 1500, 5))
+    assert pictures.shape == (300, 256, 256, 3) and not pictures.any()
 
 
 def test_a_link_to_a_link_does_not_lead_out_of_the_file(tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_a_link_to_a_link_does_not_lead_out_of_the_file(tmp_path: Path) -> None:
         file["top"], file["obs"] = h5py.SoftLink("/out/top"), h5py.SoftLink("/out")
     for place in ("out/top", "top", "obs/top"):
         with pytest.raises(UserError, match=f"a.hdf5: {place} leads out of the file"):
-            hdf5.read_hdf5(tmp_path / "a.hdf5", cameras={"top": place}, text="", every=1)
+            READER.pictures(tmp_path / "a.hdf5", "", [place], [0])
 
 
 @pytest.mark.parametrize("pieces", [None, (1, 4, 4, 3), (4, 2, 4, 3), (10, 4, 4, 3)])
@@ -49,8 +50,9 @@ def test_every_so_many_rows_whatever_the_layout(
     frames = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         file.create_dataset("top", data=frames, chunks=pieces)
-    episode = hdf5.read_hdf5(tmp_path / "a.hdf5", cameras={"top": "top"}, text="", every=every)
-    assert np.array_equal(episode.pictures["top"], frames[::every])
+    for positions in (range(0, 10, every), range(9, -1, -every), [7, 0, 7, 7]):
+        (found,) = READER.pictures(tmp_path / "a.hdf5", "", ["top"], positions)
+        assert np.array_equal(found, frames[np.array(positions)])
 
 
 PICTURES = np.zeros((2, 4, 4, 3), np.uint8)
@@ -67,6 +69,14 @@ def write_texts(file: Path, **texts: object) -> None:
             content[place.replace(".", "/")].attrs[attribute] = text
 
 
+def told(file: Path, text: str) -> str:
+    """What a file says of its second episode."""
+    found = READER.episodes(file, "data", ["obs/top"], [], [text])[1]
+    if found["fault"]:
+        raise UserError(found["fault"])
+    return found["text"]
+
+
 @pytest.mark.parametrize(
     "place",
     ["/__say", "data__say", "data.demo_1__say", "data.demo_1.info__say", "data.demo_1.obs.top__say"],
@@ -75,21 +85,19 @@ def write_texts(file: Path, **texts: object) -> None:
 @pytest.mark.parametrize("text", ["lift", b"lift", ["lift"], np.array([b"lift"] * 2)], ids=repr)
 def test_a_text_at_an_episode_around_it_or_in_it(tmp_path: Path, place: str, text: object) -> None:
     write_texts(tmp_path / "a.hdf5", **{place: text})
-    asked = {"group": "data/demo_1", "cameras": {"top": "obs/top"}, "text": "say", "every": 1}
-    assert hdf5.read_hdf5(tmp_path / "a.hdf5", **asked).text == "lift"
+    assert told(tmp_path / "a.hdf5", "say") == "lift"
 
 
 def test_the_nearest_text_counts_and_none_of_another_episode(tmp_path: Path) -> None:
     texts = {"/__say": "far", "data.demo_0.info__say": "other", "data.demo_1__say": " ", "data__say": "near"}
     write_texts(tmp_path / "a.hdf5", **texts)
-    asked = {"group": "data/demo_1", "cameras": {}, "every": 1}
-    assert hdf5.read_hdf5(tmp_path / "a.hdf5", text="say", **asked).text == "near"
+    assert told(tmp_path / "a.hdf5", "say") == "near"
     write_texts(tmp_path / "b.hdf5", **{"data.demo_0.info__say": "other"})
-    assert hdf5.read_hdf5(tmp_path / "b.hdf5", text="say", **asked).text is None
+    assert told(tmp_path / "b.hdf5", "say") == ""
     write_texts(tmp_path / "c.hdf5", **{"data.demo_1.info__say": "a", "data.demo_1.obs__say": "b"})
     with pytest.raises(UserError, match=r"c\.hdf5: /data/demo_1 holds different say; give the path of one"):
-        hdf5.read_hdf5(tmp_path / "c.hdf5", text="say", **asked)
-    assert hdf5.read_hdf5(tmp_path / "c.hdf5", text="obs/say", **asked).text == "b"
+        told(tmp_path / "c.hdf5", "say")
+    assert told(tmp_path / "c.hdf5", "obs/say") == "b"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +106,7 @@ def test_the_nearest_text_counts_and_none_of_another_episode(tmp_path: Path) -> 
 def test_what_is_no_text_is_named(tmp_path: Path, text: object, said: str) -> None:
     write_texts(tmp_path / "a.hdf5", data__say=text)
     with pytest.raises(UserError, match=rf"a\.hdf5: say of /data is {said}"):
-        hdf5.read_hdf5(tmp_path / "a.hdf5", group="data/demo_0", cameras={}, text="say", every=1)
+        told(tmp_path / "a.hdf5", "say")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,7 @@ def test_pictures_of_another_kind_are_refused(tmp_path: Path, pictures: np.ndarr
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         file["top"] = pictures
     with pytest.raises(UserError, match=r"a\.hdf5: /top is .*, not pictures: uint8 \[F, H, W, 3\]"):
-        hdf5.read_hdf5(tmp_path / "a.hdf5", cameras={"top": "top"}, text="", every=1)
+        READER.pictures(tmp_path / "a.hdf5", "", ["top"], [0])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,8 @@ def test_pictures_of_another_kind_are_refused(tmp_path: Path, pictures: np.ndarr
 def test_time_grows_with_what_is_read_but_not_with_what_a_file_says(
     size: int, unpacked: int, least: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = {}
+    limits: dict[int, int] = {}
+    monkeypatch.setattr(hdf5.time, "process_time", lambda: 0.0)
     monkeypatch.setattr(hdf5.resource, "setrlimit", lambda what, limit: limits.update({what: limit[0]}))
     hdf5._limit(size, unpacked)
     assert least <= limits[resource.RLIMIT_CPU] <= most

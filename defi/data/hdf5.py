@@ -1,169 +1,325 @@
-"""HDF5 files from others, read with h5py in a process of its own.
+"""HDF5 files of teleoperation: ALOHA's, robomimic's, LIBERO's, or any other whose places are named.
 
-The library is written in C and trusts its files: of 1,500 damaged ones 3 kept it busy for ever, and others
-ask for any amount of memory. A process can be limited: `read_hdf5` starts this module as a program.
+What the episodes are is found once (`defi.hdf5` opens each file) and kept in an index beside the data:
+
+    <root>/.defi/hdf5-<hash>/episodes.json   a list per file, in order, as `HDF5Reader.episodes` returns it
+
+The hash is of names, sizes and times of the files, and of what is asked of them.
 """
 
+import hashlib
 import json
 import math
-import pickle
-import resource
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
+from rich.progress import track
 
-from defi.errors import UserError, reading
+from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, distinct, file_name, of_part
+from defi.engine.output import index_place, take_turn, write_file
+from defi.errors import UserError, writing
+from defi.files import find_files, read_json
+from defi.hdf5 import READER, Rows
 from defi.instructions import read_instruction
+from defi.picture import decode_picture, stack_frames
+from defi.processes import print_once
+from defi.robot.spec import Gripper, Robot
 
-# Seconds of computing: some at least, and more for larger files and for what unpacking them makes of them.
-SECONDS, BYTES_PER_SECOND, UNPACKED_PER_SECOND = 3, 10**7, 10**8
-MOST_PACKED = 1032  # bytes that deflate makes of one
-MEMORY = 2**34  # bytes
-FIX = "copy it again, or correct data.cameras"
+VERSION, EPISODES = 1, "episodes.json"
+SUFFIXES = (".hdf5", ".h5")
+TEXTS = ("language_instruction", "problem_info", "ep_meta")  # the last two hold JSON, with one of
+TEXT_KEYS = ("language_instruction", "lang")
+SCENE, DEMO = (
+    re.compile(r"^([A-Z]+_)+SCENE\d+_"),
+    "_demo",
+)  # LIBERO: KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
 
 
 @dataclass(frozen=True)
-class Episode:
-    """One group of a file. members: names of its members. text: what it says, None if nothing.
+class Layout:
+    """Where things usually are. pictures: `*` is the camera's name. actions, state: `*` is any part of a name.
 
-    pictures: camera -> uint8 [F, H, W, 3], or one encoded picture per row.
+    flip: robosuite's cameras begin at the bottom. robomimic turns them when it writes files, LIBERO does not.
+    (Copies of LIBERO in other formats are often turned by 180°, which also mirrors them.)
     """
 
-    members: list[str]
-    text: str | None
-    pictures: dict[str, np.ndarray | list[bytes]]
+    groups: str
+    pictures: str
+    actions: tuple[str, ...]
+    state: tuple[str, ...]
+    fps: float
+    flip: bool = False
+    gripper: Gripper | None = None
 
 
-def read_hdf5(path: Path, *, group: str = "", cameras: Mapping[str, str], text: str, every: int) -> Episode:
-    """Every `every`-th picture of some cameras (name -> path within the group), and a text.
-
-    text: path of a text or an attribute: of the group, one around it (the file itself at last), or one in it.
-
-    Raises:
-        UserError: the file is damaged, has no such members, or they are not what they should be.
-    """
-    asked = {"file": str(path), "group": group, "cameras": dict(cameras), "text": text, "every": every}
-    done = subprocess.run([sys.executable, "-m", "defi.data.hdf5", json.dumps(asked)], capture_output=True)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        how = signal.Signals(-done.returncode).name if done.returncode < 0 else said[-1]
-        raise UserError(f"{path}: damaged, reading it does not end well ({how}); copy it again")
-    found = pickle.loads(done.stdout)  # of this module's own making
-    if isinstance(found, UserError):
-        raise found
-    return Episode(*found)
+CLOSES = Gripper(dimension=6, opens=False)  # of robosuite's seven actions: 1 closes, -1 opens
+ROBOSUITE_STATE = ("obs/robot*_eef_pos", "obs/robot*_eef_quat", "obs/robot*_gripper_qpos")
+LIBERO_STATE = ("obs/ee_states", "obs/gripper_states")
+LAYOUTS = {
+    "aloha": Layout("", "observations/images/*", ("action",), ("observations/qpos",), 50),
+    "robomimic": Layout("data", "obs/*_image", ("actions",), ROBOSUITE_STATE, 20, gripper=CLOSES),
+    "libero": Layout("data", "obs/*_rgb", ("actions",), LIBERO_STATE, 20, flip=True, gripper=CLOSES),
+}
 
 
-# ---------------------------------------------------------------- in the process
+@dataclass(kw_only=True)
+class Settings(DataSettings):
+    """configs/data/hdf5.yaml says what they mean."""
+
+    layout: str | None = None
+    groups: str | None = None
+    actions: list[str] | None = None
+    state: list[str] | None = None
+    language: str | None = None
+    instruction: str | None = None
+    fps: float | None = None
+    flip: bool | None = None
+    crop: dict[str, list[int]] | None = None
+    pad: bool = False
+
+    def open(self, part: Part) -> "HDF5Data":
+        if self.layout not in (None, *LAYOUTS):
+            raise UserError(f"data.layout={self.layout}: choose from {', '.join(LAYOUTS)}, or leave it null")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise UserError(f"data.fps={self.fps}: must be a number of frames per second")
+        named = self.held_out if part == "held_out" else None
+        place = Path(self.root, named or self.split or "")
+        return HDF5Data(place, self, "all" if self.held_out else part)
 
 
-def _read(file: str, group: str, cameras: dict[str, str], text: str, every: int) -> tuple:
+class HDF5Data(Dataset):
+    """An episode per file, or per member of a group of it. Frames are numbered through all parts."""
+
+    def __init__(self, place: Path, settings: Settings, part: Part) -> None:
+        self.root, self._settings = place, settings
+        folder = place.parent if place.is_file() else place
+        files = [place] if place.is_file() else sorted(find_files(place, SUFFIXES), key=_natural)
+        if not files:
+            raise UserError(f"{place}: no HDF5 files here ({', '.join(SUFFIXES)}); check data.root")
+        tree = _first_tree(files)
+        self._layout = layout = _layout(settings, tree, files[0])
+        self._groups = (layout.groups if layout else "") if settings.groups is None else settings.groups
+        members = _members(tree, self._groups)
+        self._places = self._cameras(members)
+        self.cameras = tuple(self._places)
+        self._check_crop()
+        self._actions = _matching(settings.actions, layout.actions if layout else (), members)
+        self._state = _matching(settings.state, layout.state if layout else (), members)
+        self.fps = settings.fps or (layout.fps if layout else None)
+        self._flip = bool(layout and layout.flip) if settings.flip is None else settings.flip
+        self._open(folder, files, self._scan(files), part)
+
+    def _cameras(self, members: dict[str, Any]) -> dict[str, str]:
+        """Camera → path of its pictures, the robot's own last where nobody names them."""
+        known = {}
+        if self._layout:
+            pattern = re.compile(re.escape(self._layout.pictures).replace(r"\*", "(.+)"))
+            matches = filter(None, map(pattern.fullmatch, members))
+            known = {match[1]: match[0] for match in sorted(matches, key=lambda m: _natural(m[1]))}
+        if places := self._settings.places():
+            return {name: known.get(place, place) for name, place in places.items()}
+        if not known:
+            like = [path for path, (shape, _) in members.items() if len(shape) == 4 and shape[-1] == 3]
+            like = like or list(members)
+            raise UserError(
+                f"{self.root}: of no known layout ({', '.join(LAYOUTS)}); name its cameras, "
+                f"data.cameras=[name=path]; an episode holds {', '.join(like[:20]) or 'nothing'}"
+            )
+        own = {name: "wrist" in name or "hand" in name for name in known}
+        return {name: known[name] for name in sorted(known, key=own.__getitem__)}
+
+    def _check_crop(self) -> None:
+        for camera, box in (self._settings.crop or {}).items():
+            if camera not in self.cameras or len(box) != 4 or min(box) < 0 or min(box[2:]) < 1:
+                raise UserError(
+                    f"data.crop.{camera}={box}: give one of the cameras ({', '.join(self.cameras)}) "
+                    "[top, left, height, width] in pixels, height and width at least 1"
+                )
+
+    def _scan(self, files: list[Path]) -> list[list[dict[str, Any]]]:
+        """What the episodes of each file are, from the index or the files."""
+        texts = TEXTS if self._settings.language is None else [self._settings.language]
+        asked = [self._groups, [*self._places.values()], [*self._actions, *self._state]]
+        asked += [[] if self._settings.instruction else [*texts]]
+        stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+        digest = hashlib.sha256(json.dumps([VERSION, asked, stats]).encode()).hexdigest()[:16]
+        index = index_place(self.root, f"hdf5-{digest}", EPISODES) / EPISODES
+        if not index.is_file():
+            with take_turn(index.parent), writing(index.parent, "what the files hold"):
+                if not index.is_file():
+                    found = [_episodes(file, *asked) for file in track(files, "HDF5 files", transient=True)]
+                    write_file(index, json.dumps(found))
+        return read_json(index, "delete it, so that it is made again", list)
+
+    def _open(self, folder: Path, files: list[Path], found: list[list[dict]], part: Part) -> None:
+        """Number all episodes, and keep those of a part that can be read."""
+        all_ = [(file, each) for file, episodes in zip(files, found) for each in episodes]
+        names = [[*file.relative_to(folder).with_suffix("").parts, each["group"]] for file, each in all_]
+        names = distinct(file_name("-".join(filter(None, name))) for name in names)
+        first = next((each["shapes"] for _, each in all_ if not each["fault"]), {})
+        start, recordings = 0, []
+        for name, (file, each) in zip(names, all_):
+            text = self._settings.instruction or self._sentence(file, each["text"])
+            length, fault = self._length(file, each, first)
+            recordings.append((Episode(name, start, length, (text,)), file, each["group"], fault))
+            start += length
+        chosen = of_part(recordings, part)
+        good = [each for each in chosen if not each[3]]
+        self.faults = {episode.name: fault for episode, _, _, fault in chosen if fault}
+        self._episodes = [episode for episode, *_ in good]
+        self._found = {episode.start: (file, group) for episode, file, group, _ in good}
+        if self.faults:
+            line = f"{len(self.faults)} of {len(chosen)} recordings are left out"
+            line = f"{self.root}: {line}; the first: {next(iter(self.faults.values()))}"
+            if not good:
+                raise UserError(line)
+            print_once(line)
+            self.left_out = [f"recordings that cannot be read ({len(self.faults):,})"]
+        self.starts = np.array([each.start for each in self._episodes], np.int64)
+        self.lengths = np.array([each.length for each in self._episodes], np.int64)
+        self.action_names, self.state_names = (_names(p, first) for p in (self._actions, self._state))
+        said = [(episode.name, episode.length, episode.texts) for episode, *_ in recordings]
+        sizes = [file.stat().st_size for file in files]
+        self.fingerprint = hashlib.sha256(json.dumps([said, sizes]).encode()).hexdigest()[:16]
+        self.scope = f"{self.root} ({', '.join(self.cameras)})"
+
+    def _sentence(self, file: Path, text: str) -> str:
+        """The instruction in a text, which may be JSON; or in the name of LIBERO's file."""
+        if text.startswith("{"):
+            try:
+                said = json.loads(text)
+                text = next((read_instruction(said[key], str(file)) for key in TEXT_KEYS if key in said), "")
+            except (ValueError, RecursionError):  # a text in braces, or a damaged one
+                pass
+        if not text and self._layout is LAYOUTS["libero"] and self._settings.language is None:
+            text = SCENE.sub("", file.stem.removesuffix(DEMO)).replace("_", " ")
+        return text.strip()
+
+    def _length(self, file: Path, episode: dict[str, Any], first: dict[str, list[int]]) -> tuple[int, str]:
+        """Frames, and why it is no episode, if so."""
+        if episode["fault"]:
+            return 0, episode["fault"]
+        shapes = episode["shapes"]
+        lengths = {name: shapes[place][0] for name, place in self._places.items()}
+        where = f"{file}: {episode['group']}" if episode["group"] else str(file)
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            return 0, f"{where}: cameras of different or no length: {lengths}"
+        length = next(iter(lengths.values()))
+        for place in (*self._actions, *self._state):
+            if shapes[place][0] != length:
+                return 0, f"{where}: {place} has {shapes[place][0]} rows for {length} pictures"
+            if shapes[place][1:] != first[place][1:]:
+                return 0, f"{where}: {place} is {shapes[place]}, the first recording's {first[place]}"
+        return length, ""
+
+    def episode(self, number: int) -> Episode:
+        return self._episodes[number]
+
+    def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
+        file, group = self._found[episode.start]
+        found = READER.pictures(file, group, [self._places[camera] for camera in cameras], positions)
+        return {camera: self._view(file, camera, rows, positions) for camera, rows in zip(cameras, found)}
+
+    def _view(self, file: Path, camera: str, pictures: Rows, positions: Sequence[int]) -> Frames:
+        """Decoded, turned, cut out and padded."""
+        if isinstance(pictures, list):
+            places = [f"{file}: picture {position} of {camera}" for position in positions]
+            pictures = stack_frames([decode_picture(*each) for each in zip(pictures, places)], places)
+        if self._flip:
+            pictures = pictures[:, ::-1]
+        if box := (self._settings.crop or {}).get(camera):
+            top, left, height, width = box
+            size = "{} x {} pixels (height x width)".format(*pictures.shape[1:3])
+            if top + height > pictures.shape[1] or left + width > pictures.shape[2]:
+                raise UserError(f"{file}: data.crop.{camera}={box} leaves its pictures of {size}; correct it")
+            pictures = pictures[:, top : top + height, left : left + width]
+        if self._settings.pad:
+            missing = [max(pictures.shape[1:3]) - side for side in pictures.shape[1:3]]
+            borders = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
+            pictures = np.pad(pictures, [(0, 0), *borders, (0, 0)])
+        return np.ascontiguousarray(pictures)
+
+    def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:
+        start = int(self.starts[np.searchsorted(self.starts, frames.start, "right") - 1])
+        positions = range(frames.start - start, frames.stop - start)
+        return READER.numbers(*self._found[start], [*self._actions, *self._state], positions)
+
+    def robot(self) -> Robot:
+        robot = super().robot()
+        if self._layout and self._actions == [*self._layout.actions] and len(self.action_names) == 7:
+            robot.gripper = self._layout.gripper
+        return robot
+
+
+def _natural(name: Path | str) -> list[tuple[int, str]]:
+    """Sorts demo_2 before demo_10."""
+    parts = re.split(r"(\d+)", str(name))
+    return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)]
+
+
+def _first_tree(files: Sequence[Path]) -> dict[str, tuple[list[int], str]]:
+    """Arrays of the first file that can be read."""
+    fault = None
+    for file in files:
+        try:
+            return READER.tree(file)
+        except UserError as error:
+            fault = fault or error
+    raise fault or UserError("no files")
+
+
+def _members(tree: dict[str, Any], groups: str) -> dict[str, Any]:
+    """Arrays of the first episode, by their paths in it."""
+    if not (prefix := groups.strip("/")):
+        return tree
+    within = [path for path in tree if path.startswith(f"{prefix}/")]
+    first = within[0][len(prefix) + 1 :].split("/")[0] if within else ""
+    return {
+        path.removeprefix(start): tree[path]
+        for path in within
+        if path.startswith(start := f"{prefix}/{first}/")
+    }
+
+
+def _layout(settings: Settings, tree: dict[str, Any], file: Path) -> Layout | None:
+    """The one that is named, or whose pictures a file has."""
+    for name, layout in LAYOUTS.items():
+        groups = layout.groups if settings.groups is None else settings.groups
+        has = any(fnmatchcase(path, layout.pictures) for path in _members(tree, groups))
+        if has and settings.layout in (None, name):
+            return layout
+        if settings.layout == name and not settings.cameras:
+            raise UserError(
+                f"data.layout={name}: {file} has no pictures {layout.pictures}; name data.cameras"
+            )
+    return LAYOUTS[settings.layout] if settings.layout else None
+
+
+def _matching(named: list[str] | None, usual: Sequence[str], members: dict[str, Any]) -> list[str]:
+    """Places of numbers: those that are named, or of the usual ones those that there are."""
+    if named is not None:
+        return named
+    return [path for pattern in usual for path in sorted(members, key=_natural) if fnmatchcase(path, pattern)]
+
+
+def _names(places: Sequence[str], shapes: dict[str, list[int]]) -> tuple[str, ...]:
+    """Of the columns of some arrays: qpos_0, qpos_1, …"""
+    names = []
+    for place in places:
+        width, name = math.prod(shapes[place][1:]), place.rpartition("/")[2]
+        names += [f"{name}_{column}" for column in range(width)] if width > 1 else [name]
+    return tuple(distinct(names))
+
+
+def _episodes(file: Path, groups: str, *asked: list[str]) -> list[dict[str, Any]]:
+    """Of a file, in natural order; of a damaged one, one that cannot be read."""
     try:
-        import h5py
-    except ImportError:
-        raise UserError("data.source=hdf5: needs the package h5py; pip install h5py") from None
-    size = Path(file).stat().st_size
-    _limit(size)
-    with h5py.File(file, "r") as content:
-        episode = find(content, group)
-        places = {camera: find(episode, place) for camera, place in cameras.items()}
-        _limit(size, sum(place.nbytes for place in places.values() if isinstance(place, h5py.Dataset)))
-        pictures = {camera: _pictures(place, every) for camera, place in places.items()}
-        members = list(episode) if isinstance(episode, h5py.Group) else []
-        return members, _text(episode, text) if text else None, pictures
-
-
-def _limit(size: int, unpacked: int = 0) -> None:
-    """Bounds on what this process may compute and hold.
-
-    size: bytes of the file. unpacked: bytes of what is read from it, as the file says, which may be damaged.
-    """
-    believed = min(unpacked, MOST_PACKED * size, MEMORY)
-    seconds = SECONDS + size // BYTES_PER_SECOND + believed // UNPACKED_PER_SECOND
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if soft == resource.RLIM_INFINITY else soft, hard))
-
-
-def find(group: Any, path: str) -> Any:
-    """A member of a file. Links that lead out of the file are not followed."""
-    import h5py
-
-    here = group.file.filename
-    for name in filter(None, path.split("/")):
-        if not isinstance(group, h5py.Group) or name not in group:
-            members = ", ".join(group) if isinstance(group, h5py.Group) else "an array"
-            raise UserError(f"{here}: has no {path}; {group.name} holds {members}")
-        out = isinstance(group.get(name, getlink=True), h5py.ExternalLink)
-        group = group if out else group[name]
-        out |= group.file.filename != here  # by a link to a link
-        out |= isinstance(group, h5py.Dataset) and bool(group.external or group.is_virtual)
-        if out:
-            raise UserError(f"{here}: {path} leads out of the file; this data set is not safe")
-    return group
-
-
-def _text(group: Any, name: str) -> str | None:
-    """A text by its name: of the episode, of a group around it, or the only one within it."""
-    place = group
-    while not (text := _own_text(place, name)) and place.name != "/":
-        place = place.parent
-    within: set[str | None] = {text}
-    if not text and hasattr(group, "visititems"):
-        group.visititems(lambda _, member: within.add(_own_text(member, name)))  # links are left alone
-    if len(within := within - {None}) > 1:
-        raise UserError(
-            f"{group.file.filename}: {group.name} holds different {name}; give the path of one as data.text"
-        )
-    return next(iter(within), None)
-
-
-def _own_text(place: Any, name: str) -> str | None:
-    """What a path says, counted from a place: that of an attribute or a member; None if nothing."""
-    folder, _, last = name.rpartition("/")
-    try:
-        owner = find(place, folder)
-        value = owner.attrs[last] if last in owner.attrs else find(owner, last)[()]
-    except (UserError, AttributeError, TypeError):  # there is nothing, or a group
-        return None
-    return read_instruction(value, f"{place.file.filename}: {name} of {place.name}") or None
-
-
-def _pictures(data: Any, every: int) -> np.ndarray | list[bytes]:
-    """All raw pictures as one array, or each encoded one."""
-    shape, dtype = getattr(data, "shape", None) or (), getattr(data, "dtype", None)
-    if len(shape) == 4 and dtype == np.uint8 and shape[-1] == 3:
-        return _rows(data, every)
-    if len(shape) in (1, 2) and (dtype.kind in "OSV" or dtype.itemsize == 1):
-        return [bytes(np.asarray(row)) for row in _rows(data, every)]
-    raise UserError(
-        f"{data.file.filename}: {data.name} is {dtype or 'a group'} {shape}, not pictures: "
-        "uint8 [F, H, W, 3], or encoded ones; write them so (16 bits: >> 8; shares of 1: * 255)"
-    )
-
-
-def _rows(data: Any, every: int) -> np.ndarray:
-    """Every `every`-th row. Each packed piece is read once; h5py's own steps take 4 to 30 times as long."""
-    rows = np.empty((math.ceil(len(data) / every), *data.shape[1:]), data.dtype)
-    packed = data.chunks[0] if data.chunks else 1
-    for _, group in groupby(range(0, len(data), every), lambda row: row // packed):
-        wanted = list(group)
-        rows[wanted[0] // every : wanted[-1] // every + 1] = data[wanted[0] : wanted[-1] + 1][::every]
-    return rows
-
-
-if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    try:
-        with reading(asked["file"], FIX):
-            found = _read(**asked)
+        return sorted(READER.episodes(file, groups, *asked), key=lambda each: _natural(each["group"]))
     except UserError as error:
-        found = error
-    pickle.dump(found, sys.stdout.buffer, protocol=5)
+        return [{"group": groups, "fault": str(error), "shapes": {}, "text": ""}]
