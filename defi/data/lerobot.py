@@ -39,9 +39,12 @@ from defi.video import timed_video
 
 FIX = "copy the data set again"
 VERSIONS = ("v2.1", "v3.0")
+TASK = "defi/task"  # a column of ours in the table of episodes: `Episode.task`
 DONE, READERS = "done", 4
+FIELD = re.compile(r"\{(\w+)(?::(0?\d{1,2}d))?\}")  # of a path, "{chunk_index:03d}"
 SLICE = re.compile(r"(\d+)?(%)?:(\d+)?(%)?")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+PLACES = ("episode_index", "length", "data/", "videos/", TASK)  # columns of the table of episodes; others wait
 MOST_EPISODES, MOST_FRAMES = 10**7, 10**10
 LARGEST_GROUP = 2**31  # bytes of a column of one row group, unpacked
 GROUPS = 8  # row groups that a process keeps
@@ -126,7 +129,7 @@ def read_episodes(root: Path, info: dict[str, Any]) -> dict[str, np.ndarray]:
         parts = []
         for each in sorted(file.glob("*/*.parquet")):
             with reading(each, FIX):
-                names = [n for n in parquet(each).schema_arrow.names if n != "tasks" and not _idle(n)]
+                names = [name for name in parquet(each).schema_arrow.names if name.startswith(PLACES)]
                 parts.append(read_table(each, names))
         if not parts:
             raise UserError(f"{file}: no table of the episodes in it; {FIX}")
@@ -142,10 +145,6 @@ def read_episodes(root: Path, info: dict[str, Any]) -> dict[str, np.ndarray]:
             number = int(np.argmin((lengths > 0) & (lengths < MOST_FRAMES // MOST_EPISODES)))
             raise ValueError(f"episode {number} has {lengths[number]} frames")
     return columns
-
-
-def _idle(column: str) -> bool:
-    return column.startswith(("stats/", "meta/"))
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -328,11 +327,7 @@ class LeRobotData(Dataset):
         """A file by the template of info.json, which must not lead out of the folder."""
         with reading(self._where, FIX):
             template = self._info[f"{kind}_path"]
-            if re.sub(r"\{\w+(:\d*d)?\}", "", template) != template.translate({123: None}) and not re.fullmatch(
-                r"(?:[^{}]|\{\w+(?::0?\d{0,2}d)?\})*", template
-            ):
-                raise ValueError(f"{kind}_path={template}")
-            name = template.format(**values)
+            name = FIELD.sub(lambda found: format(values[found[1]], found[2] or ""), template)
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{kind}_path={template} leads out of the folder")
         return self.root / name
@@ -459,7 +454,8 @@ class LeRobotData(Dataset):
         tasks = self._task_numbers[start : start + length]
         same = bool((tasks == tasks[0]).all())
         texts = tuple(self._tasks[task] for task in (tasks[:1] if same else tasks).tolist())
-        return Episode(f"{chosen:06d}", start, length, texts)
+        task = str(self._rows[TASK][chosen]) if TASK in self._rows else ""
+        return Episode(f"{chosen:06d}", start, length, texts, task)
 
     def _number(self, frame: int) -> int:
         return int(np.searchsorted(self._first, frame, side="right")) - 1
