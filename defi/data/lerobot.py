@@ -15,7 +15,6 @@ when a data set is opened for the first time, which leaves an index of the instr
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ import numpy as np
 from jaxtyping import Float32
 from rich.progress import track
 
-from defi.data.episode import HELD_OUT_EVERY, Dataset, DataSettings, Episode, Frames, Part, of_part
+from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, of_part
 from defi.engine.output import index_place, take_turn, write_file
 from defi.errors import UserError, reading, writing
 from defi.files import read_json, read_text
