@@ -1,11 +1,11 @@
-"""Recordings with instructions → latents, annotations and videos in VPP's layout (`Step1_GFDM.data` reads them).
+"""Recordings with instructions → latents, annotations, videos in VPP's layout (`Step1_GFDM.data` reads them).
 
     python -m Step1_GFDM.prepare data=lerobot data.root=<folder> vae=<run> output=<folder>
 
 Of any data set of `defi.data`, one of these for each episode, or for each part of it with an instruction of
-its own (`<episode>-1`, `<episode>-2`, …). An episode's annotation is written last, and makes it count: a killed
-run continues with `resume=true`. Processes of `accelerate launch` share the episodes. What is damaged or has
-no instruction is reported, noted in `skipped/` and left out; `resume=true` tries it again.
+its own (`<episode>-1`, `<episode>-2`, …). An episode's annotation is written last, and makes it count: a
+killed run continues with `resume=true`. Processes of `accelerate launch` share the episodes. What is damaged
+or has no instruction is reported, noted in `skipped/` and left out; `resume=true` tries it again.
 """
 
 import json
@@ -57,8 +57,9 @@ class TakeSettings:
     longest: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.every, self.longest or 1) < 1:
-            raise UserError(f"data.every={self.every}, data.longest={self.longest}: must be at least 1")
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name}={value}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,10 @@ def identity(section: Mapping[str, Any], settings: DataSettings, take: TakeSetti
 def check_same(file: Path, manifest: Mapping[str, Any]) -> None:
     """Raises UserError if the folder of a manifest was begun with something else."""
     fix = "choose another output="
-    before, now = read_json(file, fix), json.loads(json.dumps(manifest))  # as it comes back from a file
-    for settings in (before, now):  # as the command line names them
-        settings |= {f"data.{key}": value for key, value in settings.pop("data", {}).items()}
+    before, now = (  # settings first, as the command line names them
+        {f"data.{key}": value for key, value in made.pop("data", {}).items()} | made
+        for made in (read_json(file, fix), json.loads(json.dumps(manifest)))  # as it comes back from a file
+    )
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(f"{file}: begun with {key}={before.get(key)}, now {value}; {fix}")

@@ -325,7 +325,7 @@ class Settings(DataSettings):
 class CalvinData(Dataset):
     """An episode per annotated span, per recording, or both, in this order."""
 
-    fps, min_remaining = 30.0, 21
+    fps, min_remaining, known_by_names = 30.0, 21, False
     action_names, state_names = ACTION_NAMES, STATE_NAMES
 
     def __init__(self, folder: Path, places: Mapping[str, str], spans: str = "annotated") -> None:

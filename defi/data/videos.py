@@ -65,8 +65,6 @@ class Settings(DataSettings):
 class Videos(Dataset):
     """An episode per video, or per caption: those of one video share its frames. Its camera: `rgb`."""
 
-    known_by_names = True
-
     def __init__(
         self, root: Path, folder: Path, said: Sequence[tuple[Path, str | None]], cameras: list[str]
     ) -> None:

@@ -141,8 +141,6 @@ class VPPData(Dataset):
     of the videos' files without suffix; their numbers from 0, where names repeat.
     """
 
-    known_by_names = True
-
     def __init__(self, root: Path, split: str, places: Mapping[str, str]) -> None:
         self.root, self.scope, self.stored_step = root, f"{root} ({split})", stored_step(root)
         said = read_annotations(root, split)
