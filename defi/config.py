@@ -39,14 +39,11 @@ RETIRED = {  # settings that there were once, and what to do instead
     "data.image": "use data.cameras=[…]",
     "data.language": "of CALVIN write data.spans=annotated or recordings",
     "data.source": "use data.format, as data=… gives it",
-    **dict.fromkeys(
-        ("data.splits", "data.splits.train", "data.splits.val"), "use data.split and data.held_out"
-    ),
+    **dict.fromkeys(("data.splits", "data.splits.train", "data.splits.val"), "use data.split, data.held_out"),
     "data.text": "use data.language",
     "data=frames": "write data=calvin, or another format",
-    **{
-        f"data=captioned_{name}": f"write data={name}" for name in ("calvin", "hdf5", "rlds", "videos", "vpp")
-    },
+    "data=captioned_videos": "write data=videos data.captions=<file>",
+    **{f"data=captioned_{name}": f"write data={name}" for name in ("calvin", "hdf5", "rlds", "vpp")},
     **{f"data=pairs_{name}": f"write data={name}" for name in ("calvin", "rlds", "videos")},
     "demos_per_unit": "use demos_per_session instead",
     **dict.fromkeys(("policy.views", "policy.action_dim"), "the data say (policy.robot); leave this out"),
