@@ -33,6 +33,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
 from defi.errors import UserError, writing
 from defi.files import read_json
+from defi.instructions import read_instruction
 from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
@@ -107,7 +108,8 @@ def find_recordings(split: str, data: Dataset, take: TakeSettings) -> list[Recor
 
     found = [(name, "", Recording(split, data, fault=fault)) for name, fault in data.faults.items()]
     for episode in map(data.episode, range(len(data))):
-        said = [each for each in episode.sentences() if each[1]] or [(range(0), "")]
+        said = [(span, read_instruction(text, episode.name)) for span, text in episode.sentences()]
+        said = [(span, text) for span, text in said if text] or [(range(0), "")]
         for number, (span, text) in enumerate(said, 1):
             name = f"{episode.name}-{number}" if len(said) > 1 else episode.name
             found.append((name, text, recording(episode, span, text)))
