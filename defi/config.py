@@ -35,6 +35,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "data.shown": "write shown=",
     "data.tail": "use data.min_remaining instead",
     "data.image": "use data.cameras=[…]",
     "data.language": "of CALVIN write data.spans=annotated or recordings",

@@ -31,7 +31,7 @@ from Step1_GFDM.sources import read_source
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.checkpoints.inspect import open_checkpoint
-from defi.data.calvin import ANNOTATIONS, CalvinFolder, frame_name
+from defi.data.calvin import ANNOTATIONS, CalvinFolder, calvin_robot, frame_name
 from defi.data.rlds import RLDSDataset, default_splits
 from defi.engine import checkpoint, state
 from defi.engine.loop import train
@@ -135,10 +135,12 @@ def make_store(folder: Path) -> None:
     manifest = StoreManifest(
         kind="latents", samples=2, rows=2, draws=1, chunk=10, image_size=16, source="x",
         texts=["open the drawer"], fingerprint="0", min_remaining=9, stride=1, seed=0,
+        frames=11, robot=calvin_robot(), normalisation="none",
     )  # fmt: skip
     np.save(folder / "inputs.npy", np.zeros((2, 2, 4, 2, 2), np.float16))
-    np.save(folder / "actions.npy", np.zeros((2, 10, 7), np.float32))
-    np.save(folder / "index.npy", np.array([[0, 0], [1, 0]]))
+    np.save(folder / "actions.npy", np.zeros((11, 7), np.float32))
+    np.save(folder / "state.npy", np.zeros((11, 15), np.float32))
+    np.save(folder / "index.npy", np.array([[0, 0, 0], [1, 0, 1]]))
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
