@@ -33,6 +33,7 @@ from Step2_GIDM.model import GIDM, GIDMConfig
 from Step2_GIDM.train import build_model
 from Step3_DeFI.config import FinetuneConfig, PolicyConfig
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.store import build_samples, open_sources
 
 SCALING = 0.18215  # of SVD's latents
 SMALL = (

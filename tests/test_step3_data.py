@@ -170,16 +170,14 @@ def test_an_interrupted_preparation_goes_on(place: Path, tmp_path: Path, monkeyp
     manifest, expected = (json.loads((run / "manifest.json").read_text()) for run in (broken, whole))
     assert manifest.pop("source") == f"{again['data.root']}/training"
     assert manifest.items() <= expected.items()
-    for file in ("inputs.npy", "actions.npy", "index.npy"):
+    for file in ("inputs.npy", "actions.npy", "state.npy", "index.npy", "starts.npy"):
         assert (whole / file).read_bytes() == (broken / file).read_bytes(), file
-    # A complete store stays as it is, also one from before some settings had their names.
-    del expected["video_stride"]
-    for name, older in {"min_remaining": "tail", "stage1_weights": "gfdm"}.items():
-        expected[older] = expected.pop(name)
-    expected["look"] = [2, 3, 16, 64]
-    (broken / "manifest.json").write_text(json.dumps(expected))
     prepare(prepare_settings(place, broken, **values, resume=True))
-    assert len(calls) == 6
+    assert len(calls) == 6, "a complete store stays as it is"
+    del expected["robot"]
+    (broken / "manifest.json").write_text(json.dumps(expected))
+    with pytest.raises(UserError, match="of an older version, which did not note the robot"):
+        PolicyStore(broken)
 
 
 def test_a_store_goes_on_with_the_clips_it_was_begun_with(place: Path, tmp_path: Path) -> None:
