@@ -6,22 +6,42 @@
 Runs under `accelerate launch` unchanged. Settings: configs/step3_train.yaml.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
 from defi.config import entry
-from defi.engine.checkpoint import continues
+from defi.engine.checkpoint import continues, find_weights
 from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.loop import train
+from defi.engine.model import CONFIG
 from defi.engine.output import check_output
 from defi.processes import print_once
+from defi.robot.spec import Robot
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import action_previews, rollouts
 from Step3_DeFI.samples import check_same, fit_robot, spread
-from Step3_DeFI.store import build_samples, members, open_sources
+from Step3_DeFI.store import Source, build_samples, members, open_sources
+
+
+def robot_of(cfg: DictConfig, sources: Mapping[str, Mapping[str, Source]]) -> Robot:
+    """What the policy will see and do: as the training data say; of a run that goes on, as it was.
+
+    Raises:
+        UserError: some of the data are of another robot; what differs is named.
+    """
+    sets = {name: source.data for name, source in sources["training"].items()}
+    robot = fit_robot(sets, cfg.policy.normalisation)
+    for name, source in sources.get("held_out", {}).items():
+        check_same(robot, source.data.robot(), f"{name}, held out", "the training data")
+    if continues(cfg.output, cfg.resume):  # it normalises as it did
+        kept = PolicyConfig.read(find_weights(cfg.output, DeFI.stage) / CONFIG).robot
+        check_same(kept, robot, "the training data", str(cfg.output))
+        return kept
+    return robot
 
 
 def train_policy(cfg: DictConfig) -> Path:
@@ -31,12 +51,7 @@ def train_policy(cfg: DictConfig) -> Path:
     sources = {"training": open_sources(cfg.data, "training")}
     if trainer.preview_every and (held_out := open_sources(cfg.data, "held_out")):
         sources["held_out"] = held_out
-    robot = fit_robot(
-        {name: source.data for name, source in sources["training"].items()}, cfg.policy.normalisation
-    )
-    for name, source in sources.get("held_out", {}).items():
-        check_same(robot, source.data.robot(), f"{name}, held out", "the training data")
-    config = PolicyConfig.from_preset(cfg, robot)
+    config = PolicyConfig.from_preset(cfg, robot_of(cfg, sources))
     evaluate = rollouts(cfg, config) if trainer.rollout_every else None
     torch.manual_seed(cfg.seed)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
