@@ -205,7 +205,7 @@ def open_sources(section: Mapping[str, Any], part: Part) -> dict[str, Source]:
     for name, (settings, samples) in chosen.items():
         if part != "held_out" or settings.holds_out():
             found[name] = Source(settings.open(part), samples)
-    return found
+    return {name: found[name] for name in sets or found if name in found}  # in the order given
 
 
 def build_samples(

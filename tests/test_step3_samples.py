@@ -23,15 +23,16 @@ from defi.data.calvin import (
     encode_frame,
     frame_name,
 )
-from defi.engine.checkpoint import find_checkpoint, read_manifest
+from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
 from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step1_GFDM.config import GFDMConfig
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.observation import observe
+from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import Encoder, prepare
-from Step3_DeFI.store import PolicyStore
+from Step3_DeFI.store import PolicyStore, build_samples, open_sources
 from Step3_DeFI.train import train_policy
 
 
@@ -328,3 +329,81 @@ def test_a_full_disk_is_named_before_any_work(
             prepare(settings(place, tmp_path / "store", "demos", "images"))
     prepare(settings(place, tmp_path / "store", "demos", "images", resume=True))
     assert len(PolicyStore(tmp_path / "store")) == 19
+
+
+# ------------------------------------------------------------ several data sets
+
+
+def sets_of(place: Path, **sections: str) -> dict[str, Any]:
+    return {f"+data.sets.{name}": f"{{{section}}}" for name, section in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def image_store(place: Path) -> Path:
+    return prepare(settings(place, place / "images_of_demos", "demos", "images"))
+
+
+def test_a_mixture_of_data_and_store_trains_by_weight(place: Path, image_store: Path, tmp_path: Path) -> None:
+    """19 samples of each: weights 1 and 2 give 19 + 38 places, each store's sample twice among its own."""
+    sets = sets_of(
+        place,
+        plain=f"format: calvin, root: {place / 'demos'}, min_remaining: 9, weight: 1",
+        packed=f"store: {image_store}, weight: 2",
+    )
+    given = {"data": "mixture", **sets, "shown": 2, "trainer.max_steps": 2}
+    cfg = train_settings(place, tmp_path / "run", "null", **given)
+    train_policy(cfg)
+    assert read_manifest(tmp_path / "run")["data"]["size"] == 19 + 38
+    mixed = build_samples(
+        open_sources(cfg.data, "training"), DeFI.from_pretrained(find_weights(tmp_path / "run"))
+    )
+    alone = PolicyStore(image_store)
+    for index in range(57):
+        sample, expected = mixed.sample(index), alone[index if index < 19 else (index - 19) // 2]
+        assert sample["text"] == expected["text"] and torch.equal(sample["images"], expected["images"])
+        assert torch.equal(sample["actions"], expected["actions"])
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            "format: calvin, root: {demos}, cameras: [static], weight: 1",
+            r"sets.b: .*cameras \['static'\], not",
+        ),
+        ("format: calvin, root: {demos}, weight: 0", "data.sets.b.weight=0.0: must be above 0"),
+        (
+            "store: {features}, weight: 1",
+            "data.sets: .*'features'.*give all as they are, or stores of one kind",
+        ),
+        ("store: {features}, wait: 1", "data.sets.b.wait=1: Key 'wait' not in"),
+        ("format: calvin, weight: 1", "data.sets.b: lacks root"),
+    ],
+)
+def test_what_does_not_go_with_the_rest_of_a_mixture_is_named(
+    other: str, said: str, place: Path, tmp_path: Path
+) -> None:
+    features = tmp_path / "features"
+    if "{features}" in other:
+        prepare(settings(place, features, "demos", "features"))
+    first = f"format: calvin, root: {place / 'demos'}, weight: 1"
+    sets = sets_of(place, a=first, b=other.format(demos=place / "demos", features=features))
+    with pytest.raises(UserError, match=said):
+        train_policy(train_settings(place, tmp_path / "run", "null", data="mixture", **sets))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_its_robot(place: Path, image_store: Path, tmp_path: Path) -> None:
+    """Its normalisation stays; other cameras are refused."""
+    given = {"policy.normalisation": "mean_std", "trainer.max_steps": 1}
+    train_policy(train_settings(place, tmp_path / "run", image_store, **given))
+    first = DeFI.from_pretrained(find_weights(tmp_path / "run")).config.robot
+    assert first.actions.normalisation == ["mean_std"] * 6 + ["none"] and first.actions.scale[0] != 1
+    given = {"resume": True, "trainer.max_steps": 2}
+    train_policy(train_settings(place, tmp_path / "run", image_store, **given))
+    assert DeFI.from_pretrained(find_weights(tmp_path / "run")).config.robot == first
+    given |= {"data.root": place / "demos", "data.cameras": "[static]"}
+    with pytest.raises(
+        UserError, match=r"the training data: .*cameras \['static'\], not \['static', 'gripper'\]"
+    ):
+        train_policy(train_settings(place, tmp_path / "run", "null", **given))
