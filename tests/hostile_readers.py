@@ -26,11 +26,11 @@ from policy_fakes import (
 from rollout_fakes import fake_evaluation
 from safetensors.torch import save_file
 from stages import build_vae
-from Step1_GFDM.sources import read_source
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.checkpoints.inspect import open_checkpoint
+from defi.data import open_dataset
 from defi.data.calvin import ANNOTATIONS, CalvinFolder, calvin_robot, frame_name
 from defi.data.rlds import RLDSDataset, default_splits
 from defi.engine import checkpoint, state
@@ -232,13 +232,11 @@ def make_captions(folder: Path) -> None:
 
 def read_all_captions(folder: Path) -> None:
     for name in ("captions.jsonl", "captions.csv", "labels.json"):
-        splits = {"train": name, "val": name}
-        given = {"source": "videos", "root": str(folder), "videos": "videos", "splits": splits, "every": 2}
-        for read in list(read_source(given).open("train").read.values())[:5]:
-            path, texts = read.args
-            assert path.resolve().is_relative_to(folder.resolve()) and all(texts)
-            if path.suffix == ".mp4":
-                read()
+        given = {"format": "videos", "root": str(folder), "videos": "videos", "captions": name}
+        data = open_dataset(given, "all")
+        for episode in map(data.episode, range(min(len(data), 5))):
+            assert all(episode.texts) and Path(episode.name).name == episode.name
+            data.read(episode, range(0, episode.length, 2), data.cameras)
 
 
 def make_hdf5(folder: Path) -> None:
@@ -255,11 +253,11 @@ def make_hdf5(folder: Path) -> None:
 
 
 def read_hdf5(folder: Path) -> None:
-    given = {"source": "hdf5", "root": str(folder), "splits": {"train": ".", "val": "."}, "groups": "data"}
-    given |= {"cameras": {"a": "raw", "b": "jpeg"}, "text": "language_instruction"}
-    for read in list(read_source(given).open("train").read.values())[:5]:
-        scene = read()
-        assert {view.shape[-1] for view in scene.views.values()} == {3} and scene.texts[0]
+    given = {"format": "hdf5", "root": str(folder), "groups": "data", "cameras": ["a=raw", "b=jpeg"]}
+    data = open_dataset(given | {"language": "language_instruction"}, "all")
+    for episode in map(data.episode, range(min(len(data), 5))):
+        views = data.read(episode, range(episode.length), data.cameras)
+        assert {view.shape[-1] for view in views.values()} == {3} and isinstance(episode.texts[0], str)
 
 
 def make_foreign(folder: Path) -> None:

@@ -330,6 +330,7 @@ class CalvinData(Dataset):
     """An episode per annotated span, per recording, or both, in this order."""
 
     fps, normalisation, min_remaining = 30.0, "none", 21  # published: all three
+    known_by_names = False
     action_names, state_names = ACTION_NAMES, STATE_NAMES
 
     def __init__(self, folder: Path, places: Mapping[str, str], spans: str = "annotated") -> None:

@@ -57,7 +57,7 @@ class Dataset:
     """One part of a data set. Every format is a subclass.
 
     root: what the user named. fingerprint: identifies the data, wherever they lie; known_by_names: not
-    quite, it is of names alone, which other data may have.
+    quite, it is of names and sizes, which other data may have.
     cameras: names, in order; the first is the one whose motion stage 2 names.
     fps: frames per second; None: it does not say, or recordings differ (`rate`).
     stored_step: steps of the recording from one frame to the next, where the data lack some.
@@ -73,7 +73,7 @@ class Dataset:
 
     root: Path
     fingerprint: str
-    known_by_names: bool = False
+    known_by_names: bool = True
     cameras: tuple[str, ...]
     fps: float | None = None
     stored_step: int = 1
