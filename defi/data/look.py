@@ -28,7 +28,7 @@ from defi.data import Dataset, Episode, open_dataset
 from defi.data.episode import file_name
 from defi.data.motions import Motions, Statistics
 from defi.engine.output import check_output, prepare_output
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.video import write_mp4
 
 FEW, MANY = 5, 30  # of what looks wrong, so many are named; of instructions, so many are shown
@@ -158,7 +158,8 @@ def check_texts(found: Look, tokens: int, tokenizer: Path | None) -> None:
     if tokenizer and tokenizer.is_dir():
         from transformers import AutoTokenizer  # takes seconds
 
-        known = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        with reading(tokenizer, "give CLIP's folder, or tokenizer=null"):
+            known = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         count, how = (lambda text: len(known(text)["input_ids"])), f"counted with {tokenizer}"
     found.note("without an instruction", [e.name for e in found.episodes if "" in e.texts])
     lengths = {text: count(text) for text in found.texts if text}
