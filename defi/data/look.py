@@ -36,11 +36,6 @@ SHORT = 10  # frames: a chunk of stage 3
 FAR = 10  # times the range from 1 % to 99 %: what lies so far beyond it is no usual value
 LONGEST_CLIP, HIGHEST_CLIP = 120, 320  # frames and pixels: of longer and larger ones every so many is shown
 COLUMNS = ("", "smallest", "1 %", "mean", "std", "99 %", "largest")
-LOOKED_FOR = (
-    "Looked for: recordings that cannot be read, cameras and numbers of different lengths, pictures that "
-    "change their size or are of one colour, numbers that never change or lie far from the others, idle "
-    "starts and ends, very short or identical episodes, instructions that are missing or too long."
-)
 
 
 @dataclass
@@ -93,9 +88,9 @@ class Look:
         return slice(first, first + episode.length)
 
     def spread(self, count: int) -> list[int]:
-        """Numbers of so many episodes, or of all."""
-        places = np.linspace(0, len(self.episodes) - 1, min(count, len(self.episodes)))
-        return places.round().astype(int).tolist()
+        """Numbers of so many episodes, or of all, that have frames."""
+        some = np.flatnonzero(self.data.lengths)
+        return some[np.linspace(0, len(some) - 1, min(count, len(some))).round().astype(int)].tolist()
 
     def table(self, what: str) -> list[tuple[str, ...]]:
         """Rows under `COLUMNS`."""
@@ -183,33 +178,28 @@ def check_numbers(
     found.note(f"{what} never change", [n for n, s in zip(names, still) if s])
     found.note(f"{what} change in less than one frame of 50", [n for n, s in zip(names, rare & ~still) if s])
     reach = np.where(rare, np.inf, FAR * (stats.high - stats.low))
-    for column in np.flatnonzero((stats.minimum < stats.low - reach) | (stats.maximum > stats.high + reach)):
-        low, high = stats.low[column], stats.high[column]
-        outside = (values[:, column] < low - reach[column]) | (values[:, column] > high + reach[column])
-        first = int(outside.argmax())
-        frame = int(found.motions.frames[first])
-        starts = found.data.starts
-        place = int(((starts <= frame) & (frame < starts + found.data.lengths)).argmax())
-        where = f"frame {frame - int(starts[place])} of {found.episodes[place].name}"
-        usual = f"{values[first, column]:.4g} in {where}, usual is {low:.4g} to {high:.4g}"
-        found.wrong.append(f"{what}: {names[column]} lies far out in {outside.sum():,} frames: {usual}")
+    far = (values < stats.low - reach) | (values > stats.high + reach)
+    for column in np.flatnonzero(far.any(axis=0)):
+        row = int(far[:, column].argmax())
+        frame, usual = int(found.motions.frames[row]), f"{stats.low[column]:.4g} to {stats.high[column]:.4g}"
+        there = next(each for each in found.episodes if each.start <= frame < each.start + each.length)
+        said = f"{values[row, column]:.4g} in frame {frame - there.start} of {there.name}, usual is {usual}"
+        found.wrong.append(f"{what}: {names[column]} lies far out in {far[:, column].sum():,} frames: {said}")
     same = defaultdict(list)
-    for each in {(e.start, e.length): e for e in found.episodes}.values():  # of one span of frames once
+    for each in {(e.start, e.length): e for e in found.episodes if e.length}.values():  # of a span once
         same[hashlib.sha256(values[found.rows(each)].tobytes()).digest()].append(each.name)
     found.note(f"the same {what}", [" = ".join(group[:FEW]) for group in same.values() if len(group) > 1])
 
 
 def check_idle(found: Look, share: float) -> None:
     """Frames at starts and ends of episodes in which nothing moves: by the state, or else by the actions."""
-    what, (names, values, stats) = list(found.statistics.items())[-1]
+    what, (_, values, stats) = list(found.statistics.items())[-1]
     limit = share * np.where(stats.high > stats.low, stats.high - stats.low, np.inf)
-    relative = np.array(found.data.robot().actions.relative if what == "actions" else [False] * len(names))
     starts = ends = 0
     long = []
     for each in found.episodes:
         rows = values[found.rows(each)]
         moves = (np.abs(np.diff(rows, axis=0, append=rows[-1:])) > limit).any(axis=1)
-        moves |= (np.abs(rows[:, relative]) > limit[relative]).any(axis=1)
         moving = np.flatnonzero(moves)
         before, after = (moving[0], max(0, each.length - 2 - moving[-1])) if len(moving) else (each.length, 0)
         starts, ends = starts + int(before), ends + int(after)
@@ -224,34 +214,27 @@ def check_idle(found: Look, share: float) -> None:
 
 
 @matplotlib.rc_context(html.CHART_STYLE)
-def curves(names: Sequence[str], values: np.ndarray, stats: Statistics, rate: float | None) -> Figure:
-    """Each number over time, one below the other, before the band of usual values."""
+def curves(
+    names: Sequence[str], values: np.ndarray, rows: slice, stats: Statistics, rate: float | None
+) -> Figure:
+    """Each number over the time of an episode, before the band of usual values; how often there are which."""
     figure = Figure((9.6, 0.5 * len(names) + 0.5), layout="constrained")
-    axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
-    for axis, name, column, low, high in zip(axes, names, values.T, stats.low, stats.high):
+    axes = figure.subplots(len(names), 2, sharex="col", sharey="row", squeeze=False, width_ratios=(8, 1))
+    for (axis, beside), name, column, low, high in zip(axes, names, values.T, stats.low, stats.high):
+        own = column[rows]
         axis.axhspan(low, high, color=html.GREY, alpha=0.12, linewidth=0)
-        axis.plot(np.arange(len(column)) / (rate or 1), column, drawstyle="steps-post")
+        axis.plot(np.arange(len(own)) / (rate or 1), own, drawstyle="steps-post")
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2))
         axis.tick_params(labelsize=7)
-    axes[-1].set_xlabel("seconds" if rate else "frames")
-    figure.align_ylabels()
-    return figure
-
-
-@matplotlib.rc_context(html.CHART_STYLE)
-def histograms(names: Sequence[str], values: np.ndarray) -> Figure:
-    """How often each number takes which values, four in a row; many on a logarithmic axis."""
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = Figure((2.4 * columns, 1.3 * rows + 0.3), layout="constrained")
-    for place, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        if place >= len(names):
-            axis.set_visible(False)
-            continue
-        axis.hist(values[:, place], bins=40, log=len(values) > 1000)
-        axis.set_title(names[place], fontsize=8, color=html.GREY)
-        axis.tick_params(labelsize=7)
+        ends = min(low, own.min()), max(high, own.max())
+        counts, edges = np.histogram(column, bins=30, range=ends)
+        beside.stairs(
+            counts / counts.max(), edges, orientation="horizontal", fill=True, color="C0", alpha=0.6
+        )
+        beside.set_axis_off()
+    axes[-1, 0].set_xlabel("seconds" if rate else "frames")
+    figure.align_ylabels(axes[:, 0])
     return figure
 
 
@@ -272,7 +255,7 @@ def show(found: Look, number: int, output: Path) -> dict[str, Any]:
     chart = None
     if found.motions:
         names, values, stats = found.statistics["actions"]
-        chart = curves(names, values[found.rows(episode)], stats, rate)
+        chart = curves(names, values, found.rows(episode), stats, rate)
     title = f"{episode.name}, {episode.length} frames"
     return {"title": title, "text": text, "films": films, "curves": chart}
 
@@ -281,14 +264,10 @@ def write_page(found: Look, output: Path, clips: int) -> Path:
     cards = {name: found.facts[name] for name in ("episodes", "frames", "time") if name in found.facts}
     cards |= {"actions": str(len(found.data.action_names)), "cameras": str(len(found.data.cameras))}
     shown = [show(found, each, output) for each in track(found.spread(clips), "clips", transient=True)]
-    vectors = {
-        what: {"rows": found.table(what), "histograms": histograms(names, values)}
-        for what, (names, values, _) in found.statistics.items()
-    }
-    values = {"facts": found.facts, "cards": cards, "wrong": found.wrong, "looked_for": LOOKED_FOR}
+    vectors = {what: found.table(what) for what in found.statistics}
+    values = {"facts": found.facts, "cards": cards, "wrong": found.wrong}
     values |= {"episodes": shown, "vectors": vectors, "columns": COLUMNS}
     values["instructions"] = [(text or "(none)", f"{n:,}") for text, n in found.texts.most_common(MANY)]
-    values["lengths"] = histograms(["frames of an episode"], found.data.lengths[:, None])
     title, page = "A look at the data", output / "index.html"
     return html.write_page(page, "defi/data/look.html.j2", title=title, subtitle=found.data.scope, **values)
 
