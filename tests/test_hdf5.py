@@ -300,6 +300,47 @@ def test_a_link_to_a_link_does_not_lead_out_of_the_file(tmp_path: Path) -> None:
             ask(tmp_path / "a.hdf5", "rows", "", [place], True, [0])
 
 
+def test_hdf5_files_that_point_elsewhere_or_claim_too_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Each is left out, with the reason; none of what lies outside is read, and no memory is taken for it."""
+    private = tmp_path / "private.bin"
+    private.write_bytes(bytes(range(48)) * 3)
+    with h5py.File(tmp_path / "other.hdf5x", "w") as file:
+        file["numbers"], file["pictures"] = np.zeros((3, 2)), np.zeros((3, 4, 4, 3), np.uint8)
+
+    def virtual(file: h5py.File, name: str, shape: tuple[int, ...], dtype: type) -> None:
+        layout = h5py.VirtualLayout(shape, dtype)
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf5x"), name, shape)
+        file.create_virtual_dataset(name, layout)
+
+    def huge(file: h5py.File, name: str, shape: tuple[int, ...], dtype: type) -> None:
+        file.create_dataset(name, (10**12, *shape[1:]), dtype, chunks=(1, *shape[1:]))
+
+    ways = {
+        "link": lambda file, name, *_: file.__setitem__(name, h5py.ExternalLink("other.hdf5x", f"/{name}")),
+        "raw": lambda file, *of: file.create_dataset(*of, external=[(str(private), 0, h5py.h5f.UNLIMITED)]),
+        "virtual": virtual,
+        "huge": huge,
+        "fine": lambda file, *of: file.create_dataset(*of),
+    }
+    wanted = {"pictures": ((3, 4, 4, 3), np.uint8), "numbers": ((3, 2), np.float64)}
+    for way, write in ways.items():
+        for odd in wanted:
+            with h5py.File(tmp_path / f"{way}_{odd}.hdf5", "w") as file:
+                for name, of in wanted.items():
+                    (write if name == odd else ways["fine"])(file, name, *of)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = opened(tmp_path, cameras=["top=pictures"], actions=["numbers"])
+    assert [data.episode(number).name for number in range(len(data))] == ["fine_numbers", "fine_pictures"]
+    assert len(data.motions.actions) == 6 and len(data.faults) == 8
+    for name, fault in data.faults.items():
+        way, odd = name.split("_")
+        reason = "more than a file of its size can hold" if way == "huge" else f"{odd} leads out of the file"
+        assert f"{name}.hdf5: " in fault and reason in fault
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5, "kilobytes"
+
+
 @pytest.mark.parametrize("pieces", [None, (1, 4, 4, 3), (4, 2, 4, 3), (10, 4, 4, 3)])
 @pytest.mark.parametrize("every", [1, 3, 20])
 def test_every_so_many_rows_whatever_the_layout(

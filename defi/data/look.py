@@ -228,7 +228,7 @@ def curves(
         axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2))
         axis.tick_params(labelsize=7)
         ends = min(low, own.min()), max(high, own.max())
-        counts, edges = np.histogram(column, bins=30, range=ends)
+        counts, edges = np.histogram(column, bins=20, range=ends)
         beside.stairs(
             counts / counts.max(), edges, orientation="horizontal", fill=True, color="C0", alpha=0.6
         )
