@@ -250,14 +250,20 @@ def make_hdf5(folder: Path) -> None:
         for i, code in enumerate(coded):
             rows[i] = code
         file["data/demo"].attrs["language_instruction"] = "fold the towel"
+        file["data/demo/action"], file["data/demo/joints"] = np.ones((3, 4)), np.ones(3, np.int16)
 
 
 def read_hdf5(folder: Path) -> None:
-    given = {"format": "hdf5", "root": str(folder), "groups": "data", "cameras": ["a=raw", "b=jpeg"]}
-    data = open_dataset(given | {"language": "language_instruction"}, "all")
-    for episode in map(data.episode, range(min(len(data), 5))):
-        views = data.read(episode, range(episode.length), data.cameras)
-        assert {view.shape[-1] for view in views.values()} == {3} and isinstance(episode.texts[0], str)
+    given = {"format": "hdf5", "root": str(folder), "groups": "data", "fps": 10}
+    given |= {"cameras": ["a=raw", "b=jpeg"], "actions": ["action"], "state": ["joints"]}
+    data = open_dataset(given, "all")
+    for number in range(min(len(data), 5)):
+        episode = data.episode(number)
+        frames = range(min(episode.length, 20))
+        views = data.read(episode, frames, data.cameras)
+        assert {view.shape[-1] for view in views.values()} == {3} and isinstance(episode.text(0), str)
+        assert len(data.read_motions(range(episode.start, episode.start + len(frames)))) == len(frames)
+    assert len(data.motions.actions) == data.lengths.sum()
 
 
 def make_foreign(folder: Path) -> None:
@@ -327,7 +333,7 @@ READERS: dict[str, Reader] = {
     "RLDS index": Reader(make_rlds, ("index/*/*",), read_rlds),
     "CALVIN in a zip": Reader(make_zip, ("demos.zip",), read_zip),
     "captions": Reader(make_captions, ("captions.*", "labels.json"), read_all_captions),
-    "HDF5": Reader(make_hdf5, ("*.hdf5",), read_hdf5, 0.2),  # in a process for each
+    "HDF5": Reader(make_hdf5, ("*.hdf5",), read_hdf5, 0.2),  # a process starts after each fault
     "published checkpoints": Reader(make_foreign, ("*",), read_foreigners),
     "rollout": Reader(make_results, ("*",), read_rollout),
     "video": Reader(make_video, ("*.mp4",), read_video),
