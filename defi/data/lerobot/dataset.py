@@ -19,7 +19,7 @@ from rich.progress import track
 
 from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, of_part
 from defi.data.lerobot.meta import Meta, find_root
-from defi.data.lerobot.rows import FIX, open_parquet, read_rows, read_table
+from defi.data.lerobot.rows import FIX, columns_of, read_rows, read_table
 from defi.engine.output import index_place, take_turn, write_file
 from defi.errors import UserError, reading, writing
 from defi.npy import map_npy
@@ -146,7 +146,7 @@ class LeRobotData(Dataset):
         def check(path: Path) -> None:
             rows = read_table(path, COUNTERS)
             with reading(path, f"{FIX}, or {LEAVE}"):
-                if missing := kept - set(open_parquet(path).schema_arrow.names):
+                if missing := kept - set(columns_of(path)):
                     raise ValueError(f"has no column {min(missing)}, which info.json names")
                 for number, first in files[path]:
                     start, length = self._meta.firsts[number], self._meta.lengths[number]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from defi.data.lerobot.rows import FIX, open_parquet, read_table
+from defi.data.lerobot.rows import FIX, columns_of, read_table
 from defi.errors import UserError, reading
 from defi.files import inside, read_json, read_text
 from defi.instructions import read_instruction
@@ -110,7 +110,7 @@ class Meta:
             files = sorted(file.glob("*/*.parquet"))
             if not files:
                 raise UserError(f"{file}: no table of the episodes in it; {FIX}")
-            names = [n for n in open_parquet(files[0]).schema_arrow.names if n.startswith(PLACES)]
+            names = [n for n in columns_of(files[0]) if n.startswith(PLACES)]
             parts = [read_table(each, names) for each in files]
             columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
             self.files += files
@@ -142,7 +142,7 @@ class Meta:
         else:
             file = self.root / "meta/tasks.parquet"
             self.files.append(file)
-            names = open_parquet(file).schema_arrow.names  # pandas keeps the texts as an index, named or not
+            names = columns_of(file)  # pandas keeps the texts as an index, named or not
             text = next((name for name in ("task", "__index_level_0__") if name in names), "task")
             table = read_table(file, ["task_index", text])
             rows = list(zip(table["task_index"].tolist(), table[text].tolist()))
