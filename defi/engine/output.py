@@ -128,6 +128,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A hidden folder to fill, which takes the place of `output` when all of it is on the disk, or never."""
     folder, old = (output.with_name(f".{output.name}{end}{LEFTOVER}") for end in ("", ".old"))
     with writing(output, "it", fix="repeat the command"):
+        if old.is_dir() and not output.exists():  # killed between the two
+            os.replace(old, output)
         for each in (folder, old):
             shutil.rmtree(each, ignore_errors=True)
         folder.mkdir(parents=True)

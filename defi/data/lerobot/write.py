@@ -70,7 +70,8 @@ class Files:
 
     def begin(self) -> tuple[int, int]:
         """Of the file for the next episode: chunk and number in it."""
-        if self.open is not None and self.path().stat().st_size >= self.most:
+        path = self.path()
+        if self.open is not None and (path.stat().st_size if path.exists() else 0) >= self.most:
             self.close()
             self.number, self.frames = self.number + 1, 0
         return divmod(self.number, CHUNK)
@@ -96,6 +97,11 @@ class Video:
         rate = Fraction(fps).limit_denominator(1001)
         self.stream = self.container.add_stream(name, rate=rate, options=dict(options))
         self.stream.height, self.stream.width, self.stream.pix_fmt = *shape[:2], "yuv420p"
+        try:
+            self.stream.codec_context.open()
+        except av.FFmpegError as error:
+            what = f"{shape[1]} x {shape[0]} pixels cannot be written as {codec} ({error.strerror})"
+            raise UserError(f"{path}: {what}; pictures=images takes any size") from None
 
     def write(self, pictures: Frames) -> None:
         for picture in pictures:
