@@ -14,7 +14,6 @@ from test_train_from_every_source import run
 
 from benchmarks.rlds_writer import encode, features_dict, image, tensor, text, write_set
 from defi.config import flatten
-from defi.data.convert import write_lerobot
 from defi.engine import checkpoint
 from defi.engine.checkpoint import read_manifest
 from Step1_GFDM.config import VAESizes
@@ -83,7 +82,13 @@ class Demonstrations(MadeData):
 
 
 def write_as_lerobot(folder: Path) -> list[str]:
-    write_lerobot(Demonstrations(), folder)
+    pytest.importorskip("pyarrow")
+    from defi.data.lerobot.write import LeRobotWriter
+
+    writer = LeRobotWriter(data := Demonstrations(), folder, "images", 2**20, 2**20, "arm")
+    for number in range(len(data)):
+        writer.add(data.episode(number))
+    writer.close()
     return ["data=lerobot", f"data.root={folder}"]
 
 
