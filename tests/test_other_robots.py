@@ -121,7 +121,7 @@ def write_as_hdf5(folder: Path) -> list[str]:
         with h5py.File(folder / f"episode_{number}.hdf5", "w") as file:
             file["eye"], file["moves"], file["pose"] = shown["wrist"], shown["actions"], shown["state"]
             file.attrs["said"] = shown["text"]
-    places = "data.cameras=[wrist=eye];data.actions=[moves];data.state=[pose];data.language=said"
+    places = "data.cameras=[wrist:eye];data.actions=[moves];data.state=[pose];data.language=said"
     return ["data=hdf5", f"data.root={folder}", f"data.fps={FPS}", *places.split(";"), "data.groups=''"]
 
 

@@ -150,7 +150,7 @@ class DataSettings:
     """What the section `data` says of any format; configs/data/<format>.yaml says more.
 
     split, held_out: what the data set calls its parts; None: as the format usually does.
-    cameras: which ones, in order, as `name` or `name=place in the data`; None: all, or the format's usual.
+    cameras: which ones, in order, as `name` or `name:place in the data`; None: all, or the format's usual.
     """
 
     root: str
@@ -176,7 +176,7 @@ class DataSettings:
 
     def places(self) -> dict[str, str]:
         """Camera → its place in the data, of those that are named."""
-        named = (each.partition("=") for each in self.cameras or ())
+        named = (each.partition(":") for each in self.cameras or ())
         return {name: place or name for name, _, place in named}
 
 
