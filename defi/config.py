@@ -25,7 +25,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 # Settings that are texts, whatever they look like.
 TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store", "path", "source"}
 TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae", "tokenizer"}
-TEXTS |= {"push"}
+TEXTS |= {"push", "data.split", "data.held_out"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
@@ -35,6 +35,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "data.shown": "write shown=",
     "data.tail": "use data.min_remaining instead",
     "data.image": "use data.cameras=[…]",
     "data.language": "of CALVIN write data.spans=annotated or recordings",

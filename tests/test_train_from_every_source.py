@@ -251,7 +251,7 @@ STAGE2 = {
     "CALVIN": "data.root={calvin}",
     "CALVIN's zip": "data.root={calvin.zip}",
     "own demonstrations": "data.root={own}",
-    "a mixture of all": "data=pairs_mixture;+data.sets.mine={format: videos, root: {captioned}, weight: 1};"
+    "a mixture of all": "data=mixture;+data.sets.mine={format: videos, root: {captioned}, weight: 1};"
     "+data.sets.toy={format: rlds, root: {toy}, index: {index}, weight: 0.5};"
     "+data.sets.calvin={format: calvin, root: {calvin}, weight: 2}",
 }

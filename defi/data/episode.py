@@ -64,6 +64,7 @@ class Dataset:
     scope: what was opened, in words. left_out: what else the data set holds. faults: name → why it cannot be
     read, of recordings that are no episodes for that reason.
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
+    normalisation: of actions and state, unless a setting says otherwise (`defi.robot.spec`).
     min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
     pair_distance: frames between the two of a pair of stage 2, unless a setting says otherwise.
     lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
@@ -76,6 +77,7 @@ class Dataset:
     cameras: tuple[str, ...]
     fps: float | None = None
     stored_step: int = 1
+    normalisation: str = "bounds"
     min_remaining: int = 0
     pair_distance: int = 15
     scope: str
@@ -101,6 +103,15 @@ class Dataset:
             UserError: a file is missing or damaged.
         """
         raise NotImplementedError
+
+    def check_files(self) -> None:
+        """Raises UserError if frames with a file of their own lack it; none is opened."""
+
+    def blocks(self, episode: Episode, size: int = 32) -> Iterator[tuple[range, dict[str, Frames]]]:
+        """Positions of an episode's frames, and their pictures of all cameras, so many at a time."""
+        for first in range(0, episode.length, size):
+            positions = range(first, min(first + size, episode.length))
+            yield positions, self.read(episode, positions, self.cameras)
 
     def size(self) -> int:
         """Frames that a share in a mixture counts."""
@@ -139,7 +150,7 @@ class DataSettings:
     """What the section `data` says of any format; configs/data/<format>.yaml says more.
 
     split, held_out: what the data set calls its parts; None: as the format usually does.
-    cameras: which ones, in order, as `name` or `name=place in the data`; None: all, or the format's usual.
+    cameras: which ones, in order, as `name` or `name:place in the data`; None: all, or the format's usual.
     """
 
     root: str
@@ -155,13 +166,17 @@ class DataSettings:
         """
         raise NotImplementedError
 
+    def holds_out(self) -> bool:
+        """Whether there is a held-out part."""
+        return True
+
     def wordless(self) -> Self:
         """These, but of all recordings, if they do not say which: for what needs no instructions."""
         return self
 
     def places(self) -> dict[str, str]:
         """Camera → its place in the data, of those that are named."""
-        named = (each.partition("=") for each in self.cameras or ())
+        named = (each.partition(":") for each in self.cameras or ())
         return {name: place or name for name, _, place in named}
 
 
