@@ -11,17 +11,15 @@ or has no instruction is reported, noted in `skipped/` and left out; `resume=tru
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
-from jaxtyping import Float
 from omegaconf import DictConfig
 from rich.progress import track
 from safetensors.torch import save
-from torch import Tensor
 
 from defi.config import entry
 from defi.data import Dataset, DataSettings, Episode, read_settings
@@ -43,7 +41,7 @@ from Step1_GFDM.data import LATENTS, SPLITS
 SKIPPED = "skipped"
 # Pixels a side that an autoencoder alone may ask for: SVD's says 768, and no preset works at that.
 LARGEST = 512
-Encode = Callable[[Frames], Float[Tensor, "F 4 h w"]]
+Encode = Callable[[Frames], bytes]
 
 
 @dataclass
@@ -67,7 +65,7 @@ class TakeSettings:
 class Recording:
     """Frames of an episode, by their positions, and what is said of them; or (`fault`) why there are none.
 
-    texts: what each annotation says, by its name; the latents have the first's. fps: of the frames taken.
+    texts: name of each of stage 1's episodes → its instruction. fps: of the frames taken.
     """
 
     split: str
@@ -151,33 +149,33 @@ def load_vae(path: Path) -> tuple[AutoencoderKLTemporalDecoder, Path]:
 
 
 def write_episode(
-    output: Path, split: str, name: str, recording: Recording, views: dict[str, Frames], encode: Encode
+    output: Path, split: str, name: str, text: str, views: dict[str, Frames], coded: list[bytes], fps: float
 ) -> None:
-    """Latents and videos of all cameras, then the annotations that make them count."""
+    """Latents (`coded`) and videos of all cameras, then the annotation that makes them count."""
     cameras = distinct(map(file_name, views))
     latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in cameras]
     videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in cameras]
-    for frames, latent, video in zip(views.values(), latents, videos):
+    for content, frames, latent, video in zip(coded, views.values(), latents, videos):
         (output / latent).parent.mkdir(parents=True, exist_ok=True)
-        write_file(output / latent, save({LATENTS: encode(frames).half().contiguous()}))
-        write_mp4(output / video, frames, recording.fps)
-    for episode_id, text in recording.texts.items():
-        annotation = {
-            "episode_id": episode_id,
-            "texts": [text],
-            "videos": [{"video_path": path} for path in videos],
-            "latent_videos": [{"latent_video_path": path} for path in latents],
-            "video_length": len(frames),
-            "fps": recording.fps,
-        }
-        write_file(output / "annotation" / split / f"{episode_id}.json", json.dumps(annotation))
+        write_file(output / latent, content)
+        write_mp4(output / video, frames, fps)
+    annotation = {
+        "episode_id": name,
+        "texts": [text],
+        "videos": [{"video_path": path} for path in videos],
+        "latent_videos": [{"latent_video_path": path} for path in latents],
+        "video_length": len(frames),
+        "fps": fps,
+    }
+    write_file(output / "annotation" / split / f"{name}.json", json.dumps(annotation))
 
 
 def write_episodes(output: Path, recordings: list[Recording], encode: Encode) -> None:
     """This process's share of the episodes that are not there yet, or notes of why they are left out."""
 
-    def is_there(job: Recording) -> bool:
-        return all((output / "annotation" / job.split / f"{name}.json").exists() for name in job.texts)
+    def missing(job: Recording) -> dict[str, str]:
+        folder = output / "annotation" / job.split
+        return {name: text for name, text in job.texts.items() if not (folder / f"{name}.json").exists()}
 
     def read_ahead() -> Iterator[tuple[Recording, dict[str, Frames] | UserError]]:
         """The next recording is read while this one is encoded."""
@@ -188,21 +186,19 @@ def write_episodes(output: Path, recordings: list[Recording], encode: Encode) ->
                 views, following = following.result(), next(reading, None)
                 yield job, views
 
-    jobs = share([job for job in recordings if not is_there(job)])
+    jobs = share([replace(job, texts=texts) for job in recordings if (texts := missing(job))])
     quiet = not processes().is_local_main_process
     for job, views in track(read_ahead(), "latents", total=len(jobs), disable=quiet):
-        notes = [output / SKIPPED / job.split / f"{name}.txt" for name in job.texts]
-        first = next(iter(job.texts))
-        with writing(output, f"episode {job.split}/{first}"):
-            if isinstance(views, UserError):
-                print(f"left out: {views}")
-            for note in notes:
+        coded = [] if isinstance(views, UserError) else [encode(frames) for frames in views.values()]
+        for name, text in job.texts.items():
+            note = output / SKIPPED / job.split / f"{name}.txt"
+            with writing(output, f"episode {job.split}/{name}"):
                 if isinstance(views, UserError):
+                    print(f"left out: {views}")
                     write_file(note, f"{views}\n")
                 else:
                     note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
-            if not isinstance(views, UserError):
-                write_episode(output, job.split, first, job, views, encode)
+                    write_episode(output, job.split, name, text, views, coded, job.fps)
 
 
 @entry("step1_prepare")
@@ -244,11 +240,11 @@ def main(cfg: DictConfig) -> None:
     vae.to(state.device)
 
     @torch.inference_mode()
-    def encode(frames: Frames) -> Float[Tensor, "F 4 h w"]:
-        """Scaled latents (mode of the posterior)."""
+    def encode(frames: Frames) -> bytes:
+        """A file of scaled latents (mode of the posterior), float16 [F, 4, h, w]."""
         parts = prepare_frames(frames, image_size).split(cfg.batch)
         modes = [vae.encode(part.to(vae.device)).latent_dist.mode() for part in parts]
-        return torch.cat(modes).cpu() * scaling
+        return save({LATENTS: (torch.cat(modes).cpu() * scaling).half().contiguous()})
 
     write_episodes(output, recordings, encode)
     state.wait_for_everyone()
