@@ -26,13 +26,12 @@ from policy_fakes import (
 from rollout_fakes import fake_evaluation
 from safetensors.torch import save_file
 from stages import build_vae
-from Step1_GFDM.sources import read_source
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.checkpoints.inspect import open_checkpoint
 from defi.data import open_dataset
-from defi.data.calvin import ANNOTATIONS, CalvinFolder, frame_name
+from defi.data.calvin import ANNOTATIONS, CalvinFolder, calvin_robot, frame_name
 from defi.data.rlds import RLDSDataset, default_splits
 from defi.engine import checkpoint, state
 from defi.engine.loop import train
@@ -136,10 +135,12 @@ def make_store(folder: Path) -> None:
     manifest = StoreManifest(
         kind="latents", samples=2, rows=2, draws=1, chunk=10, image_size=16, source="x",
         texts=["open the drawer"], fingerprint="0", min_remaining=9, stride=1, seed=0,
+        frames=11, robot=calvin_robot(), normalisation="none",
     )  # fmt: skip
     np.save(folder / "inputs.npy", np.zeros((2, 2, 4, 2, 2), np.float16))
-    np.save(folder / "actions.npy", np.zeros((2, 10, 7), np.float32))
-    np.save(folder / "index.npy", np.array([[0, 0], [1, 0]]))
+    np.save(folder / "actions.npy", np.zeros((11, 7), np.float32))
+    np.save(folder / "state.npy", np.zeros((11, 15), np.float32))
+    np.save(folder / "index.npy", np.array([[0, 0, 0], [1, 0, 1]]))
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
@@ -231,13 +232,11 @@ def make_captions(folder: Path) -> None:
 
 def read_all_captions(folder: Path) -> None:
     for name in ("captions.jsonl", "captions.csv", "labels.json"):
-        splits = {"train": name, "val": name}
-        given = {"source": "videos", "root": str(folder), "videos": "videos", "splits": splits, "every": 2}
-        for read in list(read_source(given).open("train").read.values())[:5]:
-            path, texts = read.args
-            assert path.resolve().is_relative_to(folder.resolve()) and all(texts)
-            if path.suffix == ".mp4":
-                read()
+        given = {"format": "videos", "root": str(folder), "videos": "videos", "captions": name}
+        data = open_dataset(given, "all")
+        for episode in map(data.episode, range(min(len(data), 5))):
+            assert all(episode.texts) and Path(episode.name).name == episode.name
+            data.read(episode, range(0, episode.length, 2), data.cameras)
 
 
 def make_hdf5(folder: Path) -> None:

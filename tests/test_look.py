@@ -205,7 +205,7 @@ def test_numbers_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.Ca
     [
         (("part=some",), "part=some: choose training, held_out or all"),
         (("clips=0",), "clips=0, checked=100: must be at least 1"),
-        (("data=pairs_mixture",), "data: several data sets; look at one of them"),
+        (("data=mixture",), "data: several data sets; look at one of them"),
         (("data.root=none",), "none"),
     ],
 )

@@ -181,7 +181,7 @@ def test_rollouts_in_training_take_its_precision(monkeypatch):
     monkeypatch.setattr("Step3_DeFI.rollout.evaluate.evaluate_policy", lambda *_, **how: used.update(how))
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose("step3_train", ["output=x", "trainer.precision=bf16"])
-    rollouts(cfg)(None, 1, Path())
+    rollouts(cfg, policy_config())(None, 1, Path())
     assert used["precision"] == "bf16"
 
 

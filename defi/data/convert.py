@@ -185,7 +185,12 @@ class LeRobotWriter:
             rows = motions.rows(np.arange(episode.start, episode.start + length))
             for key in self.vectors:
                 columns[key] = (motions.actions if key == "action" else motions.state)[rows]
-        row = {"episode_index": number, "tasks": list(dict.fromkeys(texts)), "length": length, TASK: episode.task}
+        row = {
+            "episode_index": number,
+            "tasks": list(dict.fromkeys(texts)),
+            "length": length,
+            TASK: episode.task,
+        }
         chunk, file = divmod(self.number, CHUNK)
         row |= {"data/chunk_index": chunk, "data/file_index": file}
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + length}
@@ -197,7 +202,10 @@ class LeRobotWriter:
             row[f"videos/{video.key}/to_timestamp"] = (video.frames + length) / self.fps
         counts = {key: np.zeros((3, 256), np.int64) for key in self.keys.values()}
         for positions, pictures in blocks(self.dataset, episode):
-            part = {name: self._array(values[positions.start : positions.stop]) for name, values in columns.items()}
+            part = {
+                name: self._array(values[positions.start : positions.stop])
+                for name, values in columns.items()
+            }
             for camera, stack in pictures.items():
                 key = self.keys[camera]
                 self._check(key, stack)
@@ -238,7 +246,9 @@ class LeRobotWriter:
         feature = {"dtype": kind, "shape": shape, "names": ["height", "width", "channels"]}
         if kind == "video":
             if shape[0] % 2 or shape[1] % 2:
-                raise UserError(f"{key}: {shape[1]} x {shape[0]} pixels; videos need even sizes: pictures=images")
+                raise UserError(
+                    f"{key}: {shape[1]} x {shape[0]} pixels; videos need even sizes: pictures=images"
+                )
             info = {"height": shape[0], "width": shape[1], "codec": self.pictures, "pix_fmt": "yuv420p"}
             info |= {"fps": self.fps, "channels": 3, "is_depth_map": False}
             feature["info"] = {f"video.{name}": value for name, value in info.items()} | {"has_audio": False}
@@ -275,7 +285,12 @@ class LeRobotWriter:
             {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
             for name, kind, numpy in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
         ]
-        pandas = {"index_columns": ["task"], "column_indexes": [], "columns": described, "pandas_version": "2.2.3"}
+        pandas = {
+            "index_columns": ["task"],
+            "column_indexes": [],
+            "columns": described,
+            "pandas_version": "2.2.3",
+        }
         tasks = tasks.replace_schema_metadata({"pandas": json.dumps(pandas)})  # LeRobot looks texts up by it
         pq.write_table(tasks, meta / "tasks.parquet")
         features = self.features | {
@@ -346,8 +361,14 @@ def write_lerobot(
 
 def write_calvin(dataset: Dataset, folder: Path) -> None:
     """All episodes of a data set as one split in CALVIN's format; errors as `write_lerobot`."""
-    needed = {"the camera static": "static" in dataset.cameras, "the camera gripper": "gripper" in dataset.cameras}
-    needed |= {"7 actions": len(dataset.action_names) == 7, "15 numbers of state": len(dataset.state_names) == 15}
+    needed = {
+        "the camera static": "static" in dataset.cameras,
+        "the camera gripper": "gripper" in dataset.cameras,
+    }
+    needed |= {
+        "7 actions": len(dataset.action_names) == 7,
+        "15 numbers of state": len(dataset.state_names) == 15,
+    }
     if missing := [name for name, there in needed.items() if not there]:
         fix = "name what holds them (data.cameras=[static=…,gripper=…], data.actions, data.state)"
         raise UserError(f"{dataset.root}: CALVIN's format wants {', '.join(missing)}; {fix}")

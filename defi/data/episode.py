@@ -57,13 +57,14 @@ class Dataset:
     """One part of a data set. Every format is a subclass.
 
     root: what the user named. fingerprint: identifies the data, wherever they lie; known_by_names: not
-    quite, it is of names alone, which other data may have.
+    quite, it is of names and sizes, which other data may have.
     cameras: names, in order; the first is the one whose motion stage 2 names.
     fps: frames per second; None: it does not say, or recordings differ (`rate`).
     stored_step: steps of the recording from one frame to the next, where the data lack some.
     scope: what was opened, in words. left_out: what else the data set holds. faults: name → why it cannot be
     read, of recordings that are no episodes for that reason.
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
+    normalisation: of actions and state, unless a setting says otherwise (`defi.robot.spec`).
     min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
     pair_distance: frames between the two of a pair of stage 2, unless a setting says otherwise.
     lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
@@ -72,10 +73,11 @@ class Dataset:
 
     root: Path
     fingerprint: str
-    known_by_names: bool = False
+    known_by_names: bool = True
     cameras: tuple[str, ...]
     fps: float | None = None
     stored_step: int = 1
+    normalisation: str = "bounds"
     min_remaining: int = 0
     pair_distance: int = 15
     scope: str
@@ -101,6 +103,9 @@ class Dataset:
             UserError: a file is missing or damaged.
         """
         raise NotImplementedError
+
+    def check_files(self) -> None:
+        """Raises UserError if frames with a file of their own lack it; none is opened."""
 
     def size(self) -> int:
         """Frames that a share in a mixture counts."""
@@ -154,6 +159,10 @@ class DataSettings:
             UserError: what is missing or damaged is named.
         """
         raise NotImplementedError
+
+    def holds_out(self) -> bool:
+        """Whether there is a held-out part."""
+        return True
 
     def wordless(self) -> Self:
         """These, but of all recordings, if they do not say which: for what needs no instructions."""

@@ -43,7 +43,13 @@ DONE, READERS = "done", 4
 FIELD = re.compile(r"\{(\w+)(?::(0?\d{1,2}d))?\}")  # of a path, "{chunk_index:03d}"
 SLICE = re.compile(r"(\d+)?(%)?:(\d+)?(%)?")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-PLACES = ("episode_index", "length", "data/", "videos/", TASK)  # columns of the table of episodes; others wait
+PLACES = (
+    "episode_index",
+    "length",
+    "data/",
+    "videos/",
+    TASK,
+)  # columns of the table of episodes; others wait
 MOST_EPISODES, MOST_FRAMES = 10**7, 10**10
 LARGEST_GROUP = 2**31  # bytes of a column of one row group, unpacked
 GROUPS = 8  # row groups that a process keeps
@@ -61,7 +67,9 @@ class Settings(DataSettings):
 
     def open(self, part: Part) -> "LeRobotData":
         root = find_root(self.root)
-        info = read_json(root / "meta/info.json", "give the folder of a LeRobot data set (with meta/info.json)")
+        info = read_json(
+            root / "meta/info.json", "give the folder of a LeRobot data set (with meta/info.json)"
+        )
         everything = range(len(read_episodes(root, info)["length"]))
         split, held_out = (_range(each, info, everything) for each in (self.split, self.held_out))
         if part == "all":
@@ -105,7 +113,9 @@ def _range(text: str | None, info: dict[str, Any], everything: range) -> range |
         for n, percent in (found.groups()[:2], found.groups()[2:])
     ]
     if not (chosen := everything[slice(*ends)]):
-        raise UserError(f"data.split={text}: holds none of the {len(everything)} episodes; give another range")
+        raise UserError(
+            f"data.split={text}: holds none of the {len(everything)} episodes; give another range"
+        )
     return chosen
 
 
@@ -438,7 +448,9 @@ class LeRobotData(Dataset):
                         )
                     tasks = rows["task_index"][mine]
                     if unknown := set(np.unique(tasks).tolist()) - self._tasks.keys():
-                        raise ValueError(f"episode {number}: task {min(unknown)} is not in the table of tasks")
+                        raise ValueError(
+                            f"episode {number}: task {min(unknown)} is not in the table of tasks"
+                        )
                     numbers[self._first[number] : self._first[number + 1]] = tasks
 
         with ThreadPoolExecutor(READERS) as pool:
