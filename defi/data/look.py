@@ -160,7 +160,7 @@ def check_texts(found: Look, tokens: int, tokenizer: Path | None) -> None:
     lengths = {text: count(text) for text in found.texts if text}
     longest = max(lengths.values(), default=0)
     found.facts["instructions"] = f"{len(lengths):,} different, the longest of {longest} tokens ({how})"
-    long = sorted((text for text in lengths if lengths[text] > tokens), key=lengths.get, reverse=True)
+    long = sorted((text for text in lengths if lengths[text] > tokens), key=lengths.__getitem__, reverse=True)
     found.note(f"CLIP reads {tokens} tokens, these have more ({how})", [repr(text) for text in long])
 
 
