@@ -174,7 +174,7 @@ def test_what_looks_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         "without an instruction: 0",
         "CLIP reads 77 tokens, these have more (by an estimate; tokenizer=ckpts/clip is no folder): 'open",
         "actions never change: action_2",
-        "actions change in less than one frame of 50: action_3",
+        "actions are the same in 49 of 50 frames: action_3",
         "actions: action_0 lies far out in 1 frames: -1000 in frame 7 of 3, usual is -0.9",
         "the same actions: 4 = 5",
         "idle for more than a quarter, at start + end: 2 (20 + 8 of 50 frames)",
