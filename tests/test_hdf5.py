@@ -127,7 +127,7 @@ def test_hdf5_pictures_in_jpeg_are_what_the_decoder_makes_of_them(tmp_path: Path
     for view in data.read(data.episode(0), [5, 0, 3], ("rows", "padded")).values():
         assert np.array_equal(view, [decode_picture(coded[n], "a.jpg") for n in (5, 0, 3)])
     with pytest.raises(UserError, match="holds no actions"):
-        data.motions
+        assert data.motions
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,8 @@ def look(data: Dataset, cfg: DictConfig) -> Look:
         found.facts["frames per second"] = ", ".join(
             f"{r:g}" for r in sorted(set(filter(None, found.rates)))[:FEW]
         )
-        hours = float((lengths / np.array(found.rates)).sum()) / 3600
-        found.facts["time"] = f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.3g} min"
+        seconds = float((lengths / np.array(found.rates)).sum())
+        found.facts["time"] = str(timedelta(seconds=round(seconds)))
     found.facts["lengths"] = f"{lengths.min()} to {lengths.max()} frames, median {np.median(lengths):g}"
     check_pictures(found, cfg.checked)
     found.note(f"shorter than {SHORT} frames", [e.name for e in found.episodes if e.length < SHORT])
