@@ -25,7 +25,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 # Settings that are texts, whatever they look like.
 TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store", "path", "source"}
 TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae", "tokenizer"}
-TEXTS |= {"push"}
+TEXTS |= {"push", "data.split", "data.held_out"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra

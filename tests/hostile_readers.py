@@ -255,7 +255,7 @@ def make_hdf5(folder: Path) -> None:
 
 def read_hdf5(folder: Path) -> None:
     given = {"format": "hdf5", "root": str(folder), "groups": "data", "fps": 10}
-    given |= {"cameras": ["a=raw", "b=jpeg"], "actions": ["action"], "state": ["joints"]}
+    given |= {"cameras": ["a:raw", "b:jpeg"], "actions": ["action"], "state": ["joints"]}
     data = open_dataset(given, "all")
     for number in range(min(len(data), 5)):
         episode = data.episode(number)

@@ -110,7 +110,7 @@ def test_hdf5_of_robomimic(tmp_path: Path) -> None:
     assert len(data.state_names) == 9 and data.state_names[3] == "robot0_eef_quat_0"
     assert data.robot().gripper.dimension == 6 and not data.robot().gripper.opens
     check_frames(data, 3, ("eye_in_hand",))
-    few = opened(tmp_path, cameras=["hand=obs/eye_in_hand_image", "agentview"], state=[], groups="data")
+    few = opened(tmp_path, cameras=["hand:obs/eye_in_hand_image", "agentview"], state=[], groups="data")
     assert few.cameras == ("hand", "agentview") and not few.state_names
     check_frames(few, 0, few.cameras)
 
@@ -157,7 +157,7 @@ def test_hdf5_of_another_layout_is_named_by_hand(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"name its cameras, data\.cameras=.*holds eyes/left"):
         opened(tmp_path)
     given = {"actions": ["control", "hand/force"], "state": ["control"], "language": "say"}
-    data = opened(tmp_path, cameras=["top=eyes/left"], **given)
+    data = opened(tmp_path, cameras=["top:eyes/left"], **given)
     assert data.action_names == ("control", "force_0", "force_1") and data.state_names == ("control",)
     assert [data.episode(i).texts for i in range(2)] == [("fold one",), ("fold two",)]
     check_frames(data, 1, ("top",))
@@ -165,7 +165,7 @@ def test_hdf5_of_another_layout_is_named_by_hand(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not say its frames per second; give data\.fps"):
         data.rate(data.episode(0))
     crop = {"top": [2, 4, 5, 8]}
-    cut = opened(tmp_path, cameras=["top=eyes/left"], crop=crop, pad=True, flip=True)
+    cut = opened(tmp_path, cameras=["top:eyes/left"], crop=crop, pad=True, flip=True)
     view = cut.read(cut.episode(0), [3], ["top"])["top"]
     expected = np.pad(shades(4)[3:4, ::-1][:, 2:7, 4:12], [(0, 0), (1, 2), (0, 0), (0, 0)])
     assert view.shape == (1, 8, 8, 3) and np.array_equal(view, expected)
@@ -347,7 +347,7 @@ def test_hdf5_files_that_point_elsewhere_or_claim_too_much(
                 for name, of in wanted.items():
                     (write if name == odd else ways["fine"])(file, name, *of)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    data = opened(tmp_path, cameras=["top=pictures"], actions=["numbers"])
+    data = opened(tmp_path, cameras=["top:pictures"], actions=["numbers"])
     assert [data.episode(number).name for number in range(len(data))] == ["fine_numbers", "fine_pictures"]
     assert len(data.motions.actions) == 6 and len(data.faults) == 8
     for name, fault in data.faults.items():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from policy_fakes import build_policy, write_stages
+from policy_fakes import build_policy, policy_config, write_stages
 from rollout_fakes import fake_evaluation
 
 from defi.config import CONFIG_DIR, typed

@@ -313,7 +313,7 @@ def test_hdf5_with_several_episodes_in_a_file(tmp_path: Path, vae: Path) -> None
     (root / "cut.hdf5").write_bytes((root / "lift.hdf5").read_bytes()[:700])
     settings = [
         "data.groups=data",
-        'data.cameras=["static=obs/agentview_image"]',
+        "data.cameras=[static:obs/agentview_image]",
         "data.instruction=lift the cube",
     ]
     output = prepared("hdf5", root, vae, *settings)
@@ -334,7 +334,7 @@ def write_teleoperation(root: Path, *names: str) -> Path:
     return root
 
 
-TELEOPERATION = ["data.instruction=fold", "data.fps=30", 'data.cameras=["top=dark"]']
+TELEOPERATION = ["data.instruction=fold", "data.fps=30", "data.cameras=[top:dark]"]
 
 
 def test_hdf5_in_folders_that_are_links(tmp_path: Path, vae: Path) -> None:
@@ -381,7 +381,7 @@ def test_hdf5_links_out_of_the_file_are_not_followed(
     with h5py.File(root / "episode.h5", "w") as file:
         file["pictures"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "/pictures")
     common = [f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}", "data.instruction=go"]
-    assert run(prepare, "data=hdf5", *common, 'data.cameras=["static=pictures"]') == 2
+    assert run(prepare, "data=hdf5", *common, "data.cameras=[static:pictures]") == 2
     assert "leads out of the file" in capsys.readouterr().err
 
 
@@ -414,7 +414,7 @@ def test_a_killed_preparation_goes_on_and_redoes_nothing(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ('data.cameras=["top=bright"]', "begun with data.cameras=['top=dark'], now ['top=bright']"),
+        ("data.cameras=[top:bright]", "begun with data.cameras=['top:dark'], now ['top:bright']"),
         ("data.crop={top: [0, 0, 9, 9]}", "begun with data.crop=None, now {'top': [0, 0, 9, 9]}"),
         ("data.pad=true", "begun with data.pad=False, now True"),
         ("data.instruction=unfold", "begun with data.instruction=fold, now unfold"),

@@ -107,6 +107,12 @@ class Dataset:
     def check_files(self) -> None:
         """Raises UserError if frames with a file of their own lack it; none is opened."""
 
+    def blocks(self, episode: Episode, size: int = 32) -> Iterator[tuple[range, dict[str, Frames]]]:
+        """Positions of an episode's frames, and their pictures of all cameras, so many at a time."""
+        for first in range(0, episode.length, size):
+            positions = range(first, min(first + size, episode.length))
+            yield positions, self.read(episode, positions, self.cameras)
+
     def size(self) -> int:
         """Frames that a share in a mixture counts."""
         return int(self.lengths.sum())
@@ -144,7 +150,7 @@ class DataSettings:
     """What the section `data` says of any format; configs/data/<format>.yaml says more.
 
     split, held_out: what the data set calls its parts; None: as the format usually does.
-    cameras: which ones, in order, as `name` or `name=place in the data`; None: all, or the format's usual.
+    cameras: which ones, in order, as `name` or `name:place in the data`; None: all, or the format's usual.
     """
 
     root: str
@@ -170,7 +176,7 @@ class DataSettings:
 
     def places(self) -> dict[str, str]:
         """Camera → its place in the data, of those that are named."""
-        named = (each.partition("=") for each in self.cameras or ())
+        named = (each.partition(":") for each in self.cameras or ())
         return {name: place or name for name, _, place in named}
 
 

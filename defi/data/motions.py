@@ -98,6 +98,7 @@ def _blocks(dataset: "Dataset") -> list[range]:
 def _fill(
     dataset: "Dataset", place: Path, blocks: list[range], frames: np.ndarray, width: tuple[int, int]
 ) -> None:
+    ends = dataset.starts + dataset.lengths
     firsts = np.searchsorted(frames, [block.start for block in blocks])
     joined, part = place / "joined.npy", place / PART
     if part.is_file():
@@ -114,7 +115,9 @@ def _fill(
         if (wrong := ~np.isfinite(found)).any():
             frame, column = np.argwhere(wrong)[0]
             name = (*dataset.action_names, *dataset.state_names)[column]
-            where = f"{dataset.root}: frame {block.start + frame}"
+            number = np.flatnonzero((dataset.starts <= block.start + frame) & (block.start + frame < ends))[0]
+            episode = dataset.episode(int(number))
+            where = f"{dataset.root}: episode {episode.name}, frame {block.start + frame - episode.start}"
             raise UserError(f"{where}: {name} is {found[frame, column]}; correct it or leave the episode out")
         values[firsts[number] : firsts[number] + len(block)] = found
         done[number] = 1

@@ -126,18 +126,23 @@ def write_file(path: Path, content: str | bytes) -> None:
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A hidden folder to fill, which takes the place of `output` when all of it is on the disk, or never."""
-    folder = output.with_name(f".{output.name}{LEFTOVER}")
+    folder, old = (output.with_name(f".{output.name}{end}{LEFTOVER}") for end in ("", ".old"))
     with writing(output, "it", fix="repeat the command"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if old.is_dir() and not output.exists():  # killed between the two
+            os.replace(old, output)
+        for each in (folder, old):
+            shutil.rmtree(each, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
             yield folder
             for path in (*sorted(folder.rglob("*"), reverse=True), folder):
                 sync(path)
-            shutil.rmtree(output, ignore_errors=True)
+            if output.is_dir():
+                os.replace(output, old)
             os.replace(folder, output)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            for each in (folder, old):
+                shutil.rmtree(each, ignore_errors=True)
         sync(output.parent)
 
 

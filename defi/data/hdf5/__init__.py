@@ -126,7 +126,7 @@ class HDF5Data(Dataset):
             like = [path for path, (shape, _) in members.items() if len(shape) == 4 and shape[-1] == 3]
             raise UserError(
                 f"{self.root}: of no known layout ({', '.join(LAYOUTS)}); name its cameras, data.cameras="
-                f"[name=path]; an episode holds {', '.join((like or list(members))[:20]) or 'nothing'}"
+                f"[name:path]; an episode holds {', '.join((like or list(members))[:20]) or 'nothing'}"
             )
         return known
 

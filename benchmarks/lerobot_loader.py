@@ -1,0 +1,171 @@
+"""Samples per second from LeRobot's data: `python -m benchmarks.lerobot_loader [--lerobot PYTHON]`.
+
+Makes up a data set (once, in --folder): two cameras of 200² pixels, 7 actions, in LeRobot's format v3.0 with
+AV1, with H.264, and with images in Parquet. Then draws samples in random order, in batches of 32, with two
+worker processes: the pictures of one frame as floats, the next ten actions, the state, the instruction.
+  ours      `data.format=lerobot`
+  lerobot   LeRobot's own data set doing the same (benchmarks/lerobot_itself.py), with the interpreter
+            --lerobot of an environment that has it, one after the other on the same files
+and prints how much the memory of all processes grows on the way. The files are in the page cache.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+
+from defi.data import Dataset, Episode, open_dataset
+from defi.data.lerobot.write import LeRobotWriter
+from defi.video import to_float
+
+SIDE, LENGTH, FPS, CHUNK, BATCH, WORKERS = 200, 120, 30.0, 10, 32, 2
+WARM_UP = 512  # samples before the clock starts: imports, files, the index
+LEROBOT_SAMPLES = 2000  # enough for its rate
+KINDS = ("av1", "h264", "images")
+
+
+class MadeUp(Dataset):
+    """A square that crosses a noisy ground."""
+
+    root, fingerprint, scope, fps = Path("made up"), "made up", "made up", FPS
+    cameras, action_names = ("front", "wrist"), tuple("abcdefg")
+    state_names = tuple(f"joint_{i}" for i in range(15))
+
+    def __init__(self, episodes: int) -> None:
+        self.lengths = np.full(episodes, LENGTH)
+        self.starts = np.arange(episodes) * LENGTH
+
+    def episode(self, number: int) -> Episode:
+        return Episode(f"{number:06d}", number * LENGTH, LENGTH, (f"push the square {number % 20}",))
+
+    def read(self, episode: Episode, positions: Any, cameras: Any) -> dict[str, np.ndarray]:
+        found = {}
+        for number, camera in enumerate(cameras):
+            rng = np.random.default_rng([episode.start, number])
+            scales = [
+                np.kron(rng.normal(0, 14, (SIDE // n, SIDE // n, 3)), np.ones((n, n, 1))) for n in (40, 8, 4)
+            ]
+            ground = (127 + sum(scales)).clip(0, 255).astype(np.uint8)
+            frames = np.repeat(ground[None], len(positions), 0)
+            for frame, position in zip(frames, positions):
+                frame[80:120, position : position + 40] = (220, 40, 40)
+            found[camera] = frames
+        return found
+
+    def read_motions(self, frames: range) -> np.ndarray:
+        return np.random.default_rng(frames.start).normal(size=(len(frames), 22)).astype(np.float32)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Every frame of a data set, as stage 3 takes it."""
+
+    def __init__(self, root: Path) -> None:
+        self.data = open_dataset({"format": "lerobot", "root": str(root)}, "all")
+        self.motions, self.ends = self.data.motions, np.cumsum(self.data.lengths)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        episode = self.data.episode(number)
+        position = index - episode.start
+        pictures = self.data.read(episode, [position], self.data.cameras)
+        chunk = np.minimum(np.arange(position, position + CHUNK), episode.length - 1) + episode.start
+        rows = self.motions.rows(chunk)
+        return {
+            **{camera: to_float(stack)[0] for camera, stack in pictures.items()},
+            "action": torch.tensor(self.motions.actions[rows]),
+            "state": torch.tensor(self.motions.state[rows[0]]),
+            "task": episode.text(position),
+        }
+
+
+def make_set(folder: Path, kind: str, episodes: int) -> Path:
+    """The data set, made if it is not there."""
+    root = folder / f"{kind}_{episodes}"
+    if not (root / "meta/stats.json").is_file():
+        print(f"making {episodes} episodes in {root} …")
+        data = MadeUp(episodes)
+        writer = LeRobotWriter(data, root, kind, 100 * 2**20, 200 * 2**20, "made_up")
+        for number in range(len(data)):
+            writer.add(data.episode(number))
+        writer.close()
+    return root
+
+
+def memory() -> int:
+    """Of this process and its workers in bytes, what they share counted once."""
+    this = psutil.Process()
+    return sum(each.memory_full_info().pss for each in (this, *this.children()))
+
+
+def ours(root: Path, samples: int) -> dict[str, float]:
+    """Samples per second, and the growth of memory from a quarter of the way on."""
+    began = time.perf_counter()
+    data = Samples(root)
+    sampler = RandomSampler(data, True, WARM_UP + samples, torch.Generator().manual_seed(0))
+    batches = iter(DataLoader(data, BATCH, sampler=sampler, num_workers=WORKERS))
+    for _ in range(WARM_UP // BATCH):
+        next(batches)
+    opened, began, drawn, sizes = time.perf_counter() - began, time.perf_counter(), 0, []
+    for number, batch in enumerate(batches):
+        drawn += len(batch["task"])
+        if number % max(1, samples // BATCH // 8) == 0:
+            sizes.append(memory())
+    rate = drawn / (time.perf_counter() - began)
+    later = sizes[len(sizes) // 4 :]
+    return {
+        "rate": rate,
+        "samples": drawn,
+        "opened": opened,
+        "memory": later[-1],
+        "growth": later[-1] - later[0],
+    }
+
+
+def lerobot(python: str, root: Path, backend: str) -> dict[str, float]:
+    given = {"root": str(root), "samples": LEROBOT_SAMPLES, "warm_up": WARM_UP, "workers": WORKERS}
+    given |= {"batch": BATCH, "chunk": CHUNK, "backend": backend}
+    command = [python, str(Path(__file__).with_name("lerobot_itself.py")), json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("data/benchmark_lerobot"))
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--lerobot", metavar="PYTHON", help="interpreter of an environment with LeRobot")
+    parser.add_argument("--backend", default="pyav", help="LeRobot's video backend: pyav or torchcodec")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for kind in given.kinds:
+        root = make_set(given.folder, kind, given.episodes)
+        found = ours(root, given.samples)
+        print(
+            f"{kind:8}{'ours':10}{found['rate']:8.0f} samples/s, first after {found['opened']:.1f} s; memory "
+            f"{found['memory'] / 1e6:.0f} MB, grew {found['growth'] / 1e6:+.1f} MB over {found['samples']:,}",
+            flush=True,
+        )
+        if given.lerobot:
+            other = lerobot(given.lerobot, root, given.backend)
+            ratio = f"{found['rate'] / other['rate']:.1f} times as many here"
+            print(
+                f"{kind:8}{'lerobot':10}{other['rate']:8.0f} samples/s ({given.backend}); {ratio}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
