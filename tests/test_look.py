@@ -196,7 +196,8 @@ def test_numbers_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.Ca
     said = " ".join(capsys.readouterr().out.split())
     assert "1.hdf5: action has 14 rows for 15 pictures" in said
     assert re.search(
-        r"actions none that can be read .*wrong: \S+/nan: frame 3: action_0 is -?inf; correct it", said
+        r"actions none that can be read .*wrong: \S+/nan: episode 0, frame 3: action_0 is -?inf; correct it",
+        said,
     )
 
 
