@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -281,6 +282,17 @@ def test_hdf5_reader_that_was_killed_is_started_again(tmp_path: Path) -> None:
     items[0]
     os.kill(READER.process.pid, signal.SIGKILL)
     READER.process.wait()
+    assert items[1][0, 0, 0] == 10
+    os.kill(READER.process.pid, signal.SIGSTOP)  # it is busy, and then ends
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(items.__getitem__, 0)
+        while not READER.lock.locked():
+            time.sleep(0.01)
+        os.kill(READER.process.pid, signal.SIGKILL)
+        with pytest.raises(
+            UserError, match=r"episode_0\.hdf5: damaged, .* not end well \(SIGKILL\); copy it"
+        ):
+            waiting.result()
     assert items[1][0, 0, 0] == 10
     (tmp_path / "episode_0.hdf5").write_bytes(b"no HDF5 any more")
     with pytest.raises(UserError, match=r"episode_0\.hdf5: cannot be read"):

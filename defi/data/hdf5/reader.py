@@ -164,7 +164,7 @@ def _episode(
             arrays = _arrays(episode, pictures, True) + _arrays(episode, numbers, False)
             found["shapes"] = {place: list(a.shape) for place, a in zip((*pictures, *numbers), arrays)}
             for array in arrays[len(pictures) :]:
-                found["sum"] = zlib.crc32(np.ascontiguousarray(array[()]).data.cast("B"), found["sum"])
+                found["sum"] = zlib.crc32(array[()].tobytes(), found["sum"])
             found["text"] = next(filter(None, (_text(episode, name) for name in texts)), "")
     except UserError as error:
         found["fault"] = str(error)
