@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from defi.data import Dataset, Episode, open_dataset
 from defi.data.lerobot.write import LeRobotWriter
-from defi.video import to_float
 
 SIDE, LENGTH, FPS, CHUNK, BATCH, WORKERS = 200, 120, 30.0, 10, 32, 2
 WARM_UP = 512  # samples before the clock starts: imports, files, the index
@@ -82,8 +81,9 @@ class Samples(torch.utils.data.Dataset):
         pictures = self.data.read(episode, [position], self.data.cameras)
         chunk = np.minimum(np.arange(position, position + CHUNK), episode.length - 1) + episode.start
         rows = self.motions.rows(chunk)
+        planes = {camera: np.moveaxis(stack[0], -1, 0).copy() for camera, stack in pictures.items()}
         return {
-            **{camera: to_float(stack)[0] for camera, stack in pictures.items()},
+            **{camera: torch.from_numpy(each).float().div_(255) for camera, each in planes.items()},
             "action": torch.tensor(self.motions.actions[rows]),
             "state": torch.tensor(self.motions.state[rows[0]]),
             "task": episode.text(position),
