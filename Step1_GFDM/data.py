@@ -1,4 +1,4 @@
-"""Clips of latents for GFDM, from folders in VPP's layout (`defi.data.vpp`), as `Step1_GFDM.prepare` writes it.
+"""Clips of latents for GFDM, from folders in VPP's layout (`defi.data.vpp`), as `prepare` writes it.
 
 Some of VPP's own sets keep latents in latent_videos_svd, which the annotations do not name.
 """

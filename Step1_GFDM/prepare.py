@@ -1,17 +1,17 @@
-"""Recordings with instructions → latents, annotations and videos in VPP's layout (`Step1_GFDM.data` reads them).
+"""Recordings with instructions → latents, annotations, videos in VPP's layout (`Step1_GFDM.data` reads them).
 
     python -m Step1_GFDM.prepare data=lerobot data.root=<folder> vae=<run> output=<folder>
 
 Of any data set of `defi.data`, one of these for each episode, or for each part of it with an instruction of
-its own (`<episode>-1`, `<episode>-2`, …). An episode's annotation is written last, and makes it count: a killed
-run continues with `resume=true`. Processes of `accelerate launch` share the episodes. What is damaged or has
-no instruction is reported, noted in `skipped/` and left out; `resume=true` tries it again.
+its own (`<episode>-1`, `<episode>-2`, …). An episode's annotation is written last, and makes it count: a
+killed run continues with `resume=true`. Processes of `accelerate launch` share the episodes. What is damaged
+or has no instruction is reported, noted in `skipped/` and left out; `resume=true` tries it again.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
 from defi.errors import UserError, writing
 from defi.files import read_json
+from defi.instructions import read_instruction
 from defi.processes import processes, share
 from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
 from Step1_GFDM import pipeline
@@ -42,7 +43,7 @@ from Step1_GFDM.data import LATENTS, SPLITS
 SKIPPED = "skipped"
 # Pixels a side that an autoencoder alone may ask for: SVD's says 768, and no preset works at that.
 LARGEST = 512
-Encode = Callable[[Float[Tensor, "F 3 H W"]], Float[Tensor, "F 4 h w"]]
+Encode = Callable[[Frames], Float[Tensor, "F 4 h w"]]
 
 
 @dataclass
@@ -57,59 +58,74 @@ class TakeSettings:
     longest: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.every, self.longest or 1) < 1:
-            raise UserError(f"data.every={self.every}, data.longest={self.longest}: must be at least 1")
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name}={value}: must be at least 1")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Frames of an episode with one instruction, by their positions; or (`fault`) why there are none."""
+    """Frames of an episode, by their positions, and what is said of them; or (`fault`) why there are none.
+
+    texts: what each annotation says, by its name; the latents have the first's. fps: of the frames taken.
+    """
 
     split: str
-    name: str
     data: Dataset
-    episode: Episode | None
-    positions: range
-    text: str
-    fault: str
+    episode: Episode | None = None
+    positions: range = range(0)
+    fps: float = 0.0
+    fault: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
 
-    def read(self) -> tuple[dict[str, Frames], float] | UserError:
-        """Frames of each camera, and how many of all frames come per second."""
+    def read(self) -> dict[str, Frames] | UserError:
+        """Frames of each camera."""
         try:
-            if self.fault:
+            if self.episode is None:
                 raise UserError(self.fault)
-            rate = self.data.rate(self.episode)
-            return self.data.read(self.episode, self.positions, self.data.cameras), rate
+            return self.data.read(self.episode, self.positions, self.data.cameras)
         except UserError as error:
             return error
 
 
 def find_recordings(split: str, data: Dataset, take: TakeSettings) -> list[Recording]:
-    """Of a data set, damaged ones too. Raises UserError if none has an instruction."""
-    found: list[tuple[str, Episode | None, range, str, str]] = []
-    for name, fault in data.faults.items():
-        found.append((name, None, range(0), "", fault))
-    for number in range(len(data)):
-        episode = data.episode(number)
+    """Of a data set, damaged ones too; one for all that is said of the same frames.
+
+    Raises:
+        UserError: none can be used.
+    """
+
+    def recording(episode: Episode, span: range, text: str) -> Recording:
         where = f"{data.root}: episode {episode.name}"
-        said = [(span, text) for span, text in episode.sentences() if text]
-        for count, (span, text) in enumerate(said or [(range(0), "")], 1):
-            name = f"{episode.name}-{count}" if len(said) > 1 else episode.name
-            fault = "" if said else f"{where} has no instruction"
+        try:
+            if not text:
+                raise UserError(f"{where} has no instruction")
             if take.longest is not None and len(span) > take.longest:
-                fault = f"{where} has {len(span)} frames, data.longest={take.longest} leaves it out"
-            found.append((name, episode, span[:: take.every], text, fault))
-    if not any(text for *_, text, _ in found):
-        raise UserError(f"{data.root}: holds no instructions; stage 1 needs captions: {found[0][-1]}")
-    names = distinct(name for name, *_ in found)
-    return [Recording(split, name, data, *each[1:]) for name, each in zip(names, found)]
+                raise UserError(f"{where} has {len(span)} frames, data.longest={take.longest} leaves it out")
+            return Recording(split, data, episode, span[:: take.every], data.rate(episode) / take.every)
+        except UserError as error:
+            return Recording(split, data, fault=str(error))
+
+    found = [(name, "", Recording(split, data, fault=fault)) for name, fault in data.faults.items()]
+    for episode in map(data.episode, range(len(data))):
+        said = [(span, read_instruction(text, episode.name)) for span, text in episode.sentences()]
+        said = [(span, text) for span, text in said if text] or [(range(0), "")]
+        for number, (span, text) in enumerate(said, 1):
+            name = f"{episode.name}-{number}" if len(said) > 1 else episode.name
+            found.append((name, text, recording(episode, span, text)))
+    if all(each.fault for *_, each in found):
+        raise UserError(f"{data.scope}: nothing can be used for {split}; the first: {found[-1][2].fault}")
+    together: dict[Any, Recording] = {}
+    for name, (_, text, each) in zip(distinct(name for name, *_ in found), found):
+        frames = name if each.episode is None else (each.episode.start, each.positions)
+        together.setdefault(frames, each).texts[name] = text
+    return list(together.values())
 
 
 def identity(section: Mapping[str, Any], settings: DataSettings, take: TakeSettings, data: Dataset) -> dict:
     """What decides how episodes look, for JSON; the place only where the fingerprint may not tell."""
     given = {"format": section["format"], **asdict(settings), **asdict(take)}
-    given["every"] *= data.stored_step
-    given["root"] = str(Path(settings.root).resolve())
+    given |= {"every": take.every * data.stored_step, "root": str(Path(settings.root).resolve())}
     left_out = {"index"} | (set() if data.known_by_names else {"root"})
     return {key: value for key, value in given.items() if key not in left_out}
 
@@ -117,9 +133,10 @@ def identity(section: Mapping[str, Any], settings: DataSettings, take: TakeSetti
 def check_same(file: Path, manifest: Mapping[str, Any]) -> None:
     """Raises UserError if the folder of a manifest was begun with something else."""
     fix = "choose another output="
-    before, now = read_json(file, fix), json.loads(json.dumps(manifest))  # as it comes back from a file
-    for settings in (before, now):  # as the command line names them
-        settings |= {f"data.{key}": value for key, value in settings.pop("data", {}).items()}
+    before, now = (  # settings first, as the command line names them
+        {f"data.{key}": value for key, value in made.pop("data", {}).items()} | made
+        for made in (read_json(file, fix), json.loads(json.dumps(manifest)))  # as it comes back from a file
+    )
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(f"{file}: begun with {key}={before.get(key)}, now {value}; {fix}")
@@ -134,60 +151,57 @@ def load_vae(path: Path) -> tuple[AutoencoderKLTemporalDecoder, Path]:
 
 
 def write_episode(
-    output: Path,
-    split: str,
-    name: str,
-    views: dict[str, Frames],
-    text: str,
-    fps: float,
-    encode: Encode,
-    size: int,
+    output: Path, split: str, name: str, recording: Recording, views: dict[str, Frames], encode: Encode
 ) -> None:
-    """Latents and videos of all cameras, then the annotation that makes them count."""
+    """Latents and videos of all cameras, then the annotations that make them count."""
     latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in views]
     videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in views]
     for frames, latent, video in zip(views.values(), latents, videos):
         (output / latent).parent.mkdir(parents=True, exist_ok=True)
-        coded = encode(prepare_frames(frames, size))
-        write_file(output / latent, save({LATENTS: coded.half().contiguous()}))
-        write_mp4(output / video, frames, fps)
-    annotation = {
-        "episode_id": name,
-        "texts": [text],
-        "videos": [{"video_path": path} for path in videos],
-        "latent_videos": [{"latent_video_path": path} for path in latents],
-        "video_length": len(frames),
-        "fps": fps,
-    }
-    write_file(output / "annotation" / split / f"{name}.json", json.dumps(annotation))
+        write_file(output / latent, save({LATENTS: encode(frames).half().contiguous()}))
+        write_mp4(output / video, frames, recording.fps)
+    for episode_id, text in recording.texts.items():
+        annotation = {
+            "episode_id": episode_id,
+            "texts": [text],
+            "videos": [{"video_path": path} for path in videos],
+            "latent_videos": [{"latent_video_path": path} for path in latents],
+            "video_length": len(frames),
+            "fps": recording.fps,
+        }
+        write_file(output / "annotation" / split / f"{episode_id}.json", json.dumps(annotation))
 
 
-def write_episodes(
-    output: Path, recordings: list[Recording], encode: Encode, *, image_size: int, every: int
-) -> None:
+def write_episodes(output: Path, recordings: list[Recording], encode: Encode) -> None:
     """This process's share of the episodes that are not there yet, or notes of why they are left out."""
 
-    def read_ahead() -> Iterator[tuple[Recording, tuple[dict[str, Frames], float] | UserError]]:
+    def is_there(job: Recording) -> bool:
+        return all((output / "annotation" / job.split / f"{name}.json").exists() for name in job.texts)
+
+    def read_ahead() -> Iterator[tuple[Recording, dict[str, Frames] | UserError]]:
         """The next recording is read while this one is encoded."""
         with ThreadPoolExecutor(1) as pool:
             reading = (pool.submit(job.read) for job in jobs)
             following = next(reading, None)
             for job in jobs:
-                scene, following = following.result(), next(reading, None)
-                yield job, scene
+                views, following = following.result(), next(reading, None)
+                yield job, views
 
-    jobs = share([r for r in recordings if not (output / "annotation" / r.split / f"{r.name}.json").exists()])
+    jobs = share([job for job in recordings if not is_there(job)])
     quiet = not processes().is_local_main_process
-    for job, scene in track(read_ahead(), "latents", total=len(jobs), disable=quiet):
-        note = output / SKIPPED / job.split / f"{job.name}.txt"
-        with writing(output, f"episode {job.split}/{job.name}"):
-            if isinstance(scene, UserError):
-                print(f"left out: {scene}")
-                write_file(note, f"{scene}\n")
-            else:
-                note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
-                views, rate = scene
-                write_episode(output, job.split, job.name, views, job.text, rate / every, encode, image_size)
+    for job, views in track(read_ahead(), "latents", total=len(jobs), disable=quiet):
+        notes = [output / SKIPPED / job.split / f"{name}.txt" for name in job.texts]
+        first = next(iter(job.texts))
+        with writing(output, f"episode {job.split}/{first}"):
+            if isinstance(views, UserError):
+                print(f"left out: {views}")
+            for note in notes:
+                if isinstance(views, UserError):
+                    write_file(note, f"{views}\n")
+                else:
+                    note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
+            if not isinstance(views, UserError):
+                write_episode(output, job.split, first, job, views, encode)
 
 
 @entry("step1_prepare")
@@ -199,10 +213,10 @@ def main(cfg: DictConfig) -> None:
     sets = {split: settings.open(part) for split, part in zip(SPLITS, ("training", "held_out"))}
     recordings = [each for split, data in sets.items() for each in find_recordings(split, data, take)]
     vae, weights = load_vae(Path(cfg.vae))
-    scaling, trained_size = vae.config.scaling_factor, vae.config.sample_size
-    if cfg.image_size is None and trained_size > LARGEST:
+    scaling, image_size = vae.config.scaling_factor, cfg.image_size or vae.config.sample_size
+    if cfg.image_size is None and image_size > LARGEST:
         raise UserError(
-            f"image_size=: {weights} is for pictures of {trained_size} pixels a side; "
+            f"image_size=: {weights} is for pictures of {image_size} pixels a side; "
             "give that of your video model, image_size=256 for preset=paper"
         )
     manifest = {  # what the latents are made of and with; a resumed run must agree in all of it
@@ -210,7 +224,7 @@ def main(cfg: DictConfig) -> None:
         "splits": {split: data.fingerprint for split, data in sets.items()},
         "vae": fingerprint(weights),
         "scaling": scaling,
-        "image_size": cfg.image_size or trained_size,
+        "image_size": image_size,
         "cameras": list(sets["train"].cameras),
         "latents": "float16 safetensors, posterior's mode × scaling",
         "videos": VIDEO_CODEC,
@@ -229,12 +243,13 @@ def main(cfg: DictConfig) -> None:
     vae.to(state.device)
 
     @torch.inference_mode()
-    def encode(frames: Float[Tensor, "F 3 H W"]) -> Float[Tensor, "F 4 h w"]:
-        """Scaled latents (mode of the posterior) of frames in [-1, 1]."""
-        modes = [vae.encode(some.to(vae.device)).latent_dist.mode() for some in frames.split(cfg.batch)]
+    def encode(frames: Frames) -> Float[Tensor, "F 4 h w"]:
+        """Scaled latents (mode of the posterior)."""
+        parts = prepare_frames(frames, image_size).split(cfg.batch)
+        modes = [vae.encode(part.to(vae.device)).latent_dist.mode() for part in parts]
         return torch.cat(modes).cpu() * scaling
 
-    write_episodes(output, recordings, encode, image_size=manifest["image_size"], every=take.every)
+    write_episodes(output, recordings, encode)
     state.wait_for_everyone()
     for split in SPLITS if state.is_main_process else ():
         count, skipped = (len(list((output / f / split).glob("[!.]*"))) for f in ("annotation", SKIPPED))

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from defi.data.mixture import Mixture
 from defi.engine.data import readable
 from Step2_GIDM.data.images import resize
-from Step2_GIDM.data.pairs import PairDataset, PairMixture
+from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import perplexity
 
@@ -72,7 +73,7 @@ def small(frames: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "*N 3 h w"]:
 
 
 @torch.no_grad()
-def evaluate_codes(model: GIDM, data: PairDataset | PairMixture, count: int) -> CodeEvaluation:
+def evaluate_codes(model: GIDM, data: PairDataset | Mixture[PairDataset], count: int) -> CodeEvaluation:
     """Run the model in eval mode over at most `count` pairs, at the largest distance."""
     device = next(model.eval().core.parameters()).device
     # In random order, so that the other pair whose latent action is tried is not its neighbour in time.

@@ -16,7 +16,7 @@ from defi.data.calvin import calvin_robot
 from defi.engine.weights import COPY_AGAIN
 from defi.errors import UserError
 from defi.files import check_sizes, read_json
-from defi.robot.spec import Robot
+from defi.robot.spec import NORMALISATIONS, Robot
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
@@ -134,8 +134,10 @@ class FinetuneConfig:
 class PolicyConfig:
     """What the policy is; `stages` is filled in by `DeFI` and kept in checkpoints.
 
-    robot: what sees and acts; from the data, and what of it is given here instead. chunk: K, actions
-        predicted at once. state: whether the robot's state is a token of the action head (published: no).
+    robot: what sees and acts; from the data, and what of it is given here instead.
+    normalisation: of its actions and state: none, mean_std or bounds; None: as the data set has it (CALVIN
+        none, as published, others bounds). state: whether it is a token of the action head (published: no).
+    chunk: K, actions predicted at once.
     latent_action_frames: the two imagined frames that stage 2's tokenizer looks at.
     feature_noise: `fresh` noise per observation, or the same (`fixed`) noise for all, which makes features a
     function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
@@ -149,6 +151,7 @@ class PolicyConfig:
     """
 
     robot: Robot | None = None
+    normalisation: str | None = None
     state: bool = False
     latent_action_frames: list[int] = field(default_factory=lambda: [0, 5])
     feature_noise: str = "fresh"
@@ -170,6 +173,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         learning = self.finetune
         check_choice("policy.feature_noise", self.feature_noise, ("fresh", "fixed"))
+        if self.normalisation is not None:
+            check_choice("policy.normalisation", self.normalisation, NORMALISATIONS)
         check_choice("policy.gfdm_precision", self.gfdm_precision, PRECISIONS)
         check_choice(
             "policy.action_head.cross_attention", self.action_head.cross_attention, ("full", "causal")

@@ -35,10 +35,17 @@ RETIRED = {  # settings that there were once, and what to do instead
     "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "data.shown": "write shown=",
     "data.tail": "use data.min_remaining instead",
     "data.image": "use data.cameras=[…]",
     "data.language": "of CALVIN write data.spans=annotated or recordings",
     "data.source": "use data.format, as data=… gives it",
+    **dict.fromkeys(("data.splits", "data.splits.train", "data.splits.val"), "use data.split, data.held_out"),
+    "data.text": "use data.language",
+    "data=frames": "write data=calvin, or another format",
+    "data=captioned_videos": "write data=videos data.captions=<file>",
+    **{f"data=captioned_{name}": f"write data={name}" for name in ("calvin", "hdf5", "rlds", "vpp")},
+    **{f"data=pairs_{name}": f"write data={name}" for name in ("calvin", "rlds", "videos")},
     "demos_per_unit": "use demos_per_session instead",
     **dict.fromkeys(("policy.views", "policy.action_dim"), "the data say (policy.robot); leave this out"),
     **dict.fromkeys(
@@ -97,8 +104,10 @@ def one_line_errors() -> Iterator[None]:
 def explain(error: CompactHydraException) -> str:
     """What Hydra has against a command line, in one line, with the names that come close."""
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"{group}={name}: no such choice; choose from {', '.join(error.options)}"
+        choice = error.missing_cfg_file.replace("/", "=")
+        if choice in RETIRED:
+            return f"{choice}: no longer a choice; {RETIRED[choice]}"
+        return f"{choice}: no such choice; choose from {', '.join(error.options)}"
     several = SEVERAL.match(str(error))
     if several or isinstance(error, OverrideParseException):
         setting = several[1] if several else error.override
@@ -107,6 +116,9 @@ def explain(error: CompactHydraException) -> str:
             return f"{setting}: not a setting; write key=value"
         if value.startswith("~/"):
             return f"{setting}: the shell leaves this ~ as it is; write {key}=$HOME{value[1:]}"
+        if value.startswith("[") and value.endswith("]"):
+            items = ", ".join(f'"{item.strip()}"' for item in value[1:-1].split(","))
+            return f"{setting}: cannot be read; quote what is in it: {shlex.quote(f'{key}=[{items}]')}"
         what = "close its brackets, or quote a text with accents, brackets, commas or signs"
         return f"{setting}: cannot be read; {what}: {quoted(key, value)}"
     cause = error.__cause__

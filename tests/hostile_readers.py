@@ -26,12 +26,12 @@ from policy_fakes import (
 from rollout_fakes import fake_evaluation
 from safetensors.torch import save_file
 from stages import build_vae
-from Step1_GFDM.sources import read_source
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
 from defi.checkpoints.inspect import open_checkpoint
-from defi.data.calvin import ANNOTATIONS, CalvinFolder, frame_name
+from defi.data import open_dataset
+from defi.data.calvin import ANNOTATIONS, CalvinFolder, calvin_robot, frame_name
 from defi.data.rlds import RLDSDataset, default_splits
 from defi.engine import checkpoint, state
 from defi.engine.loop import train
@@ -135,10 +135,12 @@ def make_store(folder: Path) -> None:
     manifest = StoreManifest(
         kind="latents", samples=2, rows=2, draws=1, chunk=10, image_size=16, source="x",
         texts=["open the drawer"], fingerprint="0", min_remaining=9, stride=1, seed=0,
+        frames=11, robot=calvin_robot(), normalisation="none",
     )  # fmt: skip
     np.save(folder / "inputs.npy", np.zeros((2, 2, 4, 2, 2), np.float16))
-    np.save(folder / "actions.npy", np.zeros((2, 10, 7), np.float32))
-    np.save(folder / "index.npy", np.array([[0, 0], [1, 0]]))
+    np.save(folder / "actions.npy", np.zeros((11, 7), np.float32))
+    np.save(folder / "state.npy", np.zeros((11, 15), np.float32))
+    np.save(folder / "index.npy", np.array([[0, 0, 0], [1, 0, 1]]))
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
@@ -230,13 +232,11 @@ def make_captions(folder: Path) -> None:
 
 def read_all_captions(folder: Path) -> None:
     for name in ("captions.jsonl", "captions.csv", "labels.json"):
-        splits = {"train": name, "val": name}
-        given = {"source": "videos", "root": str(folder), "videos": "videos", "splits": splits, "every": 2}
-        for read in list(read_source(given).open("train").read.values())[:5]:
-            path, texts = read.args
-            assert path.resolve().is_relative_to(folder.resolve()) and all(texts)
-            if path.suffix == ".mp4":
-                read()
+        given = {"format": "videos", "root": str(folder), "videos": "videos", "captions": name}
+        data = open_dataset(given, "all")
+        for episode in map(data.episode, range(min(len(data), 5))):
+            assert all(episode.texts) and Path(episode.name).name == episode.name
+            data.read(episode, range(0, episode.length, 2), data.cameras)
 
 
 def make_hdf5(folder: Path) -> None:
@@ -250,14 +250,20 @@ def make_hdf5(folder: Path) -> None:
         for i, code in enumerate(coded):
             rows[i] = code
         file["data/demo"].attrs["language_instruction"] = "fold the towel"
+        file["data/demo/action"], file["data/demo/joints"] = np.ones((3, 4)), np.ones(3, np.int16)
 
 
 def read_hdf5(folder: Path) -> None:
-    given = {"source": "hdf5", "root": str(folder), "splits": {"train": ".", "val": "."}, "groups": "data"}
-    given |= {"cameras": {"a": "raw", "b": "jpeg"}, "text": "language_instruction"}
-    for read in list(read_source(given).open("train").read.values())[:5]:
-        scene = read()
-        assert {view.shape[-1] for view in scene.views.values()} == {3} and scene.texts[0]
+    given = {"format": "hdf5", "root": str(folder), "groups": "data", "fps": 10}
+    given |= {"cameras": ["a:raw", "b:jpeg"], "actions": ["action"], "state": ["joints"]}
+    data = open_dataset(given, "all")
+    for number in range(min(len(data), 5)):
+        episode = data.episode(number)
+        frames = range(min(episode.length, 20))
+        views = data.read(episode, frames, data.cameras)
+        assert {view.shape[-1] for view in views.values()} == {3} and isinstance(episode.text(0), str)
+        assert len(data.read_motions(range(episode.start, episode.start + len(frames)))) == len(frames)
+    assert len(data.motions.actions) == data.lengths.sum()
 
 
 def make_foreign(folder: Path) -> None:
@@ -327,7 +333,7 @@ READERS: dict[str, Reader] = {
     "RLDS index": Reader(make_rlds, ("index/*/*",), read_rlds),
     "CALVIN in a zip": Reader(make_zip, ("demos.zip",), read_zip),
     "captions": Reader(make_captions, ("captions.*", "labels.json"), read_all_captions),
-    "HDF5": Reader(make_hdf5, ("*.hdf5",), read_hdf5, 0.2),  # in a process for each
+    "HDF5": Reader(make_hdf5, ("*.hdf5",), read_hdf5, 0.2),  # a process starts after each fault
     "published checkpoints": Reader(make_foreign, ("*",), read_foreigners),
     "rollout": Reader(make_results, ("*",), read_rollout),
     "video": Reader(make_video, ("*.mp4",), read_video),

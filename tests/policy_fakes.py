@@ -16,7 +16,7 @@ from Step2_GIDM.dino import DinoConfig
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.samples import SampleRules
+from Step3_DeFI.samples import RecordedSamples, SampleSettings
 from Step3_DeFI.stages import language_of
 
 TEXT = {"tokens": 12, "width": 16, "layers": 1, "heads": 2, "projection": 16}
@@ -66,9 +66,19 @@ def policy_config(**changes: Any) -> PolicyConfig:
     return typed(PolicyConfig, PRESET["policy"] | {"robot": calvin.calvin_robot()} | changes, "policy")
 
 
-def sample_rules(min_remaining: int = 9, **changes: Any) -> SampleRules:
-    given = {"chunk": 10, "stride": 1, "spans": "annotated", "min_remaining": min_remaining}
-    return SampleRules(**given | changes)
+def recorded(
+    root: Path,
+    min_remaining: int = 9,
+    *,
+    stride: int = 1,
+    chunk: int = 10,
+    spans: str | None = None,
+    **given: Any,
+) -> RecordedSamples:
+    """Samples of CALVIN's format, at the tests' sizes."""
+    data = calvin.Settings(root=str(root), spans=spans).open("training")
+    own = SampleSettings(min_remaining=min_remaining, stride=stride)
+    return RecordedSamples(data, own, chunk=chunk, image_size=16, **given)
 
 
 def build_gfdm(seed: int = 0, **changes: Any) -> GFDM:

@@ -49,7 +49,8 @@ def run(kind: str, inputs: Path, output: Path, *, resume: bool = False, **values
     """One of the two, as a user starts it; stage 3's observations are encoded one by one."""
     given: dict[str, Any] = {"output": output, "resume": resume}
     if kind == "latents":
-        given |= {"data": "captioned_videos", "data.root": inputs / "videos", "vae": inputs / "vae"} | values
+        given |= {"data": "videos", "data.root": inputs / "videos", "data.captions": "captions.jsonl"}
+        given |= {"vae": inputs / "vae"} | values
         GlobalHydra.instance().clear()
         sys.argv = ["prepare", *(f"{key}={value}" for key, value in given.items())]
         step1.main()

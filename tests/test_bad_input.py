@@ -49,11 +49,15 @@ def fails(module, capsys: pytest.CaptureFixture, *settings: str) -> str:
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        (prepare, "data=captioned_videos", "none/captions.jsonl: missing; give the captions"),
-        (prepare, "data=captioned_vpp", "none/annotation/train: no annotations"),
-        (prepare, "data=captioned_hdf5 data.cameras={a:b}", "none: no HDF5 files here"),
-        (prepare, "data=captioned_rlds", "none: no features.json here"),
-        (prepare, "data=captioned_calvin", "none/training: no such folder"),
+        (
+            prepare,
+            "data=videos data.captions=captions.jsonl",
+            "none/captions.jsonl: missing; give the captions",
+        ),
+        (prepare, "data=vpp", "none/annotation/train: no annotations"),
+        (prepare, "data=hdf5", "none: no HDF5 files here"),
+        (prepare, "data=rlds", "none: no features.json here"),
+        (prepare, "data=calvin", "none/training: no such folder"),
         (train, "data=videos", "none: no videos here"),
         (train, "data=rlds", "none: no features.json here"),
         (train, "data=pairs_oxe data.mixture=rt_1", "none/fractal20220817_data: no features.json here"),
@@ -135,7 +139,7 @@ def test_an_annotation_that_points_outside_is_refused(
     write_mp4(tmp_path / "secret.mp4", np.zeros((3, 32, 32, 3), np.uint8), 10)
     outside = json.dumps({"texts": ["lift"], "videos": [{"video_path": path}], "video_length": 3})
     (root / "annotation" / "train" / "1.json").write_text(outside)
-    given = ["data=captioned_vpp", f"data.root={root}", f"vae={inputs / 'vae'}"]
+    given = ["data=vpp", f"data.root={root}", f"vae={inputs / 'vae'}"]
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prepare", *given, f"output={tmp_path / 'out'}"])
@@ -162,8 +166,7 @@ def rlds_without_words(root: Path) -> str:
         for words in (b"lift", b" ")
     )
     write_set(root.parent, features, {"train": [[said, silent]], "val": [[said]]}, name=root.name)
-    file = root / "1.0.0" / f"{root.name}-train.tfrecord-00000-of-00001"
-    return f"{file}: episode 000001 has no instruction"
+    return f"{root}/1.0.0: episode 000001 has no instruction"
 
 
 def hdf5_without_words(root: Path) -> str:
@@ -174,7 +177,7 @@ def hdf5_without_words(root: Path) -> str:
             file["top"] = np.zeros((3, 32, 32, 3), np.uint8)
             if name != "1":
                 file.attrs["language_instruction"] = "lift"
-    return f"{root}/1.h5: no text language_instruction in it; set data.text or data.instruction"
+    return f"{root}: episode 1 has no instruction"
 
 
 def calvin_without_words(root: Path) -> str:
@@ -200,11 +203,11 @@ def captions_without_words(root: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "write"),
     [
-        ("captioned_calvin", calvin_without_words),
-        ("captioned_videos", captions_without_words),
-        ("captioned_vpp", vpp_without_words),
-        ("captioned_rlds", rlds_without_words),
-        ("captioned_hdf5 data.cameras={top:top}", hdf5_without_words),
+        ("calvin", calvin_without_words),
+        ("videos data.captions=captions.jsonl", captions_without_words),
+        ("vpp", vpp_without_words),
+        ("rlds data.fps=5", rlds_without_words),
+        ("hdf5 data.cameras=[top] data.fps=5", hdf5_without_words),
     ],
     ids=["calvin", "captions", "vpp", "rlds", "hdf5"],
 )
@@ -264,9 +267,9 @@ def calvin_of_two_sizes(root: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "write"),
     [
-        ("captioned_calvin data.every=1", calvin_of_two_sizes),
-        ("captioned_rlds", rlds_of_two_sizes),
-        ("captioned_hdf5 data.cameras={top:top}", hdf5_of_two_sizes),
+        ("calvin data.every=1", calvin_of_two_sizes),
+        ("rlds data.fps=5", rlds_of_two_sizes),
+        ("hdf5 data.cameras=[top] data.fps=5", hdf5_of_two_sizes),
     ],
     ids=["calvin", "rlds", "hdf5"],
 )
@@ -321,7 +324,8 @@ def test_captions_that_are_no_text(
 ) -> None:
     (tmp_path / "captions.jsonl").write_bytes(content)
     given = [
-        "data=captioned_videos",
+        "data=videos",
+        "data.captions=captions.jsonl",
         f"data.root={tmp_path}",
         f"vae={inputs / 'vae'}",
         f"output={tmp_path / 'out'}",

@@ -389,7 +389,7 @@ def test_lerobot_names_that_are_not_there(sets: dict[str, Path]) -> None:
         UserError, match=r"has no torque; data.actions: choose from observation.state, action"
     ):
         opened(sets["images"], actions="torque")
-    data = opened(sets["images"], cameras=["hand=wrist", "all=observation.images.top"], state=None)
+    data = opened(sets["images"], cameras=["hand:wrist", "all:observation.images.top"], state=None)
     assert data.cameras == ("hand", "all") and data.state_names == () and data.motions.state.shape[1] == 0
     assert data.left_out == []
     assert opened(sets["images"], cameras=["wrist"]).left_out == [

@@ -33,7 +33,7 @@ from Step2_GIDM.model import GIDM, GIDMConfig
 from Step2_GIDM.train import build_model
 from Step3_DeFI.config import FinetuneConfig, PolicyConfig
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.store import open_samples
+from Step3_DeFI.store import build_samples, open_sources
 
 SCALING = 0.18215  # of SVD's latents
 SMALL = (
@@ -265,7 +265,7 @@ def stage3(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     cfg = composed("step3_train", *SMALL_POLICY, f"data.root={demonstrations}")
     config = PolicyConfig.from_preset(cfg, calvin_robot())
     policy = DeFI.from_stages(config, gfdm=folder / "gfdm", gidm=folder / "gidm")
-    samples = open_samples(cfg.data, policy)["training"]
+    samples = build_samples(open_sources(cfg.data, "training"), policy)
     return policy.train(), samples
 
 

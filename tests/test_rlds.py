@@ -442,7 +442,7 @@ def test_rlds_actions_that_lie_in_parts(tmp_path: Path) -> None:
 
 def test_rlds_cameras_have_names(tmp_path: Path, toy: Path) -> None:
     folder = write_robot(tmp_path, action={}, state={}, lengths=[2, 1])
-    data = open_dataset({"format": "rlds", "root": str(folder), "cameras": ["hand=an_arm_wrist"]})
+    data = open_dataset({"format": "rlds", "root": str(folder), "cameras": ["hand:an_arm_wrist"]})
     assert data.cameras == ("hand",) and data.left_out == ["the camera front (data.cameras)"]
     assert data.read(data.episode(0), [1, 0, 1], ["hand"])["hand"].shape == (3, 6, 6, 3)
     with pytest.raises(UserError, match="does not say its frames per second; give data.fps"):
@@ -450,7 +450,7 @@ def test_rlds_cameras_have_names(tmp_path: Path, toy: Path) -> None:
     with pytest.raises(
         UserError, match=r"features\.json: data\.cameras=top: choose one of an_arm_wrist, front"
     ):
-        open_dataset({"format": "rlds", "root": str(folder), "cameras": ["front", "hand=top"]})
+        open_dataset({"format": "rlds", "root": str(folder), "cameras": ["front", "hand:top"]})
     with pytest.raises(UserError, match=r"data\.fps=0\.0: must be a rate above 0"):
         open_dataset({"format": "rlds", "root": str(folder), "fps": 0.0})
     silent = write_texts(tmp_path, ["", ""], name="silent")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from policy_fakes import build_policy, write_stages
+from policy_fakes import build_policy, policy_config, write_stages
 from rollout_fakes import fake_evaluation
 
 from defi.config import CONFIG_DIR, typed
@@ -181,7 +181,7 @@ def test_rollouts_in_training_take_its_precision(monkeypatch):
     monkeypatch.setattr("Step3_DeFI.rollout.evaluate.evaluate_policy", lambda *_, **how: used.update(how))
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose("step3_train", ["output=x", "trainer.precision=bf16"])
-    rollouts(cfg)(None, 1, Path())
+    rollouts(cfg, policy_config())(None, 1, Path())
     assert used["precision"] == "bf16"
 
 

@@ -234,7 +234,7 @@ def test_train_on_rlds_and_on_a_mixture(data: Path, tmp_path: Path, monkeypatch:
     assert run(train, "data=rlds", f"data.root={toy}", cache, *small, monkeypatch=monkeypatch) == 0
     rlds = f"{{format: rlds, root: {toy}, weight: 0.5, index: {tmp_path / 'index'}, distance: [2, 2]}}"
     calvin = f"{{format: calvin, root: {data}, weight: 1}}"
-    mixture = ["data=pairs_mixture", f"+data.sets.toy={rlds}", f"+data.sets.own={calvin}", "overwrite=true"]
+    mixture = ["data=mixture", f"+data.sets.toy={rlds}", f"+data.sets.own={calvin}", "overwrite=true"]
     assert run(train, *mixture, *small, "trainer.preview_every=2", monkeypatch=monkeypatch) == 0
     assert read_manifest(tmp_path / "run", "gidm")["step"] == 2
 

@@ -187,14 +187,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 # ------------------------------------------------------------ stage 1
 
 STAGE1 = {
-    "videos, JSON lines": "data=captioned_videos;data.root={captioned}",
-    "videos, CSV": "data=captioned_videos;data.root={captioned};data.splits={train: captions.csv, val: null}",
-    "Something-Something": "data=captioned_videos;data.root={something};data.videos=clips;data.longest=100;"
-    "data.splits={train: labels/train.json, val: labels/validation.json}",
-    "VPP's layout": "data=captioned_vpp;data.root={vpp}",
-    "HDF5": "data=captioned_hdf5;data.root={hdf5};data.cameras={top: observations/images/top};"
-    "data.instruction=fold the towel",
-    "RLDS": "data=captioned_rlds;data.root={toy};data.index={index}",
+    "videos, JSON lines": "data=videos;data.root={captioned};data.captions=captions.jsonl",
+    "videos, CSV": "data=videos;data.root={captioned};data.captions=captions.csv",
+    "Something-Something": "data=videos;data.root={something};data.videos=clips;data.longest=100;"
+    "data.split=labels/train.json;data.held_out=labels/validation.json",
+    "VPP's layout": "data=vpp;data.root={vpp}",
+    "HDF5": "data=hdf5;data.root={hdf5};data.instruction=fold the towel",
+    "RLDS": "data=rlds;data.root={toy};data.index={index};data.fps=5",
     "CALVIN": "data.root={calvin}",
     "CALVIN's zip": "data.root={calvin.zip}",
 }
@@ -229,7 +228,7 @@ STAGE2 = {
     "CALVIN": "data.root={calvin}",
     "CALVIN's zip": "data.root={calvin.zip}",
     "own demonstrations": "data.root={own}",
-    "a mixture of all": "data=pairs_mixture;+data.sets.mine={format: videos, root: {captioned}, weight: 1};"
+    "a mixture of all": "data=mixture;+data.sets.mine={format: videos, root: {captioned}, weight: 1};"
     "+data.sets.toy={format: rlds, root: {toy}, index: {index}, weight: 0.5};"
     "+data.sets.calvin={format: calvin, root: {calvin}, weight: 2}",
 }

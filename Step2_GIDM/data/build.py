@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from defi.data import DataSettings, Part, read_sets, read_settings
+from defi.data.mixture import Mixture
 from defi.errors import UserError
 from Step2_GIDM.data.images import Augmentation
-from Step2_GIDM.data.pairs import PairDataset, PairMixture
+from Step2_GIDM.data.pairs import PairDataset
 
 FARTHEST = 10**6  # frames between the two of a pair: hours of video
-HEAVIEST = 10**6  # weight: places of an epoch are counted in 64 bits
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class PairSettings:
 
 def build_pairs(
     section: Mapping[str, Any], image_size: int, part: Part = "training", *, augment: bool = True
-) -> PairDataset | PairMixture:
+) -> PairDataset | Mixture[PairDataset]:
     """Pairs of the section's training episodes, augmented as it says, or of another part, as they are.
 
     Where `data.cameras` names none, they show the first camera only.
@@ -56,13 +56,11 @@ def build_pairs(
 
     if "sets" not in section:
         return pairs_of(*read_settings(section, PairSettings))
-    sets, places = {}, {}
-    for name, (settings, own) in read_sets(section, PairSettings).items():
-        if not 0 < own.weight <= HEAVIEST:
-            raise UserError(f"data.sets.{name}.weight={own.weight}: must be above 0 and at most {HEAVIEST:,}")
-        sets[name] = pairs = pairs_of(settings, own)
-        count = len(pairs)
-        if part == "training":  # a share counts what is not trained on, too
-            count = count * pairs.data.size() // int(pairs.data.lengths.sum())
-        places[name] = max(1, round(own.weight * count))
-    return PairMixture(sets, places)
+    chosen = read_sets(section, PairSettings)
+    sets = {name: pairs_of(*settings) for name, settings in chosen.items()}
+    weights = {name: pairs.weight for name, (_, pairs) in chosen.items()}
+    sizes = {}
+    if part == "training":  # a share counts what is not trained on, too
+        for name, pairs in sets.items():
+            sizes[name] = len(pairs) * pairs.data.size() // int(pairs.data.lengths.sum())
+    return Mixture(sets, weights, sizes)

@@ -1,7 +1,6 @@
-"""Episodes → pairs of frames some distance apart, of one data set or several."""
+"""Episodes → pairs of frames some distance apart."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,38 +77,3 @@ class PairDataset(torch.utils.data.Dataset):
         if rng is not None and self.augmentation is not None:
             frames = augment(frames, self.augmentation.draw(rng))
         return {"frames": frames, "text": episode.text(now)}
-
-
-class PairMixture(torch.utils.data.Dataset):
-    """Several data sets as one. An epoch has `places` for each: its weight times its size, rounded.
-
-    With twice as many places as pairs each pair of the set comes twice in an epoch; with a tenth a place
-    stands for ten neighbouring pairs, of which the sample's generator draws one. The order over all places is
-    the engine's.
-    """
-
-    def __init__(self, sets: Mapping[str, PairDataset], places: Mapping[str, int]) -> None:
-        self.sets, self.places = sets, places
-        self._ends = np.cumsum([places[name] for name in sets])
-        lines = "".join(f"{name} {data.fingerprint} {places[name]}\n" for name, data in sets.items())
-        self.fingerprint = hashlib.sha256(lines.encode()).hexdigest()[:16]
-
-    def shares(self) -> dict[str, float]:
-        """Share of each set in an epoch."""
-        return {name: count / len(self) for name, count in self.places.items()}
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def member(self, index: int, u: float) -> tuple[PairDataset, int]:
-        """The set and its pair at place `index`; u in [0, 1) chooses among the pairs the place stands for."""
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        name = list(self.sets)[which]
-        pairs, count = self.sets[name], self.places[name]
-        place = index - int(self._ends[which]) + count
-        return pairs, min(int((place + u) * len(pairs) / count), len(pairs) - 1)
-
-    def sample(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
-        """As the set's, of a pair at a place; without a generator the first."""
-        pairs, pair = self.member(index, 0 if rng is None else rng.random())
-        return pairs.sample(pair, rng)

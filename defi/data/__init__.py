@@ -1,6 +1,7 @@
 """Data sets of all formats, as one: `open_dataset` gives their episodes to every stage.
 
 episode.py   what a data set is: numbered frames, episodes of them, pictures of several cameras, instructions
+mixture.py   several as one, with weights
 motions.py   actions and state of all frames, read once and kept in an index; their statistics
 calvin.py, hdf5.py, lerobot/, rlds/, videos.py, vpp.py   one format each
 
@@ -32,7 +33,7 @@ __all__ = [
     "read_settings",
 ]
 
-OTHERS = {"convert", "episode", "look", "motions"}  # modules here that are no formats
+OTHERS = {"convert", "episode", "look", "mixture", "motions"}  # modules here that are no formats
 StageSettings = TypeVar("StageSettings")
 
 

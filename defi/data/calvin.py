@@ -20,6 +20,7 @@ import io
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,7 @@ INDEX, LENGTHS, SCENES = "ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy"
 ANNOTATIONS = "lang_annotations/auto_lang_ann.npy"
 FRAME_FILE = re.compile(r"episode_(\d{7})\.npz")
 LARGEST_MEMBER = 64 * 2**20  # bytes of one array of a frame; a camera of 4000² pixels has 48 MB
+READERS = 4  # frames that are read at the same time
 EMBEDDING = (1, 384)  # CALVIN's sentence embedding of one annotation
 
 # Key -> (type, shape). Cameras keep their own sizes (CALVIN: static 200x200, gripper 84x84); depth is unused.
@@ -301,22 +303,24 @@ def calvin_robot(cameras: Sequence[str] = tuple(CAMERAS)) -> Robot:
 
 @dataclass(kw_only=True)
 class Settings(DataSettings):
-    """`split` and `held_out` are folders of `root`, which may be CALVIN's zip itself.
+    """`split` (None: training) and `held_out` (validation) are folders of `root`, or CALVIN's zip itself.
 
     spans: annotated (those with an instruction); recordings (all of them, without words); all (both);
     None: annotated, and recordings where everything is wanted (labels).
     """
 
-    split: str | None = TRAINING
-    held_out: str | None = VALIDATION
     spans: str | None = None
 
     def open(self, part: Part) -> "CalvinData":
-        split = self.held_out if part == "held_out" else self.split
+        split = self.held_out or VALIDATION if part == "held_out" else self.split or TRAINING
         spans = self.spans or ("recordings" if part == "all" else "annotated")
         if spans not in ("annotated", "recordings", "all"):
             raise UserError(f"data.spans={spans}: choose annotated, recordings or all")
-        return CalvinData(Path(self.root, split or TRAINING), self.places(), spans)
+        return CalvinData(Path(self.root, split), self.places(), spans)
+
+    def holds_out(self) -> bool:
+        root = Path(self.root)
+        return self.held_out is not None or not root.is_dir() or (root / VALIDATION).is_dir()
 
     def wordless(self) -> "Settings":
         return replace(self, spans=self.spans or "recordings")
@@ -325,7 +329,8 @@ class Settings(DataSettings):
 class CalvinData(Dataset):
     """An episode per annotated span, per recording, or both, in this order."""
 
-    fps, min_remaining = 30.0, 21
+    fps, normalisation, min_remaining = 30.0, "none", 21  # published: all three
+    known_by_names = False
     action_names, state_names = ACTION_NAMES, STATE_NAMES
 
     def __init__(self, folder: Path, places: Mapping[str, str], spans: str = "annotated") -> None:
@@ -364,9 +369,17 @@ class CalvinData(Dataset):
 
     def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
         numbers, keys = [episode.start + position for position in positions], [self._keys[c] for c in cameras]
-        frames = [self.files.frame(number, keys) for number in numbers]
+        if len(numbers) == 1:
+            frames = [self.files.frame(numbers[0], keys)]
+        else:
+            with ThreadPoolExecutor(READERS) as pool:
+                frames = list(pool.map(lambda number: self.files.frame(number, keys), numbers))
         paths = [self.files.path(number) for number in numbers]
         return {c: stack_frames([frame[key] for frame in frames], paths) for c, key in zip(cameras, keys)}
+
+    def check_files(self) -> None:
+        spans = zip(self.starts.tolist(), self.lengths.tolist())
+        self.files.check_frames(np.unique(np.concatenate([np.arange(s, s + n) for s, n in spans])))
 
     def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:
         found = []

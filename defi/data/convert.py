@@ -40,7 +40,7 @@ def write_calvin(dataset: Dataset, folder: Path) -> None:
         "15 numbers of state": len(dataset.state_names) == 15,
     }
     if missing := [name for name, there in needed.items() if not there]:
-        fix = "name what holds them (data.cameras=[static=…,gripper=…], data.actions, data.state)"
+        fix = "name what holds them (data.cameras=[static:…,gripper:…], data.actions, data.state)"
         raise UserError(f"{dataset.root}: CALVIN's format wants {', '.join(missing)}; {fix}")
     recordings, spans, first = [], [], 0
     zeros = {key: np.zeros(shape) for key, (kind, shape) in FRAME.items() if kind is not np.uint8}

@@ -57,13 +57,14 @@ class Dataset:
     """One part of a data set. Every format is a subclass.
 
     root: what the user named. fingerprint: identifies the data, wherever they lie; known_by_names: not
-    quite, it is of names alone, which other data may have.
+    quite, it is of names and sizes, which other data may have.
     cameras: names, in order; the first is the one whose motion stage 2 names.
     fps: frames per second; None: it does not say, or recordings differ (`rate`).
     stored_step: steps of the recording from one frame to the next, where the data lack some.
     scope: what was opened, in words. left_out: what else the data set holds. faults: name → why it cannot be
     read, of recordings that are no episodes for that reason.
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
+    normalisation: of actions and state, unless a setting says otherwise (`defi.robot.spec`).
     min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
     pair_distance: frames between the two of a pair of stage 2, unless a setting says otherwise.
     lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
@@ -72,10 +73,11 @@ class Dataset:
 
     root: Path
     fingerprint: str
-    known_by_names: bool = False
+    known_by_names: bool = True
     cameras: tuple[str, ...]
     fps: float | None = None
     stored_step: int = 1
+    normalisation: str = "bounds"
     min_remaining: int = 0
     pair_distance: int = 15
     scope: str
@@ -101,6 +103,9 @@ class Dataset:
             UserError: a file is missing or damaged.
         """
         raise NotImplementedError
+
+    def check_files(self) -> None:
+        """Raises UserError if frames with a file of their own lack it; none is opened."""
 
     def blocks(self, episode: Episode, size: int = 32) -> Iterator[tuple[range, dict[str, Frames]]]:
         """Positions of an episode's frames, and their pictures of all cameras, so many at a time."""
@@ -145,7 +150,7 @@ class DataSettings:
     """What the section `data` says of any format; configs/data/<format>.yaml says more.
 
     split, held_out: what the data set calls its parts; None: as the format usually does.
-    cameras: which ones, in order, as `name` or `name=place in the data`; None: all, or the format's usual.
+    cameras: which ones, in order, as `name` or `name:place in the data`; None: all, or the format's usual.
     """
 
     root: str
@@ -161,13 +166,17 @@ class DataSettings:
         """
         raise NotImplementedError
 
+    def holds_out(self) -> bool:
+        """Whether there is a held-out part."""
+        return True
+
     def wordless(self) -> Self:
         """These, but of all recordings, if they do not say which: for what needs no instructions."""
         return self
 
     def places(self) -> dict[str, str]:
         """Camera → its place in the data, of those that are named."""
-        named = (each.partition("=") for each in self.cameras or ())
+        named = (each.partition(":") for each in self.cameras or ())
         return {name: place or name for name, _, place in named}
 
 

@@ -24,7 +24,8 @@ CAPTIONS = (".jsonl", ".csv", ".json")
 
 @dataclass(kw_only=True)
 class Settings(DataSettings):
-    """`split`, `held_out`: folders below root, or files of captions; None: root, and every 20th video of it.
+    """`split`, `held_out`: folders below root, or files of captions; None: root, and every 20th captioned
+    video of it. Without captions nothing is held out of one folder.
 
     captions: file below root that says what the videos show, if `split` is none.
     videos: folder below root that the captions' names of videos start from.
@@ -36,38 +37,36 @@ class Settings(DataSettings):
     def open(self, part: Part) -> "Videos":
         named = self.held_out if part == "held_out" else None
         place, folder = Path(self.root, named or self.split or ""), Path(self.root, self.videos)
-        captions = (
-            place if place.suffix.lower() in CAPTIONS else self.captions and Path(self.root, self.captions)
-        )
+        captions = Path(self.root, self.captions) if self.captions else None
+        if place.suffix.lower() in CAPTIONS:
+            captions, place = place, folder
         if captions:
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder; give the folder of the videos as data.videos")
             said = [(folder / inside(folder, name), text) for name, text in read_captions(captions)]
-            said = [each for each in said if place == captions or each[0].is_relative_to(place)]
+            said = [each for each in said if each[0].is_relative_to(place)]
         else:
             folder = place.parent if place.is_file() else place
-            files = [place] if place.is_file() else find_files(place, VIDEO_SUFFIXES)
-            said = [(file, "") for file in files]
+            said = [
+                (file, "") for file in ([place] if place.is_file() else find_files(place, VIDEO_SUFFIXES))
+            ]
         if not said:
             what = (
                 f"no videos here ({', '.join(VIDEO_SUFFIXES)})"
                 if place.exists()
                 else "no such file or folder"
             )
-            what = f"no videos here that {captions} names" if captions else what
             raise UserError(f"{place}: {what}; give a folder of videos")
         files = list(dict.fromkeys(file for file, _ in said))
-        kept = set(of_part(files, "all" if self.held_out else part))
+        kept = set(of_part(files, part if captions and not self.held_out else "all"))
         return Videos(place, folder, [each for each in said if each[0] in kept], list(self.places()))
 
 
 class Videos(Dataset):
     """An episode per video, or per caption: those of one video share its frames. Its camera: `rgb`."""
 
-    known_by_names = True
-
     def __init__(
-        self, root: Path, folder: Path, said: Sequence[tuple[Path, str]], cameras: list[str]
+        self, root: Path, folder: Path, said: Sequence[tuple[Path, str | None]], cameras: list[str]
     ) -> None:
         """said: a video below `folder`, and what it shows; "" without captions, None where one is blank."""
         if len(cameras) > 1:
@@ -76,30 +75,28 @@ class Videos(Dataset):
         files = list(dict.fromkeys(file for file, _ in said))
         numbered = dict(zip(files, number_videos(folder, files)))
         damaged = [each for each in numbered.values() if isinstance(each, UserError)]
-        count = f"{len(damaged)} of {len(files)} videos"
-        if damaged and len(damaged) < len(files):
-            warnings.warn(f"{count} left out; the first: {damaged[0]}", stacklevel=2)
-            self.left_out = [f"videos that cannot be opened ({len(damaged):,})"]
-        ends = np.cumsum([0 if isinstance(each, UserError) else each.frames for each in numbered.values()])
-        ends_of = dict(zip(files, ends.tolist()))
+        counts = [0 if isinstance(each, UserError) else each.frames for each in numbered.values()]
+        starts = dict(zip(files, np.cumsum([0, *counts]).tolist()))
         names = distinct(file_name(str(file.relative_to(folder).with_suffix(""))) for file, _ in said)
-        self._episodes: list[Episode] = []
-        self._videos, self.faults, digest = {}, {}, hashlib.sha256()
+        self._episodes, self._videos, self.faults, lines = [], {}, {}, []
         for name, (file, text) in zip(names, said):
             numbering = numbered[file]
             if text != "":  # said of a damaged video too, which may be mended
-                digest.update(os.fsencode(f"{file.name} {text}\n"))
+                lines.append(f"{file.name} {text}\n")
             if isinstance(numbering, UserError) or text is None:
                 self.faults[name] = f"{file}: its caption is blank" if text is None else str(numbering)
                 continue
-            start = ends_of[file] - numbering.frames
-            self._episodes.append(Episode(name, start, numbering.frames, (text,)))
-            self._videos[name] = file, numbering
             if text == "":
-                digest.update(os.fsencode(f"{file.name} {numbering.frames}\n"))
+                lines.append(f"{file.name} {numbering.frames}\n")
+            self._episodes.append(Episode(name, starts[file], numbering.frames, (text,)))
+            self._videos[starts[file]] = file, numbering
+        count = f"{len(damaged)} of {len(files)} videos"
         if not self._episodes:
             raise UserError(f"{root}: {count} cannot be read; the first: {next(iter(self.faults.values()))}")
-        self.fingerprint = digest.hexdigest()[:16]
+        if damaged:
+            warnings.warn(f"{count} left out; the first: {damaged[0]}", stacklevel=2)
+            self.left_out = [f"videos that cannot be opened ({len(damaged):,})"]
+        self.fingerprint = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
         self.starts = np.array([each.start for each in self._episodes], np.int64)
         self.lengths = np.array([each.length for each in self._episodes], np.int64)
 
@@ -107,11 +104,11 @@ class Videos(Dataset):
         return self._episodes[number]
 
     def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
-        file, numbering = self._videos[episode.name]
+        file, numbering = self._videos[episode.start]
         return {camera: read_frames(file, positions, numbering) for camera in cameras}
 
     def rate(self, episode: Episode) -> float:
-        file, numbering = self._videos[episode.name]
+        file, numbering = self._videos[episode.start]
         return numbering.fps(file)
 
 

@@ -31,13 +31,14 @@ MANIFEST = "manifest.json"
 MOST_FRAMES = 10**8  # of a video: more than a month
 AGAIN = "run Step1_GFDM.prepare again"
 FIX = "copy it again, or remove it"
+VECTORS = ("action", "state")  # keys of an annotation, or in the plural
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
     """An episode as its file says; paths within the data set. frames: None: it does not say.
 
-    actions, state: rows and numbers in a row, (0, 0) where there are none.
+    shapes: of each of `VECTORS` the rows, and the numbers in a row; (0, 0) where there are none.
     """
 
     id: str
@@ -45,8 +46,7 @@ class Annotation:
     frames: int | None
     latents: list[str]
     videos: list[str]
-    actions: tuple[int, int]
-    state: tuple[int, int]
+    shapes: dict[str, tuple[int, int]]
 
 
 class NotJSON(UserError):
@@ -60,14 +60,10 @@ def _load(file: Path) -> dict[str, Any]:
         raise NotJSON(f"{file}: not JSON ({one_line(error)}); {FIX}") from None
 
 
-def _vectors(values: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Actions and state of an annotation, lists of rows."""
-    return values.get("actions", values.get("action", [])), values.get("state", [])
-
-
-def _shape(rows: Any) -> tuple[int, int]:
-    has_rows = isinstance(rows, list) and rows and isinstance(rows[0], list)
-    return (len(rows), len(rows[0])) if has_rows else (0, 0)
+def _rows(values: Mapping[str, Any], vector: str) -> list[list[float]]:
+    """Of actions or state, a row per frame."""
+    rows = values.get(vector, values.get(f"{vector}s"))
+    return rows if isinstance(rows, list) and rows and isinstance(rows[0], list) else []
 
 
 def read_annotation(root: Path, file: Path) -> Annotation:
@@ -84,8 +80,10 @@ def read_annotation(root: Path, file: Path) -> Annotation:
             inside(root, each["latent_video_path"]) for each in as_list(values.get("latent_videos", []))
         ]
         videos = [inside(root, each["video_path"]) for each in as_list(values["videos"])]
-        name, shapes = str(values.get("episode_id", file.stem)), map(_shape, _vectors(values))
-        return Annotation(name, texts, int(frames) or None, latents, videos, *shapes)
+        found = {vector: _rows(values, vector) for vector in VECTORS}
+        shapes = {vector: (len(rows), len(rows[0]) if rows else 0) for vector, rows in found.items()}
+        name = str(values.get("episode_id", file.stem))
+        return Annotation(name, texts, int(frames) or None, latents, videos, shapes)
 
 
 def read_annotations(root: Path, split: str) -> dict[Path, Annotation | UserError]:
@@ -137,92 +135,87 @@ class Settings(DataSettings):
 
 
 class VPPData(Dataset):
-    """An episode per annotation, as long as the shortest of its videos, and as its actions and state, which
-    are read where all have as many numbers of them. Of several texts it has the first.
+    """An episode per annotation, as long as the shortest of its videos; of several texts it has the first.
 
-    Cameras are the names of the videos' files without suffix; their numbers from 0, where names repeat.
+    Actions and state are read where every annotation has a row of them for each frame. Cameras are the names
+    of the videos' files without suffix; their numbers from 0, where names repeat.
     """
-
-    known_by_names = True
 
     def __init__(self, root: Path, split: str, places: Mapping[str, str]) -> None:
         self.root, self.scope, self.stored_step = root, f"{root} ({split})", stored_step(root)
         said = read_annotations(root, split)
         names = distinct(file_name(file.stem) for file in said)
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-        views = {file: _views(root, file, each) for file, each in said.items()}
-        usual = next((each for each in views.values() if isinstance(each, dict)), None)
-        if usual is None:
-            raise next(iter(views.values()))
+        views = {file: _views(each) for file, each in said.items()}
+        usual = next(filter(None, views.values()), {})  # the first that can be read says what the cameras are
         self._places = dict(places) or {camera: camera for camera in usual}
         self.cameras = tuple(self._places)
-        if unknown := set(self._places.values()) - usual.keys():
+        if usual and (unknown := set(self._places.values()) - usual.keys()):
             raise UserError(f"data.cameras: {min(unknown)!r} is no camera; choose from {', '.join(usual)}")
         self.left_out = [f"the camera {c} (data.cameras)" for c in usual if c not in self._places.values()]
-        paths = list(
-            {path: None for each in views.values() if isinstance(each, dict) for path in each.values()}
-        )
-        numbered = dict(zip(paths, number_videos(root, paths)))
+        same = [videos for videos in views.values() if list(videos) == list(usual)]
+        paths = list(dict.fromkeys(root / v[place] for v in same for place in self._places.values()))
+        self._numbered = dict(zip(paths, number_videos(root, paths)))
         self.faults, self._found, lengths = {}, [], []
-        for name, (file, each) in zip(names, views.items()):
-            if isinstance(each, dict) and each.keys() != usual.keys():
-                each = UserError(f"{file}: has the videos {list(each)}, others {list(usual)}")
-            numberings = [each] if isinstance(each, UserError) else [numbered[path] for path in each.values()]
-            if fault := next((one for one in numberings if isinstance(one, UserError)), None):
+        for name, (file, each) in zip(names, said.items()):
+            fault: str | UserError = f"{file}: has the videos {list(views[file])}, others {list(usual)}"
+            if not views[file]:
+                nothing = f"{file}: names no videos; list them, or remove this annotation"
+                fault = each if isinstance(each, UserError) else nothing
+            elif list(views[file]) == list(usual):
+                numberings = [self._numbered[root / views[file][place]] for place in self._places.values()]
+                fault = next((n for n in numberings if isinstance(n, UserError)), "")
+            if fault or isinstance(each, UserError):
                 self.faults[name] = str(fault)
                 continue
-            self._found.append((name, file, said[file].texts[0], each))
+            self._found.append((name, file, each))
             lengths.append(min(numbering.frames for numbering in numberings))
         if not lengths:
             raise UserError(next(iter(self.faults.values())))
-        self._numbered = numbered
-        read = [said[file] for _, file, _, _ in self._found]
-        self.action_names = self._names("action", [each.actions[1] for each in read])
-        self.state_names = self._names("state", [each.state[1] for each in read])
-        rows = np.array(lengths, np.int64)
-        rows = np.minimum(rows, [each.actions[0] for each in read]) if self.action_names else rows
-        rows = np.minimum(rows, [each.state[0] for each in read]) if self.state_names else rows
-        if cut := int((rows < lengths).sum()):
-            print_once(f"{root}: {cut} of {len(rows)} episodes end where their actions or state do")
-        self.lengths, self.starts = rows, np.cumsum(rows) - rows
+        self.lengths = np.array(lengths, np.int64)
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.action_names, self.state_names = (self._names(vector) for vector in VECTORS)
+        several = sum(len(each.texts) > 1 for *_, each in self._found)
+        told = f"{several} of {len(lengths)} annotations have several texts: the first counts, as published"
+        print_once(f"{root}: {told}" if several else "")
 
-    def _names(self, name: str, widths: list[int]) -> tuple[str, ...]:
-        if len(set(widths)) > 1:
-            print_once(f"{self.root}: {name} not read: annotations have {sorted(set(widths))} numbers of it")
-            return ()
-        return tuple(f"{name}_{number}" for number in range(widths[0]))
+    def _names(self, vector: str) -> tuple[str, ...]:
+        shapes = [each.shapes[vector] for *_, each in self._found]
+        width = shapes[0][1]
+        if shapes == [(length, width) for length in self.lengths.tolist()]:
+            return tuple(f"{vector}_{number}" for number in range(width))
+        if any(rows for rows, _ in shapes):
+            print_once(f"{self.root}: {vector} is not read: not every frame has a row of it, of one length")
+        return ()
 
     def episode(self, number: int) -> Episode:
-        name, _, text, _ = self._found[number]
-        return Episode(name, int(self.starts[number]), int(self.lengths[number]), (text,))
+        name, _, said = self._found[number]
+        return Episode(name, int(self.starts[number]), int(self.lengths[number]), (said.texts[0],))
 
-    def _at(self, start: int) -> tuple[str, Path, str, dict[str, Path]]:
-        return self._found[int(np.searchsorted(self.starts, start, side="right")) - 1]
+    def _at(self, frame: int) -> int:
+        """Number of the episode that holds a frame."""
+        return int(np.searchsorted(self.starts, frame, side="right")) - 1
 
     def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
-        videos = self._at(episode.start)[3]
-        paths = {camera: videos[self._places[camera]] for camera in cameras}
+        videos = _views(self._found[self._at(episode.start)][2])
+        paths = {camera: self.root / videos[self._places[camera]] for camera in cameras}
         return {c: read_frames(path, positions, self._numbered[path]) for c, path in paths.items()}
 
     def rate(self, episode: Episode) -> float:
-        path = self._at(episode.start)[3][self._places[self.cameras[0]]]
+        path = self.root / _views(self._found[self._at(episode.start)][2])[self._places[self.cameras[0]]]
         return self._numbered[path].fps(path)
 
     def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:
-        start = int(self.starts[np.searchsorted(self.starts, frames.start, side="right") - 1])
-        file, first = self._at(start)[1], frames.start - start
-        with reading(file, "correct its actions and state, or remove it"):
-            rows = zip(_vectors(_load(file)), (self.action_names, self.state_names))
-            wanted = slice(first, first + len(frames))
-            found = [np.array(values[wanted], np.float32) for values, names in rows if names]
-            return np.concatenate(found, axis=1)
+        number = self._at(frames.start)
+        wanted = slice(first := frames.start - int(self.starts[number]), first + len(frames))
+        with reading(file := self._found[number][1], "correct its actions and state, or remove it"):
+            values, names = _load(file), zip(VECTORS, (self.action_names, self.state_names))
+            rows = [np.array(_rows(values, vector)[wanted], np.float32) for vector, has in names if has]
+            return np.concatenate(rows, axis=1)
 
 
-def _views(root: Path, file: Path, said: Annotation | UserError) -> dict[str, Path] | UserError:
-    """The videos of an annotation by camera."""
-    if isinstance(said, UserError) or not said.videos:
-        nothing = UserError(f"{file}: names no videos; list them, or remove this annotation")
-        return said if isinstance(said, UserError) else nothing
-    names = [Path(video).stem for video in said.videos]
-    names = names if len(set(names)) == len(names) else [str(number) for number in range(len(names))]
-    return {name: root / video for name, video in zip(names, said.videos)}
+def _views(said: Annotation | UserError) -> dict[str, str]:
+    """The videos of an annotation by camera; none of one that cannot be read."""
+    videos = [] if isinstance(said, UserError) else said.videos
+    names = [Path(video).stem for video in videos]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, range(len(names))), videos))

@@ -45,10 +45,10 @@ def test_stage_1(
     run("Step1_GFDM.prepare", f"data.root={calvin}", vae, f"output={tmp_path / 'calvin'}")
     sets = {"calvin": "cameras: [0.75, 0.25]"} | dict.fromkeys(rlds, "clips: spread, cameras: [1.0]")
     for name, episodes in rlds.items():
-        given = ["data=captioned_rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
-        given += [f"data.cameras={{static: {TABLE[name]['cameras'][0]}}}", "data.every=2"]
+        given = ["data=rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
+        given += [f"data.cameras={TABLE[name]['cameras']}", "data.every=2", "data.fps=5"]
         # A few episodes are enough; the last one is held out.
-        given += ["data.splits={train: 'train[:3]', val: 'train[-1:]'}"]
+        given += ["data.split='train[:3]'", "data.held_out='train[-1:]'"]
         run("Step1_GFDM.prepare", *given, vae, f"output={tmp_path / name}")
         said = [(e.frames, e.texts) for e in read_episodes(tmp_path / name, "train")]
         assert said == [(-(-e["length"] // 2), [e["language"]]) for e in episodes[:3]]

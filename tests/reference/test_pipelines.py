@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from defi.config import CONFIG_DIR, compose_preset
+from defi.data import open_dataset
 from defi.data.calvin import CAMERAS
 from defi.engine.config import TrainerConfig
 from defi.engine.data import SeededDataset
@@ -48,7 +49,7 @@ from Step3_DeFI.observation import to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
 from Step3_DeFI.samples import PolicySamples
-from Step3_DeFI.store import open_samples
+from Step3_DeFI.store import build_samples, open_sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are left out|too few episodes):UserWarning")
 SIGMAS = 4  # that shares may differ by: dozens of them are compared
@@ -473,7 +474,7 @@ def samples(
         prepare(composed("step3_prepare", *source, "store.kind=images", f"output='{output}'"))
         source = [f"data.store='{output}'"]
     cfg = composed("step3_train", "output=unused", *source)
-    return open_samples(cfg.data, settings_of_policy)["training"]
+    return build_samples(open_sources(cfg.data, "training"), settings_of_policy)
 
 
 def test_pipelines_stage3_samples_texts_and_actions(
@@ -489,12 +490,17 @@ def test_pipelines_stage3_samples_texts_and_actions(
         np.testing.assert_array_equal(sample["actions"], expected)
 
 
-def test_pipelines_stage3_rows(samples: PolicySamples, split: str, stage3: dict[str, Any]) -> None:
+def test_pipelines_stage3_rows(
+    samples: PolicySamples, split: str, stage3: dict[str, Any], reference: Path
+) -> None:
     """Which annotation and which frame a sample is of."""
     store = getattr(samples, "folder", None)
-    spans = samples.spans if store is None else np.load(store / "spans.npy")
+    starts = samples.starts if store is None else np.load(store / "starts.npy")
+    data = open_dataset({"format": "calvin", "root": str(reference / "calvin_mini"), "split": split})
     for number, start, annotation, frame in stage3["splits"][split]["rows"]:
-        assert spans[number].tolist() == [annotation, start] == [annotation, frame]
+        episode = data.episode(starts[number, 0])  # named by its annotation
+        assert [int(episode.name), episode.start + starts[number, 1]] == [annotation, start]
+        assert start == frame
 
 
 def test_pipelines_stage3_pictures(samples: PolicySamples, split: str, looks: Arrays) -> None:

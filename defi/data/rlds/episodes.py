@@ -66,6 +66,7 @@ class RLDSData(Dataset):
         UserError: no episode has an instruction, and those without are left out; a setting names no feature.
     """
 
+    known_by_names = False
     pair_distance = 9  # of most sets of the published mixtures
 
     def __init__(self, settings: Settings, split: str) -> None:
