@@ -333,7 +333,7 @@ def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> N
             for i, code in enumerate(coded):
                 rows[i] = np.frombuffer(code, np.uint8)
             file.attrs["language_instruction"] = f"fold {name}"
-    cameras = ", ".join(f'"{camera}=observations/images/{camera}"' for camera in ("raw", "jpeg", "rows"))
+    cameras = ", ".join(f'"{camera}:observations/images/{camera}"' for camera in ("raw", "jpeg", "rows"))
     crop = "data.crop={raw: [0, 10, 20, 20], jpeg: [0, 10, 20, 20]}"
     output = prepared("hdf5", root, vae, f"data.cameras=[{cameras}]", crop, "data.pad=true", "data.every=2")
     (episode,) = read_episodes(output, "train")
@@ -361,8 +361,8 @@ def test_hdf5_with_several_episodes_in_a_file(tmp_path: Path, vae: Path) -> None
         "data.instruction=lift the cube",
     ]
     output = prepared("hdf5", root, vae, *settings)
-    assert [e.id for e in read_episodes(output, "train")] == ["lift-data_demo_0", "lift-data_demo_1"]
-    assert [(e.id, e.frames) for e in read_episodes(output, "val")] == [("lift-data_demo_2", 4)]
+    assert [e.id for e in read_episodes(output, "train")] == ["lift-data-demo_0", "lift-data-demo_1"]
+    assert [(e.id, e.frames) for e in read_episodes(output, "val")] == [("lift-data-demo_2", 4)]
     (note,) = (output / "skipped" / "train").iterdir()
     assert "cut.hdf5: cannot be read" in note.read_text()
 

@@ -39,7 +39,8 @@ class Reader:
     complained: nobody knows what a damaged file has done to its memory. After a fork each has its own."""
 
     def __init__(self) -> None:
-        self.lock, self.process = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         self.pipe, other = Pipe()
