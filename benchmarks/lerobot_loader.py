@@ -6,11 +6,13 @@ worker processes: the pictures of one frame as floats, the next ten actions, the
   ours      `data.format=lerobot`
   lerobot   LeRobot's own data set doing the same (benchmarks/lerobot_itself.py), with the interpreter
             --lerobot of an environment that has it, one after the other on the same files
-and prints how much the memory of all processes grows on the way. The files are in the page cache.
+and prints samples per second, milliseconds of processor time of each (on which other work on the machine has
+less influence), and how much the memory of all processes grows. The files are in the page cache.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -23,7 +25,6 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from defi.data import Dataset, Episode, open_dataset
 from defi.data.lerobot.write import LeRobotWriter
-from defi.video import to_float
 
 SIDE, LENGTH, FPS, CHUNK, BATCH, WORKERS = 200, 120, 30.0, 10, 32, 2
 WARM_UP = 512  # samples before the clock starts: imports, files, the index
@@ -80,8 +81,9 @@ class Samples(torch.utils.data.Dataset):
         pictures = self.data.read(episode, [position], self.data.cameras)
         chunk = np.minimum(np.arange(position, position + CHUNK), episode.length - 1) + episode.start
         rows = self.motions.rows(chunk)
+        planes = {camera: np.moveaxis(stack[0], -1, 0).copy() for camera, stack in pictures.items()}
         return {
-            **{camera: to_float(stack)[0] for camera, stack in pictures.items()},
+            **{camera: torch.from_numpy(each).float().div_(255) for camera, each in planes.items()},
             "action": torch.tensor(self.motions.actions[rows]),
             "state": torch.tensor(self.motions.state[rows[0]]),
             "task": episode.text(position),
@@ -102,30 +104,34 @@ def make_set(folder: Path, kind: str, episodes: int) -> Path:
 
 
 def memory() -> int:
-    """Of this process and its workers in bytes, what they share counted once."""
+    """What this process and its workers hold beside files, in bytes; what they share is counted once."""
     this = psutil.Process()
-    return sum(each.memory_full_info().pss for each in (this, *this.children()))
+    texts = [Path(f"/proc/{each.pid}/smaps_rollup").read_text() for each in (this, *this.children())]
+    return 1024 * sum(
+        int(line.split()[1]) for text in texts for line in text.splitlines() if "Pss_Anon" in line
+    )
 
 
 def ours(root: Path, samples: int) -> dict[str, float]:
     """Samples per second, and the growth of memory from a quarter of the way on."""
-    began = time.perf_counter()
     data = Samples(root)
     sampler = RandomSampler(data, True, WARM_UP + samples, torch.Generator().manual_seed(0))
+    work = sum(os.times()[:4])
     batches = iter(DataLoader(data, BATCH, sampler=sampler, num_workers=WORKERS))
     for _ in range(WARM_UP // BATCH):
         next(batches)
-    opened, began, drawn, sizes = time.perf_counter() - began, time.perf_counter(), 0, []
+    began, drawn, sizes = time.perf_counter(), 0, []
     for number, batch in enumerate(batches):
         drawn += len(batch["task"])
         if number % max(1, samples // BATCH // 8) == 0:
             sizes.append(memory())
     rate = drawn / (time.perf_counter() - began)
+    del batches  # its workers end, and their time counts
+    work = 1000 * (sum(os.times()[:4]) - work) / (WARM_UP + samples)
     later = sizes[len(sizes) // 4 :]
     return {
         "rate": rate,
-        "samples": drawn,
-        "opened": opened,
+        "work": work,
         "memory": later[-1],
         "growth": later[-1] - later[0],
     }
@@ -148,23 +154,24 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--lerobot", metavar="PYTHON", help="interpreter of an environment with LeRobot")
-    parser.add_argument("--backend", default="pyav", help="LeRobot's video backend: pyav or torchcodec")
+    backends = {"nargs": "+", "choices": ("torchcodec", "pyav"), "default": ("torchcodec",)}
+    parser.add_argument("--backend", **backends, help="LeRobot's video decoders")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for kind in given.kinds:
         root = make_set(given.folder, kind, given.episodes)
         found = ours(root, given.samples)
-        print(
-            f"{kind:8}{'ours':10}{found['rate']:8.0f} samples/s, first after {found['opened']:.1f} s; memory "
-            f"{found['memory'] / 1e6:.0f} MB, grew {found['growth'] / 1e6:+.1f} MB over {found['samples']:,}",
-            flush=True,
-        )
-        if given.lerobot:
-            other = lerobot(given.lerobot, root, given.backend)
-            ratio = f"{found['rate'] / other['rate']:.1f} times as many here"
-            print(
-                f"{kind:8}{'lerobot':10}{other['rate']:8.0f} samples/s ({given.backend}); {ratio}", flush=True
-            )
+        memory = f"memory {found['memory'] / 1e6:.0f} MB, grew {found['growth'] / 1e6:+.1f} MB"
+        print(f"{kind:8}ours    {report(found)}, over {given.samples:,}; {memory}", flush=True)
+        for backend in given.backend if given.lerobot else ():
+            other = lerobot(given.lerobot, root, backend)
+            wall, work = found["rate"] / other["rate"], other["work"] / found["work"]
+            ratios = f"ratio {wall:.1f}, by processor time {work:.1f}"
+            print(f"{kind:8}lerobot {report(other)} ({backend}); {ratios}", flush=True)
+
+
+def report(found: dict[str, float]) -> str:
+    return f"{found['rate']:6.0f} samples/s, {found['work']:.1f} ms of processor time each"
 
 
 if __name__ == "__main__":
