@@ -221,6 +221,7 @@ def make_captions(folder: Path) -> None:
     texts = {"one": "open the drawer", "two": "lift the red block", "three": "turn on the light"}
     for name in texts:
         write_mp4(folder / "videos" / f"{name}.mp4", frames, 10)
+        shutil.copy(folder / "videos" / f"{name}.mp4", folder / "videos" / f"{name}.webm")  # of labels.json
     lines = [{"video": f"{name}.mp4", "text": text} for name, text in texts.items()]
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "captions.csv").write_text(
