@@ -1,6 +1,7 @@
 """Folders of valid files, and what reads them once they are damaged (`test_hostile_files.py`)."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -204,6 +205,7 @@ def make_lerobot_v21(folder: Path) -> None:
 
 
 def read_lerobot(folder: Path) -> None:
+    os.environ["DEFI_INDEX"] = str(folder.parent / "index")
     data = open_dataset({"format": "lerobot", "root": str(folder / "data set")}, "all")
     assert len(data.motions.actions) == data.lengths.sum()
     for number in range(len(data)):
