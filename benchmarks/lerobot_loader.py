@@ -130,24 +130,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark_lerobot"))
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--roots", nargs="+", type=Path, default=[], help="data sets to read instead")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--lerobot", metavar="PYTHON", help="interpreter of an environment with LeRobot")
     backends = {"nargs": "+", "choices": ("torchcodec", "pyav"), "default": ("torchcodec",)}
     parser.add_argument("--backend", **backends, help="LeRobot's video decoders")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for kind in given.kinds:
-        root = make_set(given.folder, kind, given.episodes)
+    roots = {root.name: root for root in given.roots}
+    for kind in roots or given.kinds:
+        root = roots.get(kind) or make_set(given.folder, kind, given.episodes)
         common = {"warm_up": WARM_UP, "batch": BATCH, "workers": WORKERS}
         found = ours(root, {**common, "samples": given.samples})
         held = f"memory {found['memory'] / 1e6:.0f} MB, grew {found['growth'] / 1e6:+.1f} MB"
-        print(f"{kind:8}ours    {report(found)}, over {given.samples:,}; {held}", flush=True)
+        print(f"{kind:12}ours    {report(found)}, over {given.samples:,}; {held}", flush=True)
         for backend in given.backend if given.lerobot else ():
             theirs = {"root": str(root), "chunk": CHUNK, "backend": backend, "samples": LEROBOT_SAMPLES}
             other = lerobot(given.lerobot, {**common, **theirs})
             wall, work = found["rate"] / other["rate"], other["work"] / found["work"]
             ratios = f"ratio {wall:.1f}, by processor time {work:.1f}"
-            print(f"{kind:8}lerobot {report(other)} ({backend}); {ratios}", flush=True)
+            print(f"{kind:12}lerobot {report(other)} ({backend}); {ratios}", flush=True)
 
 
 def report(found: dict[str, float]) -> str:
