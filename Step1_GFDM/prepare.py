@@ -25,7 +25,7 @@ from torch import Tensor
 
 from defi.config import entry
 from defi.data import Dataset, DataSettings, Episode, read_settings
-from defi.data.episode import Frames, distinct
+from defi.data.episode import Frames, distinct, file_name
 from defi.data.vpp import MANIFEST
 from defi.engine.checkpoint import MANIFEST as CHECKPOINT
 from defi.engine.checkpoint import find_weights
@@ -114,7 +114,7 @@ def find_recordings(split: str, data: Dataset, take: TakeSettings) -> list[Recor
             name = f"{episode.name}-{number}" if len(said) > 1 else episode.name
             found.append((name, text, recording(episode, span, text)))
     if all(each.fault for *_, each in found):
-        raise UserError(f"{data.scope}: nothing can be used for {split}; the first: {found[-1][2].fault}")
+        raise UserError(f"{data.scope}: nothing can be used for {split}; for instance, {found[-1][2].fault}")
     together: dict[Any, Recording] = {}
     for name, (_, text, each) in zip(distinct(name for name, *_ in found), found):
         frames = name if each.episode is None else (each.episode.start, each.positions)
@@ -154,8 +154,9 @@ def write_episode(
     output: Path, split: str, name: str, recording: Recording, views: dict[str, Frames], encode: Encode
 ) -> None:
     """Latents and videos of all cameras, then the annotations that make them count."""
-    latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in views]
-    videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in views]
+    cameras = distinct(map(file_name, views))
+    latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in cameras]
+    videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in cameras]
     for frames, latent, video in zip(views.values(), latents, videos):
         (output / latent).parent.mkdir(parents=True, exist_ok=True)
         write_file(output / latent, save({LATENTS: encode(frames).half().contiguous()}))

@@ -42,6 +42,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     "data.source": "use data.format, as data=… gives it",
     **dict.fromkeys(("data.splits", "data.splits.train", "data.splits.val"), "use data.split, data.held_out"),
     "data.text": "use data.language",
+    "data.cameras.static": "name cameras as data.cameras=[…], shares of the VAE's clips as data.shares=[…]",
     "data=frames": "write data=calvin, or another format",
     "data=captioned_videos": "write data=videos data.captions=<file>",
     **{f"data=captioned_{name}": f"write data={name}" for name in ("calvin", "hdf5", "rlds", "vpp")},

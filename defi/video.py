@@ -264,14 +264,6 @@ def frame_count(path: Path) -> int:
     return number_video(path).frames
 
 
-def read_video(path: Path, every: int = 1) -> tuple[Frames, float]:
-    """Every `every`-th frame of a video, from its first, and how many of all its frames come per second."""
-    video = VideoFile(path)
-    with reading(path, FIX):
-        pictures = [upright(frame) for number, frame in enumerate(video) if number % every == 0]
-    return np.stack(pictures), video.rate()
-
-
 def read_frames(
     path: Path, indices: Sequence[int] | None = None, numbering: Numbering | None = None
 ) -> Frames:

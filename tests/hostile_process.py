@@ -23,6 +23,7 @@ def run_cases(name: str, place: Path, first: int, last: int) -> None:
     """Read damaged files number `first` … `last` - 1 of a reader; a line per case goes to `place`/log."""
     reader, valid, folder = READERS[name], place / "valid", place / "case"
     torch.set_num_threads(1)
+    os.environ["DEFI_INDEX"] = str(place / "index")
     if not valid.exists():
         valid.mkdir(parents=True)
         reader.make(valid)

@@ -12,6 +12,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from benchmarks.rlds_writer import encode, write_videos
+from defi.data import open_dataset
 from defi.data.episode import distinct, file_name, of_part
 from defi.data.videos import read_captions
 from defi.errors import UserError
@@ -227,6 +228,31 @@ def test_steps_between_stored_frames_multiply(videos: Path, vae: Path) -> None:
     assert [episode.frames for episode in read_episodes(output, "val")] == [3, 3]  # of nine
 
 
+def test_of_several_texts_in_vpps_layout_the_first_counts(
+    tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As the published loader takes them; what is passed over is said."""
+    root = tmp_path / "vpp"
+    for split in ("train", "val"):
+        write_vpp(root, split, "7", [f"videos/{split}/7/rgb.mp4"], {"texts": ["lift", "raise"]})
+    assert read_episodes(prepared("vpp", root, vae), "train")[0].texts == ["lift"]
+    assert "1 of 1 annotations have several texts: the first counts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_actions_in_vpps_layout(rows: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Read where each frame has one; no frame is lost where one has none."""
+    values = np.arange(2 * rows).reshape(rows, 2).tolist()
+    write_vpp(tmp_path, "train", "7", ["videos/rgb.mp4"], {"actions": values, "state": [[5]] * 4})
+    data = open_dataset({"format": "vpp", "root": str(tmp_path)})
+    assert data.lengths.tolist() == [4] and data.state_names == ("state_0",)
+    if rows == 4:
+        assert data.motions.actions.tolist() == values and data.motions.state.tolist() == [[5.0]] * 4
+    else:
+        assert data.action_names == ()
+        assert "action is not read: not every frame has a row of it" in capsys.readouterr().out
+
+
 def test_an_annotation_of_a_long_name(tmp_path: Path, vae: Path) -> None:
     root = tmp_path / "vpp"
     for split in ("train", "val"):
@@ -270,6 +296,24 @@ def test_rlds(tmp_path: Path, vae: Path) -> None:
     assert read_episodes(output, "val")[0].texts == ["do thing 2"]
 
 
+def test_rlds_without_a_rate_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Before the autoencoder is opened, which is not there."""
+    root = write_videos(tmp_path, {"train": [[5, 4]], "val": [[3]]})
+    given = [f"data.root={root}", f"vae={tmp_path / 'none'}", f"output={tmp_path / 'out'}"]
+    assert run(prepare, "data=rlds", *given) == 2
+    assert "does not say its frames per second; give data.fps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_held_out_of_videos_without_captions(videos: Path, vae: Path) -> None:
+    """Stage 1 cannot be trained on them; stage 2 and the autoencoder take them all."""
+    section = {"format": "videos", "root": str(videos / "kitchen")}
+    for part in ("training", "held_out", "all"):
+        assert open_dataset(section, part).lengths.tolist() == [6, 9]
+    given = ["data=videos", f"data.root={videos / 'kitchen'}", f"output={videos.parent / 'out'}"]
+    assert run(prepare, *given, f"vae={vae}") == 2
+
+
 def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> None:
     h5py = pytest.importorskip("h5py")
     root = tmp_path / "aloha"
@@ -289,7 +333,7 @@ def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> N
             for i, code in enumerate(coded):
                 rows[i] = np.frombuffer(code, np.uint8)
             file.attrs["language_instruction"] = f"fold {name}"
-    cameras = ", ".join(f'"{camera}=observations/images/{camera}"' for camera in ("raw", "jpeg", "rows"))
+    cameras = ", ".join(f'"{camera}:observations/images/{camera}"' for camera in ("raw", "jpeg", "rows"))
     crop = "data.crop={raw: [0, 10, 20, 20], jpeg: [0, 10, 20, 20]}"
     output = prepared("hdf5", root, vae, f"data.cameras=[{cameras}]", crop, "data.pad=true", "data.every=2")
     (episode,) = read_episodes(output, "train")
@@ -317,8 +361,8 @@ def test_hdf5_with_several_episodes_in_a_file(tmp_path: Path, vae: Path) -> None
         "data.instruction=lift the cube",
     ]
     output = prepared("hdf5", root, vae, *settings)
-    assert [e.id for e in read_episodes(output, "train")] == ["lift-data_demo_0", "lift-data_demo_1"]
-    assert [(e.id, e.frames) for e in read_episodes(output, "val")] == [("lift-data_demo_2", 4)]
+    assert [e.id for e in read_episodes(output, "train")] == ["lift-data-demo_0", "lift-data-demo_1"]
+    assert [(e.id, e.frames) for e in read_episodes(output, "val")] == [("lift-data-demo_2", 4)]
     (note,) = (output / "skipped" / "train").iterdir()
     assert "cut.hdf5: cannot be read" in note.read_text()
 
@@ -442,7 +486,7 @@ def test_a_preparation_goes_on_with_the_same_settings_only(
         ("data.fps=fast", "data.fps=fast: "),
         ("data.fps=0", "data.fps=0.0: must be a number of frames per second"),
         ("data.crop=5", "data.crop=5: "),
-        ("data.cameras=top", "data.cameras=top: "),
+        ("data.cameras=top", "data.cameras=top: must be a list"),
         ("data.longest=0", "data.longest=0: must be at least 1"),
         ("data.splits=null", "data.splits=: no longer a setting; use data.split, data.held_out"),
         ("data.splits.train=null", "=: no longer a setting; use data.split, data.held_out"),

@@ -246,7 +246,7 @@ def test_train_on_a_folder_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_mp4(tmp_path / "videos" / name, frames, 10)
     (tmp_path / "videos" / "damaged.mp4").write_bytes(b"not a video")
     arguments = ["data=videos", f"data.root={tmp_path / 'videos'}", f"output={tmp_path / 'run'}"]
-    with pytest.warns(UserWarning, match=r"1 of 3 videos left out; the first: .*damaged\.mp4"):
+    with pytest.warns(UserWarning, match=r"1 of 4 videos left out; the first: .*damaged\.mp4"):
         steps = ["trainer.max_steps=2", "trainer.preview_every=2"]
         assert run(train, *arguments, *SMALL, *steps, monkeypatch=monkeypatch) == 0
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")

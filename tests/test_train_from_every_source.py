@@ -97,6 +97,13 @@ def write_hdf5(folder: Path) -> None:
             file["observations/images/top"] = np.full((6, 24, 32, 3), 90, np.uint8)
 
 
+def write_lerobot(folder: Path) -> None:
+    """CALVIN's demonstrations in LeRobot's format."""
+    pytest.importorskip("pyarrow")
+    write_calvin(folder.parent / "converted")
+    run("defi.data.convert", "data=calvin", f"data.root={folder.parent / 'converted'}", f"output={folder}")
+
+
 def write_rlds(folder: Path) -> None:
     write_videos(folder.parent, {"train": [[6, 5]], "val": [[6]]}, name=folder.name)
 
@@ -109,8 +116,8 @@ def write_oxe(folder: Path) -> None:
 
 def write_calvin(folder: Path) -> None:
     write_demonstrations(folder)
-    write_demonstrations(folder.parent / "more", lengths=(14,), seed=1)
-    (folder.parent / "more" / "training").rename(folder / "validation")
+    write_demonstrations(folder / "more", lengths=(14,), seed=1)
+    (folder / "more" / "training").rename(folder / "validation")
 
 
 def write_own(folder: Path) -> None:
@@ -126,6 +133,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "something": write_something,
     "vpp": write_vpp,
     "hdf5": write_hdf5,
+    "lerobot": write_lerobot,
     "toy": write_rlds,
     "oxe": write_oxe,
     "calvin": write_calvin,
@@ -194,9 +202,24 @@ STAGE1 = {
     "VPP's layout": "data=vpp;data.root={vpp}",
     "HDF5": "data=hdf5;data.root={hdf5};data.instruction=fold the towel",
     "RLDS": "data=rlds;data.root={toy};data.index={index};data.fps=5",
+    "LeRobot": "data=lerobot;data.root={lerobot}",
     "CALVIN": "data.root={calvin}",
     "CALVIN's zip": "data.root={calvin.zip}",
 }
+
+
+@pytest.mark.parametrize("source", [name for name in STAGE1 if "videos" not in name])
+def test_the_autoencoder_of_stage_1(source: str, sources: Sources, tmp_path: Path) -> None:
+    """From the pictures alone: captions and rates are not asked for."""
+    given = [s for s in sources.fill(STAGE1[source]) if s.split("=")[0] not in ("data.longest", "data.fps")]
+    run("Step1_GFDM.train_vae", *given, f"output={tmp_path}", *SHORT)
+    trained("vae", tmp_path)
+
+
+def test_the_autoencoder_of_stage_1_from_a_folder_of_videos(sources: Sources, tmp_path: Path) -> None:
+    given = ["data=videos", f"data.root={sources.data('captioned')}", f"output={tmp_path}"]
+    run("Step1_GFDM.train_vae", *given, *SHORT)
+    trained("vae", tmp_path)
 
 
 @pytest.mark.parametrize("source", STAGE1)

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,23 +47,61 @@ class Settings(DataSettings):
             said = [each for each in said if each[0].is_relative_to(place)]
         else:
             folder = place.parent if place.is_file() else place
-            said = [
-                (file, "") for file in ([place] if place.is_file() else find_files(place, VIDEO_SUFFIXES))
-            ]
+            found = [place] if place.is_file() else find_files(place, VIDEO_SUFFIXES)
+            said = [(file, "") for file in found]
         if not said:
-            what = (
-                f"no videos here ({', '.join(VIDEO_SUFFIXES)})"
-                if place.exists()
-                else "no such file or folder"
-            )
+            kinds = ", ".join(VIDEO_SUFFIXES)
+            what = f"no videos here ({kinds})" if place.exists() else "no such file or folder"
             raise UserError(f"{place}: {what}; give a folder of videos")
         files = list(dict.fromkeys(file for file, _ in said))
         kept = set(of_part(files, part if captions and not self.held_out else "all"))
         return Videos(place, folder, [each for each in said if each[0] in kept], list(self.places()))
 
 
-class Videos(Dataset):
-    """An episode per video, or per caption: those of one video share its frames. Its camera: `rgb`."""
+class VideoData(Dataset):
+    """Episodes that are videos, a file per camera, as long as the shortest; those of the same files share
+    their frames."""
+
+    def take(self, folder: Path, found: Mapping[str, tuple[str, Sequence[Path] | str]]) -> None:
+        """found: episode → its text, and its video of each camera below `folder`, or why there is none."""
+        listed = [videos for _, videos in found.values() if not isinstance(videos, str)]
+        files = list(dict.fromkeys(file for videos in listed for file in videos))
+        numbered = dict(zip(files, number_videos(folder, files)))
+        self._episodes, self._videos, self.faults = [], {}, {}
+        starts, end = dict[tuple[Path, ...], int](), 0
+        for name, (text, videos) in found.items():
+            numberings = [] if isinstance(videos, str) else [numbered[file] for file in videos]
+            fault = next((each for each in numberings if isinstance(each, UserError)), None)
+            if fault or isinstance(videos, str):
+                self.faults[name] = str(fault or videos)
+                continue
+            start, length = starts.setdefault(tuple(videos), end), min(each.frames for each in numberings)
+            end = max(end, start + length)
+            self._episodes.append(Episode(name, start, length, (text,)))
+            self._videos[start] = dict(zip(self.cameras, zip(videos, numberings)))
+        first = next(iter(self.faults.values()), "")
+        if not self._episodes:
+            raise UserError(f"{self.root}: none of {len(found)} videos can be read; the first: {first}")
+        if count := len(self.faults):
+            warnings.warn(f"{count} of {len(found)} videos left out; the first: {first}", stacklevel=2)
+            self.left_out = [*self.left_out, f"videos that cannot be opened ({count:,})"]
+        self.starts = np.array([each.start for each in self._episodes], np.int64)
+        self.lengths = np.array([each.length for each in self._episodes], np.int64)
+
+    def episode(self, number: int) -> Episode:
+        return self._episodes[number]
+
+    def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
+        videos = self._videos[episode.start]
+        return {camera: read_frames(videos[camera][0], positions, videos[camera][1]) for camera in cameras}
+
+    def rate(self, episode: Episode) -> float:
+        file, numbering = self._videos[episode.start][self.cameras[0]]
+        return numbering.fps(file)
+
+
+class Videos(VideoData):
+    """An episode per video, or per caption. Its camera: `rgb`."""
 
     def __init__(
         self, root: Path, folder: Path, said: Sequence[tuple[Path, str | None]], cameras: list[str]
@@ -72,44 +110,14 @@ class Videos(Dataset):
         if len(cameras) > 1:
             raise UserError(f"data.cameras={cameras}: videos have one camera; name one, or null")
         self.root, self.cameras, self.scope = root, tuple(cameras or ["rgb"]), str(root)
-        files = list(dict.fromkeys(file for file, _ in said))
-        numbered = dict(zip(files, number_videos(folder, files)))
-        damaged = [each for each in numbered.values() if isinstance(each, UserError)]
-        counts = [0 if isinstance(each, UserError) else each.frames for each in numbered.values()]
-        starts = dict(zip(files, np.cumsum([0, *counts]).tolist()))
         names = distinct(file_name(str(file.relative_to(folder).with_suffix(""))) for file, _ in said)
-        self._episodes, self._videos, self.faults, lines = [], {}, {}, []
-        for name, (file, text) in zip(names, said):
-            numbering = numbered[file]
-            if text != "":  # said of a damaged video too, which may be mended
-                lines.append(f"{file.name} {text}\n")
-            if isinstance(numbering, UserError) or text is None:
-                self.faults[name] = f"{file}: its caption is blank" if text is None else str(numbering)
-                continue
-            if text == "":
-                lines.append(f"{file.name} {numbering.frames}\n")
-            self._episodes.append(Episode(name, starts[file], numbering.frames, (text,)))
-            self._videos[starts[file]] = file, numbering
-        count = f"{len(damaged)} of {len(files)} videos"
-        if not self._episodes:
-            raise UserError(f"{root}: {count} cannot be read; the first: {next(iter(self.faults.values()))}")
-        if damaged:
-            warnings.warn(f"{count} left out; the first: {damaged[0]}", stacklevel=2)
-            self.left_out = [f"videos that cannot be opened ({len(damaged):,})"]
+        found = (f"{file}: its caption is blank" if text is None else [file] for file, text in said)
+        self.take(folder, dict(zip(names, zip((text or "" for _, text in said), found))))
+        # Damaged videos that have a caption count too: they may be mended.
+        lines = [f"{file.name} {text}\n" for file, text in said if text != ""]
+        for each in () if lines else self._episodes:
+            lines.append(f"{self._videos[each.start][self.cameras[0]][0].name} {each.length}\n")
         self.fingerprint = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
-        self.starts = np.array([each.start for each in self._episodes], np.int64)
-        self.lengths = np.array([each.length for each in self._episodes], np.int64)
-
-    def episode(self, number: int) -> Episode:
-        return self._episodes[number]
-
-    def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
-        file, numbering = self._videos[episode.start]
-        return {camera: read_frames(file, positions, numbering) for camera in cameras}
-
-    def rate(self, episode: Episode) -> float:
-        file, numbering = self._videos[episode.start]
-        return numbering.fps(file)
 
 
 def read_captions(file: Path) -> list[tuple[str, str | None]]:

@@ -10,7 +10,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, distinct, file_name
+from defi.data.episode import DataSettings, Part, distinct, file_name
+from defi.data.videos import VideoData
 from defi.errors import UserError, one_line, reading
 from defi.files import as_list, inside, read_json
 from defi.instructions import read_instructions
 from defi.processes import print_once
-from defi.video import read_frames
-from defi.video_index import number_videos
 
 MANIFEST = "manifest.json"
 MOST_FRAMES = 10**8  # of a video: more than a month
@@ -134,8 +133,8 @@ class Settings(DataSettings):
         return VPPData(Path(self.root), split or "train", self.places())
 
 
-class VPPData(Dataset):
-    """An episode per annotation, as long as the shortest of its videos; of several texts it has the first.
+class VPPData(VideoData):
+    """An episode per annotation; of several texts it has the first.
 
     Actions and state are read where every annotation has a row of them for each frame. Cameras are the names
     of the videos' files without suffix; their numbers from 0, where names repeat.
@@ -148,39 +147,31 @@ class VPPData(Dataset):
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
         views = {file: _views(each) for file, each in said.items()}
         usual = next(filter(None, views.values()), {})  # the first that can be read says what the cameras are
-        self._places = dict(places) or {camera: camera for camera in usual}
-        self.cameras = tuple(self._places)
-        if usual and (unknown := set(self._places.values()) - usual.keys()):
+        places = dict(places) or {camera: camera for camera in usual}
+        if usual and (unknown := set(places.values()) - usual.keys()):
             raise UserError(f"data.cameras: {min(unknown)!r} is no camera; choose from {', '.join(usual)}")
-        self.left_out = [f"the camera {c} (data.cameras)" for c in usual if c not in self._places.values()]
-        same = [videos for videos in views.values() if list(videos) == list(usual)]
-        paths = list(dict.fromkeys(root / v[place] for v in same for place in self._places.values()))
-        self._numbered = dict(zip(paths, number_videos(root, paths)))
-        self.faults, self._found, lengths = {}, [], []
+        self.cameras = tuple(places)
+        self.left_out = [f"the camera {c} (data.cameras)" for c in usual if c not in places.values()]
+        found: dict[str, tuple[str, list[Path] | str]] = {}
         for name, (file, each) in zip(names, said.items()):
-            fault: str | UserError = f"{file}: has the videos {list(views[file])}, others {list(usual)}"
-            if not views[file]:
-                nothing = f"{file}: names no videos; list them, or remove this annotation"
-                fault = each if isinstance(each, UserError) else nothing
-            elif list(views[file]) == list(usual):
-                numberings = [self._numbered[root / views[file][place]] for place in self._places.values()]
-                fault = next((n for n in numberings if isinstance(n, UserError)), "")
-            if fault or isinstance(each, UserError):
-                self.faults[name] = str(fault)
-                continue
-            self._found.append((name, file, each))
-            lengths.append(min(numbering.frames for numbering in numberings))
-        if not lengths:
-            raise UserError(next(iter(self.faults.values())))
-        self.lengths = np.array(lengths, np.int64)
-        self.starts = np.cumsum(self.lengths) - self.lengths
+            if isinstance(each, UserError):
+                found[name] = "", str(each)
+            elif not views[file]:
+                found[name] = "", f"{file}: names no videos; list them, or remove this annotation"
+            elif list(views[file]) != list(usual):
+                found[name] = "", f"{file}: has the videos {list(views[file])}, others {list(usual)}"
+            else:
+                found[name] = each.texts[0], [root / views[file][place] for place in places.values()]
+        self.take(root, found)
+        annotations = dict(zip(names, said.items()))
+        self._said = {each.start: annotations[each.name] for each in self._episodes}
         self.action_names, self.state_names = (self._names(vector) for vector in VECTORS)
-        several = sum(len(each.texts) > 1 for *_, each in self._found)
-        told = f"{several} of {len(lengths)} annotations have several texts: the first counts, as published"
+        several = sum(len(each.texts) > 1 for each in said.values() if isinstance(each, Annotation))
+        told = f"{several} of {len(said)} annotations have several texts: the first counts, as published"
         print_once(f"{root}: {told}" if several else "")
 
     def _names(self, vector: str) -> tuple[str, ...]:
-        shapes = [each.shapes[vector] for *_, each in self._found]
+        shapes = [said.shapes[vector] for _, said in self._said.values()]
         width = shapes[0][1]
         if shapes == [(length, width) for length in self.lengths.tolist()]:
             return tuple(f"{vector}_{number}" for number in range(width))
@@ -188,27 +179,10 @@ class VPPData(Dataset):
             print_once(f"{self.root}: {vector} is not read: not every frame has a row of it, of one length")
         return ()
 
-    def episode(self, number: int) -> Episode:
-        name, _, said = self._found[number]
-        return Episode(name, int(self.starts[number]), int(self.lengths[number]), (said.texts[0],))
-
-    def _at(self, frame: int) -> int:
-        """Number of the episode that holds a frame."""
-        return int(np.searchsorted(self.starts, frame, side="right")) - 1
-
-    def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
-        videos = _views(self._found[self._at(episode.start)][2])
-        paths = {camera: self.root / videos[self._places[camera]] for camera in cameras}
-        return {c: read_frames(path, positions, self._numbered[path]) for c, path in paths.items()}
-
-    def rate(self, episode: Episode) -> float:
-        path = self.root / _views(self._found[self._at(episode.start)][2])[self._places[self.cameras[0]]]
-        return self._numbered[path].fps(path)
-
     def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:
-        number = self._at(frames.start)
-        wanted = slice(first := frames.start - int(self.starts[number]), first + len(frames))
-        with reading(file := self._found[number][1], "correct its actions and state, or remove it"):
+        start = int(self.starts[np.searchsorted(self.starts, frames.start, side="right") - 1])
+        file, wanted = self._said[start][0], slice(frames.start - start, frames.stop - start)
+        with reading(file, "correct its actions and state, or remove it"):
             values, names = _load(file), zip(VECTORS, (self.action_names, self.state_names))
             rows = [np.array(_rows(values, vector)[wanted], np.float32) for vector, has in names if has]
             return np.concatenate(rows, axis=1)
