@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from defi.data import Dataset, hdf5, open_dataset
 from defi.data.hdf5 import reader
 from defi.data.hdf5.reader import READER, ask
 from defi.errors import UserError
+from defi.picture import decode_picture
 
 h5py = pytest.importorskip("h5py")
 
@@ -112,6 +114,21 @@ def test_hdf5_of_robomimic(tmp_path: Path) -> None:
     few = opened(tmp_path, cameras=["hand:obs/eye_in_hand_image", "agentview"], state=[], groups="data")
     assert few.cameras == ("hand", "agentview") and not few.state_names
     check_frames(few, 0, few.cameras)
+
+
+def test_hdf5_pictures_in_jpeg_are_what_the_decoder_makes_of_them(tmp_path: Path) -> None:
+    """In rows of one length with zeros behind, as ALOHA keeps them, and in rows of their own lengths."""
+    coded = [encode(np.roll(shades(6, 24, 32), n, 2)[n], "JPEG") for n in range(6)]
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        padded = file.create_dataset("observations/images/padded", (6, max(map(len, coded)) + 9), np.uint8)
+        rows = file.create_dataset("observations/images/rows", (6,), h5py.vlen_dtype(np.uint8))
+        for n, code in enumerate(coded):
+            padded[n, : len(code)] = rows[n] = np.frombuffer(code, np.uint8)
+    data = opened(tmp_path)
+    for view in data.read(data.episode(0), [5, 0, 3], ("rows", "padded")).values():
+        assert np.array_equal(view, [decode_picture(coded[n], "a.jpg") for n in (5, 0, 3)])
+    with pytest.raises(UserError, match="holds no actions"):
+        assert data.motions
 
 
 @pytest.mark.parametrize(
@@ -265,6 +282,17 @@ def test_hdf5_reader_that_was_killed_is_started_again(tmp_path: Path) -> None:
     items[0]
     os.kill(READER.process.pid, signal.SIGKILL)
     READER.process.wait()
+    assert items[1][0, 0, 0] == 10
+    os.kill(READER.process.pid, signal.SIGSTOP)  # it is busy, and then ends
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(items.__getitem__, 0)
+        while not READER.lock.locked():
+            time.sleep(0.01)
+        os.kill(READER.process.pid, signal.SIGKILL)
+        with pytest.raises(
+            UserError, match=r"episode_0\.hdf5: damaged, .* not end well \(SIGKILL\); copy it"
+        ):
+            waiting.result()
     assert items[1][0, 0, 0] == 10
     (tmp_path / "episode_0.hdf5").write_bytes(b"no HDF5 any more")
     with pytest.raises(UserError, match=r"episode_0\.hdf5: cannot be read"):

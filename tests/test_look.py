@@ -174,7 +174,7 @@ def test_what_looks_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         "without an instruction: 0",
         "CLIP reads 77 tokens, these have more (by an estimate; tokenizer=ckpts/clip is no folder): 'open",
         "actions never change: action_2",
-        "actions change in less than one frame of 50: action_3",
+        "actions are the same in 49 of 50 frames: action_3",
         "actions: action_0 lies far out in 1 frames: -1000 in frame 7 of 3, usual is -0.9",
         "the same actions: 4 = 5",
         "idle for more than a quarter, at start + end: 2 (20 + 8 of 50 frames)",
@@ -196,7 +196,8 @@ def test_numbers_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.Ca
     said = " ".join(capsys.readouterr().out.split())
     assert "1.hdf5: action has 14 rows for 15 pictures" in said
     assert re.search(
-        r"actions none that can be read .*wrong: \S+/nan: frame 3: action_0 is -?inf; correct it", said
+        r"actions none that can be read .*wrong: \S+/nan: episode 0, frame 3: action_0 is -?inf; correct it",
+        said,
     )
 
 
@@ -205,7 +206,7 @@ def test_numbers_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.Ca
     [
         (("part=some",), "part=some: choose training, held_out or all"),
         (("clips=0",), "clips=0, checked=100: must be at least 1"),
-        (("data=pairs_mixture",), "data: several data sets; look at one of them"),
+        (("data=mixture",), "data: several data sets; look at one of them"),
         (("data.root=none",), "none"),
     ],
 )

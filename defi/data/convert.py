@@ -77,7 +77,7 @@ def main(cfg: DictConfig) -> None:
     with new_folder(output) as folder:
         write_calvin(dataset, folder) if cfg.to == "calvin" else write_lerobot(dataset, folder, cfg)
     print(f"{output}: {len(dataset)} episodes, {int(dataset.lengths.sum())} frames of {dataset.scope}")
-    print("actions and state as float32")
+    print("actions and state as float32", *(f"left out: {each}" for each in dataset.left_out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,11 @@ def look(data: Dataset, cfg: DictConfig) -> Look:
     found.note("cannot be read", [f"{name} ({fault})" for name, fault in data.faults.items()])
     found.facts |= {"data": data.scope, "episodes": f"{len(data):,}", "frames": f"{lengths.sum():,}"}
     if None not in found.rates:
-        found.facts["frames per second"] = ", ".join(f"{rate:g}" for rate in sorted(set(found.rates))[:FEW])
-        hours = float((lengths / np.array(found.rates)).sum()) / 3600
-        found.facts["time"] = f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.3g} min"
+        found.facts["frames per second"] = ", ".join(
+            f"{r:g}" for r in sorted(set(filter(None, found.rates)))[:FEW]
+        )
+        seconds = float((lengths / np.array(found.rates)).sum())
+        found.facts["time"] = str(timedelta(seconds=round(seconds)))
     found.facts["lengths"] = f"{lengths.min()} to {lengths.max()} frames, median {np.median(lengths):g}"
     check_pictures(found, cfg.checked)
     found.note(f"shorter than {SHORT} frames", [e.name for e in found.episodes if e.length < SHORT])
@@ -160,7 +163,7 @@ def check_texts(found: Look, tokens: int, tokenizer: Path | None) -> None:
     lengths = {text: count(text) for text in found.texts if text}
     longest = max(lengths.values(), default=0)
     found.facts["instructions"] = f"{len(lengths):,} different, the longest of {longest} tokens ({how})"
-    long = sorted((text for text in lengths if lengths[text] > tokens), key=lengths.get, reverse=True)
+    long = sorted((text for text in lengths if lengths[text] > tokens), key=lengths.__getitem__, reverse=True)
     found.note(f"CLIP reads {tokens} tokens, these have more ({how})", [repr(text) for text in long])
 
 
@@ -176,10 +179,10 @@ def check_numbers(
     """Dimensions that do not move, or jump, and episodes that are the same."""
     still, rare = stats.minimum == stats.maximum, stats.low == stats.high
     found.note(f"{what} never change", [n for n, s in zip(names, still) if s])
-    found.note(f"{what} change in less than one frame of 50", [n for n, s in zip(names, rare & ~still) if s])
+    found.note(f"{what} are the same in 49 of 50 frames", [n for n, s in zip(names, rare & ~still) if s])
     reach = np.where(rare, np.inf, FAR * (stats.high - stats.low))
     far = (values < stats.low - reach) | (values > stats.high + reach)
-    for column in np.flatnonzero(far.any(axis=0)):
+    for column in np.flatnonzero(far.any(axis=0)).tolist():
         row = int(far[:, column].argmax())
         frame, usual = int(found.motions.frames[row]), f"{stats.low[column]:.4g} to {stats.high[column]:.4g}"
         there = next(each for each in found.episodes if each.start <= frame < each.start + each.length)
@@ -261,11 +264,11 @@ def show(found: Look, number: int, output: Path) -> dict[str, Any]:
 
 
 def write_page(found: Look, output: Path, clips: int) -> Path:
-    cards = {name: found.facts[name] for name in ("episodes", "frames", "time") if name in found.facts}
+    cards = {key: value for key, value in found.facts.items() if key in ("episodes", "frames", "time")}
     cards |= {"actions": str(len(found.data.action_names)), "cameras": str(len(found.data.cameras))}
     shown = [show(found, each, output) for each in track(found.spread(clips), "clips", transient=True)]
     vectors = {what: found.table(what) for what in found.statistics}
-    values = {"facts": found.facts, "cards": cards, "wrong": found.wrong}
+    values: dict[str, Any] = {"facts": found.facts, "cards": cards, "wrong": found.wrong}
     values |= {"episodes": shown, "vectors": vectors, "columns": COLUMNS}
     values["instructions"] = [(text or "(none)", f"{n:,}") for text, n in found.texts.most_common(MANY)]
     title, page = "A look at the data", output / "index.html"
@@ -279,9 +282,10 @@ def report(found: Look) -> None:
     for label, value in found.facts.items():
         facts.add_row(label, value)
     console.print(facts)
-    tables = {what: (COLUMNS, found.table(what)) for what in found.statistics}
     texts = [(text or "(none)", f"{count:,}") for text, count in found.texts.most_common(FEW)]
-    for title, (head, rows) in {"most frequent": (("instruction", "episodes"), texts), **tables}.items():
+    tables = [("most frequent", ("instruction", "episodes"), texts)]
+    tables += [(what, COLUMNS, found.table(what)) for what in found.statistics]
+    for title, head, rows in tables:
         table = Table(*head, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)

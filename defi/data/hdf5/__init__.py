@@ -149,11 +149,8 @@ class HDF5Data(Dataset):
         """Number all episodes, and keep those of a part that can be read."""
         folder = self.root.parent if self.root.is_file() else self.root
         all_ = [(file, each) for file, episodes in zip(files, found) for each in episodes]
-        names = [
-            [*file.relative_to(folder).with_suffix("").parts, *each["group"].split("/")]
-            for file, each in all_
-        ]
-        names = distinct(file_name("-".join(filter(None, parts))) for parts in names)
+        paths = [[*file.relative_to(folder).with_suffix("").parts, each["group"]] for file, each in all_]
+        names = distinct(file_name("-".join(path).replace("/", "-").strip("-")) for path in paths)
         first = next((each["shapes"] for _, each in all_ if not each["fault"]), {})
         start, recordings = 0, []
         for name, (file, each) in zip(names, all_):

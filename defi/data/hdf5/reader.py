@@ -39,7 +39,8 @@ class Reader:
     complained: nobody knows what a damaged file has done to its memory. After a fork each has its own."""
 
     def __init__(self) -> None:
-        self.lock, self.process = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         self.pipe, other = Pipe()
@@ -163,7 +164,7 @@ def _episode(
             arrays = _arrays(episode, pictures, True) + _arrays(episode, numbers, False)
             found["shapes"] = {place: list(a.shape) for place, a in zip((*pictures, *numbers), arrays)}
             for array in arrays[len(pictures) :]:
-                found["sum"] = zlib.crc32(np.ascontiguousarray(array[()]).data.cast("B"), found["sum"])
+                found["sum"] = zlib.crc32(array[()].tobytes(), found["sum"])
             found["text"] = next(filter(None, (_text(episode, name) for name in texts)), "")
     except UserError as error:
         found["fault"] = str(error)
