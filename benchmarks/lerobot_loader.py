@@ -12,22 +12,19 @@ less influence), and how much the memory of all processes grows. The files are i
 
 import argparse
 import json
-import os
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from torch.utils.data import DataLoader, RandomSampler
 
+from benchmarks.lerobot_itself import measure, processes
 from defi.data import Dataset, Episode, open_dataset
 from defi.data.lerobot.write import LeRobotWriter
 
 SIDE, LENGTH, FPS, CHUNK, BATCH, WORKERS = 200, 120, 30.0, 10, 32, 2
-WARM_UP = 512  # samples before the clock starts: imports, files, the index
+WARM_UP = 512  # samples before the clock starts: imports, files
 LEROBOT_SAMPLES = 2000  # enough for its rate
 KINDS = ("av1", "h264", "images")
 
@@ -105,41 +102,22 @@ def make_set(folder: Path, kind: str, episodes: int) -> Path:
 
 def memory() -> int:
     """What this process and its workers hold beside files, in bytes; what they share is counted once."""
-    this = psutil.Process()
-    texts = [Path(f"/proc/{each.pid}/smaps_rollup").read_text() for each in (this, *this.children())]
+    texts = [Path(f"/proc/{each}/smaps_rollup").read_text() for each in processes()]
     return 1024 * sum(
         int(line.split()[1]) for text in texts for line in text.splitlines() if "Pss_Anon" in line
     )
 
 
-def ours(root: Path, samples: int) -> dict[str, float]:
-    """Samples per second, and the growth of memory from a quarter of the way on."""
-    data = Samples(root)
-    sampler = RandomSampler(data, True, WARM_UP + samples, torch.Generator().manual_seed(0))
-    work = sum(os.times()[:4])
-    batches = iter(DataLoader(data, BATCH, sampler=sampler, num_workers=WORKERS))
-    for _ in range(WARM_UP // BATCH):
-        next(batches)
-    began, drawn, sizes = time.perf_counter(), 0, []
-    for number, batch in enumerate(batches):
-        drawn += len(batch["task"])
-        if number % max(1, samples // BATCH // 8) == 0:
-            sizes.append(memory())
-    rate = drawn / (time.perf_counter() - began)
-    del batches  # its workers end, and their time counts
-    work = 1000 * (sum(os.times()[:4]) - work) / (WARM_UP + samples)
+def ours(root: Path, given: dict[str, int]) -> dict[str, float]:
+    """What `measure` finds, and the growth of memory from a quarter of the way on."""
+    sizes: list[int] = []
+    every = max(1, given["samples"] // given["batch"] // 8)
+    found = measure(Samples(root), given, lambda batch: batch % every or sizes.append(memory()))
     later = sizes[len(sizes) // 4 :]
-    return {
-        "rate": rate,
-        "work": work,
-        "memory": later[-1],
-        "growth": later[-1] - later[0],
-    }
+    return found | {"memory": later[-1], "growth": later[-1] - later[0]}
 
 
-def lerobot(python: str, root: Path, backend: str) -> dict[str, float]:
-    given = {"root": str(root), "samples": LEROBOT_SAMPLES, "warm_up": WARM_UP, "workers": WORKERS}
-    given |= {"batch": BATCH, "chunk": CHUNK, "backend": backend}
+def lerobot(python: str, given: dict[str, Any]) -> dict[str, float]:
     command = [python, str(Path(__file__).with_name("lerobot_itself.py")), json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -152,22 +130,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark_lerobot"))
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--roots", nargs="+", type=Path, default=[], help="data sets to read instead")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--lerobot", metavar="PYTHON", help="interpreter of an environment with LeRobot")
     backends = {"nargs": "+", "choices": ("torchcodec", "pyav"), "default": ("torchcodec",)}
     parser.add_argument("--backend", **backends, help="LeRobot's video decoders")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for kind in given.kinds:
-        root = make_set(given.folder, kind, given.episodes)
-        found = ours(root, given.samples)
-        memory = f"memory {found['memory'] / 1e6:.0f} MB, grew {found['growth'] / 1e6:+.1f} MB"
-        print(f"{kind:8}ours    {report(found)}, over {given.samples:,}; {memory}", flush=True)
+    roots = {root.name: root for root in given.roots}
+    for kind in roots or given.kinds:
+        root = roots.get(kind) or make_set(given.folder, kind, given.episodes)
+        common = {"warm_up": WARM_UP, "batch": BATCH, "workers": WORKERS}
+        found = ours(root, {**common, "samples": given.samples})
+        held = f"memory {found['memory'] / 1e6:.0f} MB, grew {found['growth'] / 1e6:+.1f} MB"
+        print(f"{kind:12}ours    {report(found)}, over {given.samples:,}; {held}", flush=True)
         for backend in given.backend if given.lerobot else ():
-            other = lerobot(given.lerobot, root, backend)
+            theirs = {"root": str(root), "chunk": CHUNK, "backend": backend, "samples": LEROBOT_SAMPLES}
+            other = lerobot(given.lerobot, {**common, **theirs})
             wall, work = found["rate"] / other["rate"], other["work"] / found["work"]
             ratios = f"ratio {wall:.1f}, by processor time {work:.1f}"
-            print(f"{kind:8}lerobot {report(other)} ({backend}); {ratios}", flush=True)
+            print(f"{kind:12}lerobot {report(other)} ({backend}); {ratios}", flush=True)
 
 
 def report(found: dict[str, float]) -> str:

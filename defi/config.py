@@ -43,7 +43,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     **dict.fromkeys(("data.splits", "data.splits.train", "data.splits.val"), "use data.split, data.held_out"),
     "data.text": "use data.language",
     "data.cameras.static": "name cameras as data.cameras=[…], shares of the VAE's clips as data.shares=[…]",
-    "data=frames": "write data=calvin, or another format",
+    **dict.fromkeys(("data=frames", "data=samples"), "write data=calvin, or another format"),
     "data=captioned_videos": "write data=videos data.captions=<file>",
     **{f"data=captioned_{name}": f"write data={name}" for name in ("calvin", "hdf5", "rlds", "vpp")},
     **{f"data=pairs_{name}": f"write data={name}" for name in ("calvin", "rlds", "videos")},
@@ -117,9 +117,6 @@ def explain(error: CompactHydraException) -> str:
             return f"{setting}: not a setting; write key=value"
         if value.startswith("~/"):
             return f"{setting}: the shell leaves this ~ as it is; write {key}=$HOME{value[1:]}"
-        if value.startswith("[") and value.endswith("]"):
-            items = ", ".join(f'"{item.strip()}"' for item in value[1:-1].split(","))
-            return f"{setting}: cannot be read; quote what is in it: {shlex.quote(f'{key}=[{items}]')}"
         what = "close its brackets, or quote a text with accents, brackets, commas or signs"
         return f"{setting}: cannot be read; {what}: {quoted(key, value)}"
     cause = error.__cause__

@@ -209,7 +209,8 @@ def upright(frame: av.VideoFrame, convert: VideoReformatter | None = None) -> UI
     Its display matrix [[a, b], [c, d]] moves pixel (x, y) to (ax + cy, bx + dy). convert: kept from frame to
     frame, it takes a third of the time.
     """
-    pixels = (convert.reformat(frame, format="rgb24") if convert else frame).to_ndarray(format="rgb24")
+    colours = {"format": "rgb24", "threads": 1}  # there are other workers
+    pixels = (convert.reformat(frame, **colours) if convert else frame).to_ndarray(**colours)
     if (matrix := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
         return pixels
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()

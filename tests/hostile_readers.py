@@ -1,6 +1,7 @@
 """Folders of valid files, and what reads them once they are damaged (`test_hostile_files.py`)."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -186,6 +187,34 @@ def read_sources(folder: Path) -> None:
     stages.read_sources(folder / "policy", gfdm=None, gidm=None)
 
 
+def make_lerobot(folder: Path, pictures: str = "h264") -> None:
+    from lerobot_fakes import write
+
+    write(folder / "data set", pictures)
+
+
+def make_lerobot_images(folder: Path) -> None:
+    make_lerobot(folder, "images")
+
+
+def make_lerobot_v21(folder: Path) -> None:
+    from lerobot_fakes import as_v21
+
+    make_lerobot(folder.parent)
+    as_v21(folder.parent / "data set", folder / "data set")
+
+
+def read_lerobot(folder: Path) -> None:
+    os.environ["DEFI_INDEX"] = str(folder.parent / "index")
+    data = open_dataset({"format": "lerobot", "root": str(folder / "data set")}, "all")
+    assert len(data.motions.actions) == data.lengths.sum()
+    for number in range(len(data)):
+        episode = data.episode(number)
+        assert isinstance(episode.text(episode.length - 1), str)
+        for pictures in data.read(episode, [episode.length - 1, 0], data.cameras).values():
+            assert pictures.dtype == np.uint8 and len(pictures) == 2
+
+
 def make_rlds(folder: Path) -> None:
     write_videos(folder, {"train": [[3, 2], [2]], "val": [[2]]}, size=8)
     read_rlds(folder)  # which makes the index
@@ -221,6 +250,7 @@ def make_captions(folder: Path) -> None:
     texts = {"one": "open the drawer", "two": "lift the red block", "three": "turn on the light"}
     for name in texts:
         write_mp4(folder / "videos" / f"{name}.mp4", frames, 10)
+        shutil.copy(folder / "videos" / f"{name}.mp4", folder / "videos" / f"{name}.webm")  # of labels.json
     lines = [{"video": f"{name}.mp4", "text": text} for name, text in texts.items()]
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "captions.csv").write_text(
@@ -329,6 +359,9 @@ READERS: dict[str, Reader] = {
     ),
     "latents": Reader(make_latents, ("annotation/train/0.json", "0.*"), read_all_latents),
     "policy store": Reader(make_store, ("*",), read_store),
+    "LeRobot": Reader(make_lerobot, ("*/meta/**/*", "*/data/**/*", "*/videos/**/*"), read_lerobot),
+    "LeRobot images": Reader(make_lerobot_images, ("*/data/**/*",), read_lerobot),
+    "LeRobot v2.1": Reader(make_lerobot_v21, ("*/meta/*",), read_lerobot),
     "RLDS": Reader(make_rlds, ("toy/1.0.0/*",), read_rlds),
     "RLDS index": Reader(make_rlds, ("index/*/*",), read_rlds),
     "CALVIN in a zip": Reader(make_zip, ("demos.zip",), read_zip),

@@ -47,11 +47,6 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
         ("data.video_stride=2", "error: data.video_stride=: no longer a setting; frames are as far apart"),
         ("data=nope", "error: data=nope: no such choice; choose from calvin, "),
         ("data=pairs_rlds", "error: data=pairs_rlds: no longer a choice; write data=rlds\n"),
-        (
-            "data.cameras=[a=b/c, d]",
-            "error: data.cameras=[a=b/c, d]: cannot be read; quote what is in it: "
-            '\'data.cameras=["a=b/c", "d"]\'\n',
-        ),
         ("preset=huge", "error: preset=huge: no such choice; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
         ("trainer.lr", "error: trainer.lr: not a setting; write key=value"),

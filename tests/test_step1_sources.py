@@ -333,7 +333,7 @@ def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> N
             for i, code in enumerate(coded):
                 rows[i] = np.frombuffer(code, np.uint8)
             file.attrs["language_instruction"] = f"fold {name}"
-    cameras = ", ".join(f'"{camera}:observations/images/{camera}"' for camera in ("raw", "jpeg", "rows"))
+    cameras = ", ".join(f"{camera}:observations/images/{camera}" for camera in ("raw", "jpeg", "rows"))
     crop = "data.crop={raw: [0, 10, 20, 20], jpeg: [0, 10, 20, 20]}"
     output = prepared("hdf5", root, vae, f"data.cameras=[{cameras}]", crop, "data.pad=true", "data.every=2")
     (episode,) = read_episodes(output, "train")

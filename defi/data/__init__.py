@@ -99,7 +99,7 @@ def read_settings(
     if (name := section["format"]) not in formats():
         raise UserError(f"{where}.format={name}: choose from {', '.join(formats())}")
     if isinstance(cameras := section.get("cameras"), Mapping):
-        raise UserError(f'{where}.cameras={cameras}: must be a list, ["name"] or ["name=place in the data"]')
+        raise UserError(f"{where}.cameras={cameras}: must be a list, [name] or [name:place in the data]")
     kind = import_module(f"{__name__}.{name}").Settings
     own = {field.name for field in fields(stage)}
     values = {key: value for key, value in section.items() if key != "format"}

@@ -127,7 +127,7 @@ def read_captions(file: Path) -> list[tuple[str, str | None]]:
     captions.csv     the columns `video` and `text`
     labels.json      Something-Something's: [{"id": "78687", "label": "holding potato next to vicks"}, ...]
     """
-    kind, found = file.suffix.lower(), []
+    kind, found = file.suffix.lower(), list[tuple[str, str | None]]()
     if kind not in CAPTIONS:
         raise UserError(f"{file}: captions are read from {', '.join(CAPTIONS)}; give such a file")
     with reading(file, "give the captions of the videos, in UTF-8, as data.captions"):

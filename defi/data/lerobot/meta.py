@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -211,10 +211,7 @@ class Meta:
 
     def _path(self, kind: str, **values: Any) -> Path:
         with reading(self.info_file, FIX):
-            name = FIELD.sub(
-                lambda found: format(values[found[1]], found[2] or ""), self.info[f"{kind}_path"]
-            )
-        return self.root / inside(self.root, name)
+            return _fill(self.root, self.info[f"{kind}_path"], tuple(values.items()))
 
     def _columns(self, camera: str | None) -> tuple[np.ndarray, ...]:
         """Of each episode the chunk and the file, and where in the file its first frame is."""
@@ -234,3 +231,10 @@ class Meta:
                 firsts = np.empty(len(order))
                 firsts[order] = before - np.maximum.accumulate(np.where(begins, before, 0))
             return self._known.setdefault(camera, (chunks, files, np.rint(firsts).astype(np.int64)))
+
+
+@lru_cache(maxsize=4096)
+def _fill(root: Path, template: str, values: tuple[tuple[str, Any], ...]) -> Path:
+    """The file that a template names. UserError if it leads out of the folder."""
+    given = dict(values)
+    return root / inside(root, FIELD.sub(lambda found: format(given[found[1]], found[2] or ""), template))
