@@ -116,6 +116,8 @@ class LatentSet:
                 raise UserError(f"{where} has no latents or no length; {fix}")
             if not any(shares[:cameras]):
                 raise UserError(f"{where}: cameras={shares} gives none of its {cameras} cameras a share")
+        if (unseen := max(len(each.latents) for each in found) - len(shares)) > 0:
+            print_once(f"note: {self.root}: cameras={shares} leaves out the last {unseen} of its cameras")
         self.episodes = [e for e in found if (e.frames - 1) * stored < longest]
         if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {longest} frames; raise longest")

@@ -222,10 +222,8 @@ class PolicyConfig:
 
         What `policy.robot` names is changed: {executed: 5, fps: 10}, say.
         """
-        values = {**cfg["policy"]}
-        if robot is not None:
-            values["robot"] = OmegaConf.merge(asdict(robot), values.get("robot") or {})
-        return typed(cls, values, "policy")
+        changes = cfg["policy"].get("robot")
+        return typed(cls, {**cfg["policy"], "robot": robot and change(robot, changes)}, "policy")
 
     @classmethod
     def read(cls, file: Path) -> "PolicyConfig":
@@ -272,5 +270,23 @@ class PolicyConfig:
         return batch
 
 
+def change(robot: Robot, changes: Mapping[str, Any] | None) -> Robot:
+    """A robot with what the section `policy.robot` says otherwise; what is null there stays.
+
+    Raises:
+        UserError: a value of another type, or cameras, actions or state other than the data's.
+    """
+    given = {key: value for key, value in (changes or {}).items() if value is not None}
+    changed = typed(Robot, OmegaConf.merge(asdict(robot), given), "policy.robot")
+    fix = "choose and name them with data.cameras=[name:place in the data]"
+    check("policy.robot.cameras", changed.cameras, changed.cameras == robot.cameras, fix)
+    for name in ("actions", "state"):
+        before, after = (len(getattr(each, name) or ()) for each in (robot, changed))
+        rule = f"the data have {before} (data.{name})"
+        check(f"policy.robot.{name}", f"{after} numbers", after == before, rule)
+    return changed
+
+
 # Presets and commands change settings that are here by name: `policy: defaults` in configs/step3_*.yaml.
-ConfigStore.instance().store("defaults", asdict(PolicyConfig()), group="policy")
+OPEN = {"fps": None, "executed": None, "gripper": None}  # of the robot, what the data may leave open
+ConfigStore.instance().store("defaults", asdict(PolicyConfig()) | {"robot": OPEN}, group="policy")

@@ -17,7 +17,7 @@ from defi.engine.data import readable, sample_seeds
 from defi.errors import UserError
 from defi.processes import print_once
 from defi.robot.spec import Robot
-from Step3_DeFI.config import check
+from Step3_DeFI.config import change, check
 from Step3_DeFI.observation import observe
 
 
@@ -225,10 +225,14 @@ def choose_starts(data: Dataset, rest: int, stride: int, chunk: int) -> Int64[np
     return np.concatenate(starts)
 
 
-def fit_robot(sets: Mapping[str, PolicySamples | Dataset], normalisation: str | None = None) -> Robot:
+def fit_robot(
+    sets: Mapping[str, PolicySamples | Dataset],
+    normalisation: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Robot:
     """The robot that a policy learns from some data sets, by name, normalised by all of their frames.
 
-    normalisation: none, mean_std or bounds; None: as the data sets have it.
+    normalisation: none, mean_std or bounds; None: as the data sets have it. changes: by settings.
 
     Raises:
         UserError: they are of different robots; what differs is named.
@@ -244,7 +248,7 @@ def fit_robot(sets: Mapping[str, PolicySamples | Dataset], normalisation: str | 
     if others:
         parts = [(each.frames, each.actions, each.state) for each in motions]
         joined = Motions(*map(np.concatenate, zip(*parts)))
-    return robot.fitted(joined, normalisation or kinds.pop())
+    return change(robot, changes).fitted(joined, normalisation or kinds.pop())
 
 
 def check_same(robot: Robot, other: Robot, name: str, first: str) -> None:

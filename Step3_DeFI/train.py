@@ -34,9 +34,9 @@ def robot_of(cfg: DictConfig, sources: Mapping[str, Mapping[str, Source]]) -> Ro
         UserError: some of the data are of another robot; what differs is named.
     """
     sets = {name: source.data for name, source in sources["training"].items()}
-    robot = fit_robot(sets, cfg.policy.normalisation)
+    robot, first = fit_robot(sets, cfg.policy.normalisation, cfg.policy.robot), next(iter(sets.values()))
     for name, source in sources.get("held_out", {}).items():
-        check_same(robot, source.data.robot(), f"{name}, held out", "the training data")
+        check_same(first.robot(), source.data.robot(), f"{name}, held out", "the training data")
     if continues(cfg.output, cfg.resume):  # it normalises as it did
         kept = PolicyConfig.read(find_weights(cfg.output, DeFI.stage) / CONFIG).robot
         check_same(kept, robot, "the training data", str(cfg.output))

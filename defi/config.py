@@ -44,6 +44,7 @@ RETIRED = {  # settings that there were once, and what to do instead
     "data.text": "use data.language",
     "data.cameras.static": "name cameras as data.cameras=[…], shares of the VAE's clips as data.shares=[…]",
     **dict.fromkeys(("data=frames", "data=samples"), "write data=calvin, or another format"),
+    "data=pairs_mixture": "write data=mixture",
     "data=captioned_videos": "write data=videos data.captions=<file>",
     **{f"data=captioned_{name}": f"write data={name}" for name in ("calvin", "hdf5", "rlds", "vpp")},
     **{f"data=pairs_{name}": f"write data={name}" for name in ("calvin", "rlds", "videos")},

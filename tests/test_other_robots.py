@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from defi.config import flatten
 from defi.engine import checkpoint
 from defi.engine.checkpoint import read_manifest
 from defi.engine.log import METRICS, read_metrics
+from defi.errors import UserError
+from defi.robot.spec import Vector
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
-from Step2_GIDM.adapter import build  # noqa: F401
 from Step3_DeFI.acting import Policy
+from Step3_DeFI.samples import fit_robot
 
 ACTIONS, STATE = ("slide", "turn", "lift", "grip"), ("place", "angle", "height")
 GOALS = {"push it away": (90.0, 0.5, 2.0), "pull it back": (10.0, -0.5, 8.0)}  # mm, rad, mm
@@ -211,3 +214,26 @@ def test_calvin_data_as_lerobot_train_to_the_same_losses(vae: Path, tmp_path: Pa
         run("Step3_DeFI.train", *given, *sizes("text", "gfdm", "policy"), *SHORT)
         found[form] = {stage: losses(here / stage) for stage in ("gfdm", "gidm", "policy")}
     assert found["calvin"] == found["lerobot"] and all(map(len, found["calvin"].values()))
+
+
+def test_settings_change_the_robot_before_it_is_normalised() -> None:
+    given = {"executed": 5, "fps": None, "gripper": {"dimension": 3}}
+    robot = fit_robot(
+        {"a": Demonstrations()}, None, {"executed": 5, "fps": None, "gripper": {"dimension": 3}}
+    )
+    assert (robot.executed, robot.fps, robot.gripper.dimension) == (5, FPS, 3)
+    assert robot.actions.normalisation == ["bounds"] * 3 + ["none"], "a gripper has two values"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cameras": ["eye"]}, "policy.robot.cameras=.'eye'.: choose and name them with data.cameras"),
+        ({"state": None, "actions": asdict(Vector.plain("ab"))}, "robot.actions=2 numbers: the data have 4"),
+        ({"gripper": {"dimension": 4}}, "robot.gripper.dimension=4: must lie in 0 … 3"),
+        ({"hands": 2}, "policy.robot.hands=2: Key 'hands' not in 'Robot'"),
+    ],
+)
+def test_changes_that_do_not_fit_the_data_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        fit_robot({"a": Demonstrations()}, None, changes)

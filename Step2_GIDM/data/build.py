@@ -44,7 +44,7 @@ def build_pairs(
     """
 
     def pairs_of(settings: DataSettings, pairs: PairSettings) -> PairDataset:
-        data = settings.open(part)
+        data = (settings.wordless() if part == "all" else settings).open(part)  # to label: words need not be
         return PairDataset(
             data,
             data.cameras if settings.cameras else data.cameras[:1],

@@ -306,14 +306,14 @@ class Settings(DataSettings):
     """`split` (None: training) and `held_out` (validation) are folders of `root`, or CALVIN's zip itself.
 
     spans: annotated (those with an instruction); recordings (all of them, without words); all (both);
-    None: annotated, and recordings where everything is wanted (labels).
+    None: annotated, and recordings where no words are needed (labels, the autoencoder).
     """
 
     spans: str | None = None
 
     def open(self, part: Part) -> "CalvinData":
         split = self.held_out or VALIDATION if part == "held_out" else self.split or TRAINING
-        spans = self.spans or ("recordings" if part == "all" else "annotated")
+        spans = self.spans or "annotated"
         if spans not in ("annotated", "recordings", "all"):
             raise UserError(f"data.spans={spans}: choose annotated, recordings or all")
         return CalvinData(Path(self.root, split), self.places(), spans)

@@ -89,7 +89,7 @@ def test_stage_3(calvin: Path, sources: Sources, tmp_path: Path) -> None:
     for split in ("training", "validation"):
         given = [f"data.root={calvin}", f"data.split={split}", stages[0], f"output={tmp_path / split}"]
         run("Step3_DeFI.prepare", *given, "store.kind=latents", "data.stride=40", "preset=tiny")
-    shown = [*SHORT, "trainer.preview_every=2", "data.shown=2"]
+    shown = [*SHORT, "trainer.preview_every=2", "shown=2"]
     packed = [f"data.store={tmp_path / 'training'}", f"data.held_out={tmp_path / 'validation'}"]
     raw = [f"data.root={calvin}", "data.held_out=validation", "data.stride=40"]
     for name, data in (("packed", packed), ("raw", raw)):
