@@ -218,9 +218,7 @@ def test_calvin_data_as_lerobot_train_to_the_same_losses(vae: Path, tmp_path: Pa
 
 def test_settings_change_the_robot_before_it_is_normalised() -> None:
     given = {"executed": 5, "fps": None, "gripper": {"dimension": 3}}
-    robot = fit_robot(
-        {"a": Demonstrations()}, None, {"executed": 5, "fps": None, "gripper": {"dimension": 3}}
-    )
+    robot = fit_robot({"a": Demonstrations()}, None, given)
     assert (robot.executed, robot.fps, robot.gripper.dimension) == (5, FPS, 3)
     assert robot.actions.normalisation == ["bounds"] * 3 + ["none"], "a gripper has two values"
 
