@@ -451,3 +451,10 @@ def test_lerobot_conversion_that_is_killed_destroys_nothing(
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_lerobot_vectors_of_the_same_names_do_not_share_an_index(sets: dict[str, Path]) -> None:
+    """Actions read as state have other numbers under the names that the state's would have."""
+    usual, swapped = opened(sets["images"]), opened(sets["images"], actions="observation.state")
+    assert usual.fingerprint != swapped.fingerprint
+    assert np.array_equal(swapped.motions.actions, swapped.motions.state)

@@ -93,8 +93,9 @@ class LeRobotData(Dataset):
         return keys
 
     def _fingerprint(self) -> str:
-        """A hash of meta/ and of the sizes of the files that hold the chosen episodes."""
+        """A hash of meta/, of the chosen vectors and of the sizes of the files that hold the episodes."""
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in self._meta.files))
+        digest.update(f"{self._actions} {self._state}".encode())
         places = (self._meta.place(n, key) for key in (None, *self._videos) for n in self._chosen.tolist())
         for file in dict.fromkeys(path for path, _ in places):
             with reading(file, FIX):
@@ -221,7 +222,7 @@ class LeRobotData(Dataset):
                 raise UserError(
                     f"{path}: {fault}, {sizes[key]} numbers in info.json; {FIX}, or correct info.json"
                 )
-        return np.concatenate(list(found.values()), axis=1).astype(np.float32)
+        return np.concatenate([found[key] for key, _ in vectors if key], axis=1).astype(np.float32)
 
 
 def _each(check: Callable[[Path], None], files: Iterable[Path], what: str) -> None:
