@@ -187,6 +187,9 @@ class PolicyConfig:
         if self.robot is not None:
             fine = not self.state or self.robot.state is not None
             check("policy.state", self.state, fine, "these data hold no state; leave it at false")
+            executed = self.robot.executed
+            fine, rule = executed is None or executed <= self.chunk, f"a chunk has {self.chunk} actions"
+            check("policy.robot.executed", executed, fine, rule)
         if self.stages is not None:
             seen, last = self.latent_action_frames, self.stages.frames - 1
             rule = f"name two; the last frame that the stage-1 checkpoint imagines is {last}"

@@ -35,7 +35,8 @@ from Step3_DeFI.features import encode_views, imagine, set_up, video_noise
 from Step3_DeFI.samples import RecordedSamples, SampleSettings
 from Step3_DeFI.store import DONE, INPUT_DIMENSIONS, INPUTS, MANIFEST, PROGRESS, StoreManifest
 
-FOLLOWS = {"source", "texts", "tasks"}  # of a manifest: from data and settings, or may have moved
+FOLLOWS = {"source", "tasks"}  # of a manifest: may have moved, or comes from the rest
+ELSEWHERE = {"root", "index", "held_out"}  # settings that change no sample of a part
 
 
 @dataclass
@@ -136,6 +137,7 @@ def prepare(cfg: DictConfig) -> Path:
         video_stride=sizes.clip_frames.step if cfg.store.videos else None,
         gfdm_precision="no" if kind == "images" else policy.video_precision,
         tasks=samples.tasks,
+        settings={k: v for k, v in asdict(settings).items() if k not in ELSEWHERE},
     )
     state, record = processes(), json.dumps(asdict(manifest), indent=1)
     begun = cfg.resume and is_begun(output, manifest)

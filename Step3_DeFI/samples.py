@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -186,6 +186,8 @@ class RecordedSamples(PolicySamples):
             tasks[episode.task] += 1
         tasks.pop("", None)
         self.tasks = dict(tasks)
+        if wordless := found.count(numbers.get("", -1)):
+            print_once(f"{self.data.root}: {wordless} of {len(found)} samples have no instruction")
         return np.array(found, np.int64), list(numbers)
 
 
@@ -225,10 +227,17 @@ def choose_starts(data: Dataset, rest: int, stride: int, chunk: int) -> Int64[np
     return np.concatenate(starts)
 
 
+def as_read(robot: Robot, state: bool) -> Robot:
+    """A robot without its state, unless a policy reads it."""
+    return robot if state else replace(robot, state=None)
+
+
 def fit_robot(
     sets: Mapping[str, PolicySamples | Dataset],
     normalisation: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    *,
+    state: bool = True,
 ) -> Robot:
     """The robot that a policy learns from some data sets, by name, normalised by all of their frames.
 
@@ -238,21 +247,25 @@ def fit_robot(
         UserError: they are of different robots; what differs is named.
     """
     (first, one), *others = sets.items()
-    robot, kinds = one.robot(), {each.normalisation for each in sets.values()}
+    robot, kinds = as_read(one.robot(), state), {each.normalisation for each in sets.values()}
     for name, other in others:
-        check_same(robot, other.robot(), f"data.sets.{name}", f"data.sets.{first}")
+        check_same(robot, as_read(other.robot(), state), f"data.sets.{name}", f"data.sets.{first}")
     if normalisation is None and len(kinds) > 1:
         raise UserError("policy.normalisation=null: the data sets differ; give none, mean_std or bounds")
     motions = [each.motions for each in sets.values()]
     joined = motions[0]
     if others:
-        parts = [(each.frames, each.actions, each.state) for each in motions]
+        width = len(robot.state or ())
+        parts = [(each.frames, each.actions, each.state[:, :width]) for each in motions]
         joined = Motions(*map(np.concatenate, zip(*parts)))
     return change(robot, changes).fitted(joined, normalisation or kinds.pop())
 
 
 def check_same(robot: Robot, other: Robot, name: str, first: str) -> None:
     """Raises UserError, with all that differs, if the data `name` are not of the robot of `first`."""
-    if differ := other.differences(robot):
+    differ = other.differences(robot)
+    if bool(robot.state) != bool(other.state):
+        differ.append("a state" if other.state else "no state")
+    if differ:
         fix = "name what both have (data.cameras, data.actions, data.fps …), or train on one of them"
         raise UserError(f"{name}: not the robot of {first}: {'; '.join(differ)}; {fix}")

@@ -41,7 +41,7 @@ INPUT_DIMENSIONS = {"features": 6, "latents": 5, "images": 5}  # by kind
 class StoreManifest:
     """What a store holds.
 
-    robot, normalisation: as the data set says. frames: M.
+    robot, normalisation: as the data set says. frames: M. settings: of the data, but for its place.
     stage1_weights: their fingerprint; gfdm_precision: what UNet and VAE computed in.
     video_stride: frames between the frames of the kept videos; None: no videos.
     """
@@ -66,6 +66,7 @@ class StoreManifest:
     video_stride: int | None = None
     gfdm_precision: str = "no"
     tasks: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path, fix: str) -> "StoreManifest":

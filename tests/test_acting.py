@@ -73,6 +73,18 @@ def test_the_gripper_is_not_normalised_and_snaps() -> None:
     assert robot.state.normalisation == ["bounds", "bounds"]
     snapped = robot.gripper.snap(np.array([[3.0, 4.0, 0.5], [3.0, 4.0, 0.51]]))
     np.testing.assert_array_equal(snapped, [[3, 4, 0], [3, 4, 1]])
+    held = Gripper(0, threshold=0.2, held=True).snap(np.array([[0.1], [0.9], [0.0], [-0.5], [0.2]]))
+    np.testing.assert_array_equal(held[:, 0], [0, 1, 1, -1, -1])
+
+
+def test_a_dimension_that_hardly_moves_is_not_blown_up() -> None:
+    """98 % of the frames differ by noise alone: the whole range counts; noise alone does not."""
+    rng = np.random.default_rng(0)
+    values = np.stack([1e-6 * rng.normal(size=4000), 5 + 1e-7 * rng.normal(size=4000)], axis=1)
+    values[:30, 0] = 0.5
+    for kind in ("bounds", "mean_std"):
+        vector = Vector.plain("ab").fitted(Statistics.of(values), [kind] * 2)
+        assert np.abs(vector.normalise(values)).max() < 20 and vector.scale[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A robot that is not CALVIN's, in three formats: through all stages, its demonstrations replayed."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,13 @@ from test_train_from_every_source import run, write_calvin
 
 from benchmarks.rlds_writer import encode, features_dict, image, tensor, text, write_set
 from defi.config import flatten
+from defi.data import open_dataset
 from defi.engine import checkpoint
 from defi.engine.checkpoint import read_manifest
 from defi.engine.log import METRICS, read_metrics
 from defi.errors import UserError
 from defi.robot.spec import Vector
+from defi.video import write_mp4
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 from Step3_DeFI.acting import Policy
@@ -229,9 +232,45 @@ def test_settings_change_the_robot_before_it_is_normalised() -> None:
         ({"cameras": ["eye"]}, "policy.robot.cameras=.'eye'.: choose and name them with data.cameras"),
         ({"state": None, "actions": asdict(Vector.plain("ab"))}, "robot.actions=2 numbers: the data have 4"),
         ({"gripper": {"dimension": 4}}, "robot.gripper.dimension=4: must lie in 0 … 3"),
+        ({"executed": 0}, "robot.executed=0: must be 1 or more"),
         ({"hands": 2}, "policy.robot.hands=2: Key 'hands' not in 'Robot'"),
     ],
 )
 def test_changes_that_do_not_fit_the_data_are_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         fit_robot({"a": Demonstrations()}, None, changes)
+
+
+class Stateless(Demonstrations):
+    state_names = ()
+
+    def read_motions(self, frames: range) -> np.ndarray:
+        return super().read_motions(frames)[:, :4]
+
+
+def test_a_state_that_one_set_lacks_counts_only_where_it_is_read() -> None:
+    sets = {"a": Demonstrations(), "b": Stateless()}
+    assert fit_robot(sets, state=False).state is None
+    with pytest.raises(UserError, match="data.sets.b: not the robot of data.sets.a: no state; "):
+        fit_robot(sets, state=True)
+
+
+def test_corrected_actions_are_read_again(tmp_path: Path) -> None:
+    """TFRecords of the same size, and annotations of the same names in another split."""
+    for number in (1, 2):
+        described = {"observation": features_dict(eye=image(8, 8, "png")), "action": tensor("float32", 1)}
+        one = {
+            "steps/observation/eye": [encode(np.zeros((8, 8, 3), np.uint8), "PNG")] * 3,
+            "steps/action": np.full(3, number, np.float32),
+        }
+        shutil.rmtree(tmp_path / "toy", ignore_errors=True)
+        write_set(tmp_path, described, {"train": [[one]]})
+        given = {"format": "rlds", "root": str(tmp_path / "toy"), "fps": 5, "split": "train"}
+        assert (open_dataset(given).motions.actions == number).all()
+    for number, split in enumerate(("train", "val", "train")):
+        write_mp4(tmp_path / "videos/eye.mp4", np.zeros((3, 16, 16, 3), np.uint8), 5)
+        (tmp_path / "annotation" / split).mkdir(parents=True, exist_ok=True)
+        said = {"texts": ["go"], "videos": [{"video_path": "videos/eye.mp4"}], "action": [[number]] * 3}
+        (tmp_path / "annotation" / split / "0.json").write_text(json.dumps(said))
+        data = open_dataset({"format": "vpp", "root": str(tmp_path), "split": split})
+        assert (data.motions.actions == number).all()

@@ -393,6 +393,16 @@ def test_what_does_not_go_with_the_rest_of_a_mixture_is_named(
     assert not (tmp_path / "run").exists()
 
 
+OTHER = {"policy.normalisation": "bounds"}
+
+
+def test_a_store_goes_on_with_its_settings(place: Path, tmp_path: Path) -> None:
+    prepare(settings(place, tmp_path / "s", "demos", "images"))
+    given = {"data.cameras": "[static:gripper,gripper:static]", "resume": True}
+    with pytest.raises(UserError, match="with other data or settings .settings .*gripper:static"):
+        prepare(settings(place, tmp_path / "s", "demos", "images", **given))
+
+
 def test_a_run_goes_on_with_its_robot(place: Path, image_store: Path, tmp_path: Path) -> None:
     """Its normalisation stays; other cameras are refused."""
     given = {"policy.normalisation": "mean_std", "trainer.max_steps": 1}
@@ -402,6 +412,10 @@ def test_a_run_goes_on_with_its_robot(place: Path, image_store: Path, tmp_path: 
     given = {"resume": True, "trainer.max_steps": 2}
     train_policy(train_settings(place, tmp_path / "run", image_store, **given))
     assert DeFI.from_pretrained(find_weights(tmp_path / "run")).config.robot == first
+    with pytest.raises(
+        UserError, match="policy.normalisation=bounds: .*/run began with another; leave it out"
+    ):
+        train_policy(train_settings(place, tmp_path / "run", image_store, **given, **OTHER))
     given |= {"data.root": place / "demos", "data.cameras": "[static]"}
     with pytest.raises(
         UserError, match=r"the training data: .*cameras \['static'\], not \['static', 'gripper'\]"

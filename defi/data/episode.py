@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 from defi.data.motions import Motions, index_motions
-from defi.errors import UserError
+from defi.errors import UserError, reading
 from defi.robot.spec import Robot, Vector
 
 Part = Literal["training", "held_out", "all"]
@@ -58,6 +58,7 @@ class Dataset:
 
     root: what the user named. fingerprint: identifies the data, wherever they lie; known_by_names: not
     quite, it is of names and sizes, which other data may have.
+    stamp: of the files that hold actions and state, where the fingerprint does not tell that these changed.
     cameras: names, in order; the first is the one whose motion stage 2 names.
     fps: frames per second; None: it does not say, or recordings differ (`rate`).
     stored_step: steps of the recording from one frame to the next, where the data lack some.
@@ -73,6 +74,7 @@ class Dataset:
 
     root: Path
     fingerprint: str
+    stamp: str = ""
     known_by_names: bool = True
     cameras: tuple[str, ...]
     fps: float | None = None
@@ -199,6 +201,16 @@ def file_name(text: str) -> str:
     name = re.sub(r"[^\w.\-]+", "_", text).strip("._") or "_"
     start = os.fsencode(name)[:LONGEST_NAME].decode(errors="ignore")
     return name if start == name else f"{start}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+
+
+def file_stamp(files: Iterable[Path]) -> str:
+    """A hash that changes with files: of their paths, sizes and times of change."""
+    digest = hashlib.sha256()
+    for file in files:
+        with reading(file, "copy the data set again"):
+            found = file.stat()
+        digest.update(f"{file.absolute()} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def distinct(names: Iterable[str]) -> list[str]:

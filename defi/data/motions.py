@@ -10,6 +10,8 @@ names of the numbers and the frames. A killed run continues where it was (`part.
 """
 
 import hashlib
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of what is read and how it is kept
 READERS = 4  # blocks that are read at the same time
-DONE, PART = "done", "part.npy"
+DONE, PART = "done", "part.txt"  # part: blocks that are read, while not all are
+NOTE_EVERY = 5.0  # seconds of reading that are done again after a kill
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ def index_motions(dataset: "Dataset") -> Motions:
     blocks = _blocks(dataset)
     frames = np.concatenate([np.arange(block.start, block.stop) for block in blocks])
     width = len(dataset.action_names), len(dataset.state_names)
-    names = f"{VERSION} {dataset.fingerprint} {dataset.action_names} {dataset.state_names} "
-    digest = hashlib.sha256(names.encode() + frames.tobytes()).hexdigest()[:16]
+    names = f"{VERSION} {dataset.fingerprint} {dataset.stamp} {dataset.action_names} {dataset.state_names} "
+    bounds = np.array([(block.start, block.stop) for block in blocks])
+    digest = hashlib.sha256(names.encode() + bounds.tobytes()).hexdigest()[:16]
     place = index_place(dataset.root, f"motions-{digest}", DONE)
     if not (place / DONE).is_file():
         with take_turn(place), writing(place, "actions and state"):
@@ -98,37 +102,40 @@ def _blocks(dataset: "Dataset") -> list[range]:
 def _fill(
     dataset: "Dataset", place: Path, blocks: list[range], frames: np.ndarray, width: tuple[int, int]
 ) -> None:
-    ends = dataset.starts + dataset.lengths
+    ends, done, noted = dataset.starts + dataset.lengths, 0, time.monotonic()
     firsts = np.searchsorted(frames, [block.start for block in blocks])
     joined, part = place / "joined.npy", place / PART
     if part.is_file():
-        values, done = (np.load(file, mmap_mode="r+") for file in (joined, part))
+        values, done = np.load(joined, mmap_mode="r+"), int(part.read_text())
     else:
         shape = (len(frames), sum(width))
         values = np.lib.format.open_memmap(joined, mode="w+", dtype=np.float32, shape=shape)
-        np.save(part, np.zeros(len(blocks), np.uint8))
-        done = np.load(part, mmap_mode="r+")
+        with joined.open("r+b") as file:  # takes the space: writing to mapped memory cannot fail
+            os.posix_fallocate(file.fileno(), 0, values.offset + values.nbytes)
 
-    def read(number: int) -> None:
+    def read(number: int) -> int:
         block = blocks[number]
         found = dataset.read_motions(block)
         if (wrong := ~np.isfinite(found)).any():
             frame, column = np.argwhere(wrong)[0]
             name = (*dataset.action_names, *dataset.state_names)[column]
-            number = np.flatnonzero((dataset.starts <= block.start + frame) & (block.start + frame < ends))[0]
-            episode = dataset.episode(int(number))
+            which = np.flatnonzero((dataset.starts <= block.start + frame) & (block.start + frame < ends))[0]
+            episode = dataset.episode(int(which))
             where = f"{dataset.root}: episode {episode.name}, frame {block.start + frame - episode.start}"
             raise UserError(f"{where}: {name} is {found[frame, column]}; correct it or leave the episode out")
         values[firsts[number] : firsts[number] + len(block)] = found
-        done[number] = 1
+        return number
 
-    left = np.flatnonzero(done == 0).tolist()
+    left = range(done, len(blocks))
     with ThreadPoolExecutor(READERS) as pool:  # perhaps a million small files: minutes
-        for _ in track(pool.map(read, left), "actions and state", total=len(left), transient=True):
-            pass
+        for number in track(pool.map(read, left), "actions and state", total=len(left), transient=True):
+            if time.monotonic() - noted > NOTE_EVERY:
+                values.flush()
+                write_file(part, str(number + 1))
+                noted = time.monotonic()
     np.save(place / "frames.npy", frames)
     np.save(place / "actions.npy", values[:, : width[0]])
     np.save(place / "state.npy", values[:, width[0] :])
     write_file(place / DONE, "")
     for file in (joined, part):
-        file.unlink()
+        file.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from defi.data.episode import DataSettings, Part, distinct, file_name
+from defi.data.episode import DataSettings, Part, distinct, file_name, file_stamp
 from defi.data.videos import VideoData
 from defi.errors import UserError, one_line, reading
 from defi.files import as_list, inside, read_json
@@ -145,6 +145,7 @@ class VPPData(VideoData):
         said = read_annotations(root, split)
         names = distinct(file_name(file.stem) for file in said)
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        self.stamp = file_stamp(said)
         views = {file: _views(each) for file, each in said.items()}
         usual = next(filter(None, views.values()), {})  # the first that can be read says what the cameras are
         places = dict(places) or {camera: camera for camera in usual}

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from defi.data.motions import Motions, Statistics
 
 NORMALISATIONS = ("none", "mean_std", "bounds")
+RARE = 1e-3  # of the whole range: if 98 % of the frames have less, all of it counts
+NOISE = 1e-6  # of its mean: a dimension that changes less is constant in float32
 Numbers = TypeVar("Numbers", np.ndarray, Any)  # an array or a tensor [..., A]
 
 
@@ -62,10 +64,10 @@ class Vector:
                 offset[i], scale[i] = found.mean[i], found.std[i]
             elif kind == "bounds":
                 low, high = found.low[i], found.high[i]
-                if low == high:  # moved in fewer than one frame of a hundred
+                if high - low <= RARE * (found.maximum[i] - found.minimum[i]):  # moves in few frames
                     low, high = found.minimum[i], found.maximum[i]
                 offset[i], scale[i] = (low + high) / 2, (high - low) / 2
-        scale[scale == 0] = 1
+        scale[scale <= NOISE * np.abs(offset)] = 1
         return replace(
             self,
             normalisation=list(normalisation),
@@ -106,8 +108,11 @@ def _like(numbers: list[float], values: Any) -> Any:
 
 @dataclass
 class Gripper:
-    """The dimension of an action that moves the gripper: at rollout values above `threshold` become `above`,
-    others `below`. opens: whether `above` opens it. held: the command stays until another one comes."""
+    """The dimension of an action that moves the gripper.
+
+    threshold: when acting, values above it become `above`, others `below`. opens: whether `above` opens it.
+    held: values between −threshold and threshold are no command: the chunk's last one stays, before it 0.
+    """
 
     dimension: int
     threshold: float = 0.0
@@ -117,10 +122,15 @@ class Gripper:
     held: bool = False
 
     def snap(self, actions: np.ndarray) -> np.ndarray:
-        """Actions [..., A] in the robot's units, the gripper's at one of its two values."""
+        """Actions [..., K, A] in the robot's units, the gripper's at one of its two values."""
         actions = actions.copy()
         command = actions[..., self.dimension]
-        actions[..., self.dimension] = np.where(command > self.threshold, self.above, self.below)
+        snapped = np.where(command > self.threshold, self.above, self.below)
+        if self.held:
+            given = np.where(np.abs(command) > self.threshold, np.arange(command.shape[-1]), -1)
+            last = np.maximum.accumulate(given, axis=-1)
+            snapped = np.where(last < 0, 0, np.take_along_axis(snapped, last.clip(0), axis=-1))
+        actions[..., self.dimension] = snapped
         return actions
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 from rich.progress import track
 
-from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, of_part
+from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, file_stamp, of_part
 from defi.data.lerobot.meta import Meta, find_root
 from defi.data.lerobot.rows import FIX, columns_of, read_rows, read_table
 from defi.engine.output import index_place, take_turn, write_file
@@ -96,10 +96,12 @@ class LeRobotData(Dataset):
         """A hash of meta/, of the chosen vectors and of the sizes of the files that hold the episodes."""
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in self._meta.files))
         digest.update(f"{self._actions} {self._state}".encode())
+        data = {self._meta.place(n)[0] for n in self._chosen.tolist()}
         places = (self._meta.place(n, key) for key in (None, *self._videos) for n in self._chosen.tolist())
         for file in dict.fromkeys(path for path, _ in places):
             with reading(file, FIX):
                 digest.update(f"{file.relative_to(self.root)} {file.stat().st_size}\n".encode())
+        self.stamp = file_stamp(sorted(data))
         return digest.hexdigest()[:16]
 
     # ------------------------------------------------------------ checked and indexed once

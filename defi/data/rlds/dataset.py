@@ -97,6 +97,7 @@ class RLDSDataset:
             raise UserError(f"{self.folder / FEATURES}: names no RGB pictures in its steps, to learn from")
         self.split, chosen = choose_split(self.folder, read_splits(self.folder), split)
         data, parts = _identify(self.folder, self.split)
+        self.stamp = " ".join(parts)
         self.fingerprint = f"{data}-{split}"
         place = _make_index(self.folder, self.split, pictures, texts, index, parts)
         episodes, self._places, self._texts = _open_index(place, self.split, pictures, list(texts))

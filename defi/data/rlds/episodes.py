@@ -72,6 +72,7 @@ class RLDSData(Dataset):
     def __init__(self, settings: Settings, split: str) -> None:
         self.settings, self.data = settings, (data := settings.data(split))
         self.root, self.fingerprint, self.fps = data.folder, data.fingerprint, settings.fps
+        self.stamp = data.stamp
         if settings.actions or settings.state:  # else features.json decides, which the fingerprint is of
             chosen = json.dumps([settings.actions, settings.state])
             self.fingerprint += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
