@@ -123,6 +123,9 @@ class Policy:
             raise UserError("observation: no instruction; give a sentence")
         if wanted := self.model.config.state_dim:
             state = np.asarray(observation.get("state", ()))
+            if "state" not in observation:
+                names = ", ".join(self.robot.state.names)
+                raise UserError(f"observation: no state; give {wanted} numbers: {names}")
             if state.shape != (wanted,) or state.dtype.kind not in "fiu" or not np.isfinite(state).all():
                 names = ", ".join(self.robot.state.names)
                 wrong = f"state is {state.dtype} {list(state.shape)}"

@@ -156,7 +156,9 @@ def prepare(cfg: DictConfig) -> Path:
         for file in (PROGRESS, DONE):
             (output / file).unlink(missing_ok=True)
         megabytes = (output / INPUTS).stat().st_size / 1e6
-        print(f"{output}: {len(samples)} samples of {len(samples.tasks)} tasks, {megabytes:.0f} MB")
+        counts = f"{len(samples)} samples of {data.lengths.sum()} frames, {len(samples.texts)} instructions"
+        counts += f", {len(samples.tasks)} tasks" if samples.tasks else ""
+        print(f"{output}: {counts}, {megabytes:.0f} MB")
     return output
 
 

@@ -29,7 +29,7 @@ class PairSettings:
     def __post_init__(self) -> None:
         apart = [1, 1] if self.distance is None else self.distance
         if len(apart) != 2 or not 1 <= apart[0] <= apart[1] <= FARTHEST:
-            must = f"must be [low, high] with 1 <= low <= high <= {FARTHEST:,}"
+            must = f"must be [low, high] with 1 <= low <= high <= {FARTHEST:,}, [15,15] say"
             raise UserError(f"data.distance={self.distance}: {must}")
         if self.stride < 1:
             raise UserError(f"data.stride={self.stride}: must be at least 1")

@@ -66,7 +66,7 @@ def read_sets(
     for name, own in chosen.items():
         given, where = {**common, **own}, f"data.sets.{name}"
         if missing := [key for key in ("format", "root", "weight") if key not in given]:
-            raise UserError(f"{where}: lacks {', '.join(missing)}")
+            raise UserError(f"{where}: lacks {', '.join(missing)} (it says {', '.join(own)})")
         if given["format"] in formats():  # if not, `read_settings` says so
             defaults = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "data" / f"{given['format']}.yaml"))
             known = defaults.keys() | {field.name for field in fields(stage)}
