@@ -204,6 +204,16 @@ def test_hdf5_recordings_that_disagree_are_left_out(tmp_path: Path, capsys: pyte
     assert len(opened(root)) == 4, "what changed is looked at again"
 
 
+def test_hdf5_held_out_folder_is_not_trained_on(tmp_path: Path) -> None:
+    """Also where it alone is named, below the root."""
+    for folder in ("train", "val"):
+        write_aloha(tmp_path / folder)
+    training, held_out = (opened(tmp_path, part, held_out="val") for part in ("training", "held_out"))
+    names = [training.episode(number).name for number in range(len(training))]
+    assert names == ["train-episode_0", "train-episode_2", "train-episode_10"] and len(held_out) == 3
+    assert len(opened(tmp_path, "all", held_out="val")) == 6
+
+
 def test_hdf5_files_are_opened_once_for_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_robosuite(tmp_path / "a.hdf5", "robomimic", demos=tuple(range(25)))
     whole = opened(tmp_path)
