@@ -24,6 +24,7 @@ from defi.engine.output import index_place, take_turn, write_file
 from defi.errors import UserError, reading, writing
 from defi.npy import map_npy
 from defi.picture import decode_picture, stack_frames
+from defi.processes import print_once
 from defi.video import timed_video
 
 VERSION = 1  # of what is checked and how it is kept
@@ -52,6 +53,8 @@ class Settings(DataSettings):
         elif mine or other:  # what is not named is what the other one leaves, if it leaves something
             others = set(other or ())
             chosen = mine or [n for n in everything if n not in others] or everything
+            if part == "held_out" and (shared := len(others.intersection(chosen))):
+                print_once(f"{meta.root}: {shared:,} episodes are both in data.split and in data.held_out")
         else:
             chosen = of_part(everything, part)
         return LeRobotData(meta, chosen, self)
