@@ -129,7 +129,7 @@ class Meta:
         """The objects of a file with one in each line."""
         self.files.append(file)
         with reading(file, FIX):
-            rows = [json.loads(line) for line in read_text(file, FIX).splitlines() if line.strip()]
+            rows = [json.loads(line) for line in read_text(file, FIX).split("\n") if line.strip()]
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("holds lines that are no objects")
             return rows
