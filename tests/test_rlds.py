@@ -593,7 +593,9 @@ def test_rlds_parts_share_no_episode_unless_both_are_named(
     given: dict, training: range, held_out: range, shared: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = write_videos(tmp_path, {"train": [[2] * 20]}, name="many")
-    data = [open_dataset({"format": "rlds", "root": str(folder), **given}, p) for p in ("training", "held_out")]
+    data = [
+        open_dataset({"format": "rlds", "root": str(folder), **given}, p) for p in ("training", "held_out")
+    ]
     found = [[int(each.episode(n).name) for n in range(len(each))] for each in data]
     assert found == [list(training), list(held_out)]
     said = capsys.readouterr().out
