@@ -202,6 +202,22 @@ def test_lerobot_of_the_hub_is_read_in_its_cache(
         opened(tmp_path / "none")
 
 
+@pytest.mark.parametrize("missing", ["data", "meta/tasks.parquet", "meta/episodes"])
+def test_lerobot_download_that_was_broken_off_goes_on(
+    missing: str, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    whole, part = sets["images"], tmp_path / "lerobot/a/part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / missing) if (part / missing).is_dir() else (part / missing).unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **settings: str(whole))
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "lerobot"))
+    assert opened("a/part").root == whole
+    with pytest.raises(UserError, match=f"{missing}.*: missing; copy the data set again"):
+        opened(part)  # a folder is the user's own
+
+
 # ------------------------------------------------------------ what is wrong
 
 

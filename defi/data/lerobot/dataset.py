@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from rich.progress import track
 
 from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, of_part
-from defi.data.lerobot.meta import Meta, find_root
+from defi.data.lerobot.meta import Meta, download, find_root
 from defi.data.lerobot.rows import FIX, columns_of, read_rows, read_table
 from defi.engine.output import index_place, take_turn, write_file
 from defi.errors import UserError, reading, writing
@@ -44,7 +44,15 @@ class Settings(DataSettings):
     state: str | None = "observation.state"
 
     def open(self, part: Part) -> "LeRobotData":
-        meta = Meta(find_root(self.root))
+        try:
+            return self._opened(find_root(self.root), part)
+        except UserError as error:  # a download that was broken off is found, too: it goes on
+            if Path(self.root).is_dir() or not isinstance(error.__context__, FileNotFoundError):
+                raise
+        return self._opened(download(self.root), part)
+
+    def _opened(self, root: Path, part: Part) -> "LeRobotData":
+        meta = Meta(root)
         everything = range(len(meta.lengths))
         split, held_out = meta.episodes(self.split, "split"), meta.episodes(self.held_out, "held_out")
         mine, other = (held_out, split) if part == "held_out" else (split, held_out)
