@@ -415,7 +415,7 @@ def test_lerobot_from_calvin_and_back(pictures: str, tmp_path: Path) -> None:
     converted = opened(tmp_path / "lerobot")
     same(calvin, converted, exact=pictures == "images")
     back = tmp_path / "calvin/training"
-    run(data="lerobot", **{"data.root": tmp_path / "lerobot", "part": "all", "to": "calvin"}, output=back)
+    run(data="lerobot", **{"data.root": tmp_path / "lerobot", "to": "calvin"}, output=back)
     same(converted, open_dataset({"format": "calvin", "root": str(back.parent)}))
 
 

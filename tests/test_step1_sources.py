@@ -152,6 +152,7 @@ def test_held_out_videos_are_not_trained_on(held_out: str, tmp_path: Path) -> No
     training, held = (open_dataset(given, part) for part in ("training", "held_out"))
     assert [training.episode(number).name for number in range(len(training))] == ["train_1"]
     assert len(held) == 1 and held.episode(0).name.endswith("2")
+    assert training.left_out == ["1 episodes of the other part (data.split, data.held_out)"]
 
 
 def test_captions_of_one_video_stay_together(videos: Path, vae: Path) -> None:
