@@ -204,6 +204,17 @@ def test_hdf5_recordings_that_disagree_are_left_out(tmp_path: Path, capsys: pyte
     assert len(opened(root)) == 4, "what changed is looked at again"
 
 
+def test_hdf5_held_out_folder_is_not_trained_on(tmp_path: Path) -> None:
+    """Also where it alone is named, below the root."""
+    for folder in ("train", "val"):
+        write_aloha(tmp_path / folder)
+    training, held_out = (opened(tmp_path, part, held_out="val") for part in ("training", "held_out"))
+    names = [training.episode(number).name for number in range(len(training))]
+    assert names == ["train-episode_0", "train-episode_2", "train-episode_10"] and len(held_out) == 3
+    assert training.left_out == [f"{tmp_path / 'val'} (data.held_out)"]
+    assert len(opened(tmp_path, "all", held_out="val")) == 6
+
+
 def test_hdf5_files_are_opened_once_for_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_robosuite(tmp_path / "a.hdf5", "robomimic", demos=tuple(range(25)))
     whole = opened(tmp_path)
@@ -214,6 +225,7 @@ def test_hdf5_files_are_opened_once_for_the_index(tmp_path: Path, monkeypatch: p
     expected = numbers(22, 7, 19)[3:5]
     start = int(parts[1].starts[0])
     np.testing.assert_allclose(parts[1].read_motions(range(start + 3, start + 5))[:, :7], expected, rtol=1e-6)
+    assert parts[0].left_out == ["1 episodes of the other part (data.split, data.held_out)"]
     assert parts[0].fingerprint == parts[1].fingerprint == whole.fingerprint
     monkeypatch.undo()
     assert len(opened(tmp_path, "held_out", held_out="a.hdf5")) == 25

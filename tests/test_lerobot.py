@@ -146,7 +146,7 @@ def test_timed_frames_are_those_that_decoding_from_the_start_shows(name: str, tm
     assert np.array_equal(video.read(numbers), expected[numbers])
 
 
-def test_lerobot_parts(sets: dict[str, Path]) -> None:
+def test_lerobot_parts(sets: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
     def numbers(part: str, **settings: Any) -> list[int]:
         data = opened(sets["images"], part, **settings)
         return [int(data.episode(n).name) for n in range(len(data))]
@@ -154,7 +154,9 @@ def test_lerobot_parts(sets: dict[str, Path]) -> None:
     assert numbers("all") == [0, 1, 2, 3] and numbers("training") == [0, 1, 2] and numbers("held_out") == [3]
     assert numbers("training", split="0:1,2:4") == [0, 2, 3] and numbers("held_out", split="0:1,2:4") == [1]
     assert numbers("training", held_out="50%:") == [0, 1] and numbers("held_out", held_out="50%:") == [2, 3]
-    assert numbers("training", split="train") == [0, 1, 2, 3]
+    assert numbers("training", split="train") == [0, 1, 2, 3] and "both" not in capsys.readouterr().out
+    assert numbers("held_out", split="train") == [0, 1, 2, 3]
+    assert "4 episodes are both in data.split and in data.held_out" in capsys.readouterr().out
     later = opened(sets["images"], "training", split="2:")
     check_frames(opened(sets["images"]), [(2, 5)])
     assert later.episode(0).text(8) == "lift" and later.motions.actions[0, 0] == sum(LENGTHS[:2])
@@ -198,6 +200,22 @@ def test_lerobot_of_the_hub_is_read_in_its_cache(
     assert asked == ["a/four"]
     with pytest.raises(UserError, match=f"{tmp_path}/none: no such folder; give a LeRobot data set"):
         opened(tmp_path / "none")
+
+
+@pytest.mark.parametrize("missing", ["data", "meta/tasks.parquet", "meta/episodes"])
+def test_lerobot_download_that_was_broken_off_goes_on(
+    missing: str, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    whole, part = sets["images"], tmp_path / "lerobot/a/part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / missing) if (part / missing).is_dir() else (part / missing).unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **settings: str(whole))
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "lerobot"))
+    assert opened("a/part").root == whole
+    with pytest.raises(UserError, match=f"{missing}.*: missing; copy the data set again"):
+        opened(part)  # a folder is the user's own
 
 
 # ------------------------------------------------------------ what is wrong
@@ -397,7 +415,7 @@ def test_lerobot_from_calvin_and_back(pictures: str, tmp_path: Path) -> None:
     converted = opened(tmp_path / "lerobot")
     same(calvin, converted, exact=pictures == "images")
     back = tmp_path / "calvin/training"
-    run(data="lerobot", **{"data.root": tmp_path / "lerobot", "part": "all", "to": "calvin"}, output=back)
+    run(data="lerobot", **{"data.root": tmp_path / "lerobot", "to": "calvin"}, output=back)
     same(converted, open_dataset({"format": "calvin", "root": str(back.parent)}))
 
 
@@ -458,3 +476,14 @@ def test_lerobot_vectors_of_the_same_names_do_not_share_an_index(sets: dict[str,
     usual, swapped = opened(sets["images"]), opened(sets["images"], actions="observation.state")
     assert usual.fingerprint != swapped.fingerprint
     assert np.array_equal(swapped.motions.actions, swapped.motions.state)
+
+
+def test_lerobot_texts_with_marks_that_part_lines_elsewhere(sets: dict[str, Path], tmp_path: Path) -> None:
+    """JSON allows them in a text."""
+    shutil.copytree(sets["v21"], root := tmp_path / "v21")
+    said = "open\u2028the\u0085drawer"
+    rows = [json.loads(line) for line in (root / "meta/tasks.jsonl").read_text().split("\n")]
+    rows = [row | {"task": said if row["task"] == "open" else row["task"]} for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (root / "meta/tasks.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert opened(root).episode(0).text(0) == said

@@ -99,10 +99,10 @@ def write_vpp(root: Path) -> None:
 # How to write data of a format; settings; cameras; charts: each episode's actions.
 FORMATS = {
     "calvin": (write_calvin, (), 2, 2),
-    "hdf5": (write_hdf5, ("part=all",), 1, 2),
-    "lerobot": (write_lerobot, ("part=all",), 2, 2),
+    "hdf5": (write_hdf5, (), 1, 2),
+    "lerobot": (write_lerobot, (), 2, 2),
     "rlds": (write_rlds, ("data.fps=5",), 1, 2),
-    "videos": (write_video_folder, ("part=all", "data.captions=captions.jsonl"), 1, 0),
+    "videos": (write_video_folder, ("data.captions=captions.jsonl",), 1, 0),
     "vpp": (write_vpp, (), 1, 2),
 }
 

@@ -578,6 +578,31 @@ def test_few_episodes_are_all_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "training", "held_out", "shared"),
+    [
+        ({"held_out": "train[80%:]"}, range(16), range(16, 20), 0),
+        ({"held_out": "train[:4]"}, range(4, 20), range(4), 0),
+        ({"held_out": "train[7:9]"}, range(9, 20), range(7, 9), 0),
+        ({"split": "train[20%:]"}, range(4, 20), range(4), 0),
+        ({"split": "train[:80%]"}, range(16), range(19, 20), 0),
+        ({"split": "train"}, range(20), range(19, 20), 1),
+        ({"split": "train[:10]", "held_out": "train[7:]"}, range(10), range(7, 20), 3),
+    ],
+)
+def test_rlds_parts_share_no_episode_unless_both_are_named(
+    given: dict, training: range, held_out: range, shared: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_videos(tmp_path, {"train": [[2] * 20]}, name="many")
+    data = [
+        open_dataset({"format": "rlds", "root": str(folder), **given}, p) for p in ("training", "held_out")
+    ]
+    found = [[int(each.episode(n).name) for n in range(len(each))] for each in data]
+    assert found == [list(training), list(held_out)]
+    said = capsys.readouterr().out
+    assert (f"{shared} episodes of train are both in data.split and in data.held_out" in said) == bool(shared)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"cameras": ["wrist"]}, "data.cameras=wrist: choose one of image"),

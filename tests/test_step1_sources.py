@@ -142,6 +142,19 @@ def test_longer_videos_are_left_out(videos: Path, vae: Path) -> None:
     assert [e.texts for e in read_episodes(output, "val")] == [["c"]]
 
 
+@pytest.mark.parametrize("held_out", ["val", "val.csv"])
+def test_held_out_videos_are_not_trained_on(held_out: str, tmp_path: Path) -> None:
+    """Also where they alone are named, below the root, as a folder or by their captions."""
+    for name in ("train/1.mp4", "val/2.mp4"):
+        video(tmp_path / name, 3)
+    (tmp_path / "val.csv").write_text("video,text\nval/2.mp4,go\n")
+    given = {"format": "videos", "root": str(tmp_path), "held_out": held_out}
+    training, held = (open_dataset(given, part) for part in ("training", "held_out"))
+    assert [training.episode(number).name for number in range(len(training))] == ["train_1"]
+    assert len(held) == 1 and held.episode(0).name.endswith("2")
+    assert training.left_out == ["1 episodes of the other part (data.split, data.held_out)"]
+
+
 def test_captions_of_one_video_stay_together(videos: Path, vae: Path) -> None:
     """What is held out is held out under all its captions, however its path is spelled."""
     (videos / "captions.jsonl").write_text(

@@ -35,7 +35,23 @@ class Settings(DataSettings):
     videos: str = "."
 
     def open(self, part: Part) -> "Videos":
-        named = self.held_out if part == "held_out" else None
+        place, folder, said = self._listed(self.held_out if part == "held_out" else None)
+        found = len(said)
+        if part == "training" and self.held_out and not self.split:
+            apart = {file for file, _ in self._listed(self.held_out)[2]}
+            said = [each for each in said if each[0] not in apart] or said
+        files = list(dict.fromkeys(file for file, _ in said))
+        captioned = any(text != "" for _, text in said)
+        kept = set(of_part(files, part if captioned and not self.held_out else "all"))
+        chosen = [each for each in said if each[0] in kept]
+        data = Videos(place, folder, chosen, list(self.places()))
+        if others := found - len(chosen):
+            note = f"{others:,} episodes of the other part (data.split, data.held_out)"
+            data.left_out = [*data.left_out, note]
+        return data
+
+    def _listed(self, named: str | None) -> tuple[Path, Path, list[tuple[Path, str | None]]]:
+        """What was opened, the folder of its videos, and each of them with what it shows."""
         place, folder = Path(self.root, named or self.split or ""), Path(self.root, self.videos)
         captions = Path(self.root, self.captions) if self.captions else None
         if place.suffix.lower() in CAPTIONS:
@@ -53,9 +69,7 @@ class Settings(DataSettings):
             kinds = ", ".join(VIDEO_SUFFIXES)
             what = f"no videos here ({kinds})" if place.exists() else "no such file or folder"
             raise UserError(f"{place}: {what}; give a folder of videos")
-        files = list(dict.fromkeys(file for file, _ in said))
-        kept = set(of_part(files, part if captions and not self.held_out else "all"))
-        return Videos(place, folder, [each for each in said if each[0] in kept], list(self.places()))
+        return place, folder, said
 
 
 class VideoData(Dataset):

@@ -83,7 +83,7 @@ class Settings(DataSettings):
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise UserError(f"data.fps={self.fps}: must be a number of frames per second")
         named = self.held_out if part == "held_out" else None
-        return HDF5Data(Path(self.root, named or self.split or ""), self, "all" if self.held_out else part)
+        return HDF5Data(Path(self.root, named or self.split or ""), self, part)
 
 
 class HDF5Data(Dataset):
@@ -94,6 +94,11 @@ class HDF5Data(Dataset):
         files = [place] if place.is_file() else sorted(find_files(place, SUFFIXES), key=_natural)
         if not files:
             raise UserError(f"{place}: no HDF5 files here ({', '.join(SUFFIXES)}); check data.root")
+        if part == "training" and settings.held_out and not settings.split:
+            apart = Path(settings.root, settings.held_out)
+            kept = [file for file in files if not file.is_relative_to(apart)] or files
+            self.left_out = [f"{apart} (data.held_out)"] if len(kept) < len(files) else []
+            files = kept
         tree = _first_tree(files)
         self._layout = layout = _layout(settings, tree, files[0])
         self._groups = layout.groups if settings.groups is None else settings.groups
@@ -158,7 +163,9 @@ class HDF5Data(Dataset):
             text = self._settings.instruction or self._sentence(file, each["text"])
             recordings.append((Episode(name, start, length, (text,)), file, each["group"], fault))
             start += length
-        chosen = of_part(recordings, part)
+        chosen = of_part(recordings, "all" if self._settings.held_out else part)
+        if others := len(recordings) - len(chosen):
+            self.left_out = [f"{others:,} episodes of the other part (data.split, data.held_out)"]
         self.faults = {episode.name: fault for episode, _, _, fault in chosen if fault}
         self._found = {
             episode.start: (episode, file, group) for episode, file, group, fault in chosen if not fault
@@ -171,7 +178,7 @@ class HDF5Data(Dataset):
             if not self._found:
                 raise UserError(line)
             print_once(line)
-            self.left_out = [f"recordings that cannot be read ({len(self.faults):,})"]
+            self.left_out = [*self.left_out, f"recordings that cannot be read ({len(self.faults):,})"]
         if not self._found:
             raise UserError(f"{self.root}: holds no episodes; correct data.groups")
         self.starts = np.array(list(self._found), np.int64)

@@ -18,12 +18,13 @@ from jaxtyping import Float32
 from rich.progress import track
 
 from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, file_stamp, of_part
-from defi.data.lerobot.meta import Meta, find_root
+from defi.data.lerobot.meta import Meta, download, find_root
 from defi.data.lerobot.rows import FIX, columns_of, read_rows, read_table
 from defi.engine.output import index_place, take_turn, write_file
 from defi.errors import UserError, reading, writing
 from defi.npy import map_npy
 from defi.picture import decode_picture, stack_frames
+from defi.processes import print_once
 from defi.video import timed_video
 
 VERSION = 1  # of what is checked and how it is kept
@@ -43,7 +44,15 @@ class Settings(DataSettings):
     state: str | None = "observation.state"
 
     def open(self, part: Part) -> "LeRobotData":
-        meta = Meta(find_root(self.root))
+        try:
+            return self._opened(find_root(self.root), part)
+        except UserError as error:  # a download that was broken off is found, too: it goes on
+            if Path(self.root).is_dir() or not isinstance(error.__context__, FileNotFoundError):
+                raise
+        return self._opened(download(self.root), part)
+
+    def _opened(self, root: Path, part: Part) -> "LeRobotData":
+        meta = Meta(root)
         everything = range(len(meta.lengths))
         split, held_out = meta.episodes(self.split, "split"), meta.episodes(self.held_out, "held_out")
         mine, other = (held_out, split) if part == "held_out" else (split, held_out)
@@ -52,6 +61,8 @@ class Settings(DataSettings):
         elif mine or other:  # what is not named is what the other one leaves, if it leaves something
             others = set(other or ())
             chosen = mine or [n for n in everything if n not in others] or everything
+            if part == "held_out" and (shared := len(others.intersection(chosen))):
+                print_once(f"{meta.root}: {shared:,} episodes are both in data.split and in data.held_out")
         else:
             chosen = of_part(everything, part)
         return LeRobotData(meta, chosen, self)

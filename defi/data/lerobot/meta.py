@@ -26,9 +26,9 @@ LONGEST, MOST_FRAMES = 10**7, 10**9  # frames of an episode, and of all
 
 
 def find_root(root: str) -> Path:
-    """The data set's folder. One of the hub, `user/name`, is found in its cache, or in LeRobot's; if it is in
-    neither, it is downloaded."""
-    name = root.removeprefix("hf://").removeprefix("datasets/")
+    """The data set's folder. One of the hub, `user/name`, is found in its cache, or in LeRobot's (whole or
+    not); if it is in neither, it is downloaded."""
+    name = _hub_name(root)
     if Path(root).is_dir():
         return Path(root)
     if not HUB_NAME.fullmatch(name) or name == root and Path(name).parent.is_dir():
@@ -49,12 +49,25 @@ def find_root(root: str) -> Path:
             continue
         if Path(found, "meta/info.json").is_file():
             return Path(found)
+    return download(root)
+
+
+def download(root: str) -> Path:
+    """Fetch what the hub's cache lacks of a data set of the hub; without a network, what is there."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name = _hub_name(root)
     fix = "check name and network, log in with `hf auth login`, or give a folder"
     with reading(f"{constants.ENDPOINT}/datasets/{name}", fix):
         try:
             return Path(snapshot_download(name, repo_type="dataset"))
         except LocalEntryNotFoundError:
             raise ValueError("neither in the hub's cache nor to be had from the hub") from None
+
+
+def _hub_name(root: str) -> str:
+    return root.removeprefix("hf://").removeprefix("datasets/")
 
 
 class Meta:
@@ -108,8 +121,9 @@ class Meta:
         else:
             file = self.root / "meta/episodes"
             files = sorted(file.glob("*/*.parquet"))
-            if not files:
-                raise UserError(f"{file}: no table of the episodes in it; {FIX}")
+            with reading(file, FIX):
+                if not files:
+                    raise FileNotFoundError
             names = [n for n in columns_of(files[0]) if n.startswith(PLACES)]
             parts = [read_table(each, names) for each in files]
             columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
@@ -129,7 +143,7 @@ class Meta:
         """The objects of a file with one in each line."""
         self.files.append(file)
         with reading(file, FIX):
-            rows = [json.loads(line) for line in read_text(file, FIX).splitlines() if line.strip()]
+            rows = [json.loads(line) for line in read_text(file, FIX).split("\n") if line.strip()]
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("holds lines that are no objects")
             return rows

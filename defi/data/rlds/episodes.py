@@ -13,8 +13,9 @@ from jaxtyping import Float32
 
 from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part
 from defi.data.rlds.dataset import RLDSDataset, default_splits
-from defi.data.rlds.spec import FEATURES, STEPS, find_version, read_splits
+from defi.data.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_splits
 from defi.errors import UserError
+from defi.processes import print_once
 
 # Where data sets keep what a robot does: one of `ACTION`, or what there is of `ACTIONS` (Open X-Embodiment's
 # names), else all that lies below `action`; and the robot's state, the first of `STATES`.
@@ -43,15 +44,31 @@ class Settings(DataSettings):
             raise UserError(f"data.fps={self.fps}: must be a rate above 0 and below 1000")
 
     def open(self, part: Part) -> "RLDSData":
-        split = self.held_out if part == "held_out" else self.split
-        if not split:
+        split, other = (self.held_out, self.split) if part == "held_out" else (self.split, self.held_out)
+        named = bool(split)
+        if not named:
             training, held_out = default_splits(self.root)
-            if part == "held_out" and held_out == "train":
+            if part == "held_out" and held_out == "train" and not other:
                 what = "too few episodes to hold any out; they are the training's (data.held_out)"
                 warnings.warn(f"{self.root}: {what}", stacklevel=2)
             split = held_out if part == "held_out" else training
             split = split.partition("[")[0] if part == "all" else split
-        return RLDSData(self, split)
+        apart = other and (part == "held_out" or part == "training" and not named)
+        return RLDSData(self, self._apart(split, other, named) if apart else split)
+
+    def _apart(self, split: str, other: str, named: bool) -> str:
+        """A split, or, if nobody named it and it shares episodes with another, the most which that leaves."""
+        folder = find_version(Path(self.root))
+        (mine, own), (of, others) = (choose_split(folder, read_splits(folder), s) for s in (split, other))
+        shared = range(max(own.start, others.start), min(own.stop, others.stop))
+        if mine.name != of.name or not shared:
+            return split
+        rest = max(range(others.start), range(others.stop, mine.episodes), key=len)
+        if rest and not named:
+            return f"{mine.name}[{rest.start}:{rest.stop}]"
+        both = f"{len(shared):,} episodes of {mine.name} are both in data.split and in data.held_out"
+        print_once(f"{folder}: {both} ({split}, {other})")
+        return split
 
     def data(self, split: str) -> RLDSDataset:
         return RLDSDataset(self.root, split, index=self.index)
