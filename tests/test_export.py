@@ -31,7 +31,7 @@ def seen() -> dict[str, object]:
     return {"images": images, "instruction": "push the block"}
 
 
-def write_run(folder: Path, **changes: object) -> Path:
+def write_run(folder: Path, config: dict = RUN, **changes: object) -> Path:
     """A run whose averaged weights are others, with stage 1 and 2 beside it."""
     gfdm, gidm = write_stages(folder)
     policy = DeFI.from_stages(policy_config(**changes), gfdm=gfdm, gidm=gidm)
@@ -39,7 +39,7 @@ def write_run(folder: Path, **changes: object) -> Path:
         if name.startswith("gfdm."):
             tensor.add_(1e-3)  # as training would change it
     data = {"size": 12, "fingerprint": "abc"}
-    place = checkpoint.save(policy, folder / "run", step=7, config=RUN, data=data)
+    place = checkpoint.save(policy, folder / "run", step=7, config=config, data=data)
     (place / "ema").mkdir()
     policy.action_head.predict.weight.data.mul_(0.5)
     policy.save_pretrained(place / "ema")
@@ -128,12 +128,33 @@ def test_the_card_and_inspect_tell_what_it_is(
         assert part in said, part
 
 
+def test_the_card_names_all_data_and_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a mixture, and what a store was made from, or its name where it is gone."""
+    (store := tmp_path / "store").mkdir()
+    (store / "manifest.json").write_text(json.dumps({"source": "/home/somebody/cups"}))
+    sets = {
+        "one": {"format": "hdf5", "root": "/home/somebody/pushes", "cameras": ["top"], "weight": 0.5},
+        "two": {"store": str(store)},
+        "gone": {"store": "/home/somebody/features"},
+    }
+    data = {"store": None, "root": None, "sets": sets}
+    config = RUN | {"data": data, "output": "runs/one", "pretrained": ["/home/somebody/dino", 3]}
+    run, output = write_run(tmp_path / "runs", config), tmp_path / "whole"
+    export(monkeypatch, f"checkpoint={run}", f"output={output}")
+    assert "| data set | pushes, cups, features, fingerprint abc |" in (output / "README.md").read_text()
+    for file in output.rglob("*"):
+        if file.suffix in (".json", ".yaml", ".md"):
+            assert "somebody" not in file.read_text() and str(tmp_path) not in file.read_text(), file
+    sets["one"]["root"], sets["gone"]["store"], sets["two"]["store"] = "pushes", "features", "store"
+    assert checkpoint.read_run_config(output) == config | {"pretrained": ["dino", 3]}
+
+
 def test_an_export_is_complete_or_absent(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     output = tmp_path / "whole"
     settings = [f"checkpoint={run}", f"output={output}"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        patch.setattr(command.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(full))
+        patch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(full))
         export(monkeypatch, *settings)
     said = capsys.readouterr().err
     assert "whole: cannot write it (No space left on device); free some space, then repeat" in said

@@ -8,15 +8,15 @@ Settings: configs/export.yaml.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from jinja2 import Environment, StrictUndefined
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from defi.config import entry
 from defi.engine.checkpoint import (
@@ -29,6 +29,7 @@ from defi.engine.checkpoint import (
 )
 from defi.engine.output import check_output, new_folder
 from defi.errors import UserError, one_line
+from defi.files import read_json
 from defi.hub import REPOSITORY
 
 CARD, TEMPLATE = "README.md", Path(__file__).parents[1] / "assets" / "model_card.md.j2"
@@ -47,24 +48,24 @@ def export(cfg: DictConfig) -> Path:
     policy = import_module("Step3_DeFI.policy").DeFI.from_pretrained(find_weights(checkpoint), **places)
     with new_folder(output) as folder:
         import_module("Step3_DeFI.stages").write_whole(policy, folder)
-        shutil.copyfile(checkpoint / RUN_CONFIG, folder / RUN_CONFIG)
+        run = read_run_config(checkpoint)
+        (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(without_places(run))))
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
         manifest = read_manifest(checkpoint) | {"files": sizes}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in files:  # as the user's umask says; safetensors keep others out
             file.chmod((folder / MANIFEST).stat().st_mode)
-        text = model_card(cfg.push or output.name, policy.config, manifest, read_run_config(checkpoint))
+        text = model_card(cfg.push or output.name, policy.config, manifest, run)
         (folder / CARD).write_text(text)
     return output
 
 
 def model_card(name: str, policy: Any, manifest: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """Data, robot, training and figures of a policy (its `PolicyConfig`), and how to load it, in Markdown."""
-    data, made = run.get("data") or {}, manifest["data"]
-    place = data.get("root") or data.get("store") or "not recorded"
+    made = manifest["data"]
     facts = {
-        "data set": f"{Path(str(place)).name}, fingerprint {made.get('fingerprint')}",
+        "data set": f"{data_names(run.get('data') or {})}, fingerprint {made.get('fingerprint')}",
         "samples": made.get("size"),
         "preset": manifest.get("preset"),
         "steps": manifest["step"],
@@ -75,6 +76,27 @@ def model_card(name: str, policy: Any, manifest: Mapping[str, Any], run: Mapping
     pages.filters["cell"] = lambda value: " ".join(str(value).replace("|", "\\|").split())
     template = pages.from_string(TEMPLATE.read_text())
     return template.render(name=name, policy=policy, robot=policy.robot, facts=facts, figures=figures)
+
+
+def data_names(section: Mapping[str, Any]) -> str:
+    """What a section `data` was trained on, without where it lies; of a store, what it was made from."""
+    names = []
+    for own in (section.get("sets") or {"": section}).values():
+        place = own.get("root") or own.get("store") or "not recorded"
+        if own.get("store"):
+            with suppress(UserError):  # it may be gone by now
+                place = read_json(Path(place) / MANIFEST, "").get("source", place)
+        names.append(Path(str(place)).name or place)
+    return ", ".join(names)
+
+
+def without_places(value: Any) -> Any:
+    """A configuration whose absolute paths are their last parts: where things lay is nobody's business."""
+    if isinstance(value, dict):
+        return {key: without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def push(folder: Path, name: str, *, private: bool) -> None:
