@@ -18,6 +18,7 @@ from killing import die_before
 from policy_fakes import write_demonstrations
 
 from defi.data import Dataset, convert, open_dataset
+from defi.data.lerobot import rows
 from defi.engine import output as output_folder
 from defi.errors import UserError
 from defi.video import VideoFile, timed_video, upright
@@ -114,6 +115,19 @@ def test_lerobot_rows_of_an_episode_in_several_groups(sets: dict[str, Path], tmp
     check_frames(data, [(1, 11), (0, 6), (3, 4), (2, 0)])
     expected = Robot().read_motions(range(sum(LENGTHS)))
     assert np.array_equal(np.concatenate([data.motions.actions, data.motions.state], 1), expected)
+
+
+@pytest.mark.parametrize(("most", "kept"), [(2**28, 4), (170_000, 2), (1, 1)])
+def test_lerobot_row_groups_are_kept_by_size(
+    most: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 kB each; those that were asked for last, of which the newest is kept in any case."""
+    pq.write_table(pa.table({"a": np.arange(60_000)}), file := tmp_path / "a.parquet", row_group_size=10_000)
+    monkeypatch.setattr(rows, "KEPT_BYTES", most)
+    monkeypatch.setattr(rows, "_kept", {})
+    for group in (0, 1, 2, 3, 4, 0, 5):
+        assert rows.read_rows(file, ["a"], 10_000 * group + 7, 1)["a"] == 10_000 * group + 7
+    assert [key[2] for key in rows._kept] == [3, 4, 0, 5][-kept:]
 
 
 ORDERS = {  # of frames that are shown in another order than they are decoded in, and far from key frames

@@ -12,7 +12,8 @@ from defi.errors import UserError, reading
 
 FIX = "copy the data set again"
 LARGEST_GROUP = 2**30  # bytes of a row group, unpacked
-KEPT = 4  # row groups that a process keeps, each of the columns that were asked for
+KEPT, KEPT_BYTES = 4, 2**28  # row groups that a process keeps, of the columns that were asked for; the last
+# that was read however large it is
 
 
 def columns_of(file: Path) -> list[str]:
@@ -64,10 +65,22 @@ def _group_starts(file: Path, changed: int) -> list[int]:
     return np.cumsum([0, *(meta.row_group(n).num_rows for n in range(meta.num_row_groups))]).tolist()
 
 
-@lru_cache(maxsize=KEPT)
+_kept: dict[tuple, Any] = {}  # those row groups, the latest at the end
+
+
 def _group(file: Path, names: tuple[str, ...], group: int, changed: int) -> Any:
-    opened = _open(file, names, changed)
-    return opened.read_row_group(group, list(names), use_threads=False)  # threads do not outlive a fork
+    """A row group. There is no lock, which a fork could copy in the hands of a thread that it does not."""
+    key = file, names, group, changed
+    table = _kept.pop(key, None)
+    if table is None:
+        opened = _open(file, names, changed)
+        table = opened.read_row_group(group, list(names), use_threads=False)  # threads do not outlive a fork
+    _kept[key] = table
+    for older in list(_kept)[:-1]:
+        if len(_kept) <= KEPT and sum(each.nbytes for each in list(_kept.values())) <= KEPT_BYTES:
+            break
+        _kept.pop(older, None)
+    return table
 
 
 def _open(file: Path, names: Sequence[str], changed: int) -> Any:
