@@ -11,7 +11,10 @@ or has no instruction is reported, noted in `skipped/` and left out; `resume=tru
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from omegaconf import DictConfig
 from rich.progress import track
 from safetensors.torch import save
+from torch import Tensor
 
 from defi.config import entry
 from defi.data import Dataset, DataSettings, Episode, read_settings
@@ -33,7 +37,7 @@ from defi.errors import UserError, writing
 from defi.files import read_json
 from defi.instructions import read_instruction
 from defi.processes import processes, share
-from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
+from defi.video import VIDEO_CODEC, film, prepare_frames
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import check_counts
 from Step1_GFDM.data import LATENTS, SPLITS
@@ -41,7 +45,9 @@ from Step1_GFDM.data import LATENTS, SPLITS
 SKIPPED = "skipped"
 # Pixels a side that an autoencoder alone may ask for: SVD's says 768, and no preset works at that.
 LARGEST = 512
-Encode = Callable[[Frames], bytes]
+BLOCK = 32  # frames of each camera that are in the memory at a time; twice, as the next ones are read
+Part = dict[str, Frames] | UserError
+Encode = Callable[[Frames], Tensor]
 
 
 @dataclass
@@ -76,14 +82,20 @@ class Recording:
     fault: str = ""
     texts: dict[str, str] = field(default_factory=dict)
 
-    def read(self) -> dict[str, Frames] | UserError:
-        """Frames of each camera."""
+    def read(self, size: int) -> Iterator[Part]:
+        """Frames of each camera, so many at a time; a fault is the last."""
         try:
             if self.episode is None:
                 raise UserError(self.fault)
-            return self.data.read(self.episode, self.positions, self.data.cameras)
+            shapes = None
+            for _, views in self.data.blocks(self.episode, size, self.positions):
+                found = [frames.shape[1:] for frames in views.values()]
+                if (shapes := shapes or found) != found:
+                    where = f"{self.data.root}: episode {self.episode.name}"
+                    raise UserError(f"{where}: its pictures change their size; split it where they do")
+                yield views
         except UserError as error:
-            return error
+            yield error
 
 
 def find_recordings(split: str, data: Dataset, take: TakeSettings) -> list[Recording]:
@@ -148,57 +160,87 @@ def load_vae(path: Path) -> tuple[AutoencoderKLTemporalDecoder, Path]:
     return pipeline.load_part(AutoencoderKLTemporalDecoder, folder).requires_grad_(False), folder
 
 
-def write_episode(
-    output: Path, split: str, name: str, text: str, views: dict[str, Frames], coded: list[bytes], fps: float
-) -> None:
-    """Latents (`coded`) and videos of all cameras, then the annotation that makes them count."""
-    cameras = distinct(map(file_name, views))
-    latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in cameras]
-    videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in cameras]
-    for content, frames, latent, video in zip(coded, views.values(), latents, videos):
-        (output / latent).parent.mkdir(parents=True, exist_ok=True)
-        write_file(output / latent, content)
-        write_mp4(output / video, frames, fps)
+def view_files(job: Recording, name: str) -> list[tuple[str, str]]:
+    """Latents and video of each camera in stage 1's episode of this name, below the output."""
+    cameras = [f"{job.split}/{name}/{camera}" for camera in distinct(map(file_name, job.data.cameras))]
+    return [(f"latent_videos/{each}.safetensors", f"videos/{each}.mp4") for each in cameras]
+
+
+def write_views(
+    output: Path, files: list[tuple[str, str]], parts: Iterator[Part], encode: Encode, fps: float
+) -> int | UserError:
+    """Latents and videos (`files`) of all cameras: the number of frames, or why they cannot be read."""
+    coded: list[list[Tensor]] = [[] for _ in files]
+    films: list[Callable[[Frames], None]] = []
+    try:
+        with ExitStack() as stack:
+            for views in parts:
+                if isinstance(views, UserError):
+                    raise views
+                films = films or [stack.enter_context(film(output / video, fps)) for _, video in files]
+                for frames, write, latents in zip(views.values(), films, coded):
+                    latents.append(encode(frames))
+                    write(frames)
+    except UserError as fault:
+        return fault
+    for (file, _), latents in zip(files, coded):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        write_file(output / file, save({LATENTS: torch.cat(latents).contiguous()}))
+    return sum(map(len, coded[0]))
+
+
+def write_episode(output: Path, name: str, job: Recording, made: str, frames: int) -> None:
+    """Copies of latents and videos, where they were made for another (`made`) of the same frames; then the
+    annotation that makes them count."""
+    files = view_files(job, name)
+    for file, other in zip(chain(*files), chain(*view_files(job, made))) if made != name else ():
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        write_file(output / file, (output / other).read_bytes())
     annotation = {
         "episode_id": name,
-        "texts": [text],
-        "videos": [{"video_path": path} for path in videos],
-        "latent_videos": [{"latent_video_path": path} for path in latents],
-        "video_length": len(frames),
-        "fps": fps,
+        "texts": [job.texts[name]],
+        "videos": [{"video_path": video} for _, video in files],
+        "latent_videos": [{"latent_video_path": latents} for latents, _ in files],
+        "video_length": frames,
+        "fps": job.fps,
     }
-    write_file(output / "annotation" / split / f"{name}.json", json.dumps(annotation))
+    write_file(output / "annotation" / job.split / f"{name}.json", json.dumps(annotation))
 
 
-def write_episodes(output: Path, recordings: list[Recording], encode: Encode) -> None:
-    """This process's share of the episodes that are not there yet, or notes of why they are left out."""
+def write_episodes(output: Path, recordings: list[Recording], encode: Encode, size: int) -> None:
+    """This process's share of the episodes that are not there yet, or notes of why they are left out.
+
+    size: frames of each camera that are read at a time.
+    """
 
     def missing(job: Recording) -> dict[str, str]:
         folder = output / "annotation" / job.split
         return {name: text for name, text in job.texts.items() if not (folder / f"{name}.json").exists()}
 
-    def read_ahead() -> Iterator[tuple[Recording, dict[str, Frames] | UserError]]:
-        """The next recording is read while this one is encoded."""
+    def read_ahead() -> Iterator[tuple[Recording, Part]]:
+        """The next frames are read while these are encoded."""
+        parts = ((job, part) for job in jobs for part in job.read(size))
         with ThreadPoolExecutor(1) as pool:
-            reading = (pool.submit(job.read) for job in jobs)
-            following = next(reading, None)
-            for job in jobs:
-                views, following = following.result(), next(reading, None)
-                yield job, views
+            following = pool.submit(next, parts, None)
+            while part := following.result():
+                following = pool.submit(next, parts, None)
+                yield part
 
     jobs = share([replace(job, texts=texts) for job in recordings if (texts := missing(job))])
-    quiet = not processes().is_local_main_process
-    for job, views in track(read_ahead(), "latents", total=len(jobs), disable=quiet):
-        coded = [] if isinstance(views, UserError) else [encode(frames) for frames in views.values()]
-        for name, text in job.texts.items():
+    quiet, by_job = not processes().is_local_main_process, groupby(read_ahead(), itemgetter(0))
+    for job, parts in track(by_job, "latents", total=len(jobs), disable=quiet):
+        first = next(iter(job.texts))
+        with writing(output, f"episode {job.split}/{first}"):
+            made = write_views(output, view_files(job, first), (part for _, part in parts), encode, job.fps)
+        for name in job.texts:
             note = output / SKIPPED / job.split / f"{name}.txt"
             with writing(output, f"episode {job.split}/{name}"):
-                if isinstance(views, UserError):
-                    print(f"left out: {views}")
-                    write_file(note, f"{views}\n")
+                if isinstance(made, UserError):
+                    print(f"left out: {made}")
+                    write_file(note, f"{made}\n")
                 else:
                     note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
-                    write_episode(output, job.split, name, text, views, coded, job.fps)
+                    write_episode(output, name, job, first, made)
 
 
 @entry("step1_prepare")
@@ -240,13 +282,14 @@ def main(cfg: DictConfig) -> None:
     vae.to(state.device)
 
     @torch.inference_mode()
-    def encode(frames: Frames) -> bytes:
-        """A file of scaled latents (mode of the posterior), float16 [F, 4, h, w]."""
+    def encode(frames: Frames) -> Tensor:
+        """Scaled latents (mode of the posterior), float16 [F, 4, h, w]."""
         parts = prepare_frames(frames, image_size).split(cfg.batch)
         modes = [vae.encode(part.to(vae.device)).latent_dist.mode() for part in parts]
-        return save({LATENTS: (torch.cat(modes).cpu() * scaling).half().contiguous()})
+        return (torch.cat(modes).cpu() * scaling).half()
 
-    write_episodes(output, recordings, encode)
+    # Whole batches: they are the same, whatever is read at a time.
+    write_episodes(output, recordings, encode, max(1, BLOCK // cfg.batch) * cfg.batch)
     state.wait_for_everyone()
     for split in SPLITS if state.is_main_process else ():
         count, skipped = (len(list((output / f / split).glob("[!.]*"))) for f in ("annotation", SKIPPED))

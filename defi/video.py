@@ -8,8 +8,8 @@ to look at the container.
 
 import os
 from bisect import bisect
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -296,25 +296,42 @@ def read_frames(
     return np.stack([pictures[number] for number in wanted])
 
 
-def write_mp4(path: Path, frames: Frames, fps: float) -> None:
-    """Write an H.264 video that browsers play (yuv420p, odd sizes padded by a pixel); it appears complete."""
-    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
+@contextmanager
+def film(path: Path, fps: float) -> Iterator[Callable[[Frames], None]]:
+    """What takes the frames of an H.264 video that browsers play (yuv420p, odd sizes padded by a pixel), as
+    many at a time as one likes, all of one size. It appears at the end, complete, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(VIDEO_CODEC["codec"], rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {key: VIDEO_CODEC[key] for key in ("crf", "preset")}
-        stream.thread_count = 1
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream(VIDEO_CODEC["codec"], rate=Fraction(fps).limit_denominator(1000))
+            stream.pix_fmt = "yuv420p"
+            stream.options = {key: VIDEO_CODEC[key] for key in ("crf", "preset")}
+            stream.thread_count = 1
+
+            def write(frames: Frames) -> None:
+                odd = [(0, side % 2) for side in frames.shape[1:3]]
+                frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+                if not stream.codec_context.is_open:
+                    stream.height, stream.width = frames.shape[1:3]
+                for frame in frames:
+                    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                    container.mux(stream.encode(picture))
+
+            yield write
+            container.mux(stream.encode())
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_mp4(path: Path, frames: Frames, fps: float) -> None:
+    """A video of frames that are all there, as `film` writes it."""
+    with film(path, fps) as write:
+        write(frames)
 
 
 def to_float(frames: UInt8[np.ndarray, "*F H W 3"]) -> Float[Tensor, "*F 3 H W"]:

@@ -85,9 +85,9 @@ def noted(done: list[str]) -> None:
     """From now on `done` gets the name of each episode, and the first row of each batch, that is encoded."""
     write, encode = step1.write_episode, step3.Encoder.__call__
 
-    def write_episode(output: Path, split: str, name: str, *args: Any, **named: Any) -> None:
-        done.append(f"{split}/{name}")
-        write(output, split, name, *args, **named)
+    def write_episode(output: Path, name: str, job: step1.Recording, *args: Any) -> None:
+        done.append(f"{job.split}/{name}")
+        write(output, name, job, *args)
 
     def encoded(self: step3.Encoder, images: np.ndarray, texts: list[str], rows: np.ndarray) -> np.ndarray:
         done.append(str(rows[0]))

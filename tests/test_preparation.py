@@ -153,7 +153,7 @@ def test_a_full_disk_is_named_and_a_later_start_goes_on(
         return write
 
     with monkeypatch.context() as patch:
-        for place, name in ((step1, "write_file"), (step1, "write_mp4"), (step3, "write_file")):
+        for place, name in ((step1, "write_file"), (step1, "film"), (step3, "write_file")):
             patch.setattr(place, name, limited(getattr(place, name)))
         patch.setattr(np, "save", limited(np.save))
         with pytest.raises((SystemExit, UserError)) as ended:

@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi.data import open_dataset
-from defi.data.episode import distinct, file_name, of_part
-from defi.data.videos import read_captions
+from defi.data.episode import Episode, distinct, file_name, of_part
+from defi.data.videos import VideoData, read_captions
 from defi.errors import UserError
 from defi.video import number_video, read_frames, write_mp4
 from Step1_GFDM import prepare
@@ -448,6 +448,44 @@ def test_hdf5_links_out_of_the_file_are_not_followed(
 # ------------------------------------------------------------ restarts and damage
 
 
+def test_a_long_recording_is_read_in_parts(
+    tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole batches, as if it were read at once; damage further on leaves no half of a file."""
+    root = tmp_path / "videos"
+    for name in ("good", "bad"):
+        frames = np.random.default_rng(0).integers(0, 256, (85, 32, 48, 3), np.uint8)
+        write_mp4(root / f"{name}.mp4", frames, 10)
+    (root / "captions.csv").write_text("video,text\ngood.mp4,go\nbad.mp4,stop\ngood.mp4,come\n")
+    read, counts = VideoData.read, []
+
+    def damaged(self: VideoData, episode: Episode, positions: range, cameras: list[str]) -> dict:
+        counts.append(len(positions))
+        if episode.name == "bad" and 84 in positions:
+            raise UserError("bad.mp4: broken")
+        return read(self, episode, positions, cameras)
+
+    monkeypatch.setattr(VideoData, "read", damaged)
+    given = ["data.split=captions.csv", "data.held_out=captions.csv", "data.every=2"]
+    whole = prepared("videos", root, vae, *given, "batch=50").rename(tmp_path / "whole")
+    assert set(counts) == {43}
+    counts.clear()
+    parts = prepared("videos", root, vae, *given, "batch=9")
+    assert set(counts) == {27, 16}, "whole batches"
+    files = {file.relative_to(whole) for file in whole.rglob("*") if file.is_file()}
+    assert files == {file.relative_to(parts) for file in parts.rglob("*") if file.is_file()}
+    assert len(files) == 1 + 2 * (2 * 3 + 1)
+    for file in files:
+        one, other = whole / file, parts / file
+        if file.suffix == ".safetensors":  # batches of other sizes may round differently
+            every = np.arange(43)
+            assert torch.allclose(read_latents(one, every), read_latents(other, every), atol=1e-2)
+        elif file.suffix == ".mp4":  # an encoder that shares its processors may choose other bytes
+            assert read_frames(one).shape == read_frames(other).shape == (43, 32, 48, 3)
+        elif file.name != "manifest.json":
+            assert one.read_bytes() == other.read_bytes(), file
+
+
 def test_a_killed_preparation_goes_on_and_redoes_nothing(
     videos: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,11 +493,11 @@ def test_a_killed_preparation_goes_on_and_redoes_nothing(
     settings = [*data_of("videos", videos), f"vae={vae}", f"output={output}"]
     write, written = prepare.write_episode, []
 
-    def dies(output: Path, split: str, name: str, *args: Any, **kwargs: Any) -> None:
+    def dies(output: Path, name: str, *args: Any) -> None:
         written.append(name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write(output, split, name, *args, **kwargs)
+        write(output, name, *args)
 
     monkeypatch.setattr(prepare, "write_episode", dies)
     assert run(prepare, *settings) == 130

@@ -109,11 +109,14 @@ class Dataset:
     def check_files(self) -> None:
         """Raises UserError if frames with a file of their own lack it; none is opened."""
 
-    def blocks(self, episode: Episode, size: int = 32) -> Iterator[tuple[range, dict[str, Frames]]]:
-        """Positions of an episode's frames, and their pictures of all cameras, so many at a time."""
-        for first in range(0, episode.length, size):
-            positions = range(first, min(first + size, episode.length))
-            yield positions, self.read(episode, positions, self.cameras)
+    def blocks(
+        self, episode: Episode, size: int = 32, positions: range | None = None
+    ) -> Iterator[tuple[range, dict[str, Frames]]]:
+        """Positions of an episode's frames, all or some, and the pictures of all cameras, a few at a time."""
+        positions = range(episode.length) if positions is None else positions
+        for first in range(0, len(positions), size):
+            block = positions[first : first + size]
+            yield block, self.read(episode, block, self.cameras)
 
     def size(self) -> int:
         """Frames that a share in a mixture counts."""
