@@ -1,19 +1,10 @@
-"""Clips of latents for GFDM, from folders in VPP's layout (see `Step1_GFDM.prepare`).
+"""Clips of latents for GFDM, from folders in VPP's layout (`defi.data.vpp`), as `prepare` writes it.
 
-<root>/annotation/{train,val}/<id>.json    texts, videos, latent_videos, video_length or state, episode_id
-<root>/videos/{train,val}/<id>/<camera>.mp4
-<root>/latent_videos/{train,val}/<id>/<camera>.safetensors (or .pt): scaled latents [frames, 4, h, w]
-<root>/manifest.json                       of prepared folders: `data.every`, steps between stored frames
-
-VPP's own CALVIN has annotation_abc_13/{train,val_d} instead, and some of its sets keep latents in
-latent_videos_svd, which the annotations do not name.
+Some of VPP's own sets keep latents in latent_videos_svd, which the annotations do not name.
 """
 
-import json
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,115 +18,34 @@ from torch.utils.data import Dataset
 
 from defi.checkpoints.files import is_archive
 from defi.config import typed
+from defi.data.vpp import (
+    AGAIN,
+    MANIFEST,
+    Annotation,
+    NotJSON,
+    read_annotations,
+    read_manifest,
+    stored_step,
+)
 from defi.engine.weights import fingerprint
-from defi.errors import UserError, one_line, reading
-from defi.files import read_json
-from defi.instructions import read_instructions
+from defi.errors import UserError, reading
 from defi.processes import print_once
 from Step1_GFDM.config import GFDMConfig
 
 SPLITS = ("train", "val")
-MANIFEST = "manifest.json"  # of a folder that Step1_GFDM.prepare made
 LATENTS = "latents"  # the tensor's name in a .safetensors file
-MOST_FRAMES = 10**8  # of a video: more than a month
-AGAIN = "run Step1_GFDM.prepare again"
 
 
-@dataclass(frozen=True, slots=True)
-class Episode:
-    """One annotated video, a file per camera, and its latents if there are any; paths within the data set."""
-
-    id: str
-    texts: list[str]
-    frames: int | None  # None: the annotation does not say
-    latents: list[str]
-    videos: list[str]
-
-
-class NotJSON(UserError):
-    """An annotation that is none: left out, as the published code does."""
-
-
-def inside(root: Path, path: str) -> str:
-    """A path named in a data set's file. Raises UserError if it leaves the data set's folder.
-
-    Links within the folder may lead where they like: they are its owner's.
-    """
-    normal = os.path.normpath(path)
-    if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir or "\0" in normal:
-        raise UserError(f"{root}: its files name {path}, outside the folder; this data set is not safe")
-    return normal
-
-
-def as_list(value: Any) -> list[Any]:
-    """A list of a JSON file, where a single item may stand as it is."""
-    return value if isinstance(value, list) else [value]
-
-
-def read_episode(root: Path, file: Path) -> Episode:
-    """One annotation, with or without latents. Its length: one `state` per frame, else `video_length`."""
-    fix = "copy it again, or remove it"
-    with reading(file, fix):
-        try:
-            values = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise NotJSON(f"{file}: not JSON ({one_line(error)}); {fix}") from None
-        texts = read_instructions(as_list(values["texts"]), f"{file}: a text")
-        if not texts:
-            raise UserError(f"{file}: has no caption; stage 1 needs texts")
-        frames = len(values["state"]) if "state" in values else values.get("video_length", 0)
-        if not 0 <= frames <= MOST_FRAMES:
-            raise UserError(f"{file}: video_length={frames}: no video is that long; give its frames")
-        latents = [
-            inside(root, each["latent_video_path"]) for each in as_list(values.get("latent_videos", []))
-        ]
-        videos = [inside(root, each["video_path"]) for each in as_list(values["videos"])]
-        return Episode(str(values.get("episode_id", file.stem)), texts, int(frames) or None, latents, videos)
-
-
-def annotation_files(root: Path, split: str) -> list[Path]:
-    """Of a split, by name. Raises UserError if there are none."""
-    of_calvin = root / "annotation_abc_13" / {"val": "val_d"}.get(split, split)
-    folder = of_calvin if of_calvin.is_dir() else root / "annotation" / split
-    files = sorted(folder.glob("[!.]*.json"))
-    if not files:
-        raise UserError(f"{folder}: no annotations; make them with Step1_GFDM.prepare")
-    return files
-
-
-def read_episodes(root: str | Path, split: str) -> list[Episode]:
+def read_episodes(root: str | Path, split: str) -> list[Annotation]:
     """All annotations of a split, by name; a printed line counts those that are not JSON."""
-
-    def read(file: Path) -> Episode | NotJSON:
-        try:
-            return read_episode(Path(root), file)
-        except NotJSON as error:
-            return error
-
-    files = annotation_files(Path(root), split)
-    with ThreadPoolExecutor(8) as pool:  # a hundred thousand small files, perhaps over a network
-        found = list(pool.map(read, files))
-    faults = [each for each in found if isinstance(each, NotJSON)]
-    if len(faults) == len(files):
-        raise faults[0]
+    found = read_annotations(Path(root), split)
+    faults = [each for each in found.values() if isinstance(each, UserError)]
+    serious = [fault for fault in faults if not isinstance(fault, NotJSON)]
+    if serious or len(faults) == len(found):
+        raise (serious or faults)[0]
     if faults:
-        print_once(f"{files[0].parent}: left out {len(faults)} of {len(files)} annotations: {faults[0]}")
-    return [each for each in found if isinstance(each, Episode)]
-
-
-def read_manifest(root: Path) -> dict[str, Any]:
-    """Of a prepared folder; of VPP's own sets, which have none, what may be taken for granted."""
-    file = root / MANIFEST
-    return read_json(file, AGAIN) if file.is_file() else {"data": {"every": 1}}
-
-
-def stored_step(root: Path) -> int:
-    """Steps of the recording from one stored frame to the next."""
-    source = read_manifest(root).get("data")
-    step = source.get("every") if isinstance(source, dict) else None
-    if not isinstance(step, int) or step < 1:
-        raise UserError(f"{root / MANIFEST}: data.every={step}: must be the step between frames; {AGAIN}")
-    return step
+        print_once(f"{root}: {split}: left out {len(faults)} of {len(found)} annotations: {faults[0]}")
+    return [each for each in found.values() if isinstance(each, Annotation)]
 
 
 def read_latents(path: Path, indices: np.ndarray) -> Float[Tensor, "F 4 h w"]:
@@ -202,10 +112,12 @@ class LatentSet:
         for episode in found:
             where, cameras = f"{self.root}: episode {episode.id}", len(episode.latents)
             if not cameras or not episode.frames:
-                fix = "encode it with Step1_GFDM.prepare, source vpp"
+                fix = "encode it with Step1_GFDM.prepare data=vpp"
                 raise UserError(f"{where} has no latents or no length; {fix}")
             if not any(shares[:cameras]):
                 raise UserError(f"{where}: cameras={shares} gives none of its {cameras} cameras a share")
+        if (unseen := max(len(each.latents) for each in found) - len(shares)) > 0:
+            print_once(f"note: {self.root}: cameras={shares} leaves out the last {unseen} of its cameras")
         self.episodes = [e for e in found if (e.frames - 1) * stored < longest]
         if not self.episodes:
             raise UserError(f"{config.root}: no video has at most {longest} frames; raise longest")
@@ -216,19 +128,19 @@ class LatentSet:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def locate(self, index: int) -> tuple[Episode, int]:
+    def locate(self, index: int) -> tuple[Annotation, int]:
         """Episode and first stored frame of clip `index`."""
         which = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[which - 1]) if which else 0
         return self.episodes[which], (index - before) * self.every
 
-    def indices(self, episode: Episode, start: int) -> np.ndarray:
+    def indices(self, episode: Annotation, start: int) -> np.ndarray:
         """Stored frames of the clip [F]."""
         if self.config.clips == "spread":  # truncated, as published
             return np.linspace(0, episode.frames - 1, self.frames).astype(np.int64)
         return np.minimum(start + self.stride * np.arange(self.frames), episode.frames - 1)
 
-    def latents(self, episode: Episode, start: int, camera: int) -> Float[Tensor, "F 4 h w"]:
+    def latents(self, episode: Annotation, start: int, camera: int) -> Float[Tensor, "F 4 h w"]:
         """Of one camera's clip; from `latent_videos_svd` where the file that is named cannot be read."""
         path, indices = episode.latents[camera], self.indices(episode, start)
         try:

@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 from defi.config import entry
+from defi.data.vpp import Annotation
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import seed_of
 from defi.engine.output import check_output, prepare_output, write_file
@@ -28,7 +29,7 @@ from defi.errors import UserError
 from defi.processes import processes, share
 from defi.video import prepare_frames, read_frames
 from Step1_GFDM.config import check_counts, check_rate
-from Step1_GFDM.data import Episode, LatentSet, check_latents, open_sets
+from Step1_GFDM.data import LatentSet, check_latents, open_sets
 from Step1_GFDM.evaluation import metrics as measures
 from Step1_GFDM.evaluation.i3d import FEWEST_FRAMES, I3D
 from Step1_GFDM.evaluation.metrics import METRICS, Metric
@@ -45,7 +46,7 @@ class Case:
     number: int
     data_set: str
     clips: LatentSet
-    episode: Episode
+    episode: Annotation
     texts: list[str]
     film: Path
 

@@ -1,52 +1,152 @@
-"""Captioned video → latents, annotations and videos in VPP's layout (`Step1_GFDM.data` reads them).
+"""Recordings with instructions → latents, annotations, videos in VPP's layout (`Step1_GFDM.data` reads them).
 
-    python -m Step1_GFDM.prepare data=captioned_videos data.root=<folder> vae=<run> output=<folder>
+    python -m Step1_GFDM.prepare data=lerobot data.root=<folder> vae=<run> output=<folder>
 
-Sources: `Step1_GFDM.sources`. An episode's annotation is written last, and makes the episode count: a killed
-run continues with `resume=true`. Processes of `accelerate launch` share the episodes. A damaged video is
-reported, noted in `skipped/` and left out; `resume=true` tries it again.
+Of any data set of `defi.data`, one of these for each episode, or for each part of it with an instruction of
+its own (`<episode>-1`, `<episode>-2`, …). An episode's annotation is written last, and makes it count: a
+killed run continues with `resume=true`. Processes of `accelerate launch` share the episodes. What is damaged
+or has no instruction is reported, noted in `skipped/` and left out; `resume=true` tries it again.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
-from jaxtyping import Float
 from omegaconf import DictConfig
 from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
 
 from defi.config import entry
+from defi.data import Dataset, DataSettings, Episode, read_settings
+from defi.data.episode import Frames, distinct, file_name
+from defi.data.vpp import MANIFEST
 from defi.engine.checkpoint import MANIFEST as CHECKPOINT
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.engine.weights import fingerprint
 from defi.errors import UserError, writing
 from defi.files import read_json
+from defi.instructions import read_instruction
 from defi.processes import processes, share
-from defi.video import VIDEO_CODEC, prepare_frames, write_mp4
+from defi.video import VIDEO_CODEC, film, prepare_frames
 from Step1_GFDM import pipeline
 from Step1_GFDM.config import check_counts
-from Step1_GFDM.data import LATENTS, MANIFEST, SPLITS
-from Step1_GFDM.sources import Recordings, Scene, read_source
+from Step1_GFDM.data import LATENTS, SPLITS
 
 SKIPPED = "skipped"
 # Pixels a side that an autoencoder alone may ask for: SVD's says 768, and no preset works at that.
 LARGEST = 512
-Encode = Callable[[Float[Tensor, "F 3 H W"]], Float[Tensor, "F 4 h w"]]
+BLOCK = 32  # frames of each camera that are in the memory at a time; twice, as the next ones are read
+Part = dict[str, Frames] | UserError
+Encode = Callable[[Frames], Tensor]
+
+
+@dataclass
+class TakeSettings:
+    """What the section `data` says beside its format.
+
+    every: take every n-th frame. Clips are made of what is taken: `Step1_GFDM.data` finds it in the manifest.
+    longest: frames; what is longer is left out.
+    """
+
+    every: int = 1
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name}={value}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Frames of an episode, by their positions, and what is said of them; or (`fault`) why there are none.
+
+    texts: name of each of stage 1's episodes → its instruction. fps: of the frames taken.
+    """
+
+    split: str
+    data: Dataset
+    episode: Episode | None = None
+    positions: range = range(0)
+    fps: float = 0.0
+    fault: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def read(self, size: int) -> Iterator[Part]:
+        """Frames of each camera, so many at a time; a fault is the last."""
+        try:
+            if self.episode is None:
+                raise UserError(self.fault)
+            shapes = None
+            for _, views in self.data.blocks(self.episode, size, self.positions):
+                found = [frames.shape[1:] for frames in views.values()]
+                if (shapes := shapes or found) != found:
+                    where = f"{self.data.root}: episode {self.episode.name}"
+                    raise UserError(f"{where}: its pictures change their size; split it where they do")
+                yield views
+        except UserError as error:
+            yield error
+
+
+def find_recordings(split: str, data: Dataset, take: TakeSettings) -> list[Recording]:
+    """Of a data set, damaged ones too; one for all that is said of the same frames.
+
+    Raises:
+        UserError: none can be used.
+    """
+
+    def recording(episode: Episode, span: range, text: str) -> Recording:
+        where = f"{data.root}: episode {episode.name}"
+        try:
+            if not text:
+                raise UserError(f"{where} has no instruction")
+            if take.longest is not None and len(span) > take.longest:
+                raise UserError(f"{where} has {len(span)} frames, data.longest={take.longest} leaves it out")
+            return Recording(split, data, episode, span[:: take.every], data.rate(episode) / take.every)
+        except UserError as error:
+            return Recording(split, data, fault=str(error))
+
+    found = [(name, "", Recording(split, data, fault=fault)) for name, fault in data.faults.items()]
+    for episode in map(data.episode, range(len(data))):
+        said = [(span, read_instruction(text, episode.name)) for span, text in episode.sentences()]
+        said = [(span, text) for span, text in said if text] or [(range(0), "")]
+        for number, (span, text) in enumerate(said, 1):
+            name = f"{episode.name}-{number}" if len(said) > 1 else episode.name
+            found.append((name, text, recording(episode, span, text)))
+    if all(each.fault for *_, each in found):
+        raise UserError(f"{data.scope}: nothing can be used for {split}; for instance, {found[-1][2].fault}")
+    together: dict[Any, Recording] = {}
+    for name, (_, text, each) in zip(distinct(name for name, *_ in found), found):
+        frames = name if each.episode is None else (each.episode.start, each.positions)
+        together.setdefault(frames, each).texts[name] = text
+    return list(together.values())
+
+
+def identity(section: Mapping[str, Any], settings: DataSettings, take: TakeSettings, data: Dataset) -> dict:
+    """What decides how episodes look, for JSON; the place only where the fingerprint may not tell."""
+    given = {"format": section["format"], **asdict(settings), **asdict(take)}
+    given |= {"every": take.every * data.stored_step, "root": str(Path(settings.root).resolve())}
+    left_out = {"index"} | (set() if data.known_by_names else {"root"})
+    return {key: value for key, value in given.items() if key not in left_out}
 
 
 def check_same(file: Path, manifest: Mapping[str, Any]) -> None:
     """Raises UserError if the folder of a manifest was begun with something else."""
     fix = "choose another output="
-    before, now = read_json(file, fix), json.loads(json.dumps(manifest))  # as it comes back from a file
-    for settings in (before, now):  # as the command line names them
-        settings |= {f"data.{key}": value for key, value in settings.pop("data", {}).items()}
+    before, now = (  # settings first, as the command line names them
+        {f"data.{key}": value for key, value in made.pop("data", {}).items()} | made
+        for made in (read_json(file, fix), json.loads(json.dumps(manifest)))  # as it comes back from a file
+    )
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(f"{file}: begun with {key}={before.get(key)}, now {value}; {fix}")
@@ -60,60 +160,87 @@ def load_vae(path: Path) -> tuple[AutoencoderKLTemporalDecoder, Path]:
     return pipeline.load_part(AutoencoderKLTemporalDecoder, folder).requires_grad_(False), folder
 
 
-def write_episode(
-    output: Path, split: str, name: str, scene: Scene, *, encode: Encode, image_size: int
-) -> None:
-    """Latents and videos of all cameras, then the annotation that makes them count."""
-    latents = [f"latent_videos/{split}/{name}/{camera}.safetensors" for camera in scene.views]
-    videos = [f"videos/{split}/{name}/{camera}.mp4" for camera in scene.views]
-    for frames, latent, video in zip(scene.views.values(), latents, videos):
-        (output / latent).parent.mkdir(parents=True, exist_ok=True)
-        coded = encode(prepare_frames(frames, image_size))
-        write_file(output / latent, save({LATENTS: coded.half().contiguous()}))
-        write_mp4(output / video, frames, scene.fps)
+def view_files(job: Recording, name: str) -> list[tuple[str, str]]:
+    """Latents and video of each camera in stage 1's episode of this name, below the output."""
+    cameras = [f"{job.split}/{name}/{camera}" for camera in distinct(map(file_name, job.data.cameras))]
+    return [(f"latent_videos/{each}.safetensors", f"videos/{each}.mp4") for each in cameras]
+
+
+def write_views(
+    output: Path, files: list[tuple[str, str]], parts: Iterator[Part], encode: Encode, fps: float
+) -> int | UserError:
+    """Latents and videos (`files`) of all cameras: the number of frames, or why they cannot be read."""
+    coded: list[list[Tensor]] = [[] for _ in files]
+    films: list[Callable[[Frames], None]] = []
+    try:
+        with ExitStack() as stack:
+            for views in parts:
+                if isinstance(views, UserError):
+                    raise views
+                films = films or [stack.enter_context(film(output / video, fps)) for _, video in files]
+                for frames, write, latents in zip(views.values(), films, coded):
+                    latents.append(encode(frames))
+                    write(frames)
+    except UserError as fault:
+        return fault
+    for (file, _), latents in zip(files, coded):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        write_file(output / file, save({LATENTS: torch.cat(latents).contiguous()}))
+    return sum(map(len, coded[0]))
+
+
+def write_episode(output: Path, name: str, job: Recording, made: str, frames: int) -> None:
+    """Copies of latents and videos, where they were made for another (`made`) of the same frames; then the
+    annotation that makes them count."""
+    files = view_files(job, name)
+    for file, other in zip(chain(*files), chain(*view_files(job, made))) if made != name else ():
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        write_file(output / file, (output / other).read_bytes())
     annotation = {
         "episode_id": name,
-        "texts": scene.texts,
-        "videos": [{"video_path": path} for path in videos],
-        "latent_videos": [{"latent_video_path": path} for path in latents],
-        "video_length": len(frames),
-        "fps": scene.fps,
+        "texts": [job.texts[name]],
+        "videos": [{"video_path": video} for _, video in files],
+        "latent_videos": [{"latent_video_path": latents} for latents, _ in files],
+        "video_length": frames,
+        "fps": job.fps,
     }
-    write_file(output / "annotation" / split / f"{name}.json", json.dumps(annotation))
+    write_file(output / "annotation" / job.split / f"{name}.json", json.dumps(annotation))
 
 
-def write_episodes(output: Path, recordings: Mapping[str, Recordings], encode: Encode, size: int) -> None:
+def write_episodes(output: Path, recordings: list[Recording], encode: Encode, size: int) -> None:
     """This process's share of the episodes that are not there yet, or notes of why they are left out.
 
-    The next recording is read while this one is encoded.
+    size: frames of each camera that are read at a time.
     """
 
-    def read(job: tuple[str, str]) -> Scene | UserError:
-        try:
-            return recordings[job[0]].read[job[1]]()
-        except UserError as error:
-            return error
+    def missing(job: Recording) -> dict[str, str]:
+        folder = output / "annotation" / job.split
+        return {name: text for name, text in job.texts.items() if not (folder / f"{name}.json").exists()}
 
-    def read_ahead() -> Iterator[tuple[str, str, Scene | UserError]]:
+    def read_ahead() -> Iterator[tuple[Recording, Part]]:
+        """The next frames are read while these are encoded."""
+        parts = ((job, part) for job in jobs for part in job.read(size))
         with ThreadPoolExecutor(1) as pool:
-            scenes = (pool.submit(read, job) for job in jobs)
-            following = next(scenes, None)
-            for job in jobs:
-                scene, following = following.result(), next(scenes, None)
-                yield *job, scene
+            following = pool.submit(next, parts, None)
+            while part := following.result():
+                following = pool.submit(next, parts, None)
+                yield part
 
-    every = [(split, name) for split, found in recordings.items() for name in found.read]
-    jobs = share([(s, n) for s, n in every if not (output / "annotation" / s / f"{n}.json").exists()])
-    quiet = not processes().is_local_main_process
-    for split, name, scene in track(read_ahead(), "latents", total=len(jobs), disable=quiet):
-        note = output / SKIPPED / split / f"{name}.txt"
-        with writing(output, f"episode {split}/{name}"):
-            if isinstance(scene, UserError):
-                print(f"left out: {scene}")
-                write_file(note, f"{scene}\n")
-            else:
-                note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
-                write_episode(output, split, name, scene, encode=encode, image_size=size)
+    jobs = share([replace(job, texts=texts) for job in recordings if (texts := missing(job))])
+    quiet, by_job = not processes().is_local_main_process, groupby(read_ahead(), itemgetter(0))
+    for job, parts in track(by_job, "latents", total=len(jobs), disable=quiet):
+        first = next(iter(job.texts))
+        with writing(output, f"episode {job.split}/{first}"):
+            made = write_views(output, view_files(job, first), (part for _, part in parts), encode, job.fps)
+        for name in job.texts:
+            note = output / SKIPPED / job.split / f"{name}.txt"
+            with writing(output, f"episode {job.split}/{name}"):
+                if isinstance(made, UserError):
+                    print(f"left out: {made}")
+                    write_file(note, f"{made}\n")
+                else:
+                    note.unlink(missing_ok=True)  # before the annotation, after which nothing is done again
+                    write_episode(output, name, job, first, made)
 
 
 @entry("step1_prepare")
@@ -121,22 +248,23 @@ def main(cfg: DictConfig) -> None:
     state = processes()
     output = check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
     check_counts(cfg, batch=1, **({} if cfg.image_size is None else {"image_size": 1}))
-    source = read_source(cfg.data)
-    recordings = {split: source.open(split) for split in SPLITS}
+    settings, take = read_settings(cfg.data, TakeSettings)
+    sets = {split: settings.open(part) for split, part in zip(SPLITS, ("training", "held_out"))}
+    recordings = [each for split, data in sets.items() for each in find_recordings(split, data, take)]
     vae, weights = load_vae(Path(cfg.vae))
-    scaling, trained_size = vae.config.scaling_factor, vae.config.sample_size
-    if cfg.image_size is None and trained_size > LARGEST:
+    scaling, image_size = vae.config.scaling_factor, cfg.image_size or vae.config.sample_size
+    if cfg.image_size is None and image_size > LARGEST:
         raise UserError(
-            f"image_size=: {weights} is for pictures of {trained_size} pixels a side; "
+            f"image_size=: {weights} is for pictures of {image_size} pixels a side; "
             "give that of your video model, image_size=256 for preset=paper"
         )
     manifest = {  # what the latents are made of and with; a resumed run must agree in all of it
-        "data": source.identity(),
-        "splits": {split: found.fingerprint for split, found in recordings.items()},
+        "data": identity(cfg.data, settings, take, sets["train"]),
+        "splits": {split: data.fingerprint for split, data in sets.items()},
         "vae": fingerprint(weights),
         "scaling": scaling,
-        "image_size": cfg.image_size or trained_size,
-        "cameras": recordings["train"].cameras,
+        "image_size": image_size,
+        "cameras": list(sets["train"].cameras),
         "latents": "float16 safetensors, posterior's mode × scaling",
         "videos": VIDEO_CODEC,
     }
@@ -154,12 +282,14 @@ def main(cfg: DictConfig) -> None:
     vae.to(state.device)
 
     @torch.inference_mode()
-    def encode(frames: Float[Tensor, "F 3 H W"]) -> Float[Tensor, "F 4 h w"]:
-        """Scaled latents (mode of the posterior) of frames in [-1, 1]."""
-        modes = [vae.encode(some.to(vae.device)).latent_dist.mode() for some in frames.split(cfg.batch)]
-        return torch.cat(modes).cpu() * scaling
+    def encode(frames: Frames) -> Tensor:
+        """Scaled latents (mode of the posterior), float16 [F, 4, h, w]."""
+        parts = prepare_frames(frames, image_size).split(cfg.batch)
+        modes = [vae.encode(part.to(vae.device)).latent_dist.mode() for part in parts]
+        return (torch.cat(modes).cpu() * scaling).half()
 
-    write_episodes(output, recordings, encode, manifest["image_size"])
+    # Whole batches: they are the same, whatever is read at a time.
+    write_episodes(output, recordings, encode, max(1, BLOCK // cfg.batch) * cfg.batch)
     state.wait_for_everyone()
     for split in SPLITS if state.is_main_process else ():
         count, skipped = (len(list((output / f / split).glob("[!.]*"))) for f in ("annotation", SKIPPED))

@@ -1,4 +1,4 @@
-"""Train the temporal VAE on demonstrations in CALVIN's format.
+"""Train the temporal VAE on the pictures of any data set.
 
     python -m Step1_GFDM.train_vae data.root=<data> output=ckpts/vae
 
@@ -6,8 +6,9 @@ Runs under `accelerate launch` unchanged. Settings: configs/step1_vae.yaml.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from defi.calvin import CalvinFolder
-from defi.config import entry, typed
+from defi.config import entry
+from defi.data import Part, read_settings
 from defi.engine.checkpoint import continues
 from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.data import readable
@@ -38,56 +39,55 @@ SHOWN = 8
 
 
 @dataclass
-class FramesConfig:
-    """root: data set in CALVIN's format. split: of it, for training; held_out: for pictures and figures.
+class ClipSettings:
+    """What the section `data` says beside its format. frames: F of a clip. stride: frames between them.
 
-    frames: F of a clip. stride: frames between them. cameras: camera -> its share of the clips.
+    shares: of the clips, for each camera in order; None: equal ones.
     """
 
-    root: str
-    split: str = "training"
-    held_out: str = "validation"
     frames: int = 2
     stride: int = 3
-    cameras: dict[str, float] = field(default_factory=lambda: {"static": 0.5, "gripper": 0.5})
+    shares: list[float] | None = None
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.stride) < 1 or min(self.cameras.values(), default=0) <= 0:
-            given = f"data.frames={self.frames}, data.stride={self.stride}, data.cameras={self.cameras}"
+        if min(self.frames, self.stride) < 1 or not all(0 < share < math.inf for share in self.shares or ()):
+            given = f"data.frames={self.frames}, data.stride={self.stride}, data.shares={self.shares}"
             raise UserError(f"{given}: numbers must be at least 1, a camera's share above 0")
 
 
 class FrameClips(Dataset):
-    """One clip per frame of the recordings; its camera is drawn, its end clamped to the recording's."""
+    """One clip per frame of all recordings; its camera is drawn, its end clamped to the recording's."""
 
-    def __init__(self, cfg: Mapping[str, Any], image_size: int, *, held_out: bool = False) -> None:
-        """cfg: the `data` section of a configuration."""
-        self.config, self.image_size = typed(FramesConfig, cfg, "data"), image_size
-        self.data = CalvinFolder(
-            Path(self.config.root, self.config.held_out if held_out else self.config.split)
-        )
-        self.starts = [(frame, end) for start, end in self.data.episodes for frame in range(start, end + 1)]
-        self.fingerprint = self.data.fingerprint
+    def __init__(self, section: Mapping[str, Any], image_size: int, part: Part = "training") -> None:
+        """section: `data` of a configuration."""
+        settings, self.config = read_settings(section, ClipSettings)
+        self.data, self.image_size = settings.wordless().open(part), image_size
+        self.fingerprint, self._ends = self.data.fingerprint, np.cumsum(self.data.lengths)
+        shares, cameras = self.config.shares or [1.0] * len(self.data.cameras), self.data.cameras
+        if len(shares) != len(cameras):
+            raise UserError(f"data.shares={shares}: must be one of each camera ({', '.join(cameras)})")
+        self._shares = np.array(shares) / sum(shares)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return int(self._ends[-1])
 
     def clip(self, index: int, camera: str) -> Float[Tensor, "F 3 H W"]:
         """Frames in [-1, 1] of one camera, from the `index`-th frame on."""
-        first, last = self.starts[index]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        episode = self.data.episode(number)
+        first, last = index - int(self._ends[number]) + episode.length, episode.length - 1
         wanted = [min(first + i * self.config.stride, last) for i in range(self.config.frames)]
-        return prepare_frames(self.data.stack(f"rgb_{camera}", wanted), self.image_size)
+        return prepare_frames(self.data.read(episode, wanted, [camera])[camera], self.image_size)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """{"frames": [F, 3, H, W]}, determined by index and rng."""
-        shares = np.array(list(self.config.cameras.values()))
-        camera = str(rng.choice(list(self.config.cameras), p=shares / shares.sum()))
+        camera = str(rng.choice(self.data.cameras, p=self._shares))
         return {"frames": self.clip(index, camera)}
 
     def spread(self, count: int) -> Float[Tensor, "N F 3 H W"]:
         """`count` clips spread evenly over the data, cameras in turn; what cannot be read is left out."""
         indices = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        wanted = zip(indices.tolist(), itertools.cycle(self.config.cameras))
+        wanted = zip(indices.tolist(), itertools.cycle(self.data.cameras))
         return torch.stack([clip for _, clip in readable(lambda each: self.clip(*each), wanted)])
 
 
@@ -97,7 +97,7 @@ def main(cfg: DictConfig) -> None:
     trainer = TrainerConfig.from_config(cfg.trainer)
     preset = GFDMConfig.from_preset(cfg)
     clips = FrameClips(cfg.data, preset.image_size)
-    held_out = FrameClips(cfg.data, preset.image_size, held_out=True).spread(cfg.held_out)
+    held_out = FrameClips(cfg.data, preset.image_size, "held_out").spread(cfg.held_out)
     torch.manual_seed(cfg.seed)
     model = VideoVAE.from_config(VAEConfig(preset.image_size, preset.vae, cfg.kl))
     if not continues(cfg.output, cfg.resume):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from defi.data.mixture import Mixture
 from defi.engine.data import readable
 from Step2_GIDM.data.images import resize
-from Step2_GIDM.data.pairs import PairDataset, PairMixture
+from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.model import GIDM
 from Step2_GIDM.quantizer import perplexity
 
@@ -72,7 +73,7 @@ def small(frames: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "*N 3 h w"]:
 
 
 @torch.no_grad()
-def evaluate_codes(model: GIDM, data: PairDataset | PairMixture, count: int) -> CodeEvaluation:
+def evaluate_codes(model: GIDM, data: PairDataset | Mixture[PairDataset], count: int) -> CodeEvaluation:
     """Run the model in eval mode over at most `count` pairs, at the largest distance."""
     device = next(model.eval().core.parameters()).device
     # In random order, so that the other pair whose latent action is tried is not its neighbour in time.
@@ -160,12 +161,11 @@ def transfer(model: GIDM, data: PairDataset) -> Transfer:
     actions = model.tokenizer(model.patches(frames.to(device)), *language)
     tokens, text = actions.all_tokens(), (actions.text, *language[1:])
     reached = []
-    long = (data.source.lengths > 1).nonzero()[0].tolist()
+    long = (data.lengths > 1).nonzero()[0].tolist()
     for number in evenly(STARTS, len(long)):
-        clip = data.source.clip(long[number])
-        positions = evenly(CANDIDATES, clip.length)
-        pixels = torch.from_numpy(data.source.read(clip, positions)).permute(0, 3, 1, 2)
-        candidates = resize(pixels, data.image_size)
+        episode, camera = data.clip(long[number])
+        positions = evenly(CANDIDATES, episode.length)
+        candidates = resize(data.read(episode, camera, positions), data.image_size)
         patches = model.dino(candidates.to(device))
         middle = len(positions) // 2  # a start from which the clip goes both ways
         start = patches[middle : middle + 1].expand(len(pairs), -1, -1)

@@ -24,15 +24,14 @@ from defi.config import entry
 from defi.engine.checkpoint import find_weights
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
+from defi.robot.spec import Vector
 from Step2_GIDM.code_evaluation import CodeEvaluation, evaluate_codes, transfer
 from Step2_GIDM.data.build import build_pairs
-from Step2_GIDM.data.pairs import PairDataset
-from Step2_GIDM.data.sources.calvin import CalvinClips
+from Step2_GIDM.data.pairs import PairDataset, later
 from Step2_GIDM.gallery import draw_gallery, draw_transfer
 from Step2_GIDM.model import GIDM
 
-ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
-STILL = 0.1  # an action whose sums deviate less than this (2 mm, 0.3 degrees) does not count as varying
+STILL = 0.1  # actions that deviate less than this (CALVIN's: 2 mm, 0.3 degrees) do not count as varying
 PENALTIES = np.logspace(-3, 3, 13)  # of the ridge regression, as shares of the inputs' variance
 FOLDS = 5  # of the cross-validation that chooses one
 
@@ -42,20 +41,18 @@ class Probed(NamedTuple):
 
     seen: CodeEvaluation
     clips: Int[np.ndarray, " N"]
-    actions: Float[np.ndarray, "N 7"]
+    actions: Float[np.ndarray, "N A"]
 
     @classmethod
     def of(cls, data: PairDataset, seen: CodeEvaluation) -> "Probed":
-        """Summed relative motion and mean gripper command between the frames of each pair."""
-        numbers = {clip: number for number, clip in enumerate(data.source.clips)}
-        clips, rows = [], []
-        for clip, now in map(data.locate, seen.pairs.tolist()):
-            moves = clip.pair(now, data.distance[1])[1] - now  # 0 where both are the clip's last frame
-            first = clip.start + now
-            actions = data.source.data.stack("rel_actions", range(first, first + max(1, moves)))
-            clips.append(numbers[clip])
-            rows.append([*actions[:moves, :6].sum(0), actions[:, 6].mean()])
-        return cls(seen, np.array(clips), np.array(rows))
+        """The sum of relative actions, the mean of absolute ones between the frames of each pair."""
+        motions, relative, rows = data.data.motions, np.array(data.data.robot().actions.relative), []
+        for episode, _, now in map(data.locate, seen.pairs.tolist()):
+            moves = later(episode, now, data.distance[1]) - now  # 0 where both frames are the last
+            first = int(motions.rows(np.array(episode.start + now)))
+            actions = motions.actions[first : first + max(1, moves)].astype(np.float64)
+            rows.append(np.where(relative, actions[:moves].sum(0), actions.mean(0)))
+        return cls(seen, np.searchsorted(data.ends, seen.pairs, side="right"), np.array(rows))
 
 
 def one_hot(indices: Int[np.ndarray, "N Q"], codes: int) -> Float[np.ndarray, "N QC"]:
@@ -84,14 +81,18 @@ def fit_and_predict(
     return guess.reshape(len(new), -1)  # of a single action it is a row
 
 
-def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, dict[str, float | None]]:
+def probe(
+    fit: Probed, test: Probed, actions: Vector, codes: int, *, seed: int = 0
+) -> dict[str, dict[str, float | None]]:
     """R² on `test` of ridge regressions fitted on `fit`: per action that varies in both, and of `all`.
 
-    Actions weigh by their variance in `all`, so that those that hardly vary hardly count. Inputs: the codes,
-    random codes, and differences of DINO features (what codes could hold at best). Where no action varies
-    there is nothing to explain: None.
+    Actions weigh by their variance in `all`, so that those that hardly vary hardly count; where units are not
+    known, all that vary weigh alike. Inputs: the codes, random codes, and differences of DINO features (what
+    codes could hold at best). Where no action varies there is nothing to explain: None.
     """
-    varies = (fit.actions.std(0) > STILL) & (test.actions.std(0) > STILL)
+    scale = np.where([unit != "" for unit in actions.units], 1, np.maximum(fit.actions.std(0), 1e-12))
+    fitted, tested = fit.actions / scale, test.actions / scale
+    varies = (fitted.std(0) > STILL) & (tested.std(0) > STILL)
     draw = np.random.default_rng(seed)
 
     def inputs(part: Probed) -> dict[str, np.ndarray]:
@@ -105,11 +106,11 @@ def probe(fit: Probed, test: Probed, codes: int, *, seed: int = 0) -> dict[str, 
     found, new = inputs(fit), inputs(test)
     if not varies.any():
         return {name: {"all": None} for name in found}
-    truth, result = test.actions[:, varies], {}
+    truth, result = tested[:, varies], {}
     for name, x in found.items():
-        guess = fit_and_predict(x, fit.actions[:, varies], new[name], groups=fit.clips)
+        guess = fit_and_predict(x, fitted[:, varies], new[name], groups=fit.clips)
         each = r2_score(truth, guess, multioutput="raw_values")
-        result[name] = dict(zip(np.array(ACTIONS)[varies].tolist(), each.tolist()))
+        result[name] = dict(zip(np.array(actions.names)[varies].tolist(), each.tolist()))
         result[name]["all"] = float(r2_score(truth, guess, multioutput="variance_weighted"))
     return result
 
@@ -126,10 +127,10 @@ def report(numbers: dict[str, Any], codes: int) -> None:
     if (cosine := numbers.get("transfer_cosine")) is not None:
         console.print(f"transfer        to other clips: cosine of the motions {cosine:.2f}")
     if "probe" in numbers:
-        names = list(numbers["probe"]["codes"])
-        table = Table("R²", *names, title="robot actions read linearly from")
-        for name, scores in numbers["probe"].items():
-            table.add_row(name, *("—" if scores[key] is None else f"{scores[key]:.2f}" for key in names))
+        scores, names = list(numbers["probe"].values()), list(numbers["probe"]["codes"])
+        table = Table("R²", *numbers["probe"], title="robot actions read linearly from")
+        for name in names:  # a robot may have many
+            table.add_row(name, *("—" if each[name] is None else f"{each[name]:.2f}" for each in scores))
         console.print(table)
         if names == ["all"]:
             console.print("No action varies in both splits: there is nothing to probe.")
@@ -143,12 +144,13 @@ def main(cfg: DictConfig) -> None:
     data = build_pairs(cfg.data, side, "held_out")
     seen = evaluate_codes(model, data, cfg.pairs)
     numbers: dict[str, Any] = seen.numbers(codes)
-    if isinstance(data, PairDataset) and isinstance(data.source, CalvinClips):
-        if cfg.data.split == cfg.data.held_out:
+    if isinstance(data, PairDataset) and data.data.action_names:
+        training, actions = build_pairs(cfg.data, side, augment=False), data.data.robot().actions
+        same = (training.data.root, training.fingerprint) == (data.data.root, data.fingerprint)
+        if same and np.isin(data.data.starts, training.data.starts).any():
             raise UserError(f"data.held_out={cfg.data.held_out}: is the training split; name another")
-        training = build_pairs(cfg.data, side, augment=False)
         fit = Probed.of(training, evaluate_codes(model, training, cfg.pairs))
-        numbers["probe"] = probe(fit, Probed.of(data, seen), codes, seed=cfg.seed)
+        numbers["probe"] = probe(fit, Probed.of(data, seen), actions, codes, seed=cfg.seed)
     prepare_output(output, overwrite=cfg.overwrite)
     if isinstance(data, PairDataset):
         moved = transfer(model, data)

@@ -70,6 +70,11 @@ def feed_forward(config: ActionHeadConfig) -> nn.Sequential:
     )
 
 
+def token_of(width: int, dim: int) -> nn.Sequential:
+    """A vector of any width → one token."""
+    return nn.Sequential(nn.Linear(width, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+
 class EncoderLayer(nn.Module):
     def __init__(self, config: ActionHeadConfig):
         super().__init__()
@@ -131,7 +136,10 @@ class SigmaEmbedding(nn.Module):
 
 
 class ActionDenoiser(nn.Module):
-    """The network inside the preconditioning: context and noisy actions → a 7-D vector per action."""
+    """The network inside the preconditioning: context and noisy actions → A numbers per action.
+
+    state_dim: S, the numbers of the robot's state, which is then one more token; None: no such token.
+    """
 
     def __init__(
         self,
@@ -142,13 +150,13 @@ class ActionDenoiser(nn.Module):
         latent_action_dim: int,
         action_dim: int,
         chunk: int,
+        state_dim: int | None = None,
     ):
         super().__init__()
         dim = config.dim
         self.config = config
-        self.embed_sentence = nn.Sequential(
-            nn.Linear(sentence_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
-        )
+        self.embed_sentence = token_of(sentence_dim, dim)
+        self.embed_state = token_of(state_dim, dim) if state_dim else None
         self.embed_video = nn.Linear(video_dim, dim)
         self.embed_latent_action = nn.Linear(latent_action_dim, dim)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
@@ -179,11 +187,14 @@ class ActionDenoiser(nn.Module):
         sentence: Float[Tensor, "B P"],
         video_tokens: Float[Tensor, "B N Dv"],
         latent_actions: Float[Tensor, "B Q Dg"],
+        state: Float[Tensor, "B S"] | None = None,
     ) -> Memory:
         """What the decoder looks at, computed once per chunk."""
-        sentence = self.embed_sentence(sentence)[:, None]
-        video, motion = self.embed_video(video_tokens), self.embed_latent_action(latent_actions)
-        x = torch.cat([sentence, video, motion], dim=1)
+        tokens = [self.embed_sentence(sentence)[:, None]]
+        if self.embed_state is not None:
+            tokens.append(self.embed_state(state)[:, None])
+        tokens += [self.embed_video(video_tokens), self.embed_latent_action(latent_actions)]
+        x = torch.cat(tokens, dim=1)
         for layer in self.encoder:
             x = layer(x)
         context = self.encoder_norm(x)

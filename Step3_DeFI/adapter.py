@@ -14,12 +14,14 @@ from torch import Tensor
 from defi.checkpoints import clip
 from defi.checkpoints.files import read_published
 from defi.checkpoints.matching import LoadingReport, Names, below, compare, under
+from defi.data.calvin import calvin_robot
 from defi.errors import UserError
 from Step1_GFDM import adapter as gfdm_adapter
 from Step2_GIDM import adapter as gidm_adapter
 from Step3_DeFI.config import PolicyConfig, check
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.stages import language_of
 
 TITLE = "published policy (DeFI stage 3)"
 MARK = "Video_Former.latents"
@@ -97,7 +99,7 @@ UNNEEDED = {
 def build(cfg: DictConfig) -> DeFI:
     """The policy of a preset, new, on a new video model and text tower."""
     gfdm, gidm = gfdm_adapter.build(cfg), gidm_adapter.build(cfg)
-    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=gidm)
+    return DeFI(PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, **language_of(gidm))
 
 
 def publish(policy: DeFI) -> dict[str, Tensor]:
@@ -107,6 +109,7 @@ def publish(policy: DeFI) -> dict[str, Tensor]:
     check("policy.action_head.cross_attention", kind, kind == "causal", rule)
     rule = "a published file cannot hold a finetuned video model; use this project's checkpoint"
     check("gfdm.finetune", mode, mode == "none", rule)
+    check("policy.state", policy.config.state, not policy.config.state, "a published policy reads no state")
     return {
         **under(FORMER, VIDEO_FORMER.join(policy.video_former.state_dict())),
         **branch_to_published(policy.gidm_branch),
@@ -141,7 +144,7 @@ def adopt(policy: DeFI, tensors: Mapping[str, Tensor], *, source: object) -> Loa
 def convert(cfg: DictConfig) -> tuple[DeFI, LoadingReport]:
     """The policy in the file `cfg.source`, on `cfg.gfdm_checkpoint` and `cfg.gidm_checkpoint`."""
     tensors = read_published(cfg.source, MARK, TITLE)
-    config = PolicyConfig.from_preset(cfg)
+    config = PolicyConfig.from_preset(cfg, calvin_robot())
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
     return policy, adopt(policy, tensors, source=cfg.source)
 

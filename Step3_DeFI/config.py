@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from defi.config import typed
+from defi.data.calvin import calvin_robot
+from defi.engine.weights import COPY_AGAIN
 from defi.errors import UserError
+from defi.files import check_sizes, read_json
+from defi.robot.spec import NORMALISATIONS, Robot
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.diffusion import SAMPLERS, exponential_schedule, log_logistic
 
@@ -129,8 +134,10 @@ class FinetuneConfig:
 class PolicyConfig:
     """What the policy is; `stages` is filled in by `DeFI` and kept in checkpoints.
 
-    views: V, cameras: static and gripper. chunk: K, actions predicted at once. action_dim: A; an action is
-    [dx, dy, dz] / 0.02 m, [droll, dpitch, dyaw] / 0.05 rad, gripper +1 open, −1 closed.
+    robot: what sees and acts; from the data, and what of it is given here instead.
+    normalisation: of its actions and state: none, mean_std or bounds; None: as the data set has it (CALVIN
+        none, as published, others bounds). state: whether it is a token of the action head (published: no).
+    chunk: K, actions predicted at once.
     latent_action_frames: the two imagined frames that stage 2's tokenizer looks at.
     feature_noise: `fresh` noise per observation, or the same (`fixed`) noise for all, which makes features a
     function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
@@ -143,7 +150,9 @@ class PolicyConfig:
     codebook_weight, commitment_weight: of the loss. finetune: whether the video model learns as well.
     """
 
-    views: int = 2
+    robot: Robot | None = None
+    normalisation: str | None = None
+    state: bool = False
     latent_action_frames: list[int] = field(default_factory=lambda: [0, 5])
     feature_noise: str = "fresh"
     standardise: bool = False
@@ -156,7 +165,6 @@ class PolicyConfig:
     mixed_text_masks: bool = False
     gfdm_precision: str = "no"
     chunk: int = 10
-    action_dim: int = 7
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -165,6 +173,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         learning = self.finetune
         check_choice("policy.feature_noise", self.feature_noise, ("fresh", "fixed"))
+        if self.normalisation is not None:
+            check_choice("policy.normalisation", self.normalisation, NORMALISATIONS)
         check_choice("policy.gfdm_precision", self.gfdm_precision, PRECISIONS)
         check_choice(
             "policy.action_head.cross_attention", self.action_head.cross_attention, ("full", "causal")
@@ -174,6 +184,12 @@ class PolicyConfig:
         fine = learning.video_loss == 0 or (learning.video_loss > 0 and learning.mode != "none")
         rule = "must be 0, or positive with gfdm.finetune=lora or full"
         check("gfdm.video_loss", learning.video_loss, fine, rule)
+        if self.robot is not None:
+            fine = not self.state or self.robot.state is not None
+            check("policy.state", self.state, fine, "these data hold no state; leave it at false")
+            executed = self.robot.executed
+            fine, rule = executed is None or executed <= self.chunk, f"a chunk has {self.chunk} actions"
+            check("policy.robot.executed", executed, fine, rule)
         if self.stages is not None:
             seen, last = self.latent_action_frames, self.stages.frames - 1
             rule = f"name two; the last frame that the stage-1 checkpoint imagines is {last}"
@@ -184,24 +200,51 @@ class PolicyConfig:
             check("policy.merge", self.merge, fine, rule)
 
     @property
+    def views(self) -> int:
+        """V: the robot's cameras."""
+        return len(self.robot.cameras)
+
+    @property
+    def action_dim(self) -> int:
+        """A: the numbers of an action."""
+        return len(self.robot.actions)
+
+    @property
+    def state_dim(self) -> int | None:
+        """S: the numbers of the state; None where the policy does not read it."""
+        return len(self.robot.state.names) if self.state else None
+
+    @property
     def video_precision(self) -> str:
         """`gfdm_precision`, but for a video model that learns, which needs float32."""
         return self.gfdm_precision if self.finetune.mode == "none" else "no"
 
     @classmethod
-    def from_preset(cls, cfg: Mapping[str, Any]) -> "PolicyConfig":
-        """From a composed configuration: its section `policy`."""
-        return typed(cls, cfg["policy"], "policy")
+    def from_preset(cls, cfg: Mapping[str, Any], robot: Robot | None = None) -> "PolicyConfig":
+        """From a composed configuration: its section `policy`, for the `robot` of the data.
+
+        What `policy.robot` names is changed: {executed: 5, fps: 10}, say.
+        """
+        changes = cfg["policy"].get("robot")
+        return typed(cls, {**cfg["policy"], "robot": robot and change(robot, changes)}, "policy")
 
     @classmethod
-    def from_record(cls, values: dict[str, Any], file: Path) -> "PolicyConfig":
-        """From a checkpoint's config.json; in older ones stage sizes and positions lay among the settings.
+    def read(cls, file: Path) -> "PolicyConfig":
+        """From a checkpoint's config.json; in older ones stage sizes and positions lay among the settings,
+        and the robot was CALVIN's.
 
         Raises:
-            UserError: a value does not fit, or the older positions do not go with the cross-attention.
+            UserError: the file is missing or damaged, a value does not fit, or the older positions do not go
+                with the cross-attention.
         """
+        values = read_json(file, COPY_AGAIN)
+        check_sizes(values, file)
         if older := {each.name: values.pop(each.name) for each in fields(StageSizes) if each.name in values}:
             values["stages"] = older
+        seen = values.pop("views", 2), values.pop("action_dim", 7)
+        if values.get("robot") is None:
+            check(f"{file}: views, action_dim", seen, seen == (2, 7), "of an unknown robot; train it again")
+            values["robot"] = asdict(calvin_robot())
         head = values.get("action_head")
         if isinstance(head, dict) and "action_positions" in head:
             positions, kind = head.pop("action_positions"), head.get("cross_attention", "full")
@@ -216,13 +259,37 @@ class PolicyConfig:
         """Valid training input from stored features."""
         generator, of = torch.Generator().manual_seed(seed), self.stages
         shape = (batch_size, self.views, of.frames, of.feature_tokens, of.feature_channels)
-        return {
-            "features": torch.randn(shape, generator=generator),
+        features = torch.randn(shape, generator=generator)
+        actions = torch.rand(batch_size, self.chunk, self.action_dim, generator=generator) * 2 - 1
+        batch = {
+            "features": features,
             "text": [f"push block number {i} to the left" for i in range(batch_size)],
-            "actions": torch.rand(batch_size, self.chunk, self.action_dim, generator=generator) * 2 - 1,
+            "actions": self.robot.actions.restore(actions),
             "seed": torch.arange(batch_size),
         }
+        if self.state:
+            state = torch.randn(batch_size, self.state_dim, generator=generator)
+            batch["state"] = self.robot.state.restore(state)
+        return batch
+
+
+def change(robot: Robot, changes: Mapping[str, Any] | None) -> Robot:
+    """A robot with what the section `policy.robot` says otherwise; what is null there stays.
+
+    Raises:
+        UserError: a value of another type, or cameras, actions or state other than the data's.
+    """
+    given = {key: value for key, value in (changes or {}).items() if value is not None}
+    changed = typed(Robot, OmegaConf.merge(asdict(robot), given), "policy.robot")
+    fix = "choose and name them with data.cameras=[name:place in the data]"
+    check("policy.robot.cameras", changed.cameras, changed.cameras == robot.cameras, fix)
+    for name in ("actions", "state"):
+        before, after = (len(getattr(each, name) or ()) for each in (robot, changed))
+        rule = f"the data have {before} (data.{name})"
+        check(f"policy.robot.{name}", f"{after} numbers", after == before, rule)
+    return changed
 
 
 # Presets and commands change settings that are here by name: `policy: defaults` in configs/step3_*.yaml.
-ConfigStore.instance().store("defaults", asdict(PolicyConfig()), group="policy")
+OPEN = {"fps": None, "executed": None, "gripper": None}  # of the robot, what the data may leave open
+ConfigStore.instance().store("defaults", asdict(PolicyConfig()) | {"robot": OPEN}, group="policy")

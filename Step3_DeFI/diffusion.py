@@ -2,7 +2,7 @@
 
 EDM: Karras et al. 2022 (arXiv 2206.00364, table 1 and algorithm 1); DPM-Solver++ (arXiv 2211.01095, algorithm
 2); classifier-free guidance: Ho and Salimans 2022 (arXiv 2207.12598).
-Actions are in units of the environment's relative actions, σ in the same units.
+Actions are normalised (`defi.robot.spec.Vector`), σ in the same units.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""What the policy sees: both cameras as one array, the same in stored data, training and rollout."""
+"""What the policy sees: all cameras as one array, the same in stored data, training and rollout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-CAMERAS = ("rgb_static", "rgb_gripper")
-"""Order of the views V: keys of CALVIN's frames and of the simulator's pictures."""
 
-
-def observe(images: Mapping[str, UInt8[np.ndarray, "H W 3"]], size: int) -> UInt8[Tensor, "V 3 size size"]:
-    """Pictures of all cameras (any size each) → size × size, bilinear with antialiasing, rounded to uint8.
+def observe(
+    images: Mapping[str, UInt8[np.ndarray, "H W 3"]], cameras: Sequence[str], size: int
+) -> UInt8[Tensor, "V 3 size size"]:
+    """Pictures of some cameras, in this order, of any size each → size × size, bilinear with antialiasing,
+    rounded to uint8.
 
     In float32, as published: PyTorch's kernel for uint8 is off by one level at every tenth value.
     """
     views = []
-    for camera in CAMERAS:
+    for camera in cameras:
         image = torch.from_numpy(np.ascontiguousarray(images[camera])).permute(2, 0, 1)[None]
         if image.shape[-2:] != (size, size):
             image = F.interpolate(image.float(), (size, size), mode="bilinear", antialias=True)

@@ -3,8 +3,6 @@
 DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictures to context.
 """
 
-import json
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,23 +15,21 @@ from torch import Tensor, nn
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import SampleNoise
 from defi.engine.model import CONFIG, StageModel
-from defi.engine.weights import COPY_AGAIN, fingerprint
-from defi.errors import UserError, reading
-from defi.files import check_sizes, read_json
+from defi.engine.weights import COPY_AGAIN
+from defi.errors import reading
+from defi.hub import local_folder
+from defi.text import T5Text
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
-from Step2_GIDM.model import GIDM
+from Step2_GIDM.latent_action import LatentActionSizes
 from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig, StageSizes, check
 from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
 from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_tokens, set_up, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
+from Step3_DeFI.stages import Sources, load_stages, read_parts, write_sources
 from Step3_DeFI.video_former import VideoFormer, VideoFormerLayer
-
-STAGES: dict[str, type[StageModel]] = {"gfdm": GFDM, "gidm": GIDM}
-SOURCES = "sources.json"
-Sources = dict[str, Path]  # "gfdm", "gidm" → folder of the weights that a policy stands on
 
 
 @dataclass
@@ -52,6 +48,7 @@ class Context:
     video_tokens: Float[Tensor, "B FQ D"]
     latent_actions: Float[Tensor, "B Q Dg"]
     codes: Quantized
+    state: Float[Tensor, "B S"] | None = None  # normalised
 
     def both(self) -> "Context":
         """2B rows for guidance: B as they are, then the same without sentence."""
@@ -60,6 +57,7 @@ class Context:
             sentence=torch.cat([self.sentence, torch.zeros_like(self.sentence)]),
             video_tokens=self.video_tokens.repeat(2, 1, 1),
             latent_actions=self.latent_actions.repeat(2, 1, 1),
+            state=None if self.state is None else self.state.repeat(2, 1),
         )
 
 
@@ -77,24 +75,30 @@ class DeFI(StageModel):
     config: PolicyConfig
 
     def __init__(
-        self, config: PolicyConfig, *, gfdm: GFDM, gidm: GIDM, sources: Sources | None = None
+        self,
+        config: PolicyConfig,
+        *,
+        gfdm: GFDM,
+        t5: T5Text,
+        latent_action: LatentActionSizes,
+        sources: Sources | None = None,
     ) -> None:
-        """Of `gidm`, which must know language, the text tower and its tokenizer's sizes are taken.
-
-        sources: where both lie.
+        """t5, latent_action: of stage 2, which must know language, the text tower and the tokenizer's sizes.
+        sources: where the checkpoints of both stages lie; None: nowhere, or beside the policy.
         """
         super().__init__()
-        variant, rule = gidm.config.variant, "a policy needs a stage-2 checkpoint of variant language"
-        check("gidm.variant", variant, variant == "language", rule)
+        check("policy.robot", config.robot, config.robot is not None, "give the robot of the data")
+        rule = "a policy needs a stage-2 checkpoint of variant language"
+        check("gidm.variant", "controllable", latent_action.text_width is not None, rule)
         stages = StageSizes(
             frames=gfdm.config.frames,
             feature_tokens=gfdm.feature_tokens,
             feature_channels=gfdm.feature_channels,
             sentence_width=gfdm.clip.projection,
-            latent_action=gidm.tokenizer.sizes,
+            latent_action=latent_action,
         )
         self.config, self.sources = replace(config, stages=stages), sources
-        self.gfdm, self.t5 = gfdm, gidm.text
+        self.gfdm, self.t5 = gfdm, t5
         set_up(gfdm, config)
         self.frozen = (*idle(gfdm, "gfdm"), "t5")
         channels = stages.feature_channels * config.merge**2
@@ -114,13 +118,22 @@ class DeFI(StageModel):
             latent_action_dim=stages.latent_action.width,
             action_dim=config.action_dim,
             chunk=config.chunk,
+            state_dim=config.state_dim,
         )
         self.freeze()
 
     # ------------------------------------------------------------ from pictures to context
 
-    def context(self, features: Float[Tensor, "B V F L C"], texts: list[str]) -> Context:
-        """From features and instructions to what the action head encodes; computed once per chunk."""
+    def context(
+        self,
+        features: Float[Tensor, "B V F L C"],
+        texts: list[str],
+        state: Float[Tensor, "B S"] | None = None,
+    ) -> Context:
+        """From what is seen and said to what the action head encodes; computed once per chunk.
+
+        state: in the robot's units; looked at only with `policy.state`.
+        """
         if self.config.video_precision != "no":
             features = features.to(self.dtype)
         features = merge_tokens(self.standardise(features), self.config.merge)
@@ -136,12 +149,22 @@ class DeFI(StageModel):
             video_tokens=self.video_former(features.transpose(1, 2).flatten(2, 3)),
             latent_actions=latent_actions.tokens,
             codes=latent_actions.codes,
+            state=self._normal_state(state),
         )
 
     def encode(self, context: Context) -> Memory:
         """What the action decoder looks at."""
-        given = {"sentence": context.sentence, "video_tokens": context.video_tokens}
-        return self.action_head.encode(**given, latent_actions=context.latent_actions)
+        return self.action_head.encode(
+            sentence=context.sentence,
+            video_tokens=context.video_tokens,
+            latent_actions=context.latent_actions,
+            state=context.state,
+        )
+
+    def _normal_state(self, state: Float[Tensor, "B S"] | None) -> Float[Tensor, "B S"] | None:
+        if not self.config.state:
+            return None
+        return self.config.robot.state.normalise(state.to(self.device, torch.float32)).to(self.dtype)
 
     # ------------------------------------------------------------ training
 
@@ -149,12 +172,14 @@ class DeFI(StageModel):
         """Loss of a batch.
 
         Args:
-            batch: `text` (B strings), `actions` [B, K, 7], `seed` [B], and one of `features` [B, V, F, L, C],
-                `latents` [B, V, 4, h, w] (scaled), `images` [B, V, 3, H, W] (uint8 or in [-1, 1]); for a
-                video loss also `video`, the frames that really follow: latents or images [B, V, F, ...].
+            batch: `text` (B strings), `actions` [B, K, A] and, with `policy.state`, `state` [B, S] in the
+                robot's units, `seed` [B], and one of `features` [B, V, F, L, C], `latents` [B, V, 4, h, w]
+                (scaled), `images` [B, V, 3, H, W] (uint8 or in [-1, 1]); for a video loss also `video`, the
+                frames that really follow: latents or images [B, V, F, ...].
         """
-        context = self.context(self._features_of(batch), batch["text"])
-        action_loss = self._action_loss(context, batch["actions"].float(), batch["seed"])
+        context = self.context(self._features_of(batch), batch["text"], batch.get("state"))
+        actions = self.config.robot.actions.normalise(batch["actions"].float())
+        action_loss = self._action_loss(context, actions, batch["seed"])
         codes, weights = context.codes, self.config
         loss = (
             action_loss
@@ -245,20 +270,27 @@ class DeFI(StageModel):
         texts: list[str],
         *,
         noise: PolicyNoise,
+        state: Float[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B K A"]:
-        """The next K actions, gripper not binarised. `images` as `observe` gives them: static, gripper."""
+        """The next K actions in the robot's units, gripper not snapped. `images` as `observe` gives them."""
         features = self._features_of({"images": images, "text": texts}, noise.video)
-        return self.act_on_features(features, texts, noise=noise.actions)
+        return self.act_on_features(features, texts, noise=noise.actions, state=state)
 
     @torch.no_grad()
     def act_on_features(
-        self, features: Float[Tensor, "B V F L C"], texts: list[str], *, noise: Float[Tensor, "B K A"]
+        self,
+        features: Float[Tensor, "B V F L C"],
+        texts: list[str],
+        *,
+        noise: Float[Tensor, "B K A"],
+        state: Float[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B K A"]:
         """As `act`, from features."""
         diffusion = self.config.diffusion
         sigmas = diffusion.schedule(self.device)
-        denoise = self.denoiser(self.context(features.to(self.dtype), texts), sigmas)
-        return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        denoise = self.denoiser(self.context(features.to(self.dtype), texts, state), sigmas)
+        actions = SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        return self.config.robot.actions.restore(actions)
 
     def denoiser(self, context: Context, sigmas: Float[Tensor, " S1"]) -> Denoiser:
         """D(x, σᵢ) of B chunks; each context is encoded once, or with and without its sentence if guided."""
@@ -277,8 +309,8 @@ class DeFI(StageModel):
     def predict(self, batch: dict[str, Any]) -> Float[Tensor, "B K A"]:
         """The chunks it would act out on a training batch (whose `actions` are not looked at)."""
         noise = self.noise(batch["seed"])
-        features = self._features_of(batch, noise.video)
-        return self.act_on_features(features, batch["text"], noise=noise.actions)
+        features, given = self._features_of(batch, noise.video), {"state": batch.get("state")}
+        return self.act_on_features(features, batch["text"], noise=noise.actions, **given)
 
     @property
     def image_size(self) -> int:
@@ -303,9 +335,9 @@ class DeFI(StageModel):
             UserError: a checkpoint is missing, of another stage, or knows no language.
         """
         sources = {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")}
-        models = {stage: STAGES[stage].from_pretrained(folder) for stage, folder in sources.items()}
-        policy = cls(config, **models, sources=sources)
-        policy.gidm_branch.tokenizer.load_state_dict(models["gidm"].tokenizer.state_dict())
+        parts, tokenizer = load_stages(sources)
+        policy = cls(config, **parts)
+        policy.gidm_branch.tokenizer.load_state_dict(tokenizer.state_dict())
         return policy
 
     def save_pretrained(self, folder: Path) -> None:
@@ -318,45 +350,17 @@ class DeFI(StageModel):
     def from_pretrained(
         cls, folder: Path | str, *, gfdm: Path | str | None = None, gidm: Path | str | None = None
     ) -> "DeFI":
-        """The policy that `save_pretrained` wrote. gfdm, gidm: where its checkpoints lie, if moved.
+        """The policy in a checkpoint folder, an exported folder, or one of these on the hub, `user/name`.
+
+        gfdm, gidm: where the checkpoints that it stands on lie, if moved.
 
         Raises:
             UserError: a file is missing or damaged, or a stage's checkpoint is not the one it was trained on.
         """
-        file = Path(folder) / CONFIG
-        values = read_json(file, COPY_AGAIN)
-        check_sizes(values, file)
-        config = PolicyConfig.from_record(values, file)
-        sources = read_sources(file.parent, gfdm=gfdm, gidm=gidm)
-        models = {stage: STAGES[stage].from_pretrained(path) for stage, path in sources.items()}
+        file = local_folder(folder) / CONFIG
+        config = PolicyConfig.read(file)
+        parts = read_parts(file.parent, config, gfdm=gfdm, gidm=gidm)
         with reading(file, COPY_AGAIN):
-            policy = cls(config, **models, sources=sources)
+            policy = cls(config, **parts)
         policy.load_weights(file.parent)
         return policy
-
-
-def write_sources(folder: Path, sources: Sources) -> None:
-    """Record both beside a policy: paths relative to it, so that both can be moved together."""
-    record = {
-        stage: {"path": os.path.relpath(path.resolve(), folder.resolve()), "fingerprint": fingerprint(path)}
-        for stage, path in sources.items()
-    }
-    (folder / SOURCES).write_text(json.dumps(record, indent=1))
-
-
-def read_sources(folder: Path, **given: Path | str | None) -> Sources:
-    """What `write_sources` recorded, or the places `given`; the weights there must be the recorded ones."""
-    record, found = read_json(folder / SOURCES, COPY_AGAIN), {}
-    for stage, place in given.items():
-        with reading(folder / SOURCES, COPY_AGAIN):
-            recorded, expected = folder / str(record[stage]["path"]), record[stage]["fingerprint"]
-            if place is None and not recorded.is_dir():
-                fault = f"the {stage} checkpoint of this policy is gone; give its place with {stage}="
-                raise UserError(f"{os.path.abspath(recorded)}: {fault}")
-        found[stage] = recorded if place is None else find_weights(place, stage)
-        if (actual := fingerprint(found[stage])) != expected:
-            raise UserError(
-                f"{found[stage]}: not the {stage} checkpoint that {folder} was trained on "
-                f"(fingerprint {actual}, expected {expected}); give that one with {stage}="
-            )
-    return found

@@ -1,10 +1,10 @@
-"""CALVIN-format demonstrations → the policy's packed store (see `Step3_DeFI.store`).
+"""A robot's data → the policy's packed store (see `Step3_DeFI.store`).
 
-    python -m Step3_DeFI.prepare data.root=<folder> output=<store> gfdm_checkpoint=<run> [key=value …]
+    python -m Step3_DeFI.prepare data=lerobot data.root=<folder> output=<store> gfdm_checkpoint=<run>
 
 `store.kind=features` runs the frozen stage 1 once per sample, so that training needs no video model;
 `latents` stores what its VAE makes of the pictures, `images` only resized pictures (any stage 1 will do).
-The root may be CALVIN's zip itself. Processes of `accelerate launch` share the work; a killed run continues
+Processes of `accelerate launch` share the work; a killed run continues
 with `resume=true`, on any number of processes.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from defi.config import entry
+from defi.data import Part, read_settings
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import seed_of
 from defi.engine.output import check_output, prepare_output, write_file
@@ -30,10 +32,11 @@ from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.config import PolicyConfig, check, check_choice
 from Step3_DeFI.features import encode_views, imagine, set_up, video_noise
-from Step3_DeFI.samples import CalvinSamples, SampleRules
+from Step3_DeFI.samples import RecordedSamples, SampleSettings
 from Step3_DeFI.store import DONE, INPUT_DIMENSIONS, INPUTS, MANIFEST, PROGRESS, StoreManifest
 
-FOLLOWS = {"source", "texts", "tasks"}  # of a manifest: from data and settings, or may have moved
+FOLLOWS = {"source", "tasks"}  # of a manifest: may have moved, or comes from the rest
+ELSEWHERE = {"root", "index", "held_out"}  # settings that change no sample of a part
 
 
 @dataclass
@@ -96,13 +99,21 @@ class Encoder:
 def prepare(cfg: DictConfig) -> Path:
     """Make (or finish) a store: what was noted as done is not done again."""
     output = check_output(Path(cfg.output), resume=cfg.resume, overwrite=cfg.overwrite)
-    policy, data = PolicyConfig.from_preset(cfg), cfg.data
-    rules = SampleRules(policy.chunk, data.min_remaining, data.stride, data.spans)
+    check_choice("part", cfg.part, get_args(Part))
+    settings, own = read_settings(cfg.data, SampleSettings)
+    data = settings.open(cfg.part)
+    policy = PolicyConfig.from_preset(cfg, data.robot())
+    own.remaining(data, policy.chunk)  # before the video model is loaded
     encoder = Encoder.from_config(cfg, policy)
-    kind, size, gfdm = encoder.kind, encoder.stage1.image_size, encoder.gfdm
-    clip = encoder.stage1.clip_frames if cfg.store.videos else None
-    place, by_text = Path(data.root) / data.split, kind == "features"
-    samples = CalvinSamples(place, rules, image_size=size, by_text=by_text, clip=clip)
+    kind, sizes, gfdm = encoder.kind, encoder.stage1, encoder.gfdm
+    samples = RecordedSamples(
+        data,
+        own,
+        chunk=policy.chunk,
+        image_size=sizes.image_size,
+        by_text=kind == "features",
+        clip=sizes.clip_frames if cfg.store.videos else None,
+    )
     if gfdm is not None:
         print_once(gfdm.clip.truncation_note(samples.texts))
     manifest = StoreManifest(
@@ -110,17 +121,23 @@ def prepare(cfg: DictConfig) -> Path:
         samples=len(samples),
         rows=len(samples.observations),
         draws=encoder.draws,
-        image_size=size,
+        frames=len(samples.motions.frames),
+        chunk=policy.chunk,
+        robot=samples.robot(),
+        normalisation=samples.normalisation,
+        image_size=sizes.image_size,
         texts=samples.texts,
-        source=str(place),
-        fingerprint=samples.data.fingerprint,
+        source=str(data.root),
+        fingerprint=data.fingerprint,
+        min_remaining=own.remaining(data, policy.chunk),
+        stride=own.stride,
         seed=cfg.seed,
         stage1_weights=gfdm and fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
-        feature_noise=policy.feature_noise if by_text else None,
-        video_stride=clip and clip.step,
+        feature_noise=policy.feature_noise if kind == "features" else None,
+        video_stride=sizes.clip_frames.step if cfg.store.videos else None,
         gfdm_precision="no" if kind == "images" else policy.video_precision,
         tasks=samples.tasks,
-        **asdict(rules),
+        settings={k: v for k, v in asdict(settings).items() if k not in ELSEWHERE},
     )
     state, record = processes(), json.dumps(asdict(manifest), indent=1)
     begun = cfg.resume and is_begun(output, manifest)
@@ -139,7 +156,9 @@ def prepare(cfg: DictConfig) -> Path:
         for file in (PROGRESS, DONE):
             (output / file).unlink(missing_ok=True)
         megabytes = (output / INPUTS).stat().st_size / 1e6
-        print(f"{output}: {len(samples)} samples of {len(samples.tasks)} tasks, {megabytes:.0f} MB")
+        counts = f"{len(samples)} samples of {data.lengths.sum()} frames, {len(samples.texts)} instructions"
+        counts += f", {len(samples.tasks)} tasks" if samples.tasks else ""
+        print(f"{output}: {counts}, {megabytes:.0f} MB")
     return output
 
 
@@ -158,13 +177,15 @@ def is_begun(output: Path, manifest: StoreManifest) -> bool:
     return True
 
 
-def begin(output: Path, samples: CalvinSamples, encoder: Encoder, record: str) -> None:
+def begin(output: Path, samples: RecordedSamples, encoder: Encoder, record: str) -> None:
     """All files of a store, of whose rows none is done yet; the record of progress comes last."""
     dtype = np.dtype(np.uint8 if encoder.kind == "images" else np.float16)
     shape = (len(samples.observations), *encoder.row_shape)
     with writing(output, f"a store of {np.prod(shape) * dtype.itemsize / 1e9:.1f} GB"):
-        for name in ("index", "actions", "robot_obs", "spans", "video"):
-            if (array := getattr(samples, name)) is not None:
+        motions = {"actions": samples.motions.actions, "state": samples.motions.state}
+        arrays = {"index": samples.index, "starts": samples.starts, "video": samples.video, **motions}
+        for name, array in arrays.items():
+            if array is not None:
                 np.save(output / f"{name}.npy", array)
         inputs = np.lib.format.open_memmap(output / INPUTS, mode="w+", dtype=dtype, shape=shape)
         with (output / INPUTS).open("r+b") as file:  # takes the space: writing to mapped memory cannot fail
@@ -173,13 +194,13 @@ def begin(output: Path, samples: CalvinSamples, encoder: Encoder, record: str) -
         write_file(output / PROGRESS, record)
 
 
-def fill(output: Path, samples: CalvinSamples, encoder: Encoder, batch: int) -> None:
+def fill(output: Path, samples: RecordedSamples, encoder: Encoder, batch: int) -> None:
     """Encode this process's share of the rows that are not done, whichever process did the others."""
     inputs, done = (np.load(output / name, mmap_mode="r+") for name in (INPUTS, DONE))
     left, quiet = np.flatnonzero(done == 0), not processes().is_local_main_process
     batches = share([left[first : first + batch] for first in range(0, len(left), batch)])
     for rows in track(batches, f"{encoder.kind} of {len(inputs)} observations", disable=quiet):
-        texts = [samples.texts[text] for text in samples.observations[rows, 1]]
+        texts = [samples.texts[text] for text in samples.observations[rows, 2]]
         inputs[rows] = encoder(samples.inputs[rows], texts, rows)
         inputs.flush()
         done[rows] = 1

@@ -7,29 +7,33 @@
                             features  float16 [rows, draws, V, F, L, C]  of the frozen GFDM
                             latents   float16 [rows, V, 4, h, w]         scaled VAE mode
                             images    uint8   [rows, V, 3, H, W]
-        actions.npy, index.npy, video.npy (only with `store.videos`): see `PolicySamples`
-        robot_obs.npy, spans.npy: see `CalvinSamples`; training reads neither
+        index.npy, video.npy (only with `store.videos`): see `PolicySamples`
+        actions.npy, state.npy  float32 [M, A], [M, S] of all frames of the data, in the robot's units
+        starts.npy  number of the episode and position in it of each sample; training does not read it
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
-from defi.calvin import TRAINING, VALIDATION
 from defi.config import typed
+from defi.data import Dataset, Part, read_sets, read_settings
+from defi.data.mixture import Mixture
+from defi.data.motions import Motions
 from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from defi.files import read_json
 from defi.npy import map_npy
+from defi.robot.spec import Robot
 from Step3_DeFI.config import check_choice
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.samples import CalvinSamples, PolicySamples, SampleRules
+from Step3_DeFI.samples import PolicySamples, RecordedSamples, SampleSettings
 
 MANIFEST, INPUTS = "manifest.json", "inputs.npy"
 PROGRESS, DONE = "progress.json", "done.npy"  # while it is made: the manifest to be, a byte per row
-OLDER = {"tail": "min_remaining", "gfdm": "stage1_weights"}  # names in older manifests
 INPUT_DIMENSIONS = {"features": 6, "latents": 5, "images": 5}  # by kind
 
 
@@ -37,6 +41,7 @@ INPUT_DIMENSIONS = {"features": 6, "latents": 5, "images": 5}  # by kind
 class StoreManifest:
     """What a store holds.
 
+    robot, normalisation: as the data set says. frames: M. settings: of the data, but for its place.
     stage1_weights: their fingerprint; gfdm_precision: what UNet and VAE computed in.
     video_stride: frames between the frames of the kept videos; None: no videos.
     """
@@ -45,7 +50,10 @@ class StoreManifest:
     samples: int
     rows: int
     draws: int
+    frames: int
     chunk: int
+    robot: Robot
+    normalisation: str
     image_size: int
     texts: list[str]
     source: str
@@ -56,15 +64,16 @@ class StoreManifest:
     stage1_weights: str | None = None
     feature_noise: str | None = None
     video_stride: int | None = None
-    spans: str = "annotated"
     gfdm_precision: str = "no"
     tasks: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path, fix: str) -> "StoreManifest":
         """Raises UserError, with the `fix`, if the file is missing or damaged."""
-        record = {OLDER.get(name, name): value for name, value in read_json(file, fix).items()}
-        record.pop("look", None)
+        record = read_json(file, fix)
+        if "robot" not in record:
+            raise UserError(f"{file}: of an older version, which did not note the robot; {fix}")
         manifest = typed(cls, record, str(file))
         check_choice(f"{file}: kind", manifest.kind, INPUT_DIMENSIONS)
         if not all(isinstance(text, str) for text in manifest.texts):
@@ -84,17 +93,27 @@ class PolicyStore(PolicySamples):
             raise UserError(f"{self.folder}: {fault}")
         self.manifest = made = StoreManifest.read(self.folder / MANIFEST, "prepare the data again")
         self.kind, self.texts = made.kind, made.texts
+        self.chunk, self.normalisation = made.chunk, made.normalisation
         self.fingerprint = f"{made.fingerprint}-{made.kind}-{made.samples}"
         rows = (made.rows,)
         if made.kind == "features":
             self.draws, rows = made.draws, (made.rows, made.draws)
         self.inputs = self._array("inputs", rows, INPUT_DIMENSIONS[made.kind])
-        self.actions = self._array("actions", (made.samples, made.chunk), 3)
-        self.index = self._array("index", (made.samples, 2), 2)
+        sizes = len(made.robot.actions), len(made.robot.state or ())
+        motions = (
+            self._array(*each)
+            for each in zip(("actions", "state"), ((made.frames, s) for s in sizes), (2, 2))
+        )
+        self.motions = Motions(np.arange(made.frames), *motions)
+        self.index = self._array("index", (made.samples, 3), 2)
         self.video = None if made.video_stride is None else self._array("video", (made.samples,), 2)
-        inside = (self.index >= 0) & (self.index < (made.rows, len(made.texts)))
+        ends = made.rows, len(made.texts), made.frames - made.chunk + 1
+        inside = (self.index >= 0) & (self.index < ends)
         if not inside.all():
             raise UserError(f"{self.folder}: index.npy names what does not exist; prepare it again")
+
+    def robot(self) -> Robot:
+        return self.manifest.robot
 
     def _array(self, name: str, shape: tuple[int, ...], dimensions: int) -> np.ndarray:
         """An array whose shape begins with `shape`."""
@@ -131,31 +150,82 @@ class PolicyStore(PolicySamples):
             )
 
 
-def open_samples(section: DictConfig, policy: DeFI) -> dict[str, PolicySamples]:
-    """`training`, and `held_out` where the section `data` names some.
+@dataclass(kw_only=True)
+class StoreSettings:
+    """A store, and the one of its held-out samples, in the place of a format's settings."""
+
+    store: str
+    held_out: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class Source:
+    """One data set that a policy learns from: as it is, with `settings` of its samples, or as a store."""
+
+    data: Dataset | PolicyStore
+    settings: SampleSettings | StoreSettings
+
+    def samples(self, policy: DeFI, clip: range | None = None) -> PolicySamples:
+        """For this policy, with a video `clip` of each if any. UserError: it cannot learn from them."""
+        if isinstance(self.data, PolicyStore):
+            self.data.check_fit(policy, clip)
+            found: PolicySamples = self.data
+        else:
+            sizes = {"chunk": policy.config.chunk, "image_size": policy.image_size}
+            found = RecordedSamples(self.data, self.settings, clip=clip, **sizes)
+        found.with_state = policy.config.state
+        return found
+
+
+def open_sources(section: Mapping[str, Any], part: Part) -> dict[str, Source]:
+    """The data sets that a section `data` names, by name; none where nothing is held out.
 
     Raises:
-        UserError: the section names both kinds of data or none, or they are missing, damaged or do not fit.
+        UserError: the section names both a store and data or neither, or they are missing or damaged.
     """
-    root, config = section.root, policy.config
-    if (section.store is None) == (root is None):
-        raise UserError(
-            f"data.store={section.store}, data.root={root}: give one of them, a store made by "
-            "Step3_DeFI.prepare or demonstrations in CALVIN's format"
-        )
-    places = {"training": section.store or f"{root}/{section.split}"}
-    if section.held_out is not None:
-        of_root = root is not None and section.held_out in (TRAINING, VALIDATION)
-        places["held_out"] = f"{root}/{section.held_out}" if of_root else section.held_out
-    samples: dict[str, PolicySamples] = {}
-    for name, place in places.items():
-        # For the video loss the frames that follow a sample, of what is trained on.
-        filmed = config.finetune.video_loss and name == "training"
-        clip = policy.gfdm.config.clip_frames if filmed else None
-        if root is None:
-            samples[name] = store = PolicyStore(place)
-            store.check_fit(policy, clip)
-        else:
-            rules = SampleRules(config.chunk, section.min_remaining, section.stride, section.spans)
-            samples[name] = CalvinSamples(place, rules, image_size=policy.image_size, clip=clip)
-    return samples
+    section = dict(section)
+    store, sets = section.pop("store", None), section.get("sets")
+    if sets is not None:
+        stores = {
+            name: typed(StoreSettings, s, f"data.sets.{name}") for name, s in sets.items() if "store" in s
+        }
+        rest = {name: s for name, s in sets.items() if name not in stores}
+        chosen = read_sets({**section, "sets": rest}, SampleSettings) if rest or not stores else {}
+    elif (store is None) == (section.get("root") is None):
+        what = "a store made by Step3_DeFI.prepare, or a robot's data"
+        raise UserError(f"data.store={store}, data.root={section.get('root')}: give one of them, {what}")
+    elif store is not None:
+        stores, chosen = {"data": StoreSettings(store=store, held_out=section["held_out"])}, {}
+    else:
+        stores, chosen = {}, {"data": read_settings(section, SampleSettings)}
+    found = {}
+    for name, own in stores.items():
+        if folder := own.held_out if part == "held_out" else own.store:
+            found[name] = Source(PolicyStore(folder), own)
+    for name, (settings, samples) in chosen.items():
+        if part != "held_out" or settings.holds_out():
+            found[name] = Source(settings.open(part), samples)
+    return {name: found[name] for name in sets or found if name in found}  # in the order given
+
+
+def build_samples(
+    sources: Mapping[str, Source], policy: DeFI, clip: range | None = None
+) -> PolicySamples | Mixture[PolicySamples]:
+    """What a policy learns from, with a video `clip` of each sample if any.
+
+    Raises:
+        UserError: it cannot, or the data sets are of different kinds.
+    """
+    found = {name: source.samples(policy, clip) for name, source in sources.items()}
+    if len(found) == 1:
+        return found.popitem()[1]
+    kinds = {name: samples.kind for name, samples in found.items()}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"data.sets: {kinds}; give all as they are, or stores of one kind (store.kind)")
+    return Mixture(found, {name: source.settings.weight for name, source in sources.items()})
+
+
+def members(samples: PolicySamples | Mixture[PolicySamples]) -> list[PolicySamples]:
+    """The data sets of a mixture, or the only one."""
+    return list(samples.sets.values()) if isinstance(samples, Mixture) else [samples]

@@ -15,19 +15,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from defi.data.calvin import calvin_robot
 from Step2_GIDM.latent_action import LatentActionSizes
 from Step3_DeFI.action_head import ActionDenoiser
 from Step3_DeFI.config import PolicyConfig, StageSizes
 from Step3_DeFI.diffusion import Denoiser, ddim, guide, precondition
 
 PUBLISHED = PolicyConfig(
+    robot=calvin_robot(),
     stages=StageSizes(
         frames=16,
         feature_tokens=256,
         feature_channels=2560,
         sentence_width=512,
         latent_action=LatentActionSizes(),
-    )
+    ),
 )
 
 

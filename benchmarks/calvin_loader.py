@@ -2,7 +2,7 @@
 
 From the same frames, in random order, in batches of 32:
   published    np.load of the chunk's ten frames, pictures and states of each, as published loaders do
-  folder, zip  Step3_DeFI.samples.CalvinSamples: the sample's frame alone, pictures resized to 256²
+  folder, zip  Step3_DeFI.samples.RecordedSamples: the sample's frame alone, pictures resized to 256²
   images       a store of kind images: memory-mapped, 256² pixels
   latents      a store of kind latents: 32² × 4 float16 for each view
 Rates are per second of processor time, so that other work on the machine does not count; the files are in the
@@ -23,13 +23,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
-from defi.calvin import CalvinFolder
 from defi.config import CONFIG_DIR
+from defi.data.calvin import CalvinFolder, Settings
 from defi.engine import checkpoint
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.samples import CalvinSamples, SampleRules
+from Step3_DeFI.samples import RecordedSamples, SampleSettings
 from Step3_DeFI.store import PolicyStore
 
 CHUNK, MIN_REMAINING, BATCH, SIDE = 10, 21, 32, 256
@@ -61,6 +61,12 @@ def make_zip(folder: Path, archive: Path) -> Path:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             file.write(path, f"calvin/{folder.name}/{path.relative_to(folder)}")
     return archive / folder.name
+
+
+def samples(root: Path, split: str) -> RecordedSamples:
+    data = Settings(root=str(root), split=split).open("training")
+    own = SampleSettings(min_remaining=MIN_REMAINING)
+    return RecordedSamples(data, own, chunk=CHUNK, image_size=SIDE)
 
 
 def published(data: CalvinFolder, starts: list[int], i: int) -> dict[str, Any]:
@@ -100,12 +106,11 @@ def main() -> None:
             kind: PolicyStore(prepare(settings(folder, work / kind, kind, work / "gfdm")))
             for kind in ("images", "latents")
         }
-        rules = SampleRules(CHUNK, cfg.data.min_remaining, cfg.data.stride, cfg.data.spans)
-        raw = CalvinSamples(folder, rules, image_size=SIDE)
-        archive = CalvinSamples(make_zip(folder, work / "calvin.zip"), rules, image_size=SIDE)
-        starts = raw.observations[raw.index[:, 0], 0].tolist()
+        make_zip(folder, work / "calvin.zip")
+        raw, archive = (samples(root, folder.name) for root in (folder.parent, work / "calvin.zip"))
+        starts = (raw.data.starts[raw.starts[:, 0]] + raw.starts[:, 1]).tolist()
         sources = {
-            "published": lambda i: published(raw.inputs.data, starts, i),
+            "published": lambda i: published(raw.data.files, starts, i),
             "folder": raw.__getitem__,
             "zip": archive.__getitem__,
             **{kind: store.__getitem__ for kind, store in stores.items()},

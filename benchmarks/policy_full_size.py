@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from defi.config import compose_preset
+from defi.data.calvin import calvin_robot
 from defi.text import CLIPText
 from Step1_GFDM.config import GFDMConfig
 from Step1_GFDM.model import GFDM
@@ -21,6 +22,7 @@ from Step1_GFDM.pipeline import build_scheduler, build_unet, build_vae
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.stages import language_of
 
 LIMIT_GB = 16
 
@@ -46,7 +48,7 @@ def build(preset: str, *, unet_dtype: torch.dtype) -> DeFI:
     vae = build_vae(config.vae, config.image_size)
     gfdm = GFDM(config, unet=unet, vae=vae, scheduler=build_scheduler(), clip=clip)
     gidm = GIDM(GIDMConfig.from_preset(cfg))
-    return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=gidm).eval()
+    return DeFI(PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, **language_of(gidm)).eval()
 
 
 def parameters(policy: DeFI) -> dict[str, int]:

@@ -16,6 +16,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,13 @@ def ours(root: Path, pairs: int) -> dict[str, float]:
 
     from defi.engine.data import StepOrder
     from Step2_GIDM.data.build import build_pairs
+    from Step2_GIDM.data.images import Augmentation
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    section = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "data" / "pairs_rlds.yaml"))
+    section = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "data" / "rlds.yaml"))
     section |= {"root": str(root), "split": "train", "index": str(root.parent / "index")}
-    section["distance"] = [SETTINGS["distance"]] * 2
+    section |= {"distance": [SETTINGS["distance"]] * 2, "augmentation": asdict(Augmentation())}
     began = time.perf_counter()
     data = build_pairs(section, SETTINGS["side"])
     opened = time.perf_counter() - began

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from defi.rlds.tfrecord import masked_crc
+from defi.data.rlds.tfrecord import masked_crc
 
 
 def varint(value: int) -> bytes:

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from Step3_DeFI.rollout.protocol import (
     build_scene,
     world_maker,
 )
-from Step3_DeFI.rollout.simulator import Observation
 
 PROCESSORS = len(os.sched_getaffinity(0))
 CHUNK = 10
@@ -71,8 +70,8 @@ def stopwatch() -> Iterator[Callable[[int], Rate]]:
 class StubPolicy:
     """Random small motions, at once."""
 
-    def act(self, observations: Sequence[Observation]) -> np.ndarray:
-        rngs = [np.random.default_rng(observation.seed) for observation in observations]
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> np.ndarray:
+        rngs = [np.random.default_rng(seed) for seed in seeds]
         return np.stack([rng.uniform(-SMALL, SMALL, (CHUNK, 7)) for rng in rngs])
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from defi.config import one_line_errors
 from defi.engine.data import SampleNoise
+from Step3_DeFI.acting import Policy
 from Step3_DeFI.config import ActionDiffusionConfig
 from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.policy import Context, DeFI
-from Step3_DeFI.rollout.policy import load_policy
 from Step3_DeFI.store import PolicyStore
 
 REFERENCE = ("heun", 100)
@@ -105,7 +105,7 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with one_line_errors():
-        policy = load_policy(given.checkpoint, device=device).eval()
+        policy = Policy.load(given.checkpoint, device=device, precision="no").model
         policy.config.diffusion = replace(policy.config.diffusion, guidance=given.guidance)
         batch = PolicyStore(given.store).spread(given.samples)
     for last_sigma in given.last_sigma or [policy.config.diffusion.last_sigma]:

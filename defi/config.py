@@ -25,6 +25,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 # Settings that are texts, whatever they look like.
 TEXTS = {"instruction", "data.instruction", "output", "data.root", "data.store", "path", "source"}
 TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "vae", "tokenizer"}
+TEXTS |= {"push", "data.split", "data.held_out"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
@@ -34,8 +35,21 @@ RETIRED = {  # settings that there were once, and what to do instead
     "policy.action_head.action_positions": "positions come with policy.action_head.cross_attention=full",
     "trainer.sample_every": "write trainer.preview_every",
     "data.video_stride": "frames are as far apart as the video model's (gfdm.frame_step); leave this out",
+    "data.shown": "write shown=",
     "data.tail": "use data.min_remaining instead",
+    "data.image": "use data.cameras=[…]",
+    "data.language": "of CALVIN write data.spans=annotated or recordings",
+    "data.source": "use data.format, as data=… gives it",
+    **dict.fromkeys(("data.splits", "data.splits.train", "data.splits.val"), "use data.split, data.held_out"),
+    "data.text": "use data.language",
+    "data.cameras.static": "name cameras as data.cameras=[…], shares of the VAE's clips as data.shares=[…]",
+    **dict.fromkeys(("data=frames", "data=samples"), "write data=calvin, or another format"),
+    "data=pairs_mixture": "write data=mixture",
+    "data=captioned_videos": "write data=videos data.captions=<file>",
+    **{f"data=captioned_{name}": f"write data={name}" for name in ("calvin", "hdf5", "rlds", "vpp")},
+    **{f"data=pairs_{name}": f"write data={name}" for name in ("calvin", "rlds", "videos")},
     "demos_per_unit": "use demos_per_session instead",
+    **dict.fromkeys(("policy.views", "policy.action_dim"), "the data say (policy.robot); leave this out"),
     **dict.fromkeys(
         (f"policy.{size}" for size in ("frames", "feature_tokens", "feature_channels", "sentence_width")),
         "it is read from the stage-1 checkpoint; leave this out",
@@ -92,8 +106,10 @@ def one_line_errors() -> Iterator[None]:
 def explain(error: CompactHydraException) -> str:
     """What Hydra has against a command line, in one line, with the names that come close."""
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"{group}={name}: no such choice; choose from {', '.join(error.options)}"
+        choice = error.missing_cfg_file.replace("/", "=")
+        if choice in RETIRED:
+            return f"{choice}: no longer a choice; {RETIRED[choice]}"
+        return f"{choice}: no such choice; choose from {', '.join(error.options)}"
     several = SEVERAL.match(str(error))
     if several or isinstance(error, OverrideParseException):
         setting = several[1] if several else error.override

@@ -46,8 +46,8 @@ def reading(file: Path | str, fix: str) -> Iterator[None]:
 
 
 @contextmanager
-def writing(output: Path, what: str) -> Iterator[None]:
-    """Around writes of a command that can be resumed: a full disk, say, becomes one line.
+def writing(output: Path, what: str, *, fix: str = "continue with resume=true") -> Iterator[None]:
+    """Around writes of a command that can be resumed, or as `fix` says: a full disk, say, becomes one line.
 
     Raises:
         UserError: names the output folder and what could not be written.
@@ -55,5 +55,5 @@ def writing(output: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        fix = "free some space, then continue with resume=true"
-        raise UserError(f"{output}: cannot write {what} ({_reason(error)}); {fix}") from None
+        fault = f"cannot write {what} ({_reason(error)})"
+        raise UserError(f"{output}: {fault}; free some space, then {fix}") from None

@@ -55,6 +55,22 @@ def read_yaml(file: Path, fix: str) -> dict[str, Any]:
         return _checked(OmegaConf.to_container(OmegaConf.create(text)), dict)
 
 
+def as_list(value: Any) -> list[Any]:
+    """A list of a JSON file, where a single item may stand as it is."""
+    return value if isinstance(value, list) else [value]
+
+
+def inside(root: Path, path: str) -> str:
+    """A path named in a data set's file. Raises UserError if it leaves the data set's folder.
+
+    Links within the folder may lead where they like: they are its owner's.
+    """
+    normal = os.path.normpath(path)
+    if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir or "\0" in normal:
+        raise UserError(f"{root}: its files name {path}, outside the folder; this data set is not safe")
+    return normal
+
+
 def _checked(values: Any, kind: type) -> Any:
     if not isinstance(values, kind):
         raise ValueError(f"holds a {type(values).__name__}, not a {kind.__name__}")

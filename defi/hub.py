@@ -2,15 +2,37 @@
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, snapshot_download
 
 from defi.errors import UserError, reading
 from defi.files import check_sizes, read_json
 
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+CHECKPOINT = ("*.json", "*.yaml", "*.safetensors", "*.txt", "*.model")  # files that hold no code
 PATIENCE = 3.0  # seconds; the library itself would try for most of a minute, file by file
+
+
+def local_folder(place: Path | str) -> Path:
+    """A folder of a checkpoint as it is; one that lies on the hub as `user/name` is downloaded first.
+
+    Raises:
+        UserError: there is no such repository, or it cannot be reached.
+    """
+    if os.path.exists(place) or not REPOSITORY.fullmatch(str(place)) or _is_path(Path(place)):
+        return Path(place)
+    fix = "check name and network, log in with `hf auth login`, or give a folder"
+    with reading(f"{constants.ENDPOINT}/{place}", fix):
+        return Path(snapshot_download(str(place), allow_patterns=list(CHECKPOINT)))
+
+
+def _is_path(path: Path) -> bool:
+    """Whether this can only be meant as a path, of which nothing is there."""
+    beside = len(path.parts) > 1 and os.path.isdir(path.parent)
+    return path.is_absolute() or path.parts[:1] in (("ckpts",), ("..",)) or beside
 
 
 def from_pretrained(cls: Any, source: Path | str, **settings: Any) -> Any:
@@ -41,8 +63,7 @@ def local_only(source: Path | str) -> bool:
         if (file := path / "config.json").is_file():
             check_sizes(read_json(file, "copy the folder again"), file)
         return True
-    beside = len(path.parts) > 1 and os.path.isdir(path.parent)
-    if path.is_absolute() or path.parts[:1] in (("ckpts",), ("..",)) or beside:
+    if _is_path(path):
         fix = "python -m defi.download preset=paper fetches what the presets need, weights=random needs none"
         raise UserError(f"{source}: no such folder; {fix}")
     return not _answers()

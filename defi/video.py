@@ -2,17 +2,19 @@
 
 Frame n is the n-th that decoding from the beginning shows. What cannot be decoded, or is hidden, has no
 number. A cover picture is not the video. A file is decoded once to number its frames, and to find where else
-decoding may start and show the same pictures.
+decoding may start and show the same pictures. Of videos whose frames keep a clock (`TimedVideo`) it suffices
+to look at the container.
 """
 
 import os
 from bisect import bisect
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import av
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -31,6 +34,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 # FFmpeg goes by the content: a playlist named like a video would make it open other files.
 CONTAINERS = "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,"
 CONTAINERS += "mxf,nut,obu,ogg,rm,vc1,vvc,wtv,yuv4mpegpipe"
+OPEN = 24  # videos that a process keeps open, with a few megabytes each
 APART = 12  # frames, at least, between places where reading starts; or a thousandth of all before
 FIX = "replace or remove it"
 
@@ -44,10 +48,18 @@ class Numbering:
     frames: how many there are.
     starts: (frame, time): from this frame to the next start's, decoding from this time on (in ticks of the
         stream; None: from the beginning) shows the right pictures.
+    rate: frames per second; None: it states none.
     """
 
     frames: int
     starts: tuple[tuple[int, int | None], ...]
+    rate: float | None
+
+    def fps(self, path: Path) -> float:
+        """Frames per second. UserError, which names the file, if it states none."""
+        if self.rate is None:
+            raise UserError(f"{path}: states no frames per second; write it again with a frame rate")
+        return self.rate
 
 
 class VideoFile:
@@ -96,24 +108,109 @@ class VideoFile:
             if not self.times:
                 raise ValueError("it shows no frame")
 
-    def rate(self) -> float:
-        """Frames per second so far, by when they are shown; the stated rate where both agree to a tick."""
+    def rate(self) -> float | None:
+        """Frames per second so far, by when they are shown; the stated rate where both agree to a tick.
+
+        None: it states no rate, and its frames no times.
+        """
         stated, known = self._stated_rate, set(self.times)
         if len(known) > 1 and None not in known:
             seconds = (max(known) - min(known)) * self._tick
             if not stated or abs((len(known) - 1) / stated - seconds) > self._tick:
                 return float((len(known) - 1) / seconds)
-        if not stated:
-            raise UserError(f"{self.path}: states no frames per second; write it again with a frame rate")
-        return float(stated)
+        return float(stated) if stated else None
 
 
-def upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+class TimedVideo(VideoFile):
+    """A video kept open, whose frame n is shown n / fps seconds after its first; read in any order.
+
+    frames: how many its container has. Safe in threads, not across a fork (`timed_video`).
+
+    Raises:
+        UserError: as `VideoFile`, or the container says that the frames come at another rate.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        super().__init__(path)
+        with reading(path, FIX):
+            self._index, times = self.stream.index_entries, []
+            if self.stream.frames and len(self._index) == self.stream.frames:  # when each is decoded
+                times = [self._index[0].timestamp, self._index[-1].timestamp]
+                self.frames = len(self._index)
+            else:  # a container without one: look at all packets
+                packets = self.container.demux(self.stream)
+                times = sorted(packet.pts for packet in packets if packet.pts is not None)
+                self.frames = len(times)
+            if not times:
+                raise ValueError("it shows no frame")
+            self._apart = 1 / (fps * self._tick)  # ticks from frame to frame
+            self._first = self.stream.start_time or 0
+            apart = (times[-1] - times[0]) / max(1, self.frames - 1)
+            if self.frames > 1 and abs(apart - self._apart) * (self.frames - 1) > self._apart / 2:
+                rate = float(1 / (apart * self._tick)) if apart else 0
+                raise ValueError(f"{self.frames} frames at {rate:g} per second, not at {fps:g}")
+        self._lock, self._shown = Lock(), None
+        self._decoded: Iterator[av.VideoFrame] = iter(())
+        self._convert = VideoReformatter()
+
+    def read(self, numbers: Sequence[int]) -> Frames:
+        """Frames by number, in that order. UserError: one is missing, damaged or not at its time."""
+        pictures: dict[int, np.ndarray] = {}
+        with self._lock, reading(self.path, FIX):
+            for number in sorted(set(numbers)):
+                if not 0 <= number < self.frames:
+                    raise ValueError(f"has {self.frames} frames, frame {number} was asked for")
+                pictures[number] = upright(self._frame(number), self._convert)
+        return np.stack([pictures[number] for number in numbers])
+
+    def _frame(self, number: int) -> av.VideoFrame:
+        time, half = self._first + number * self._apart, self._apart / 2
+        key = self._index.search_timestamp(round(time))
+        ahead = self._shown is not None and self._shown.pts <= time + half
+        if not ahead or key < 0 or self._index[key].timestamp > self._shown.pts:
+            self._seek(time, half)
+        while self._shown.pts < time - half:
+            self._shown = next(self._decoded, None)
+            if self._shown is None or self._shown.pts is None:
+                break
+        if self._shown is None or self._shown.pts is None or self._shown.pts > time + half:
+            self._shown = None
+            raise ValueError(f"shows no frame {number}, {float(time * self._tick):.3f} s from its start")
+        return self._shown
+
+    def _seek(self, time: float, half: float) -> None:
+        """Decode from a key frame that is shown no later: where frames are shown in another order than they
+        are decoded in, the nearest one may be."""
+        for back in (0, 4, 64, 1024, None):
+            to = self._first if back is None else round(time - back * self._apart)
+            self.container.seek(max(to, self._first), stream=self.stream)
+            self._decoded = self.container.decode(self.stream)
+            self._shown = next(self._decoded, None)
+            if self._shown is None or self._shown.pts is None:
+                raise ValueError("cannot be decoded")
+            if self._shown.pts <= time + half or to <= self._first:
+                return
+
+
+def timed_video(path: Path, fps: float) -> TimedVideo:
+    """Of this process, kept open as long as few others are asked for and the file does not change."""
+    with reading(path, FIX):
+        return _timed(path, fps, os.stat(path).st_mtime_ns, os.getpid())  # a fork shares the file's position
+
+
+@lru_cache(maxsize=OPEN)
+def _timed(path: Path, fps: float, changed: int, process: int) -> TimedVideo:
+    return TimedVideo(path, fps)
+
+
+def upright(frame: av.VideoFrame, convert: VideoReformatter | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """A frame's pixels, turned (by the nearest right angle) and mirrored as the file says.
 
-    Its display matrix [[a, b], [c, d]] moves pixel (x, y) to (ax + cy, bx + dy).
+    Its display matrix [[a, b], [c, d]] moves pixel (x, y) to (ax + cy, bx + dy). convert: kept from frame to
+    frame, it takes a third of the time.
     """
-    pixels = frame.to_ndarray(format="rgb24")
+    colours = {"format": "rgb24", "threads": 1}  # there are other workers
+    pixels = (convert.reformat(frame, **colours) if convert else frame).to_ndarray(**colours)
     if (matrix := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
         return pixels
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
@@ -151,7 +248,7 @@ def _number(path: Path, changed: int) -> Numbering:
                         starts.append((number, time))
                         second = other
                         break
-    return Numbering(len(video.times), tuple(starts))
+    return Numbering(len(video.times), tuple(starts), video.rate())
 
 
 def _same(one: av.VideoFrame, other: av.VideoFrame | None) -> bool:
@@ -165,14 +262,6 @@ def _same(one: av.VideoFrame, other: av.VideoFrame | None) -> bool:
 def frame_count(path: Path) -> int:
     """Number of frames of a video. Raises UserError as `VideoFile`."""
     return number_video(path).frames
-
-
-def read_video(path: Path, every: int = 1) -> tuple[Frames, float]:
-    """Every `every`-th frame of a video, from its first, and how many of all its frames come per second."""
-    video = VideoFile(path)
-    with reading(path, FIX):
-        pictures = [upright(frame) for number, frame in enumerate(video) if number % every == 0]
-    return np.stack(pictures), video.rate()
 
 
 def read_frames(
@@ -207,25 +296,42 @@ def read_frames(
     return np.stack([pictures[number] for number in wanted])
 
 
-def write_mp4(path: Path, frames: Frames, fps: float) -> None:
-    """Write an H.264 video that browsers play (yuv420p, odd sizes padded by a pixel); it appears complete."""
-    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
+@contextmanager
+def film(path: Path, fps: float) -> Iterator[Callable[[Frames], None]]:
+    """What takes the frames of an H.264 video that browsers play (yuv420p, odd sizes padded by a pixel), as
+    many at a time as one likes, all of one size. It appears at the end, complete, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(VIDEO_CODEC["codec"], rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {key: VIDEO_CODEC[key] for key in ("crf", "preset")}
-        stream.thread_count = 1
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream(VIDEO_CODEC["codec"], rate=Fraction(fps).limit_denominator(1000))
+            stream.pix_fmt = "yuv420p"
+            stream.options = {key: VIDEO_CODEC[key] for key in ("crf", "preset")}
+            stream.thread_count = 1
+
+            def write(frames: Frames) -> None:
+                odd = [(0, side % 2) for side in frames.shape[1:3]]
+                frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+                if not stream.codec_context.is_open:
+                    stream.height, stream.width = frames.shape[1:3]
+                for frame in frames:
+                    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                    container.mux(stream.encode(picture))
+
+            yield write
+            container.mux(stream.encode())
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_mp4(path: Path, frames: Frames, fps: float) -> None:
+    """A video of frames that are all there, as `film` writes it."""
+    with film(path, fps) as write:
+        write(frames)
 
 
 def to_float(frames: UInt8[np.ndarray, "*F H W 3"]) -> Float[Tensor, "*F 3 H W"]:

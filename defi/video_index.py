@@ -1,7 +1,7 @@
 """The frame numbers of a folder's videos: each is decoded once, so that a later start opens none of them.
 
     <root>/.defi/frames.jsonl   a line per video: [path below root, bytes, time of change in ns, VERSION,
-                                and `Numbering`'s frames and starts, or why it has none]
+                                and `Numbering`'s values, or why it has none]
 
 Where the folder cannot be written to, the file lies in the user's cache. A video is decoded again when its
 size or time of change is another one, and when `VERSION` is.
@@ -9,6 +9,7 @@ size or time of change is another one, and when `VERSION` is.
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from defi.engine.output import take_turn, user_cache, write_file
 from defi.errors import UserError
 from defi.video import Numbering, number_video
 
-VERSION = 3  # of the rule by which frames are numbered
+VERSION = 4  # of the rule by which frames are numbered
 INDEX = "frames.jsonl"
 PART = 100  # videos between two looks at the clock
 PAUSE = 60  # seconds after which the index is written, should the work be interrupted
@@ -41,11 +42,8 @@ def number_videos(root: Path, files: Sequence[Path]) -> list[Numbering | UserErr
 
     One process of a training numbers what no index knows, and writes it down; the others wait.
     """
-    stamps: Stamps = {file.relative_to(root).as_posix(): (0, 0) for file in files}
-    for name in stamps:
-        with suppress(OSError):
-            stat = (root / name).stat()
-            stamps[name] = stat.st_size, stat.st_mtime_ns
+    names = [file.relative_to(root).as_posix() for file in files]
+    stamps: Stamps = {name: _stamp(root / name) for name in names}
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     places = [root / ".defi", user_cache() / "videos" / digest]
     known = _known(places, stamps)
@@ -56,14 +54,21 @@ def number_videos(root: Path, files: Sequence[Path]) -> list[Numbering | UserErr
                 place, turn = folder, take_turn(folder)
                 break
         with turn:
-            known = _known(places, stamps)
+            known = _known(places, stamps, others_below=root)  # another part's, which stay in the index
             _number_missing(root, stamps, known, place)
-    found = ((root / name, known[name]) for name in stamps)
+    found = ((root / name, known[name]) for name in names)
     return [UserError(f"{file}: {fault}") if isinstance(fault, str) else fault for file, fault in found]
 
 
-def _known(places: Sequence[Path], stamps: Stamps) -> dict[str, Found]:
-    """What the indices say of videos that are still as they were.
+def _stamp(file: Path) -> tuple[int, int]:
+    with suppress(OSError, ValueError):  # ValueError: no name of a file
+        stat = file.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return 0, 0
+
+
+def _known(places: Sequence[Path], stamps: Stamps, others_below: Path | None = None) -> dict[str, Found]:
+    """What the indices say of videos that are still as they were; of others too, whose stamps are added.
 
     An index may come with the videos from others: what is damaged says nothing, and it is read line by line,
     so as not to fill the memory.
@@ -75,23 +80,27 @@ def _known(places: Sequence[Path], stamps: Stamps) -> dict[str, Found]:
                 continue
             with file.open("rb") as stream:
                 while line := stream.readline(LONGEST):
-                    with suppress(ValueError, TypeError, RecursionError):
+                    with suppress(ValueError, TypeError, RecursionError, OSError):
                         name, size, changed, version, *found = json.loads(line)
-                        if version == VERSION and stamps.get(name) == (size, changed):
-                            known[name] = _checked(*found)
+                        stamp = stamps.get(name)
+                        if stamp is None and others_below and size:
+                            stamp = _stamp(others_below / name)
+                        if version == VERSION and stamp == (size, changed):
+                            known[name], stamps[name] = _checked(*found), stamp
     return known
 
 
-def _checked(frames: int | str, starts: Sequence = ()) -> Found:
+def _checked(frames: int | str, starts: Sequence = (), rate: float | None = None) -> Found:
     """What a line says of a video. Raises ValueError or TypeError if that is nothing."""
     if isinstance(frames, str):
         return frames
     numbers, times = zip(*starts)
     integers = (frames, *numbers, *(time for time in times if time is not None))
     valid = all(type(n) is int and abs(n) < 2**63 for n in integers) and 0 < frames < MOST_FRAMES
+    valid = valid and (rate is None or (type(rate) is float and 0 < rate < math.inf))
     if not valid or numbers[0] != 0 or list(numbers) != sorted(numbers):
         raise ValueError
-    return Numbering(frames, tuple(zip(numbers, times)))
+    return Numbering(frames, tuple(zip(numbers, times)), rate)
 
 
 def _number_missing(root: Path, stamps: Stamps, known: dict[str, Found], place: Path | None) -> None:

@@ -1,9 +1,14 @@
 """Fixtures shared by all tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Indices of data go here: not into the recorded data, nor between runs.
+INDICES = tempfile.TemporaryDirectory(prefix="defi_index_")
+os.environ["DEFI_INDEX"] = INDICES.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -33,7 +33,7 @@ def settings_of(kind: str, inputs: Path, output: Path) -> dict[str, Any]:
         return {"agent": "random", "tasks": tasks, "length": 2, "chains": CHAINS, "max_steps": "[8,16]",
                 "processes": 1, "videos.chains": 1, "baseline": None, "output": output}  # fmt: skip
     if kind == "labels":
-        return {"checkpoint": inputs / "gidm", "data": "pairs_rlds", "data.root": inputs / "toy",
+        return {"checkpoint": inputs / "gidm", "data": "rlds", "data.root": inputs / "toy",
                 "data.index": inputs / "index", "data.split": "train", "data.distance": "[2,2]",
                 "output": output / "codes.npz"}  # fmt: skip
     return {"checkpoint": inputs / "gfdm", "data.root": inputs / "latents", "split": "train",

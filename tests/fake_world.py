@@ -60,6 +60,9 @@ class FakeWorld:
         shade = np.uint8(255 * self.x)
         return {"rgb_static": np.full((20, 20, 3), shade), "rgb_gripper": np.full((8, 8, 3), shade)}
 
+    def robot_obs(self) -> np.ndarray:
+        return np.full(15, self.x)
+
     def close(self) -> None:
         pass
 

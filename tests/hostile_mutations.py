@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rlds_writer import record
-from defi.rlds.tfrecord import masked_crc
+from defi.data.rlds.tfrecord import masked_crc
 
 
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:

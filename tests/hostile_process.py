@@ -23,6 +23,7 @@ def run_cases(name: str, place: Path, first: int, last: int) -> None:
     """Read damaged files number `first` … `last` - 1 of a reader; a line per case goes to `place`/log."""
     reader, valid, folder = READERS[name], place / "valid", place / "case"
     torch.set_num_threads(1)
+    os.environ["DEFI_INDEX"] = str(place / "index")
     if not valid.exists():
         valid.mkdir(parents=True)
         reader.make(valid)
@@ -71,7 +72,7 @@ def watch_acts(place: Path) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork"):
-            if "defi.hdf5" in map(str, arguments[1] or ()):  # it reads in a process of its own
+            if "defi.data.hdf5" in str(arguments[1]):  # it reads in a process of its own
                 return
             acts.write(f"{event} {arguments[:2]}\n")
         elif event == "open" and isinstance(arguments[0], str) and isinstance(arguments[1], str):

@@ -1,6 +1,7 @@
 """Folders of valid files, and what reads them once they are damaged (`test_hostile_files.py`)."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -29,22 +30,22 @@ from stages import build_vae
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
-from defi.calvin import ANNOTATIONS, CalvinFolder, frame_name
 from defi.checkpoints.inspect import open_checkpoint
+from defi.data import open_dataset
+from defi.data.calvin import ANNOTATIONS, CalvinFolder, calvin_robot, frame_name
+from defi.data.rlds import RLDSDataset, default_splits
 from defi.engine import checkpoint, state
 from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
 from defi.engine.weights import load_strict, read_tensors
-from defi.rlds import RLDSDataset, default_splits
 from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.pipeline import load_part
-from Step1_GFDM.sources import read_source
 from Step2_GIDM.model import GIDM
-from Step3_DeFI import policy
+from Step3_DeFI import stages
 from Step3_DeFI.compare import compare
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.protocol import SimConfig, read_instructions
@@ -135,10 +136,12 @@ def make_store(folder: Path) -> None:
     manifest = StoreManifest(
         kind="latents", samples=2, rows=2, draws=1, chunk=10, image_size=16, source="x",
         texts=["open the drawer"], fingerprint="0", min_remaining=9, stride=1, seed=0,
+        frames=11, robot=calvin_robot(), normalisation="none",
     )  # fmt: skip
     np.save(folder / "inputs.npy", np.zeros((2, 2, 4, 2, 2), np.float16))
-    np.save(folder / "actions.npy", np.zeros((2, 10, 7), np.float32))
-    np.save(folder / "index.npy", np.array([[0, 0], [1, 0]]))
+    np.save(folder / "actions.npy", np.zeros((11, 7), np.float32))
+    np.save(folder / "state.npy", np.zeros((11, 15), np.float32))
+    np.save(folder / "index.npy", np.array([[0, 0, 0], [1, 0, 1]]))
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
@@ -177,11 +180,39 @@ def make_sources(folder: Path) -> None:
     for name in ("gfdm", "gidm"):
         (folder / name).mkdir()
     (folder / "policy").mkdir()
-    policy.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
+    stages.write_sources(folder / "policy", {stage: folder / stage for stage in ("gfdm", "gidm")})
 
 
 def read_sources(folder: Path) -> None:
-    policy.read_sources(folder / "policy", gfdm=None, gidm=None)
+    stages.read_sources(folder / "policy", gfdm=None, gidm=None)
+
+
+def make_lerobot(folder: Path, pictures: str = "h264") -> None:
+    from lerobot_fakes import write
+
+    write(folder / "data set", pictures)
+
+
+def make_lerobot_images(folder: Path) -> None:
+    make_lerobot(folder, "images")
+
+
+def make_lerobot_v21(folder: Path) -> None:
+    from lerobot_fakes import as_v21
+
+    make_lerobot(folder.parent)
+    as_v21(folder.parent / "data set", folder / "data set")
+
+
+def read_lerobot(folder: Path) -> None:
+    os.environ["DEFI_INDEX"] = str(folder.parent / "index")
+    data = open_dataset({"format": "lerobot", "root": str(folder / "data set")}, "all")
+    assert len(data.motions.actions) == data.lengths.sum()
+    for number in range(len(data)):
+        episode = data.episode(number)
+        assert isinstance(episode.text(episode.length - 1), str)
+        for pictures in data.read(episode, [episode.length - 1, 0], data.cameras).values():
+            assert pictures.dtype == np.uint8 and len(pictures) == 2
 
 
 def make_rlds(folder: Path) -> None:
@@ -219,6 +250,7 @@ def make_captions(folder: Path) -> None:
     texts = {"one": "open the drawer", "two": "lift the red block", "three": "turn on the light"}
     for name in texts:
         write_mp4(folder / "videos" / f"{name}.mp4", frames, 10)
+        shutil.copy(folder / "videos" / f"{name}.mp4", folder / "videos" / f"{name}.webm")  # of labels.json
     lines = [{"video": f"{name}.mp4", "text": text} for name, text in texts.items()]
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "captions.csv").write_text(
@@ -230,13 +262,11 @@ def make_captions(folder: Path) -> None:
 
 def read_all_captions(folder: Path) -> None:
     for name in ("captions.jsonl", "captions.csv", "labels.json"):
-        splits = {"train": name, "val": name}
-        given = {"source": "videos", "root": str(folder), "videos": "videos", "splits": splits, "every": 2}
-        for read in list(read_source(given).open("train").read.values())[:5]:
-            path, texts = read.args
-            assert path.resolve().is_relative_to(folder.resolve()) and all(texts)
-            if path.suffix == ".mp4":
-                read()
+        given = {"format": "videos", "root": str(folder), "videos": "videos", "captions": name}
+        data = open_dataset(given, "all")
+        for episode in map(data.episode, range(min(len(data), 5))):
+            assert all(episode.texts) and Path(episode.name).name == episode.name
+            data.read(episode, range(0, episode.length, 2), data.cameras)
 
 
 def make_hdf5(folder: Path) -> None:
@@ -250,14 +280,20 @@ def make_hdf5(folder: Path) -> None:
         for i, code in enumerate(coded):
             rows[i] = code
         file["data/demo"].attrs["language_instruction"] = "fold the towel"
+        file["data/demo/action"], file["data/demo/joints"] = np.ones((3, 4)), np.ones(3, np.int16)
 
 
 def read_hdf5(folder: Path) -> None:
-    given = {"source": "hdf5", "root": str(folder), "splits": {"train": ".", "val": "."}, "groups": "data"}
-    given |= {"cameras": {"a": "raw", "b": "jpeg"}, "text": "language_instruction"}
-    for read in list(read_source(given).open("train").read.values())[:5]:
-        scene = read()
-        assert {view.shape[-1] for view in scene.views.values()} == {3} and scene.texts[0]
+    given = {"format": "hdf5", "root": str(folder), "groups": "data", "fps": 10}
+    given |= {"cameras": ["a:raw", "b:jpeg"], "actions": ["action"], "state": ["joints"]}
+    data = open_dataset(given, "all")
+    for number in range(min(len(data), 5)):
+        episode = data.episode(number)
+        frames = range(min(episode.length, 20))
+        views = data.read(episode, frames, data.cameras)
+        assert {view.shape[-1] for view in views.values()} == {3} and isinstance(episode.text(0), str)
+        assert len(data.read_motions(range(episode.start, episode.start + len(frames)))) == len(frames)
+    assert len(data.motions.actions) == data.lengths.sum()
 
 
 def make_foreign(folder: Path) -> None:
@@ -323,11 +359,14 @@ READERS: dict[str, Reader] = {
     ),
     "latents": Reader(make_latents, ("annotation/train/0.json", "0.*"), read_all_latents),
     "policy store": Reader(make_store, ("*",), read_store),
+    "LeRobot": Reader(make_lerobot, ("*/meta/**/*", "*/data/**/*", "*/videos/**/*"), read_lerobot),
+    "LeRobot images": Reader(make_lerobot_images, ("*/data/**/*",), read_lerobot),
+    "LeRobot v2.1": Reader(make_lerobot_v21, ("*/meta/*",), read_lerobot),
     "RLDS": Reader(make_rlds, ("toy/1.0.0/*",), read_rlds),
     "RLDS index": Reader(make_rlds, ("index/*/*",), read_rlds),
     "CALVIN in a zip": Reader(make_zip, ("demos.zip",), read_zip),
     "captions": Reader(make_captions, ("captions.*", "labels.json"), read_all_captions),
-    "HDF5": Reader(make_hdf5, ("*.hdf5",), read_hdf5, 0.2),  # in a process for each
+    "HDF5": Reader(make_hdf5, ("*.hdf5",), read_hdf5, 0.2),  # a process starts after each fault
     "published checkpoints": Reader(make_foreign, ("*",), read_foreigners),
     "rollout": Reader(make_results, ("*",), read_rollout),
     "video": Reader(make_video, ("*.mp4",), read_video),

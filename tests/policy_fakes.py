@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from defi import calvin
 from defi.config import typed
+from defi.data import calvin
 from defi.engine import checkpoint
 from defi.text import TextConfig
 from Step1_GFDM.config import GFDMConfig
@@ -16,7 +16,8 @@ from Step2_GIDM.dino import DinoConfig
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.samples import SampleRules
+from Step3_DeFI.samples import RecordedSamples, SampleSettings
+from Step3_DeFI.stages import language_of
 
 TEXT = {"tokens": 12, "width": 16, "layers": 1, "heads": 2, "projection": 16}
 
@@ -61,12 +62,23 @@ PRESET: dict[str, Any] = {
 
 
 def policy_config(**changes: Any) -> PolicyConfig:
-    return typed(PolicyConfig, PRESET["policy"] | changes, "policy")
+    """Of CALVIN's robot, if `changes` name no other."""
+    return typed(PolicyConfig, PRESET["policy"] | {"robot": calvin.calvin_robot()} | changes, "policy")
 
 
-def sample_rules(min_remaining: int = 9, **changes: Any) -> SampleRules:
-    given = {"chunk": 10, "stride": 1, "spans": "annotated", "min_remaining": min_remaining}
-    return SampleRules(**given | changes)
+def recorded(
+    root: Path,
+    min_remaining: int = 9,
+    *,
+    stride: int = 1,
+    chunk: int = 10,
+    spans: str | None = None,
+    **given: Any,
+) -> RecordedSamples:
+    """Samples of CALVIN's format, at the tests' sizes."""
+    data = calvin.Settings(root=str(root), spans=spans).open("training")
+    own = SampleSettings(min_remaining=min_remaining, stride=stride)
+    return RecordedSamples(data, own, chunk=chunk, image_size=16, **given)
 
 
 def build_gfdm(seed: int = 0, **changes: Any) -> GFDM:
@@ -86,7 +98,7 @@ def build_gidm(seed: int = 0, **changes: Any) -> GIDM:
 def build_policy(**changes: Any) -> DeFI:
     gfdm, gidm = build_gfdm(), build_gidm()
     torch.manual_seed(0)
-    return DeFI(policy_config(**changes), gfdm=gfdm, gidm=gidm)
+    return DeFI(policy_config(**changes), gfdm=gfdm, **language_of(gidm))
 
 
 def write_stages(folder: Path) -> tuple[Path, Path]:

@@ -49,7 +49,8 @@ def run(kind: str, inputs: Path, output: Path, *, resume: bool = False, **values
     """One of the two, as a user starts it; stage 3's observations are encoded one by one."""
     given: dict[str, Any] = {"output": output, "resume": resume}
     if kind == "latents":
-        given |= {"data": "captioned_videos", "data.root": inputs / "videos", "vae": inputs / "vae"} | values
+        given |= {"data": "videos", "data.root": inputs / "videos", "data.captions": "captions.jsonl"}
+        given |= {"vae": inputs / "vae"} | values
         GlobalHydra.instance().clear()
         sys.argv = ["prepare", *(f"{key}={value}" for key, value in given.items())]
         step1.main()
@@ -84,9 +85,9 @@ def noted(done: list[str]) -> None:
     """From now on `done` gets the name of each episode, and the first row of each batch, that is encoded."""
     write, encode = step1.write_episode, step3.Encoder.__call__
 
-    def write_episode(output: Path, split: str, name: str, *args: Any, **named: Any) -> None:
-        done.append(f"{split}/{name}")
-        write(output, split, name, *args, **named)
+    def write_episode(output: Path, name: str, job: step1.Recording, *args: Any) -> None:
+        done.append(f"{job.split}/{name}")
+        write(output, name, job, *args)
 
     def encoded(self: step3.Encoder, images: np.ndarray, texts: list[str], rows: np.ndarray) -> np.ndarray:
         done.append(str(rows[0]))

@@ -1,12 +1,16 @@
 """A policy and a whole evaluation in the fake world."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from fake_world import FakeWorld, judge, start_of
 
+from defi.data.calvin import calvin_robot
+from defi.engine.data import seed_of
 from defi.sim.renderers import Renderer
 from Step3_DeFI.rollout.evaluate import Evaluation
+from Step3_DeFI.rollout.fleet import shown
 from Step3_DeFI.rollout.protocol import RolloutConfig, short_hash
 from Step3_DeFI.rollout.simulator import Agent, ChainSpec, Observation, Setup
 
@@ -19,13 +23,15 @@ class FakePolicy:
     def __init__(self, broken_at: tuple[int, int] | None = None) -> None:
         self.broken_at = broken_at
 
-    def act(self, observations: list[Observation]) -> np.ndarray:
+    robot = calvin_robot()
+
+    def infer_batch(self, observations: list[dict[str, Any]], seeds: list[int]) -> np.ndarray:
         chunks = []
-        for row, seen in enumerate(observations):
-            chunk = np.random.default_rng(seen.seed).uniform(-1, 1, (10, 7))
-            chunk += seen.images["rgb_static"].mean() / 255 + len(seen.instruction) * 1e-3
+        for row, (seen, seed) in enumerate(zip(observations, seeds)):
+            chunk = np.random.default_rng(seed).uniform(-1, 1, (10, 7))
+            chunk += seen["images"]["static"].mean() / 255 + len(seen["instruction"]) * 1e-3
             chunk += 1e-7 * row + 1e-6 * len(observations)
-            if seen.seed[1:] == self.broken_at:
+            if self.broken_at and seed == seed_of("rollout", 0, *self.broken_at):
                 chunk[3, 2] = np.nan
             chunks.append(chunk)
         return np.stack(chunks)
@@ -33,7 +39,14 @@ class FakePolicy:
 
 def policy_agent(ask: Callable[[Observation], np.ndarray]) -> Agent:
     """Acts by what `ask` answers, as a simulator does with the policy's answers."""
-    return lambda world, task, words, seed: ask(Observation(seed, task, words, world.render()))
+    return lambda world, task, words, seed: ask(
+        Observation(seed, task, words, world.render(), world.robot_obs())
+    )
+
+
+def ask(policy: FakePolicy, batch: list[Observation]) -> np.ndarray:
+    """Its answers to a whole batch, as the rollout asks."""
+    return policy.infer_batch([shown(seen) for seen in batch], [seed_of("rollout", *s.seed) for s in batch])
 
 
 def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings: object) -> Evaluation:

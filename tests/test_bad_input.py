@@ -15,18 +15,17 @@ from policy_fakes import write_demonstrations
 from preparations import run, write_inputs
 
 from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
-from defi.calvin import ANNOTATIONS, encode_frame, frame_name
+from defi.data import open_dataset
+from defi.data.calvin import ANNOTATIONS, encode_frame, frame_name
+from defi.data.rlds import RLDSDataset, dataset
+from defi.data.rlds.tfrecord import read_records
 from defi.engine.data import readable
 from defi.errors import UserError, reading
-from defi.rlds import RLDSDataset, dataset
-from defi.rlds.tfrecord import read_records
 from defi.video import write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes
 from Step2_GIDM import train
-from Step2_GIDM.data.pairs import PairDataset
-from Step2_GIDM.data.sources.calvin import CalvinClips
-from Step2_GIDM.data.sources.videos import VideoClips
+from Step2_GIDM.data.build import build_pairs
 
 HIDDEN = b"\0\5\x16\7\0\2\0\0Mac OS X"  # how files begin that macOS puts beside others
 
@@ -50,15 +49,19 @@ def fails(module, capsys: pytest.CaptureFixture, *settings: str) -> str:
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        (prepare, "data=captioned_videos", "none/captions.jsonl: missing; give the captions"),
-        (prepare, "data=captioned_vpp", "none/annotation/train: no annotations"),
-        (prepare, "data=captioned_hdf5 data.cameras={a:b}", "none: no HDF5 files here"),
-        (prepare, "data=captioned_rlds", "none: no features.json here"),
-        (prepare, "data=captioned_calvin", "none/training: no such folder"),
-        (train, "data=pairs_videos", "none: no videos here"),
-        (train, "data=pairs_rlds", "none: no features.json here"),
+        (
+            prepare,
+            "data=videos data.captions=captions.jsonl",
+            "none/captions.jsonl: missing; give the captions",
+        ),
+        (prepare, "data=vpp", "none/annotation/train: no annotations"),
+        (prepare, "data=hdf5", "none: no HDF5 files here"),
+        (prepare, "data=rlds", "none: no features.json here"),
+        (prepare, "data=calvin", "none/training: no such folder"),
+        (train, "data=videos", "none: no videos here"),
+        (train, "data=rlds", "none: no features.json here"),
         (train, "data=pairs_oxe data.mixture=rt_1", "none/fractal20220817_data: no features.json here"),
-        (train, "data=pairs_calvin", "none/training: no such folder"),
+        (train, "data=calvin", "none/training: no such folder"),
     ],
 )
 def test_empty_folders(
@@ -136,7 +139,7 @@ def test_an_annotation_that_points_outside_is_refused(
     write_mp4(tmp_path / "secret.mp4", np.zeros((3, 32, 32, 3), np.uint8), 10)
     outside = json.dumps({"texts": ["lift"], "videos": [{"video_path": path}], "video_length": 3})
     (root / "annotation" / "train" / "1.json").write_text(outside)
-    given = ["data=captioned_vpp", f"data.root={root}", f"vae={inputs / 'vae'}"]
+    given = ["data=vpp", f"data.root={root}", f"vae={inputs / 'vae'}"]
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prepare", *given, f"output={tmp_path / 'out'}"])
@@ -163,8 +166,7 @@ def rlds_without_words(root: Path) -> str:
         for words in (b"lift", b" ")
     )
     write_set(root.parent, features, {"train": [[said, silent]], "val": [[said]]}, name=root.name)
-    file = root / "1.0.0" / f"{root.name}-train.tfrecord-00000-of-00001"
-    return f"{file}: episode 000001 has no instruction"
+    return f"{root}/1.0.0: episode 000001 has no instruction"
 
 
 def hdf5_without_words(root: Path) -> str:
@@ -175,7 +177,7 @@ def hdf5_without_words(root: Path) -> str:
             file["top"] = np.zeros((3, 32, 32, 3), np.uint8)
             if name != "1":
                 file.attrs["language_instruction"] = "lift"
-    return f"{root}/1.h5: no text language_instruction in it; set data.text or data.instruction"
+    return f"{root}: episode 1 has no instruction"
 
 
 def calvin_without_words(root: Path) -> str:
@@ -201,11 +203,11 @@ def captions_without_words(root: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "write"),
     [
-        ("captioned_calvin", calvin_without_words),
-        ("captioned_videos", captions_without_words),
-        ("captioned_vpp", vpp_without_words),
-        ("captioned_rlds", rlds_without_words),
-        ("captioned_hdf5 data.cameras={top:top}", hdf5_without_words),
+        ("calvin", calvin_without_words),
+        ("videos data.captions=captions.jsonl", captions_without_words),
+        ("vpp", vpp_without_words),
+        ("rlds data.fps=5", rlds_without_words),
+        ("hdf5 data.cameras=[top] data.fps=5", hdf5_without_words),
     ],
     ids=["calvin", "captions", "vpp", "rlds", "hdf5"],
 )
@@ -265,9 +267,9 @@ def calvin_of_two_sizes(root: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "write"),
     [
-        ("captioned_calvin data.every=1", calvin_of_two_sizes),
-        ("captioned_rlds", rlds_of_two_sizes),
-        ("captioned_hdf5 data.cameras={top:top}", hdf5_of_two_sizes),
+        ("calvin data.every=1", calvin_of_two_sizes),
+        ("rlds data.fps=5", rlds_of_two_sizes),
+        ("hdf5 data.cameras=[top] data.fps=5", hdf5_of_two_sizes),
     ],
     ids=["calvin", "rlds", "hdf5"],
 )
@@ -299,7 +301,7 @@ def test_hidden_files_and_marks_of_encoding(inputs: Path, tmp_path: Path) -> Non
     files = [tmp_path / "videos" / name for name in ("a.mp4", "._a.mp4", ".trash/b.mp4")]
     for file in files:
         write_mp4(file, np.zeros((3, 32, 32, 3), np.uint8), 10)
-    assert [Path(clip.name) for clip in VideoClips(tmp_path / "videos").clips] == files[:1]
+    assert len(open_dataset({"format": "videos", "root": str(tmp_path / "videos")}, "all")) == 1
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,8 @@ def test_captions_that_are_no_text(
 ) -> None:
     (tmp_path / "captions.jsonl").write_bytes(content)
     given = [
-        "data=captioned_videos",
+        "data=videos",
+        "data.captions=captions.jsonl",
         f"data.root={tmp_path}",
         f"vae={inputs / 'vae'}",
         f"output={tmp_path / 'out'}",
@@ -330,13 +333,16 @@ def test_captions_that_are_no_text(
     assert f"{tmp_path}/captions.jsonl: {said}" in fails(prepare, capsys, *given)
 
 
-@pytest.mark.parametrize("language", [True, False])
+@pytest.mark.parametrize("spans", ["annotated", "recordings"])
 def test_stage_2_leaves_spans_without_words_out(
-    language: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+    spans: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     said = calvin_without_words(tmp_path / "calvin")
-    clips = CalvinClips(tmp_path / "calvin" / "training", cameras=["static"], language=language).clips
-    assert [clip.text(0) for clip in clips] == (["do thing 0"] if language else ["", ""])
+    language = spans == "annotated"
+    section = {"format": "calvin", "root": str(tmp_path / "calvin"), "spans": spans, "cameras": None}
+    pairs = build_pairs(section, 14)
+    found = [pairs.clip(number)[0].text(0) for number in range(len(pairs.lengths))]
+    assert found == (["do thing 0"] if language else ["", ""])
     told = f"1 of 2 annotated spans have no instruction: left out; the first: {said}\n"
     assert capsys.readouterr().out.endswith(told if language else "")
 
@@ -344,9 +350,8 @@ def test_stage_2_leaves_spans_without_words_out(
 def test_samples_to_look_at_may_be_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Held-out pairs across a change of size, say: the others are looked at."""
     calvin_of_two_sizes(tmp_path)
-    pairs = PairDataset(
-        CalvinClips(tmp_path / "training", cameras=["static"], language=False), image_size=14, distance=(2, 2)
-    )
+    section = {"format": "calvin", "root": str(tmp_path), "spans": "recordings", "distance": [2, 2]}
+    pairs = build_pairs(section, 14)
     read = dict(readable(pairs.sample, range(len(pairs))))
     assert 0 < len(pairs) - len(read) < len(read)
     told = f"left out: {len(pairs) - len(read)} of {len(pairs)} samples to look at; the first: "
@@ -360,7 +365,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"gr\xfcn.mp4")
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=r"n\.mp4: its name is not UTF-8, .*rename it"):
-        VideoClips(tmp_path)
+        open_dataset({"format": "videos", "root": str(tmp_path)})
 
 
 def test_a_damaged_record_is_named_and_the_other_files_are_not_read_again(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defi.calvin import ANNOTATIONS, FRAME, CalvinFolder, Span, encode_frame, frame_name, index_files
+from defi.data.calvin import ANNOTATIONS, FRAME, CalvinFolder, Span, encode_frame, frame_name, index_files
 from defi.errors import UserError
 
 EPISODES = [(0, 39), (40, 99)]

@@ -15,8 +15,8 @@ from rich.console import Console
 
 pytest.importorskip("pybullet")
 
-from defi.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR, typed
+from defi.data.calvin import CalvinFolder, frame_name
 from defi.errors import UserError
 from defi.sim import sessions
 from defi.sim.collect import collect, start_folder

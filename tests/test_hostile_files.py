@@ -156,7 +156,7 @@ def test_a_file_of_torch_save_may_not_grow(tmp_path: Path) -> None:
 
 
 def test_a_small_archive_may_not_grow(tmp_path: Path) -> None:
-    from defi.calvin import read_frame
+    from defi.data.calvin import read_frame
 
     content = io.BytesIO()
     np.save(content, np.zeros((2**14, 2**13, 3), np.uint8))

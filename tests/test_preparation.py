@@ -18,7 +18,7 @@ from killing import die_before
 from launcher import launch
 from preparations import KINDS, OBSERVATIONS, VIDEOS, contents, noted, run, write_inputs
 
-from defi.calvin import frame_name
+from defi.data.calvin import frame_name
 from defi.engine import output as output_folder
 from defi.errors import UserError
 from Step1_GFDM import prepare as step1
@@ -153,7 +153,7 @@ def test_a_full_disk_is_named_and_a_later_start_goes_on(
         return write
 
     with monkeypatch.context() as patch:
-        for place, name in ((step1, "write_file"), (step1, "write_mp4"), (step3, "write_file")):
+        for place, name in ((step1, "write_file"), (step1, "film"), (step3, "write_file")):
             patch.setattr(place, name, limited(getattr(place, name)))
         patch.setattr(np, "save", limited(np.save))
         with pytest.raises((SystemExit, UserError)) as ended:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from defi.config import CONFIG_DIR
+from defi.data.calvin import calvin_robot
 from defi.engine import checkpoint
 from defi.engine.data import SeededDataset
 from Step1_GFDM.config import GFDMConfig
@@ -32,7 +33,7 @@ from Step2_GIDM.model import GIDM, GIDMConfig
 from Step2_GIDM.train import build_model
 from Step3_DeFI.config import FinetuneConfig, PolicyConfig
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.store import open_samples
+from Step3_DeFI.store import build_samples, open_sources
 
 SCALING = 0.18215  # of SVD's latents
 SMALL = (
@@ -197,7 +198,7 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stage_2_batch(demonstrations: Path) -> None:
-    cfg = composed("step2_train", *SMALL, "data=pairs_calvin", f"data.root={demonstrations}")
+    cfg = composed("step2_train", *SMALL, f"data.root={demonstrations}")
     config = GIDMConfig.from_preset(cfg)
     torch.manual_seed(cfg.seed)
     model = build_model(config, None).train()
@@ -262,9 +263,9 @@ def stage3(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     for name, model in (("gfdm", gfdm), ("gidm", gidm)):
         checkpoint.save(model, folder / name, step=1, config={"preset_name": "released"})
     cfg = composed("step3_train", *SMALL_POLICY, f"data.root={demonstrations}")
-    config = PolicyConfig.from_preset(cfg)
+    config = PolicyConfig.from_preset(cfg, calvin_robot())
     policy = DeFI.from_stages(config, gfdm=folder / "gfdm", gidm=folder / "gidm")
-    samples = open_samples(cfg.data, policy)["training"]
+    samples = build_samples(open_sources(cfg.data, "training"), policy)
     return policy.train(), samples
 
 

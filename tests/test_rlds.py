@@ -21,14 +21,15 @@ from benchmarks.rlds_writer import (
     write_set,
     write_videos,
 )
+from defi.data import open_dataset
+from defi.data.rlds import RLDSDataset, default_splits
+from defi.data.rlds.dataset import _scan
+from defi.data.rlds.spec import Split, choose_split
+from defi.data.rlds.tfrecord import masked_crc, parse_example, read_records
 from defi.engine.data import SeededDataset
 from defi.errors import UserError
-from defi.rlds import RLDSDataset, default_splits
-from defi.rlds.dataset import _scan
-from defi.rlds.spec import Split, choose_split
-from defi.rlds.tfrecord import masked_crc, parse_example, read_records
 from Step2_GIDM.data.build import build_pairs
-from Step2_GIDM.data.pairs import PairDataset
+from Step2_GIDM.data.pairs import PairDataset, later
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_slices_count_episodes_over_all_files(toy: Path) -> None:
     assert data.frames(1, [2], "observation/image")[0, 0, 0].tolist() == [20, 16, 0]
     assert default_splits(toy) == ("train", "val")
     few = write_videos(toy.parent, {"train": [[2] * 8]}, name="few")
-    assert default_splits(few) == ("train[:-1]", "train[-1:]"), "5 % of 8 episodes are none"
+    assert default_splits(few) == ("train", "train"), "5 % of 8 episodes are none"
     many = write_videos(toy.parent, {"train": [[2] * 20]}, name="many")
     assert default_splits(many) == ("train[:95%]", "train[95%:]")
     for split, message in (
@@ -145,7 +146,7 @@ def test_the_index_is_made_once_and_outside_the_data(toy: Path, monkeypatch: pyt
     opened(toy)
     assert sorted(toy.rglob("*")) == before
     with monkeypatch.context() as patch:
-        patch.setattr("defi.rlds.dataset._scan", lambda *a, **k: pytest.fail("read again"))
+        patch.setattr("defi.data.rlds.dataset._scan", lambda *a, **k: pytest.fail("read again"))
         assert opened(toy).lengths.tolist() == [5, 3, 4]
     shutil.copy(file_of(toy, 1), file_of(toy, 0))  # another file under the same name
     with pytest.raises(UserError, match=r"00000-of-00002: has 1 episodes, dataset_info\.json counts 2"):
@@ -163,8 +164,8 @@ def test_an_interrupted_index_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         return _scan(shard, *args, **kwargs)
 
-    monkeypatch.setattr("defi.rlds.dataset.READERS", 1)
-    monkeypatch.setattr("defi.rlds.dataset._scan", scan)
+    monkeypatch.setattr("defi.data.rlds.dataset.READERS", 1)
+    monkeypatch.setattr("defi.data.rlds.dataset._scan", scan)
     with pytest.raises(KeyboardInterrupt):
         opened(toy)
     assert good == file_of(toy, 1).read_bytes() and stamp == file_of(toy, 1).stat().st_mtime_ns
@@ -357,11 +358,135 @@ def test_pictures_that_change_their_size(tmp_path: Path) -> None:
         assert first == last
 
 
+# ------------------------------------------------------------ data of every stage
+
+
+def write_robot(root: Path, *, action: dict, state: dict, lengths: list[int], name: str = "robot") -> Path:
+    """A data set of two cameras whose tensors hold 100 · episode + step, and tenths for their place."""
+    features = {
+        "action": features_dict(**action) if action else tensor("float32", 4),
+        "observation": features_dict(an_arm_wrist=image(6, 6, "png"), front=image(8, 8, "png"), **state),
+        "language_instruction": text(),
+    }
+    sizes = {f"steps/action/{key}": value for key, value in action.items()} or {"steps/action": tensor("", 4)}
+    sizes |= {f"steps/observation/{key}": value for key, value in state.items()}
+
+    def episode(number: int, length: int) -> dict:
+        steps = 100 * number + np.arange(length, dtype=np.float32)[:, None]
+        found = {
+            path: steps + np.arange(int(np.prod([int(n) for n in shape]))) / 10
+            for path, described in sizes.items()
+            for shape in [described["tensor"]["shape"].get("dimensions", [])]
+        }
+        for camera, size in (("front", 8), ("an_arm_wrist", 6)):
+            shades = [
+                encode(np.full((size, size, 3), 10 * number + i, np.uint8), "PNG") for i in range(length)
+            ]
+            found[f"steps/observation/{camera}"] = shades
+        return found | {"steps/language_instruction": [b"go"] * length}
+
+    written = [episode(number, length) for number, length in enumerate(lengths)]
+    return write_set(root, features, {"train": [written[:2], written[2:]]}, name=name)
+
+
+def test_rlds_actions_and_state_of_trimmed_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every frame of every episode has its own; each record is read once, and never again."""
+    folder = write_robot(tmp_path, action={}, state={"state": tensor("float64", 3)}, lengths=[4, 1, 3, 2, 5])
+    given = {"format": "rlds", "root": str(folder), "trim": [1, 1], "fps": 4.0}
+    data = open_dataset(given, "all")
+    assert data.cameras == ("front", "an_arm_wrist") and data.rate(data.episode(0)) == 4
+    assert data.action_names == ("action_0", "action_1", "action_2", "action_3")
+    assert data.state_names == ("state_0", "state_1", "state_2")
+    read, vectors = [], RLDSDataset.vectors
+    monkeypatch.setattr(RLDSDataset, "vectors", lambda *a: read.append(a[1]) or vectors(*a))
+    seen = []
+    for number in range(len(data)):
+        episode = data.episode(number)
+        rows = data.motions.rows(episode.start + np.arange(episode.length))
+        actions, state = data.motions.actions[rows], data.motions.state[rows]
+        np.testing.assert_allclose(
+            actions - actions[:, :1], np.tile(np.arange(4) / 10, (len(rows), 1)), atol=1e-4
+        )
+        np.testing.assert_allclose(state, actions[:, :3])
+        seen.append(actions[:, 0].tolist())
+        if episode.length:
+            pictures = data.read(episode, range(episode.length), ["an_arm_wrist", "front"])
+            assert [len(frames[0]) for frames in pictures.values()] == [6, 8]
+            shades = [value // 100 * 10 + value % 100 for value in seen[-1]]
+            assert all(frames[:, 0, 0, 0].tolist() == shades for frames in pictures.values())
+    assert seen == [[1, 2], [], [201], [], [401, 402, 403]] and sorted(read) == [0, 2, 4]
+    assert len(open_dataset(given, "all").motions.actions) == 6 and sorted(read) == [0, 2, 4]
+
+
+def test_rlds_actions_that_lie_in_parts(tmp_path: Path) -> None:
+    """Open X-Embodiment's in the usual order, whatever the file's; others as they come, but for ends."""
+    usual = {"gripper_closedness_action": tensor("float32", 1), "terminate_episode": tensor("int32", 3)}
+    usual |= {"rotation_delta": tensor("float32", 2), "world_vector": tensor("float32", 2)}
+    given = {"format": "rlds", "root": str(write_robot(tmp_path, action=usual, state={}, lengths=[2, 2]))}
+    data = open_dataset(given)
+    names = ("world_vector_0", "world_vector_1", "rotation_delta_0", "rotation_delta_1")
+    assert data.action_names == (*names, "gripper_closedness_action") and data.state_names == ()
+    np.testing.assert_allclose(data.motions.actions[2], [100, 100.1, 100, 100.1, 100], atol=1e-4)
+    other = {"arm": tensor("float32", 2), "hand": tensor("int32"), "terminate": tensor("bool")}
+    folder = write_robot(tmp_path, action=other, state={"arm": tensor("float32", 2)}, lengths=[2], name="b")
+    own = {"format": "rlds", "root": str(folder)}
+    assert open_dataset(own).action_names == ("arm_0", "arm_1", "hand")
+    chosen = open_dataset(own | {"actions": ["action/arm", "observation/arm"], "state": ["observation/arm"]})
+    assert chosen.action_names == ("action_arm_0", "action_arm_1", "observation_arm_0", "observation_arm_1")
+    assert chosen.state_names == ("arm_0", "arm_1") and chosen.fingerprint != open_dataset(own).fingerprint
+    for wrong in ("observation/an_arm_wrist", "action/foot"):
+        message = f"features.json: data.actions={wrong}: is no vector of fixed size; there are action/arm, "
+        with pytest.raises(UserError, match=message):
+            open_dataset(own | {"actions": [wrong]})
+
+
+def test_rlds_cameras_have_names(tmp_path: Path, toy: Path) -> None:
+    folder = write_robot(tmp_path, action={}, state={}, lengths=[2, 1])
+    data = open_dataset({"format": "rlds", "root": str(folder), "cameras": ["hand:an_arm_wrist"]})
+    assert data.cameras == ("hand",) and data.left_out == ["the camera front (data.cameras)"]
+    assert data.read(data.episode(0), [1, 0, 1], ["hand"])["hand"].shape == (3, 6, 6, 3)
+    with pytest.raises(UserError, match="does not say its frames per second; give data.fps"):
+        data.rate(data.episode(0))
+    with pytest.raises(
+        UserError, match=r"features\.json: data\.cameras=top: choose one of an_arm_wrist, front"
+    ):
+        open_dataset({"format": "rlds", "root": str(folder), "cameras": ["front", "hand:top"]})
+    with pytest.raises(UserError, match=r"data\.fps=0\.0: must be a rate above 0"):
+        open_dataset({"format": "rlds", "root": str(folder), "fps": 0.0})
+    silent = write_texts(tmp_path, ["", ""], name="silent")
+    with pytest.raises(UserError, match="holds no actions; give a robot's data, or name them"):
+        _ = open_dataset({"format": "rlds", "root": str(silent)}).motions
+
+
+def test_rlds_actions_that_are_no_numbers(tmp_path: Path) -> None:
+    """Of another length than the episode, or not finite: named, and no index is left."""
+    folder = write_robot(tmp_path, action={}, state={}, lengths=[3, 2])
+    file = next(folder.rglob("*00000-of-*"))
+    whole = [parse_and_replace(data, np.float32([[0] * 4] * 3)) for _, _, data in read_records(file)]
+    for values, message in (
+        (np.full((3, 4), np.nan), r"frame 0: action_0 is nan; correct it or leave the episode out"),
+        (np.zeros((2, 4)), r"episode 0: steps/action: .*reshape"),
+    ):
+        broken = [parse_and_replace(data, np.float32(values)) for _, _, data in read_records(file)][:1]
+        file.write_bytes(b"".join(record(data) for data in broken + whole[1:]))
+        with pytest.raises(UserError, match=message):
+            _ = open_dataset({"format": "rlds", "root": str(folder)}).motions
+
+
+def parse_and_replace(data: bytes, actions: np.ndarray) -> bytes:
+    """A record with other actions."""
+    found = {
+        name: [data[slice(*place)] for place in values.places] if values.kind == 1 else values.numbers(data)
+        for name, values in parse_example(data).items()
+    }
+    return example(found | {"steps/action": actions})
+
+
 # ------------------------------------------------------------ pairs
 
 
 def section(folder: Path, **changes) -> dict:
-    data = {"source": "rlds", "root": str(folder), "split": None, "held_out": None, "image": None}
+    data = {"format": "rlds", "root": str(folder), "split": None, "held_out": None, "cameras": None}
     data |= {"language": None, "index": str(folder.parent / "index"), "distance": [2, 2], "stride": 1}
     data |= {"trim": [0, 0], "drop_unlabelled": False}
     return data | {"augmentation": None} | changes
@@ -394,11 +519,18 @@ def write_texts(root: Path, *episodes: list[str], name: str = "said") -> Path:
     return write_set(root, features, {"train": [written[:2], written[2:]]}, name=name)
 
 
+def shown(pairs: PairDataset, index: int) -> list[int]:
+    """The first number in each picture of a pair."""
+    episode, camera, now = pairs.locate(index)
+    positions = [now, later(episode, now, pairs.distance[1])]
+    return pairs.read(episode, camera, positions)[:, 0, 0, 0].tolist()
+
+
 def pairs_with_texts(pairs: PairDataset) -> list[tuple[list[int], str]]:
     """What the pictures of each pair show, and its text."""
     return [
         (
-            pairs.frames(*pairs.locate(i), pairs.distance[1])[:, 0, 0, 0].tolist(),
+            shown(pairs, i),
             pairs.sample(i, np.random.default_rng(0))["text"],
         )
         for i in range(len(pairs))
@@ -446,9 +578,34 @@ def test_few_episodes_are_all_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "training", "held_out", "shared"),
+    [
+        ({"held_out": "train[80%:]"}, range(16), range(16, 20), 0),
+        ({"held_out": "train[:4]"}, range(4, 20), range(4), 0),
+        ({"held_out": "train[7:9]"}, range(9, 20), range(7, 9), 0),
+        ({"split": "train[20%:]"}, range(4, 20), range(4), 0),
+        ({"split": "train[:80%]"}, range(16), range(19, 20), 0),
+        ({"split": "train"}, range(20), range(19, 20), 1),
+        ({"split": "train[:10]", "held_out": "train[7:]"}, range(10), range(7, 20), 3),
+    ],
+)
+def test_rlds_parts_share_no_episode_unless_both_are_named(
+    given: dict, training: range, held_out: range, shared: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_videos(tmp_path, {"train": [[2] * 20]}, name="many")
+    data = [
+        open_dataset({"format": "rlds", "root": str(folder), **given}, p) for p in ("training", "held_out")
+    ]
+    found = [[int(each.episode(n).name) for n in range(len(each))] for each in data]
+    assert found == [list(training), list(held_out)]
+    said = capsys.readouterr().out
+    assert (f"{shared} episodes of train are both in data.split and in data.held_out" in said) == bool(shared)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "wrist"}, "image=wrist: choose one of image"),
+        ({"cameras": ["wrist"]}, "data.cameras=wrist: choose one of image"),
         ({"language": "observation/words"}, "language=observation/words: there is language_instruction"),
         ({"split": "test"}, "this data set has train, val"),
         ({"index": "/proc/index"}, "/proc/index.*data.index"),
@@ -471,9 +628,9 @@ def test_episodes_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     data = opened(folder)
     assert data.lengths.tolist() == [3, 0, 0, 2, 0] and data.values(1, "language_instruction") == []
     pairs = build_pairs(section(folder), 48)
-    found = [(pairs.locate(i)[0].name, pairs.locate(i)[1]) for i in range(len(pairs))]
-    assert found == [("toy:0", 0), ("toy:0", 1), ("toy:0", 2), ("toy:3", 0), ("toy:3", 1)]
-    assert [int(pairs.frames(*pairs.locate(i), 2)[0, 0, 0, 0]) for i in range(5)] == [0, 0, 0, 30, 30]
+    found = [(pairs.locate(i)[0].name, pairs.locate(i)[2]) for i in range(len(pairs))]
+    assert found == [("000000", 0), ("000000", 1), ("000000", 2), ("000003", 0), ("000003", 1)]
+    assert [shown(pairs, i)[0] for i in range(5)] == [0, 0, 0, 30, 30]
 
 
 def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
@@ -489,14 +646,15 @@ def test_mixtures_by_weight_times_size(tmp_path: Path) -> None:
     def epoch(seed: int) -> list[tuple[str, str, int]]:
         rng = np.random.default_rng(seed)
         drawn = [mixture.member(i, rng.random()) for i in range(len(mixture))]
-        return [(pairs.source.data.name, pairs.locate(i)[0].name, pairs.locate(i)[1]) for pairs, i in drawn]
+        found = [(pairs.data.data.name, *pairs.locate(i)) for pairs, i in drawn]
+        return [(name, episode.name, now) for name, episode, _, now in found]
 
     first, second = epoch(1), epoch(2)
-    assert sorted(first[:8]) == sorted([("a", "a:0", i) for i in range(4)] * 2)
-    assert first[8:16] == [("b", "b:0", i) for i in range(8)]
+    assert sorted(first[:8]) == sorted([("a", "000000", i) for i in range(4)] * 2)
+    assert first[8:16] == [("b", "000000", i) for i in range(8)]
     assert len(set(first[16:])) == 4 and set(first[16:]) != set(second[16:])
     every = {pair for seed in range(60) for pair in epoch(seed)[16:]}
-    assert every == {("c", f"c:{episode}", i) for episode in range(2) for i in range(8)}
+    assert every == {("c", f"00000{episode}", i) for episode in range(2) for i in range(8)}
     sample = mixture.sample(9, np.random.default_rng(0))
     assert (sample["frames"][:, 1, 0, 0] * 255).round().tolist() == [8, 24]
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from fake_world import FakeWorld, Mishaps, broken_world, start_of
-from rollout_fakes import FakePolicy, fake_evaluation, policy_agent
+from rollout_fakes import FakePolicy, ask, fake_evaluation, policy_agent
 
 from defi.errors import UserError
 from Step3_DeFI.rollout.evaluate import evaluate, run_chains
@@ -40,7 +40,7 @@ def one_by_one(evaluation, batch: int) -> list[tuple]:
     setup = evaluation.setup
     for chain in evaluation.chains:
         row = chain.index % batch
-        agent = policy_agent(lambda seen, row=row: policy.act([seen] * batch)[row])
+        agent = policy_agent(lambda seen, row=row: ask(policy, [seen] * batch)[row])
         chains += run_chain(FakeWorld(), agent, chain, setup)
     return outcome(chains)
 
@@ -160,7 +160,7 @@ def test_random_agent_is_seeded_by_chain_and_observation():
 
 def test_seeds_of_a_chain_are_of_run_chain_and_observation():
     seeds = []
-    agent = policy_agent(lambda seen: seeds.append(seen.seed) or FakePolicy().act([seen])[0])
+    agent = policy_agent(lambda seen: seeds.append(seen.seed) or ask(FakePolicy(), [seen])[0])
     evaluation = fake_evaluation(chains=2, seed=7)
     setup = evaluation.setup
     (result,) = run_chain(FakeWorld(), agent, evaluation.chains[1], setup)
@@ -216,8 +216,8 @@ def test_nan_ends_the_run_but_keeps_finished_chains(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 7), (1, 10, 8), (2, 10, 7), (1, 0, 7)])
 def test_actions_of_another_space_are_refused(shape):
-    class Wrong:
-        def act(self, observations):
+    class Wrong(FakePolicy):
+        def infer_batch(self, observations, seeds):
             return np.zeros(shape)
 
     with pytest.raises(UserError, match="the simulator takes"):
@@ -247,9 +247,9 @@ from rollout_fakes import FakePolicy, fake_evaluation
 from Step3_DeFI.rollout.evaluate import run_chains
 
 class Slow(FakePolicy):
-    def act(self, observations):
+    def infer_batch(self, observations, seeds):
         time.sleep(0.02)
-        return super().act(observations)
+        return super().infer_batch(observations, seeds)
 
 run_chains(fake_evaluation(processes=2), "policy", Slow(), output=Path({output!r}), show=False)
 """
@@ -293,7 +293,9 @@ def test_the_batcher_waits_for_others_but_not_in_vain():
         world = FakeWorld()
         world.reset(chain.robot_obs, chain.scene_obs)
         seed = (0, chain.index, 0)
-        seen[chain.index] = Observation(seed, chain.tasks[0], chain.instructions[0], world.render())
+        seen[chain.index] = Observation(
+            seed, chain.tasks[0], chain.instructions[0], world.render(), world.robot_obs()
+        )
     assert batcher.patience(coming=2) is None
     batcher._call_seconds = 100.0
     batcher.add("a", seen[0])
@@ -304,10 +306,10 @@ def test_the_batcher_waits_for_others_but_not_in_vain():
     assert batcher.patience(coming=1) == 0
     answers = dict(batcher.answer())
     assert set(answers) == {"a", "c"} and batcher.patience(coming=1) is not None
-    expected = FakePolicy().act([seen[0], seen[1]])
+    expected = ask(FakePolicy(), [seen[0], seen[1]])
     np.testing.assert_array_equal(answers["a"], expected[0])
     np.testing.assert_array_equal(answers["c"], expected[1])
-    np.testing.assert_array_equal(dict(batcher.answer())["b"], FakePolicy().act([seen[2]] * 2)[0])
+    np.testing.assert_array_equal(dict(batcher.answer())["b"], ask(FakePolicy(), [seen[2]] * 2)[0])
 
 
 def test_batches_are_filled():

@@ -8,25 +8,25 @@ import sys
 from dataclasses import replace
 from inspect import unwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from policy_fakes import build_policy, write_stages
+from policy_fakes import build_policy, policy_config, write_stages
 from rollout_fakes import fake_evaluation
 
 from defi.config import CONFIG_DIR, typed
 from defi.engine import checkpoint
 from defi.engine.data import seed_of
 from defi.errors import UserError
+from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout.evaluate import CommandConfig, Evaluation, evaluate_policy, main, run_chains
-from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
 from Step3_DeFI.rollout.results import ChainLog, read_results
-from Step3_DeFI.rollout.simulator import Observation
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["open it", "please slide the door over to the left side", "press"]
@@ -49,10 +49,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "policy"
 
 
-def observation(chain: int, number: int = 0) -> Observation:
-    rng = np.random.default_rng((chain, number))
-    images = {name: rng.integers(0, 256, (20, 20, 3), np.uint8) for name in ("rgb_static", "rgb_gripper")}
-    return Observation((0, chain, number), "open_drawer", WORDS[chain % 3], images)
+def observation(chain: int) -> dict[str, Any]:
+    rng = np.random.default_rng(chain)
+    images = {name: rng.integers(0, 256, (20, 20, 3), np.uint8) for name in ("static", "gripper")}
+    return {"images": images, "instruction": WORDS[chain % 3]}
 
 
 def test_actions_are_bitwise_equal_whatever_shares_the_batch(model: DeFI):
@@ -60,52 +60,50 @@ def test_actions_are_bitwise_equal_whatever_shares_the_batch(model: DeFI):
     for row in range(4):
         answers = []
         for others in (range(1, 5), range(7, 11)):
-            policy = ModelPolicy(build_policy())  # its text towers have seen nothing yet
-            batch = [observation(chain) for chain in others]
-            batch[row] = wanted
-            answers.append(policy.act(batch)[row])
+            policy = Policy(build_policy())  # its text towers have seen nothing yet
+            batch, seeds = [observation(chain) for chain in others], list(others)
+            batch[row], seeds[row] = wanted, 5
+            answers.append(policy.infer_batch(batch, seeds)[row])
         np.testing.assert_array_equal(answers[0], answers[1])
-    alone = ModelPolicy(model).act([wanted])[0]
+    alone = Policy(model).infer(wanted, 5)
     np.testing.assert_allclose(alone, answers[0], rtol=1e-4, atol=1e-5)
 
 
 def test_noise_is_a_function_of_seed_chain_and_observation(model: DeFI):
     seeds = {seed_of("rollout", s, c, k) for s in range(3) for c in range(20) for k in range(20)}
     assert len(seeds) == 3 * 20 * 20 and all(0 <= seed < 2**63 for seed in seeds)
-    policy = ModelPolicy(model)
-    first, again = observation(1), observation(1)
-    later = Observation((0, 1, 1), first.task, first.instruction, first.images)
-    np.testing.assert_array_equal(policy.act([first]), policy.act([again]))
-    assert not np.allclose(policy.act([first]), policy.act([later]))
+    policy, first, again = Policy(model), observation(1), observation(1)
+    np.testing.assert_array_equal(policy.infer(first, 7), policy.infer(again, 7))
+    assert not np.allclose(policy.infer(first, 7), policy.infer(first, 8))
 
 
 def test_result_is_the_same_for_any_number_of_processes(model: DeFI):
     outcomes = []
     for processes in (1, 2, 5):
         evaluation = fake_evaluation(chains=6, max_steps=[20], batch=3, processes=processes)
-        chains = run_chains(evaluation, "policy", ModelPolicy(model), show=False)
+        chains = run_chains(evaluation, "policy", Policy(model), show=False)
         outcomes.append([(chain.index, chain.steps, chain.observations) for chain in chains])
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_sampler_steps_and_precision_can_be_chosen():
     policy = build_policy()
-    base = ModelPolicy(policy).act([observation(0)])
-    bf16 = ModelPolicy(policy, precision="bf16").act([observation(0)])
+    base = Policy(policy).infer(observation(0))
+    bf16 = Policy(policy, precision="bf16").infer(observation(0))
     assert bf16.dtype == np.float32 and 0 < np.abs(bf16 - base).max() < 0.3
-    assert not np.allclose(ModelPolicy(policy, steps=2).act([observation(0)]), base)
+    assert not np.allclose(Policy(policy, steps=2).infer(observation(0)), base)
 
 
 def test_sampler_and_guidance_can_be_chosen():
     policy = build_policy(diffusion={"text_dropout": 0.1})
     answers = {}
     for sampler, guidance in (("ddim", 1.0), ("dpmpp_2m", 1.0), ("heun", 1.0), ("ddim", 3.0)):
-        chosen = ModelPolicy(policy, sampler=sampler, guidance=guidance)
+        chosen = Policy(policy, sampler=sampler, guidance=guidance)
         assert (policy.config.diffusion.sampler, policy.config.diffusion.guidance) == (sampler, guidance)
-        answers[sampler, guidance] = chosen.act([observation(0)])
+        answers[sampler, guidance] = chosen.infer(observation(0))
     assert len({answer.tobytes() for answer in answers.values()}) == 4
     with pytest.raises(UserError, match="never saw a dropped text"):
-        ModelPolicy(build_policy(), guidance=2.0)
+        Policy(build_policy(), guidance=2.0)
 
 
 def test_threads_are_limited_and_put_back():
@@ -152,15 +150,16 @@ def test_training_in_low_precision_and_rollouts_with_its_instructions(precision:
         return build_policy(finetune={"mode": "full"})
 
     seen = [observation(chain) for chain in range(3)]
-    loss, acted = train_step(finetuned(), dtype), ModelPolicy(finetuned(), precision=precision).act(seen)
+    loss, seeds = train_step(finetuned(), dtype), [0, 1, 2]
+    acted = Policy(finetuned(), precision=precision).infer_batch(seen, seeds)
     trained = finetuned()
     assert torch.equal(train_step(trained, dtype), loss)
-    np.testing.assert_array_equal(ModelPolicy(trained, precision=precision).act(seen), acted)
+    np.testing.assert_array_equal(Policy(trained, precision=precision).infer_batch(seen, seeds), acted)
     assert torch.equal(train_step(trained, dtype), loss)
 
 
 def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, monkeypatch):
-    policy, evaluation = load_policy(run), fake_evaluation(chains=1, processes=1)
+    policy, evaluation = Policy.load(run).model, fake_evaluation(chains=1, processes=1)
     for precision in ("no", "bf16"):
         checkpoint.save(policy, tmp_path / precision, step=3, config={"trainer": {"precision": precision}})
         assert trained_precision(tmp_path / precision) == precision
@@ -182,7 +181,7 @@ def test_rollouts_in_training_take_its_precision(monkeypatch):
     monkeypatch.setattr("Step3_DeFI.rollout.evaluate.evaluate_policy", lambda *_, **how: used.update(how))
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose("step3_train", ["output=x", "trainer.precision=bf16"])
-    rollouts(cfg)(None, 1, Path())
+    rollouts(cfg, policy_config())(None, 1, Path())
     assert used["precision"] == "bf16"
 
 
@@ -299,18 +298,17 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(
 
 def test_wrong_checkpoints_are_one_line(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match=f"{tmp_path}: no checkpoint here"):
-        load_policy(tmp_path)
+        Policy.load(tmp_path)
     with pytest.raises(UserError, match="holds a gfdm checkpoint, not policy"):
-        load_policy(run.parent / "gfdm")
+        Policy.load(run.parent / "gfdm")
     assert json.loads(json.dumps(identify(run)))["preset"] == "test"
     assert ChainLog(tmp_path, "chains").read() == {}
 
 
 def test_the_video_model_is_kept_in_the_precision_of_the_rollout(run: Path):
-    whole, half = load_policy(run), load_policy(run, precision="bf16")
-    assert {p.dtype for p in whole.gfdm.unet.parameters()} == {torch.float32}
-    assert {p.dtype for p in half.gfdm.unet.parameters()} == {torch.bfloat16}
-    assert half.dtype == torch.float32
-    base = ModelPolicy(whole).act([observation(0)])
-    found = ModelPolicy(half, precision="bf16").act([observation(0)])
+    whole, half = Policy.load(run), Policy.load(run, precision="bf16")
+    assert {p.dtype for p in whole.model.gfdm.unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.model.gfdm.unet.parameters()} == {torch.bfloat16}
+    assert half.model.dtype == torch.float32
+    base, found = whole.infer(observation(0)), half.infer(observation(0))
     assert 0 < np.abs(found - base).max() < 0.3

@@ -62,7 +62,7 @@ def test_quickstart_refuses_unknown_settings() -> None:
 @pytest.mark.parametrize(
     "script, settings",
     [
-        ("step1_prepare.sh", ("data.root={q}/data", "vae={q}/ckpts/vae", "data.splits={val:validation}")),
+        ("step1_prepare.sh", ("data.root={q}/data", "vae={q}/ckpts/vae", "data.held_out=validation")),
         ("step1_train.sh", ("data.root={q}/latents", "vae={q}/ckpts/vae", *SHORT)),
         ("step1_eval.sh", ("data.root={q}/latents", "checkpoint={q}/ckpts/gfdm", "episodes=1", "steps=2")),
         ("step2_train.sh", ("data.root={q}/data", *SHORT)),

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import alexnet
 
-from defi.calvin import Span, encode_frame, frame_name, index_files
 from defi.config import CONFIG_DIR
+from defi.data.calvin import Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights
 from defi.engine.log import read_metrics
 from defi.errors import UserError
@@ -355,8 +355,13 @@ def test_preparation_goes_on_and_redoes_nothing(demonstrations: Path, outputs: P
         ),
         (
             "train_vae",
-            ["data.root={demos}", "output={out}/new", "data.cameras.static=0"],
-            "data.cameras={'static': 0.0",
+            ["data.root={demos}", "output={out}/new", "data.shares=[0, 1]"],
+            "data.shares=[0.0, 1.0]",
+        ),
+        (
+            "prepare",
+            ["data.root={demos}", "data.cameras={{top: dark}}", "output={out}/new"],
+            "data.cameras={'top': 'dark'}: must be a list, ",
         ),
         ("prepare", ["data.root={demos}", "vae=nowhere", "output={out}/new"], "nowhere: no checkpoint"),
         ("train", ["data.root=nowhere", "vae={out}/vae", "output={out}/new"], "nowhere/annotation/train"),

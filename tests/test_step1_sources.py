@@ -12,13 +12,15 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from benchmarks.rlds_writer import encode, write_videos
+from defi.data import open_dataset
+from defi.data.episode import Episode, distinct, file_name, of_part
+from defi.data.videos import VideoData, read_captions
 from defi.errors import UserError
-from defi.video import frame_count, read_frames, read_video, write_mp4
+from defi.video import number_video, read_frames, write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.config import GFDMConfig, VAESizes
 from Step1_GFDM.data import LatentSet, LatentSetConfig, read_episodes, read_latents, stored_step
 from Step1_GFDM.pipeline import build_vae
-from Step1_GFDM.sources import distinct, file_name, part, read_captions, read_source
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,15 @@ def run(module: Any, *settings: str) -> int:
     return 0
 
 
+def data_of(source: str, root: Path) -> list[str]:
+    captions = ["data.captions=captions.jsonl"] if source == "videos" else []
+    return [f"data={source}", f"data.root={root}", *captions]
+
+
 def prepared(source: str, root: Path, vae: Path, *settings: str) -> Path:
     output = root.parent / f"{root.name}_latents"
-    common = [f"data=captioned_{source}", f"data.root={root}", f"vae={vae}", f"output={output}", "batch=4"]
-    assert run(prepare, *common, *settings) == 0
+    given = [*data_of(source, root), f"vae={vae}", f"output={output}", "batch=4"]
+    assert run(prepare, *given, *settings) == 0
     return output
 
 
@@ -75,20 +82,25 @@ def videos(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_videos_and_captions(
-    videos: Path, vae: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+    videos: Path, vae: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    encoded, convert = [], prepare.prepare_frames
+    monkeypatch.setattr(prepare, "prepare_frames", lambda f, s: encoded.append(len(f)) or convert(f, s))
     output = prepared("videos", videos, vae, "data.every=2")
     printed = capsys.readouterr().out
     assert (
         "broken.mp4: cannot be read" in printed
         and "1 episodes in train; 1 left out" in printed
-        and "1 episodes in val\n" in printed
+        and "2 episodes in val\n" in printed
     )
-    (train,), (val,) = read_episodes(output, "train"), read_episodes(output, "val")
+    (train,), (again, val) = read_episodes(output, "train"), read_episodes(output, "val")
     assert (train.id, train.texts, train.frames) == ("kitchen_1", ["open the drawer"], 3)
-    assert (val.id, val.texts, val.frames) == ("kitchen_2", ["push it", "push the block"], 5)
+    assert (val.id, val.texts, val.frames) == ("kitchen_2", ["push it"], 5)
+    assert (again.id, again.texts, again.frames) == ("kitchen_2-2", ["push the block"], 5)
+    assert encoded == [3, 5], "what is said twice is encoded once"
+    assert (output / again.latents[0]).read_bytes() == (output / val.latents[0]).read_bytes()
     stored = output / train.videos[0]
-    assert read_video(stored)[1] == pytest.approx(5) and frame_count(stored) == 3
+    assert number_video(stored).fps(stored) == pytest.approx(5) and number_video(stored).frames == 3
     np.testing.assert_allclose(read_frames(stored)[:, 16, 16, 0], [10, 26, 42], atol=4)
     assert read_latents(output / train.latents[0], np.arange(3)).shape == (3, 4, 8, 8)
     assert "broken.mp4" in (output / "skipped" / "train" / "broken.txt").read_text()
@@ -113,7 +125,7 @@ def test_captions_as_a_table_and_as_something_something_has_them(tmp_path: Path,
     (root / "train.json").write_text(json.dumps(labels))
     (root / "val.csv").write_text('video,text\n12.webm,"pushing a pen, slowly"\n')
     output = prepared(
-        "videos", root, vae, "data.videos=clips", "data.splits={train: train.json, val: val.csv}"
+        "videos", root, vae, "data.videos=clips", "data.split=train.json", "data.held_out=val.csv"
     )
     assert read_episodes(output, "train")[0].texts == ["holding a cup"]
     assert read_episodes(output, "val")[0].texts == ["pushing a pen, slowly"]
@@ -128,6 +140,19 @@ def test_longer_videos_are_left_out(videos: Path, vae: Path) -> None:
     output = prepared("videos", videos, vae, "data.longest=8")
     assert [e.id for e in read_episodes(output, "train")] == ["kitchen_1"]
     assert [e.texts for e in read_episodes(output, "val")] == [["c"]]
+
+
+@pytest.mark.parametrize("held_out", ["val", "val.csv"])
+def test_held_out_videos_are_not_trained_on(held_out: str, tmp_path: Path) -> None:
+    """Also where they alone are named, below the root, as a folder or by their captions."""
+    for name in ("train/1.mp4", "val/2.mp4"):
+        video(tmp_path / name, 3)
+    (tmp_path / "val.csv").write_text("video,text\nval/2.mp4,go\n")
+    given = {"format": "videos", "root": str(tmp_path), "held_out": held_out}
+    training, held = (open_dataset(given, part) for part in ("training", "held_out"))
+    assert [training.episode(number).name for number in range(len(training))] == ["train_1"]
+    assert len(held) == 1 and held.episode(0).name.endswith("2")
+    assert training.left_out == ["1 episodes of the other part (data.split, data.held_out)"]
 
 
 def test_captions_of_one_video_stay_together(videos: Path, vae: Path) -> None:
@@ -154,8 +179,8 @@ def test_captions_of_one_video_stay_together(videos: Path, vae: Path) -> None:
 def test_captions_as_programs_write_them(videos: Path, name: str, content: str) -> None:
     """With a byte order mark, a suffix in capitals, a text that stands alone."""
     (videos / name).write_text(content, encoding="utf-8")
-    ((_, texts),) = read_captions(videos / name)
-    assert texts == ["go"]
+    ((_, text),) = read_captions(videos / name)
+    assert text == "go"
 
 
 def test_a_path_too_long_for_a_name_is_shortened(videos: Path, vae: Path) -> None:
@@ -163,7 +188,7 @@ def test_a_path_too_long_for_a_name_is_shortened(videos: Path, vae: Path) -> Non
     video(videos / deep / "1.mp4", 3)
     video(videos / deep / "2.mp4", 4)
     (videos / "captions.csv").write_text(f"video,text\n{deep}/1.mp4,go\n{deep}/2.mp4,come\n")
-    output = prepared("videos", videos, vae, "data.splits={train: captions.csv, val: captions.csv}")
+    output = prepared("videos", videos, vae, "data.split=captions.csv", "data.held_out=captions.csv")
     first, second = sorted(read_episodes(output, "train"), key=lambda episode: episode.frames)
     assert first.texts == ["go"] and second.texts == ["come"] and first.id[:150] == second.id[:150]
 
@@ -216,8 +241,32 @@ def test_steps_between_stored_frames_multiply(videos: Path, vae: Path) -> None:
     """Of videos that lack frames of the recording already; clips are cut in steps of the recording."""
     output = prepared("vpp", prepared("videos", videos, vae, "data.every=2"), vae, "data.every=2")
     assert stored_step(output) == 4
-    (episode,) = read_episodes(output, "val")
-    assert episode.frames == 3  # of nine
+    assert [episode.frames for episode in read_episodes(output, "val")] == [3, 3]  # of nine
+
+
+def test_of_several_texts_in_vpps_layout_the_first_counts(
+    tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As the published loader takes them; what is passed over is said."""
+    root = tmp_path / "vpp"
+    for split in ("train", "val"):
+        write_vpp(root, split, "7", [f"videos/{split}/7/rgb.mp4"], {"texts": ["lift", "raise"]})
+    assert read_episodes(prepared("vpp", root, vae), "train")[0].texts == ["lift"]
+    assert "1 of 1 annotations have several texts: the first counts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_actions_in_vpps_layout(rows: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Read where each frame has one; no frame is lost where one has none."""
+    values = np.arange(2 * rows).reshape(rows, 2).tolist()
+    write_vpp(tmp_path, "train", "7", ["videos/rgb.mp4"], {"actions": values, "state": [[5]] * 4})
+    data = open_dataset({"format": "vpp", "root": str(tmp_path)})
+    assert data.lengths.tolist() == [4] and data.state_names == ("state_0",)
+    if rows == 4:
+        assert data.motions.actions.tolist() == values and data.motions.state.tolist() == [[5.0]] * 4
+    else:
+        assert data.action_names == ()
+        assert "action is not read: not every frame has a row of it" in capsys.readouterr().out
 
 
 def test_an_annotation_of_a_long_name(tmp_path: Path, vae: Path) -> None:
@@ -254,13 +303,31 @@ def test_a_damaged_annotation_is_left_out_wherever_it_stands(
 
 def test_rlds(tmp_path: Path, vae: Path) -> None:
     root = write_videos(tmp_path, {"train": [[5, 4]], "val": [[3]]})
-    output = prepared("rlds", root, vae, f"data.index={tmp_path / 'index'}", "data.every=2")
+    output = prepared("rlds", root, vae, f"data.index={tmp_path / 'index'}", "data.every=2", "data.fps=5")
     episodes = read_episodes(output, "train")
     assert [(e.id, e.frames, e.texts) for e in episodes] == [
         ("000000", 3, ["do thing 0"]),
         ("000001", 2, ["do thing 1"]),
     ]
     assert read_episodes(output, "val")[0].texts == ["do thing 2"]
+
+
+def test_rlds_without_a_rate_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Before the autoencoder is opened, which is not there."""
+    root = write_videos(tmp_path, {"train": [[5, 4]], "val": [[3]]})
+    given = [f"data.root={root}", f"vae={tmp_path / 'none'}", f"output={tmp_path / 'out'}"]
+    assert run(prepare, "data=rlds", *given) == 2
+    assert "does not say its frames per second; give data.fps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_held_out_of_videos_without_captions(videos: Path, vae: Path) -> None:
+    """Stage 1 cannot be trained on them; stage 2 and the autoencoder take them all."""
+    section = {"format": "videos", "root": str(videos / "kitchen")}
+    for part in ("training", "held_out", "all"):
+        assert open_dataset(section, part).lengths.tolist() == [6, 9]
+    given = ["data=videos", f"data.root={videos / 'kitchen'}", f"output={videos.parent / 'out'}"]
+    assert run(prepare, *given, f"vae={vae}") == 2
 
 
 def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> None:
@@ -282,9 +349,9 @@ def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> N
             for i, code in enumerate(coded):
                 rows[i] = np.frombuffer(code, np.uint8)
             file.attrs["language_instruction"] = f"fold {name}"
-    cameras = ", ".join(f"{camera}: observations/images/{camera}" for camera in ("raw", "jpeg", "rows"))
+    cameras = ", ".join(f"{camera}:observations/images/{camera}" for camera in ("raw", "jpeg", "rows"))
     crop = "data.crop={raw: [0, 10, 20, 20], jpeg: [0, 10, 20, 20]}"
-    output = prepared("hdf5", root, vae, f"data.cameras={{{cameras}}}", crop, "data.pad=true", "data.every=2")
+    output = prepared("hdf5", root, vae, f"data.cameras=[{cameras}]", crop, "data.pad=true", "data.every=2")
     (episode,) = read_episodes(output, "train")
     assert (episode.id, episode.texts, episode.frames) == ("one", ["fold one"], 3)
     raw, jpeg, rows = (read_frames(output / path) for path in episode.videos)
@@ -306,7 +373,7 @@ def test_hdf5_with_several_episodes_in_a_file(tmp_path: Path, vae: Path) -> None
     (root / "cut.hdf5").write_bytes((root / "lift.hdf5").read_bytes()[:700])
     settings = [
         "data.groups=data",
-        "data.cameras={static: obs/agentview_image}",
+        "data.cameras=[static:obs/agentview_image]",
         "data.instruction=lift the cube",
     ]
     output = prepared("hdf5", root, vae, *settings)
@@ -327,7 +394,7 @@ def write_teleoperation(root: Path, *names: str) -> Path:
     return root
 
 
-TELEOPERATION = ["data.instruction=fold", "data.cameras={top: dark}"]
+TELEOPERATION = ["data.instruction=fold", "data.fps=30", "data.cameras=[top:dark]"]
 
 
 def test_hdf5_in_folders_that_are_links(tmp_path: Path, vae: Path) -> None:
@@ -355,7 +422,7 @@ def test_a_crop_outside_the_picture(
     box: str, message: str, tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
 ) -> None:
     root = write_teleoperation(tmp_path / "aloha", "one", "two")
-    given = ["data=captioned_hdf5", f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}"]
+    given = ["data=hdf5", f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}"]
     assert run(prepare, *given, *TELEOPERATION, f"data.crop={{top: {box}}}") == 2
     said = capsys.readouterr()
     assert message in said.err
@@ -363,7 +430,9 @@ def test_a_crop_outside_the_picture(
         assert f"{root}/one.hdf5: data.crop.top={box} leaves its pictures of 20 x 24 pixels" in said.out
 
 
-def test_hdf5_links_out_of_the_file_are_not_followed(tmp_path: Path, vae: Path) -> None:
+def test_hdf5_links_out_of_the_file_are_not_followed(
+    tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
+) -> None:
     h5py = pytest.importorskip("h5py")
     root = tmp_path / "links"
     root.mkdir()
@@ -372,32 +441,70 @@ def test_hdf5_links_out_of_the_file_are_not_followed(tmp_path: Path, vae: Path) 
     with h5py.File(root / "episode.h5", "w") as file:
         file["pictures"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "/pictures")
     common = [f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}", "data.instruction=go"]
-    assert run(prepare, "data=captioned_hdf5", *common, "data.cameras={static: pictures}") == 2
-    assert "leads out of the file" in (tmp_path / "out" / "skipped" / "train" / "episode.txt").read_text()
+    assert run(prepare, "data=hdf5", *common, "data.cameras=[static:pictures]") == 2
+    assert "leads out of the file" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ restarts and damage
+
+
+def test_a_long_recording_is_read_in_parts(
+    tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole batches, as if it were read at once; damage further on leaves no half of a file."""
+    root = tmp_path / "videos"
+    for name in ("good", "bad"):
+        frames = np.random.default_rng(0).integers(0, 256, (85, 32, 48, 3), np.uint8)
+        write_mp4(root / f"{name}.mp4", frames, 10)
+    (root / "captions.csv").write_text("video,text\ngood.mp4,go\nbad.mp4,stop\ngood.mp4,come\n")
+    read, counts = VideoData.read, []
+
+    def damaged(self: VideoData, episode: Episode, positions: range, cameras: list[str]) -> dict:
+        counts.append(len(positions))
+        if episode.name == "bad" and 84 in positions:
+            raise UserError("bad.mp4: broken")
+        return read(self, episode, positions, cameras)
+
+    monkeypatch.setattr(VideoData, "read", damaged)
+    given = ["data.split=captions.csv", "data.held_out=captions.csv", "data.every=2"]
+    whole = prepared("videos", root, vae, *given, "batch=50").rename(tmp_path / "whole")
+    assert set(counts) == {43}
+    counts.clear()
+    parts = prepared("videos", root, vae, *given, "batch=9")
+    assert set(counts) == {27, 16}, "whole batches"
+    files = {file.relative_to(whole) for file in whole.rglob("*") if file.is_file()}
+    assert files == {file.relative_to(parts) for file in parts.rglob("*") if file.is_file()}
+    assert len(files) == 1 + 2 * (2 * 3 + 1)
+    for file in files:
+        one, other = whole / file, parts / file
+        if file.suffix == ".safetensors":  # batches of other sizes may round differently
+            every = np.arange(43)
+            assert torch.allclose(read_latents(one, every), read_latents(other, every), atol=1e-2)
+        elif file.suffix == ".mp4":  # an encoder that shares its processors may choose other bytes
+            assert read_frames(one).shape == read_frames(other).shape == (43, 32, 48, 3)
+        elif file.name != "manifest.json":
+            assert one.read_bytes() == other.read_bytes(), file
 
 
 def test_a_killed_preparation_goes_on_and_redoes_nothing(
     videos: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = videos.parent / "videos_latents"
-    settings = ["data=captioned_videos", f"data.root={videos}", f"vae={vae}", f"output={output}"]
+    settings = [*data_of("videos", videos), f"vae={vae}", f"output={output}"]
     write, written = prepare.write_episode, []
 
-    def dies(output: Path, split: str, name: str, *args: Any, **kwargs: Any) -> None:
+    def dies(output: Path, name: str, *args: Any) -> None:
         written.append(name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write(output, split, name, *args, **kwargs)
+        write(output, name, *args)
 
     monkeypatch.setattr(prepare, "write_episode", dies)
     assert run(prepare, *settings) == 130
     assert run(prepare, *settings) == 2, "the folder exists"
     video(videos / "broken.mp4", 4)  # mended meanwhile
     assert run(prepare, *settings, "resume=true") == 0
-    assert written == ["kitchen_1", "kitchen_2", "broken", "kitchen_2"]
+    assert written == ["kitchen_1", "kitchen_2", "broken", "kitchen_2", "kitchen_2-2"]
     assert len(read_episodes(output, "train")) == 2 and not list((output / "skipped").rglob("*.txt"))
     assert run(prepare, *settings, "resume=true", "image_size=32") == 2, "another size than it was begun with"
 
@@ -405,7 +512,7 @@ def test_a_killed_preparation_goes_on_and_redoes_nothing(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("data.cameras={top: bright}", "begun with data.cameras={'top': 'dark'}, now {'top': 'bright'}"),
+        ("data.cameras=[top:bright]", "begun with data.cameras=['top:dark'], now ['top:bright']"),
         ("data.crop={top: [0, 0, 9, 9]}", "begun with data.crop=None, now {'top': [0, 0, 9, 9]}"),
         ("data.pad=true", "begun with data.pad=False, now True"),
         ("data.instruction=unfold", "begun with data.instruction=fold, now unfold"),
@@ -419,7 +526,7 @@ def test_a_preparation_goes_on_with_the_same_settings_only(
 ) -> None:
     root, other = (write_teleoperation(tmp_path / name, "one", "two") for name in ("aloha", "other"))
     prepared("hdf5", root, vae, *TELEOPERATION)
-    given = ["data=captioned_hdf5", f"data.root={root}", f"vae={vae}", f"output={root}_latents"]
+    given = ["data=hdf5", f"data.root={root}", f"vae={vae}", f"output={root}_latents"]
     assert run(prepare, *given, *TELEOPERATION, "resume=true", changed.replace("{other}", str(other))) == 2
     told = message.replace("{root}", str(root)).replace("{other}", str(other))
     assert f"manifest.json: {told}; choose another output=" in capsys.readouterr().err
@@ -433,10 +540,15 @@ def test_a_preparation_goes_on_with_the_same_settings_only(
         ("data.fps=fast", "data.fps=fast: "),
         ("data.fps=0", "data.fps=0.0: must be a number of frames per second"),
         ("data.crop=5", "data.crop=5: "),
-        ("data.cameras=top", "data.cameras=top: "),
-        ("data.splits=null", "data.splits"),
-        ("data.splits.train=null", "data.splits.train=None: give what data.source=hdf5 calls it"),
-        ("data.source=vhs", "data.source=vhs: choose from calvin"),
+        ("data.cameras=top", "data.cameras=top: must be a list"),
+        ("data.longest=0", "data.longest=0: must be at least 1"),
+        ("data.splits=null", "data.splits=: no longer a setting; use data.split, data.held_out"),
+        ("data.splits.train=null", "=: no longer a setting; use data.split, data.held_out"),
+        ("data.text=label", "data.text=: no longer a setting; use data.language"),
+        ("data.source=vhs", "data.source=: no longer a setting; use data.format"),
+        ("data=captioned_hdf5", "data=captioned_hdf5: no longer a choice; write data=hdf5"),
+        ("data=frames", "data=frames: no longer a choice; write data=calvin, or another format"),
+        ("data.format=vhs", "data.format=vhs: choose from calvin"),
         ("batch=0", "batch=0: must be a whole number"),
         ("image_size=-1", "image_size=-1: must be a whole number"),
     ],
@@ -445,12 +557,10 @@ def test_settings_that_cannot_be(
     setting: str, message: str, tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture
 ) -> None:
     root = write_teleoperation(tmp_path / "aloha", "one", "two")
-    given = ["data=captioned_hdf5", f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}"]
+    given = ["data=hdf5", f"data.root={root}", f"vae={vae}", f"output={tmp_path / 'out'}"]
     assert run(prepare, *given, *TELEOPERATION, setting) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match=r"data\.cameras=\{\}: name at least one"):
-        read_source({"source": "hdf5", "root": str(root), "splits": {}, "cameras": {}})
 
 
 def test_a_root_may_be_spelled_differently(
@@ -458,13 +568,13 @@ def test_a_root_may_be_spelled_differently(
 ) -> None:
     output = prepared("videos", videos, vae)
     monkeypatch.chdir(videos)
-    given = ["data=captioned_videos", f"vae={vae}", f"output={output}", "resume=true"]
+    given = ["data=videos", "data.captions=captions.jsonl", f"vae={vae}", f"output={output}", "resume=true"]
     for root in (".", f"{videos}/", f"{videos}/../videos"):
         assert run(prepare, *given, f"data.root={root}") == 0
     manifest = json.loads((output / "manifest.json").read_text())
     (output / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "data"}))
     assert run(prepare, *given, f"data.root={videos}") == 2
-    assert "begun with data.source=None, now videos; choose another output=" in capsys.readouterr().err
+    assert "begun with data.format=None, now videos; choose another output=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -494,25 +604,25 @@ def test_bad_captions_are_named(
 ) -> None:
     if name is not None:
         (tmp_path / name).write_text(content)
-    settings = [f"data.root={tmp_path}", f"data.splits={{train: {name or 'none.csv'}, val: null}}"]
-    code = run(prepare, "data=captioned_videos", *settings, f"vae={vae}", f"output={tmp_path / 'out'}")
+    settings = [f"data.root={tmp_path}", f"data.captions={name or 'none.csv'}"]
+    code = run(prepare, "data=videos", *settings, f"vae={vae}", f"output={tmp_path / 'out'}")
     assert code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_names_of_recordings() -> None:
     assert file_name("a/b c:d.é") == "a_b_c_d.é" and file_name("../..") == "_"
-    same = distinct([("a", 1), ("b", 2), ("a", 3)])
-    assert list(same.items()) == [("a", 1), ("b", 2), ("a-2", 3)]
+    assert distinct(["a", "b", "a"]) == ["a", "b", "a-2"]
     names = ["a", "a", "a-2", "A", "a", "a-2"]
-    assert list(distinct((name, None) for name in names)) == ["a", "a-3", "a-2", "A", "a-4", "a-2-2"]
+    assert distinct(names) == ["a", "a-3", "a-2", "A", "a-4", "a-2-2"]
 
 
 @pytest.mark.parametrize(("count", "held"), [(2, [1]), (20, [19]), (45, [19, 39])])
 def test_every_twentieth_is_held_out(count: int, held: list[int]) -> None:
     items = list(range(count))
-    assert part(items, True) == held and part(items, False) == [i for i in items if i not in held]
-    assert part(items, None) == items and part([7], True) == part([7], False) == [7]
+    assert of_part(items, "held_out") == held
+    assert of_part(items, "training") == [i for i in items if i not in held]
+    assert of_part(items, "all") == items and of_part([7], "held_out") == of_part([7], "training") == [7]
 
 
 # ------------------------------------------------------------ old latents

@@ -12,13 +12,13 @@ from hydra.core.global_hydra import GlobalHydra
 from launcher import launch
 
 from benchmarks.rlds_writer import write_videos
-from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
+from defi.data import open_dataset
+from defi.data.calvin import FRAME, Span, encode_frame, frame_name, index_files
 from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
 from defi.engine.log import read_metrics
 from defi.video import read_frames, write_mp4
 from Step2_GIDM import health, label, train
 from Step2_GIDM.data.images import resize
-from Step2_GIDM.data.sources.videos import VideoClips
 from Step2_GIDM.model import GIDM
 
 SMALL = [
@@ -114,10 +114,31 @@ def test_health(trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert sorted((tmp_path / "codes").iterdir()) == before
 
 
+def test_health_of_any_robot(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What the probe reads has the data's names; what is held out must not be what it was fitted on."""
+    toy = write_videos(tmp_path, {"train": [[9] * 6], "val": [[9] * 3]})
+    given = [
+        f"checkpoint={trained}",
+        "data=rlds",
+        f"data.root={toy}",
+        f"output={tmp_path / 'codes'}",
+        "pairs=40",
+    ]
+    assert run(health, *given, "data.held_out=train", monkeypatch=monkeypatch) == 2
+    assert "data.held_out=train: is the training split; name another" in capsys.readouterr().err
+    assert run(health, *given, monkeypatch=monkeypatch) == 0
+    found = json.loads((tmp_path / "codes" / "health.json").read_text())["probe"]["codes"]
+    assert list(found) == [*(f"action_{i}" for i in range(7)), "all"]
+    told = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert told == list(found), "a row for each"
+
+
 def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (80, 64, 64, 3), dtype=np.uint8)
     write_mp4(tmp_path / "video.mp4", frames, 10)
-    arguments = [f"checkpoint={trained}", "data=pairs_videos", f"data.root={tmp_path / 'video.mp4'}"]
+    arguments = [f"checkpoint={trained}", "data=videos", f"data.root={tmp_path / 'video.mp4'}"]
     arguments += ["data.distance=[5,5]", f"output={tmp_path / 'codes.npz'}"]
     assert run(label, *arguments, monkeypatch=monkeypatch) == 0
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as file:
@@ -129,7 +150,7 @@ def test_label_a_video(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     pixels = torch.from_numpy(read_frames(tmp_path / "video.mp4", [7, 12])).permute(0, 3, 1, 2)
     pair = resize(pixels, model.config.dino.image_size)
     assert labels["indices"][7].tolist() == model.encode(model.patches(pair[None]), [""]).indices[0].tolist()
-    assert labels["name"].tolist() == [str(tmp_path / "video.mp4")]
+    assert labels["name"].tolist() == ["video"] and labels["camera"].tolist() == ["rgb"]
     assert run(label, *arguments, monkeypatch=monkeypatch) == 2, "the file exists"
 
 
@@ -143,12 +164,13 @@ def test_label_leaves_out_what_cannot_be_read(
         write_mp4(tmp_path / "videos" / f"{name}.mp4", frames, 10)
     (tmp_path / "videos" / "d.mp4").write_bytes(b"no video")
     cut = tmp_path / "videos" / "b.mp4"
-    VideoClips(cut.parent)  # numbers the frames; then the file is damaged, and looks as it did
-    seen = cut.stat()
+    with pytest.warns(UserWarning, match="left out"):
+        open_dataset({"format": "videos", "root": str(cut.parent)}, "all")  # numbers the frames
+    seen = cut.stat()  # then the file is damaged, and looks as it did
     cut.write_bytes(bytes(seen.st_size))
     os.utime(cut, ns=(seen.st_mtime_ns, seen.st_mtime_ns))
     table = tmp_path / "codes.parquet"
-    arguments = [f"checkpoint={trained}", "data=pairs_videos", f"data.root={cut.parent}", f"output={table}"]
+    arguments = [f"checkpoint={trained}", "data=videos", f"data.root={cut.parent}", f"output={table}"]
     assert run(label, *arguments, monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
     assert f"left out: {cut}: " in printed
@@ -169,7 +191,7 @@ def test_label_takes_all_episodes(
 ) -> None:
     """Those that training would hold out, too."""
     toy = write_videos(tmp_path, {"train": [[3, 2, 4]], "test": [[2]]})
-    arguments = [f"checkpoint={trained}", "data=pairs_rlds", f"data.root={toy}", f"data.index={tmp_path}"]
+    arguments = [f"checkpoint={trained}", "data=rlds", f"data.root={toy}", f"data.index={tmp_path}"]
     for split, told in (
         ("null", "9 pairs of 3 clips of {} (train); left out: the split test (data.split)"),
         ("train[:1]", "3 pairs of 1 clips of {} (train[:1]); left out: the split test (data.split), "
@@ -188,15 +210,16 @@ def test_label_rlds_as_a_table(trained: Path, tmp_path: Path, monkeypatch: pytes
     """The same rows as Parquet and as npz."""
     parquet = pytest.importorskip("pyarrow.parquet")
     toy = write_videos(tmp_path, {"train": [[4, 1, 3]], "val": [[2]]})
-    arguments = [f"checkpoint={trained}", "data=pairs_rlds", f"data.root={toy}", f"data.index={tmp_path}"]
+    arguments = [f"checkpoint={trained}", "data=rlds", f"data.root={toy}", f"data.index={tmp_path}"]
     for suffix in ("parquet", "npz"):
         assert run(label, *arguments, f"output={tmp_path / 'codes'}.{suffix}", monkeypatch=monkeypatch) == 0
     table = parquet.read_table(tmp_path / "codes.parquet")
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as arrays:
-        assert table["name"].to_pylist() == ["toy:0"] * 4 + ["toy:1"] + ["toy:2"] * 3
+        assert table["name"].to_pylist() == ["000000"] * 4 + ["000001"] + ["000002"] * 3
         assert table["text"].to_pylist() == ["do thing 0"] * 4 + ["do thing 1"] + ["do thing 2"] * 3
         assert table["text"].to_pylist() == arrays["text"][arrays["said"]].tolist()
-        assert table["name"].to_pylist() == arrays["name"][arrays["clip"]].tolist()
+        for key in ("name", "start", "camera"):
+            assert table[key].to_pylist() == arrays[key][arrays["clip"]].tolist()
         for key in ("frame", "later", "indices"):
             assert table[key].to_pylist() == arrays[key].tolist()
         codebook = json.loads(table.schema.metadata[b"codebook"])
@@ -208,10 +231,10 @@ def test_train_on_rlds_and_on_a_mixture(data: Path, tmp_path: Path, monkeypatch:
     toy = write_videos(tmp_path, {"train": [[6, 7]], "val": [[5]]})
     small = [*(a for a in SMALL if "distance" not in a), "trainer.max_steps=2", f"output={tmp_path / 'run'}"]
     cache = f"data.index={tmp_path / 'index'}"
-    assert run(train, "data=pairs_rlds", f"data.root={toy}", cache, *small, monkeypatch=monkeypatch) == 0
-    rlds = f"{{source: rlds, root: {toy}, weight: 0.5, index: {tmp_path / 'index'}, distance: [2, 2]}}"
-    calvin = f"{{source: calvin, root: {data}, weight: 1}}"
-    mixture = ["data=pairs_mixture", f"+data.sets.toy={rlds}", f"+data.sets.own={calvin}", "overwrite=true"]
+    assert run(train, "data=rlds", f"data.root={toy}", cache, *small, monkeypatch=monkeypatch) == 0
+    rlds = f"{{format: rlds, root: {toy}, weight: 0.5, index: {tmp_path / 'index'}, distance: [2, 2]}}"
+    calvin = f"{{format: calvin, root: {data}, weight: 1}}"
+    mixture = ["data=mixture", f"+data.sets.toy={rlds}", f"+data.sets.own={calvin}", "overwrite=true"]
     assert run(train, *mixture, *small, "trainer.preview_every=2", monkeypatch=monkeypatch) == 0
     assert read_manifest(tmp_path / "run", "gidm")["step"] == 2
 
@@ -222,7 +245,7 @@ def test_train_on_a_folder_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyP
         frames = np.random.default_rng(number).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
         write_mp4(tmp_path / "videos" / name, frames, 10)
     (tmp_path / "videos" / "damaged.mp4").write_bytes(b"not a video")
-    arguments = ["data=pairs_videos", f"data.root={tmp_path / 'videos'}", f"output={tmp_path / 'run'}"]
+    arguments = ["data=videos", f"data.root={tmp_path / 'videos'}", f"output={tmp_path / 'run'}"]
     with pytest.warns(UserWarning, match=r"1 of 4 videos left out; the first: .*damaged\.mp4"):
         steps = ["trainer.max_steps=2", "trainer.preview_every=2"]
         assert run(train, *arguments, *SMALL, *steps, monkeypatch=monkeypatch) == 0
@@ -252,6 +275,10 @@ def test_controllable_run_starts_from_a_language_run(
     ("module", "arguments", "named"),
     [
         (train, ["data.root=/nowhere"], "/nowhere"),
+        (train, ["data.source=rlds"], "data.source=: no longer a setting; use data.format"),
+        (train, ["data=rlds", "data.image=image"], "data.image=: no longer a setting; use data.cameras"),
+        (label, ["data.language=true"], "data.language=: no longer a setting; of CALVIN write data.spans="),
+        (train, ["data=rlds", "data.fps=0", "data.trim=[1]"], "data.trim=[1]: must be"),
         (train, ["gidm.variant=wild"], "gidm.variant=wild"),
         (train, ["first_stage=somewhere"], "first_stage=somewhere"),
         (train, ["gidm.dino.image_size=50"], "image_size=50"),

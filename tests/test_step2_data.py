@@ -1,74 +1,88 @@
 """Stage 2's data: pairs from videos and demonstrations, one augmentation per pair, displacement, probe."""
 
 import colorsys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from made_data import MadeData
 from PIL import Image
 from sklearn.metrics import r2_score
 
-from defi.calvin import FRAME, Span, encode_frame, frame_name, index_files
+from benchmarks.rlds_writer import write_videos
+from defi.data import open_dataset
+from defi.data.calvin import FRAME, Span, encode_frame, frame_name, index_files
+from defi.data.motions import Motions
 from defi.errors import UserError
+from defi.robot.spec import Vector
 from defi.video import write_mp4
 from Step2_GIDM.code_evaluation import CodeEvaluation, displacement, mean_displacement
-from Step2_GIDM.data.build import build_pairs, read_section
+from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.images import Augmentation, Draw, augment, crop, recolour, resize
-from Step2_GIDM.data.pairs import Clip, PairDataset, Source
-from Step2_GIDM.data.sources.calvin import CalvinClips
-from Step2_GIDM.data.sources.videos import VideoClips
+from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.gallery import direction, most_informative_place
 from Step2_GIDM.health import Probed, fit_and_predict, one_hot, probe, report
 from Step3_DeFI.quickstart import probe_scores
 
 
-class Numbered(Source):
-    """A source whose frames all show their clip's number and their position."""
+def numbered(*lengths: int, cameras: Sequence[str] = ("front",)) -> MadeData:
+    """Frames show their episode's number, their position; the camera's number is added."""
 
-    fingerprint = "numbered"
+    def frames(number: int, positions: Sequence[int]) -> np.ndarray:
+        found = np.zeros((len(positions), 8, 8, 3), np.uint8)
+        found[..., 0], found[..., 1] = number, np.array(positions)[:, None, None]
+        return found
 
-    def __init__(self, *lengths: int) -> None:
-        self.clips = [Clip(str(i), 0, length, (f"text {i}",)) for i, length in enumerate(lengths)]
-        self.lengths = np.array(lengths)
-
-    def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
-        frames = np.zeros((len(positions), 8, 8, 3), np.uint8)
-        frames[..., 0], frames[..., 1] = int(clip.name), np.array(positions)[:, None, None]
-        return frames
+    return MadeData(lengths, frames, texts=lambda number: (f"text {number}",), cameras=cameras)
 
 
 def seen(data: PairDataset, index: int) -> tuple[int, int, int]:
-    """Clip, earlier and later position as the frames of a pair show them."""
-    frames = data.frames(*data.locate(index), data.distance[1])
+    """Episode, earlier and later position as the frames of a pair show them."""
+    frames = (data.sample(index)["frames"] * 255).round()
     assert (frames[0, 0] == frames[1, 0]).all(), "both frames are of one clip"
     return int(frames[0, 0, 0, 0]), int(frames[0, 1, 0, 0]), int(frames[1, 1, 0, 0])
 
 
+def pairs_of(data: MadeData, distance: int, **given) -> PairDataset:
+    return PairDataset(data, data.cameras, image_size=8, distance=(distance, distance), **given)
+
+
 def test_pairs_cover_every_frame_of_every_clip_and_end_with_it() -> None:
-    data = PairDataset(Numbered(0, 4, 1, 0, 3), image_size=8, distance=(2, 2))
+    data = pairs_of(numbered(0, 4, 1, 0, 3), 2)
     pairs = [seen(data, i) for i in range(len(data))]
     assert pairs == [
         (1, 0, 2), (1, 1, 3), (1, 2, 3), (1, 3, 3), (2, 0, 0), (4, 0, 2), (4, 1, 2), (4, 2, 2)
     ]  # fmt: skip
-    strided = PairDataset(Numbered(6, 3), image_size=8, distance=(1, 1), stride=2)
+    strided = pairs_of(numbered(6, 3), 1, stride=2)
     assert [seen(strided, i)[:2] for i in range(len(strided))] == [(0, 0), (0, 2), (0, 4), (1, 0), (1, 2)]
     with pytest.raises(UserError, match="no clip has two frames"):
-        PairDataset(Numbered(1, 1), image_size=8, distance=(2, 2))
+        pairs_of(numbered(1, 1), 2)
+
+
+def test_each_camera_is_a_view_of_its_own() -> None:
+    """All episodes of the first, then all of the second; read alone, as they are stored."""
+    data = pairs_of(numbered(2, 3, cameras=("front", "wrist")), 1)
+    shown = [(*data.locate(i)[1:], *(data.sample(i)["frames"][:, 2, 0, 0] * 255).tolist()) for i in range(10)]
+    front = [("front", now, 0, 0) for now in (0, 1, 0, 1, 2)]
+    assert shown == front + [("wrist", now, 1, 1) for _, now, *_ in front]
 
 
 def test_a_pair_has_the_text_of_its_earlier_frame() -> None:
-    source = Numbered(3)
-    source.clips = [Clip("0", 0, 3, ("", "push", "pull"))]
-    data = PairDataset(source, image_size=8, distance=(1, 1))
+    source = MadeData(
+        [3], lambda _, at: np.zeros((len(at), 8, 8, 3), np.uint8), texts=lambda _: ("", "push", "pull")
+    )
+    data = pairs_of(source, 1)
     assert [data.sample(i, np.random.default_rng(0))["text"] for i in range(3)] == ["", "push", "pull"]
 
 
 def test_samples_depend_on_their_generator_alone() -> None:
-    data = PairDataset(Numbered(60), image_size=6, distance=(1, 20), augmentation=Augmentation())
+    data = PairDataset(numbered(60), ["front"], image_size=6, distance=(1, 20), augmentation=Augmentation())
     draw = [data.sample(3, np.random.default_rng(7)) for _ in range(2)]
     assert torch.equal(draw[0]["frames"], draw[1]["frames"]) and draw[0]["text"] == "text 0"
-    plain = PairDataset(Numbered(60), image_size=8, distance=(1, 20))
+    plain = PairDataset(numbered(60), ["front"], image_size=8, distance=(1, 20))
     gaps = {
         round(float((f[1, 1] - f[0, 1]).mean() * 255))
         for f in (plain.sample(0, np.random.default_rng(i))["frames"] for i in range(300))
@@ -146,15 +160,16 @@ def test_any_folder_of_videos(tmp_path: Path) -> None:
     (tmp_path / "deep").symlink_to(elsewhere)
     (tmp_path / "deep" / "back").symlink_to(tmp_path)
     with pytest.warns(UserWarning, match=r"1 of 3 videos left out.*broken\.mp4"):
-        source = VideoClips(tmp_path)
-    assert [clip.length for clip in source.clips] == [12, 5]
-    data = PairDataset(source, image_size=14, distance=(4, 4))
+        source = open_dataset({"format": "videos", "root": str(tmp_path)}, "all")
+    assert source.lengths.tolist() == [12, 5]
+    data = PairDataset(source, source.cameras, image_size=14, distance=(4, 4))
     assert len(data) == 12 + 5
     sample = data.sample(2, np.random.default_rng(0))
     shades = sample["frames"].mean((1, 2, 3)) * 255
     torch.testing.assert_close(shades, torch.tensor([40.0, 120.0]), atol=6, rtol=0)
     assert sample["text"] == ""
-    assert VideoClips(tmp_path / "two.mp4").clips[0].length == 5
+    alone = open_dataset({"format": "videos", "root": str(tmp_path / "two.mp4")})
+    assert alone.lengths.tolist() == [5]
 
 
 @pytest.fixture(scope="module")
@@ -174,23 +189,25 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def section(folder: Path, **changes) -> dict:
+    data = {"format": "calvin", "root": str(folder), "split": "training", "held_out": "validation"}
+    data |= {"distance": [3, 3], "stride": 1, "augmentation": {"crop": 0.9}}
+    return data | changes
+
+
 def test_demonstrations(demonstrations: Path) -> None:
-    source = CalvinClips(demonstrations / "training", cameras=["static", "gripper"], language=True)
-    assert [(c.name, c.start, c.length, c.text(4)) for c in source.clips] == [
+    """The first camera's, or of all that are named one after the other."""
+    pairs = build_pairs(section(demonstrations, cameras=["static", "gripper"]), 14)
+    found = [(camera, each.start, each.length, each.text(4)) for each, camera in map(pairs.clip, range(4))]
+    assert found == [
         ("static", 2, 5, "open the drawer"), ("static", 10, 10, "push it"),
         ("gripper", 2, 5, "open the drawer"), ("gripper", 10, 10, "push it"),
     ]  # fmt: skip
-    assert source.read(source.clips[3], [0, 4])[:, 0, 0, 0].tolist() == [110, 114]
-    silent = CalvinClips(demonstrations / "training", cameras=["static"], language=False)
-    assert [(c.start, c.length, c.text(4)) for c in silent.clips] == [(0, 10, ""), (10, 10, "")]
-    assert source.fingerprint == silent.fingerprint
-
-
-def section(folder: Path, **changes) -> dict:
-    data = {"source": "calvin", "root": str(folder), "split": "training", "held_out": "validation"}
-    data |= {"cameras": ["static"], "language": True, "distance": [3, 3], "stride": 1}
-    data["augmentation"] = {"crop": 0.9}
-    return data | changes
+    assert pairs.read(*pairs.clip(3), [0, 4])[:, 0, 0, 0].tolist() == [110, 114]
+    silent = build_pairs(section(demonstrations, spans="recordings"), 14)
+    found = [(camera, each.start, each.length, each.text(4)) for each, camera in map(silent.clip, range(2))]
+    assert found == [("static", 0, 10, ""), ("static", 10, 10, "")]
+    assert pairs.fingerprint == silent.fingerprint and len(silent.lengths) == 2
 
 
 def test_sections_of_the_configuration(demonstrations: Path) -> None:
@@ -200,23 +217,25 @@ def test_sections_of_the_configuration(demonstrations: Path) -> None:
     )
     assert len(train) == len(held) == 5 + 10
     assert train.augmentation.crop == 0.9 and held.augmentation is None
-    assert held.source.data.folder.name == "validation"
+    assert held.data.root.name == "validation"
+    own = {"format": "calvin", "root": str(demonstrations), "cameras": None}
+    assert build_pairs(own, 14).distance == [15, 15] and build_pairs(own, 14).augmentation is None
 
 
-@pytest.mark.parametrize(("language", "clips"), [(None, 2), (False, 2), (True, 4)])
-def test_all_of_the_demonstrations(demonstrations: Path, language: bool | None, clips: int) -> None:
-    """Training takes annotated spans; where all is wanted, all recordings, unless data.language is true."""
-    cameras = ["static", "gripper"] if language else ["static"]
-    given = section(demonstrations, language=language, cameras=cameras)
-    whole = read_section(given).open("all")
-    assert len(whole.clips) == clips
-    assert len(build_pairs(given, 14)) == len(cameras) * (10 + 10 if language is False else 5 + 10)
-    if language:
-        assert whole.scope == f"{demonstrations / 'training'} (static, gripper; annotated spans)"
-        assert whole.left_out[0] == "frames without annotation (data.language)"
+@pytest.mark.parametrize(("spans", "clips"), [(None, 2), ("recordings", 2), ("annotated", 4)])
+def test_all_of_the_demonstrations(demonstrations: Path, spans: str | None, clips: int) -> None:
+    """Training takes annotated spans; where all is wanted, all recordings, unless data.spans says so."""
+    cameras = ["static", "gripper"] if spans == "annotated" else ["static"]
+    given = section(demonstrations, spans=spans, cameras=cameras)
+    whole = build_pairs(given, 14, "all")
+    assert len(whole.lengths) == clips
+    assert len(build_pairs(given, 14)) == len(cameras) * (10 + 10 if spans == "recordings" else 5 + 10)
+    if spans == "annotated":
+        assert whole.data.scope == f"{demonstrations / 'training'} (static, gripper; annotated spans)"
+        assert whole.data.left_out[0] == "frames without annotation (data.spans)"
     else:
-        assert whole.left_out == ["the camera gripper (data.cameras)", "the split validation (data.split)"]
-        assert sum(clip.length for clip in whole.clips) == 20
+        left_out = ["the camera gripper (data.cameras)", "the split validation (data.split)"]
+        assert whole.data.left_out == left_out and whole.lengths.sum() == 20
 
 
 @pytest.mark.parametrize(
@@ -233,13 +252,10 @@ def test_all_of_the_demonstrations(demonstrations: Path, language: bool | None, 
         ({"cameras": "static"}, "data.cameras=.*must be a list"),
         ({"stride": 0}, "data.stride=0"),
         ({"cameras": ["front"]}, "'front' is no camera"),
-        ({"source": "tapes"}, "data.source=tapes"),
+        ({"format": "tapes"}, "data.format=tapes: choose from calvin, "),
         ({"split": "testing"}, "testing: no such folder"),
-        ({"distence": [3, 5]}, r"data.distence=\[3, 5\]: .*; see Settings in Step2_GIDM.data.sources.calvin"),
-        (
-            {"source": "videos"},
-            "data.(split|cameras|language)=.*; see Settings in Step2_GIDM.data.sources.vid",
-        ),
+        ({"distence": [3, 5]}, r"data.distence=\[3, 5\]: .*; see Settings in defi.data.calvin"),
+        ({"format": "videos", "spans": "all"}, "data.spans=all: .*; see Settings in defi.data.videos"),
         ({"augmentation": {"crop": 1.5}}, "data.augmentation.crop=1.5: must be above 0 and at most 1"),
         ({"augmentation": {"crop": 0}}, "data.augmentation.crop=0.0: must be above 0"),
         ({"augmentation": {"hue": float("nan")}}, "data.augmentation.hue=nan: must be between 0 and 1"),
@@ -251,20 +267,22 @@ def test_mistakes_in_the_section_are_named(demonstrations: Path, change: dict, m
 
 
 def test_folders_without_videos(tmp_path: Path) -> None:
-    own = {"source": "videos", "held_out": None, "distance": [3, 3], "stride": 1, "augmentation": None}
+    own = {"format": "videos", "distance": [3, 3], "stride": 1, "augmentation": None}
     for root, message in ((tmp_path, "no videos here"), ("/nowhere", "/nowhere: no such file")):
         with pytest.raises(UserError, match=message):
             build_pairs(own | {"root": str(root)}, 14)
 
 
-def test_settings_of_a_mixture(demonstrations: Path) -> None:
+def test_settings_of_a_mixture(demonstrations: Path, tmp_path: Path) -> None:
     """A common setting need not be one of every source; one of a set must be its source's."""
-    own = {"source": "calvin", "root": str(demonstrations), "weight": 1}
-    assert len(build_pairs({"image": None, "distance": [3, 3], "sets": {"own": own}}, 14)) == 5 + 10
-    known = "Key .* not in 'Settings'; see Settings in Step2_GIDM.data.sources.calvin"
+    own = {"format": "calvin", "root": str(demonstrations), "weight": 1}
+    toy = {"format": "rlds", "root": str(write_videos(tmp_path, {"train": [[4]], "val": [[1]]})), "weight": 1}
+    common = {"spans": "recordings", "language": None, "distance": [3, 3]}
+    assert len(build_pairs(common | {"sets": {"own": own, "toy": toy}}, 14)) == 20 + 5
+    known = "Key .* not in 'Settings'; see Settings in defi.data.calvin"
     for common, change, message in (
         ({}, {"distence": [3, 5]}, rf"data.sets.own.distence=\[3, 5\]: {known}"),
-        ({}, {"image": "front"}, f"data.sets.own.image=front: {known}"),
+        ({}, {"trim": [1, 1]}, rf"data.sets.own.trim=\[1, 1\]: {known}"),
         ({"strid": 2}, {}, "data.strid=2: no data set has such a setting"),
         ({}, {"weight": 0}, "data.sets.own.weight=0.0: must be above 0"),
         ({}, {"weight": 1e30}, r"data.sets.own.weight=1e\+30: must be above 0 and at most 1,000,000"),
@@ -334,6 +352,33 @@ def test_probe_is_chosen_for_the_actions_that_vary_most() -> None:
     assert r2_score(targets[80:, 0], together) == pytest.approx(r2_score(targets[80:, 0], alone), abs=0.01)
 
 
+def test_probe_of_actions_whose_units_are_unknown() -> None:
+    """Sums of relative actions, means of absolute ones; small numbers count as much as large ones."""
+    robot = Vector.plain(["tiny", "huge", "still"])
+    robot.relative = [True, False, False]
+    rng = np.random.default_rng(0)
+    codes, moves = rng.integers(4, size=40), rng.normal(size=4)
+    actions = np.zeros((40, 4, 3), np.float32)  # of 40 episodes of 4 frames
+    actions[..., 0], actions[..., 1] = 1e-5 * moves[codes, None], 1e4 * moves[codes, None]
+    data = numbered(*[4] * 40)
+    data.robot = lambda: SimpleNamespace(actions=robot)
+    data.motions = Motions(np.arange(160), actions.reshape(160, 3), np.zeros((160, 0)))
+    pairs = pairs_of(data, 2)
+    shown = torch.from_numpy(codes.repeat(4)[:, None])
+    seen = CodeEvaluation(
+        np.arange(160), torch.zeros(160, 2, 3, 8, 8), shown, torch.rand(160, 3), *[None] * 3
+    )
+    part = Probed.of(pairs, seen)
+    assert part.clips.tolist() == [i // 4 for i in range(160)]
+    factors = np.tile([[2, 1], [2, 1], [1, 1], [0, 1]], (40, 1))
+    single = actions.reshape(160, 3)[:, :2]
+    np.testing.assert_allclose(part.actions[:, :2], factors * single, rtol=1e-6)
+    assert (part.actions[:, 2] == 0).all()
+    found = probe(part, part, robot, codes=4)["codes"]
+    assert list(found) == ["tiny", "huge", "all"] and found["huge"] > 0.99
+    assert found["all"] == pytest.approx((found["tiny"] + found["huge"]) / 2, abs=0.01)
+
+
 def test_where_no_action_varies_there_is_nothing_to_probe(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -343,7 +388,7 @@ def test_where_no_action_varies_there_is_nothing_to_probe(
         np.arange(4), torch.zeros(4, 2, 3, 8, 8), still, torch.rand(4, 3), *torch.zeros(3, 4)
     )
     part = Probed(seen, np.array([0, 0, 1, 1]), np.zeros((4, 7)))
-    found = probe(part, part, codes=8)
+    found = probe(part, part, Vector.plain(["still"] * 7), codes=8)
     assert set(found) == {"codes", "random codes", "feature differences"}
     assert all(scores == {"all": None} for scores in found.values())
     numbers = seen.numbers(8) | {"probe": found}

@@ -6,29 +6,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from made_data import MadeData
 
 from Step2_GIDM.code_evaluation import transfer
-from Step2_GIDM.data.pairs import Clip, PairDataset, Source
+from Step2_GIDM.data.pairs import PairDataset
 from Step2_GIDM.gallery import draw_transfer
 
 SIDE = 56
 DIRECTIONS = ((2, 0), (-2, 0), (0, 2), (0, -2))
 
 
-class Squares(Source):
-    """Clips of a square that moves through the middle of the picture in one of four directions."""
-
-    fingerprint = "squares"
-    clips = [Clip(str(i), 0, 13) for i in range(8)]
-    lengths = np.full(8, 13)
-
-    def read(self, clip: Clip, positions: Sequence[int]) -> np.ndarray:
-        frames = np.full((len(positions), SIDE, SIDE, 3), 60, np.uint8)
-        dx, dy = DIRECTIONS[int(clip.name) % 4]
-        for frame, position in zip(frames, positions):
-            x, y = 22 + dx * (position - 6), 22 + dy * (position - 6)
-            frame[y : y + 12, x : x + 12] = np.arange(12)[:, None, None] * 10 + 130
-        return frames
+def squares(episode: int, positions: Sequence[int]) -> np.ndarray:
+    """A square that moves through the middle of the picture in one of four directions."""
+    frames = np.full((len(positions), SIDE, SIDE, 3), 60, np.uint8)
+    dx, dy = DIRECTIONS[episode % 4]
+    for frame, position in zip(frames, positions):
+        x, y = 22 + dx * (position - 6), 22 + dy * (position - 6)
+        frame[y : y + 12, x : x + 12] = np.arange(12)[:, None, None] * 10 + 130
+    return frames
 
 
 class Exact(torch.nn.Module):
@@ -57,7 +52,7 @@ class Exact(torch.nn.Module):
 
 
 def test_actions_that_mean_motion_go_the_same_way_elsewhere(tmp_path: Path) -> None:
-    data = PairDataset(Squares(), image_size=SIDE, distance=(4, 4))
+    data = PairDataset(MadeData([13] * 8, squares), ["front"], image_size=SIDE, distance=(4, 4))
     right, wrong = (transfer(Exact(meaning=meaning), data) for meaning in (1.0, -1.0))
     assert right.given.shape[1:] == (2, 3, 112, 112) and right.reached.shape[1:] == (8, 2, 3, 112, 112)
     assert right.same_direction() > 0.8 and wrong.same_direction() < -0.5

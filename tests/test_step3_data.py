@@ -10,11 +10,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from policy_fakes import PRESET, policy_config, sample_rules, write_demonstrations, write_stages
+from policy_fakes import PRESET, policy_config, recorded, write_demonstrations, write_stages
 from torch.utils.data import default_collate
 
-from defi.calvin import CalvinFolder, frame_name
 from defi.config import CONFIG_DIR
+from defi.data.calvin import CAMERAS, CalvinFolder, frame_name
 from defi.engine.checkpoint import find_weights, read_manifest
 from defi.engine.data import seed_of
 from defi.engine.log import read_metrics
@@ -24,7 +24,6 @@ from Step3_DeFI.features import imagine
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.samples import CalvinSamples
 from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
@@ -58,7 +57,7 @@ def train_settings(place: Path, output: Path, store: Path, **values: Any) -> Dic
     given = {"gfdm_checkpoint": place / "gfdm", "gidm_checkpoint": place / "gidm", "data.store": store}
     trainer = {"global_batch": 4, "max_steps": 4, "save_every": 2, "preview_every": 2, "log_every": 1}
     trainer |= {"schedule": "constant"}  # the same for any max_steps
-    given |= {f"trainer.{key}": value for key, value in trainer.items()} | {"data.shown": 3}
+    given |= {f"trainer.{key}": value for key, value in trainer.items()} | {"shown": 3}
     return settings("step3_train", output=output, **(given | values))
 
 
@@ -68,11 +67,11 @@ def train_settings(place: Path, output: Path, store: Path, **values: Any) -> Dic
 @pytest.mark.parametrize(("rest", "stride", "expected"), [(9, 1, 6 + 13), (9, 4, 2 + 4), (21, 1, 0 + 1)])
 def test_sample_positions(place: Path, rest: int, stride: int, expected: int) -> None:
     """Spans are (100, 114) and (115, 136); sample i has the actions of frames i … i + 9."""
-    plan = CalvinSamples(place / "demos" / "training", sample_rules(rest, stride=stride), image_size=16)
-    starts = [plan.observations[row, 0] for row, _ in plan.index]
+    plan = recorded(place / "demos", rest, stride=stride)
+    starts = (plan.data.starts[plan.starts[:, 0]] + plan.starts[:, 1]).tolist()
     assert len(starts) == expected == sum(plan.tasks.values())
     assert starts == [frame for s, e in ((100, 114), (115, 136)) for frame in range(s, e + 1 - rest, stride)]
-    first = plan.actions[:, :, 0]
+    first = torch.stack([plan[i]["actions"][:, 0] for i in range(len(plan))])
     assert np.allclose(1000 * first, np.array(starts)[:, None] + np.arange(CHUNK))
 
 
@@ -83,26 +82,26 @@ def test_spans_without_samples_are_told(place: Path, capsys) -> None:
         (14, ""),
         (
             15,
-            f"{data.folder}: 1 of 2 annotated spans are too short for data.min_remaining=15: left out; "
+            f"{data.folder}: 1 of 2 episodes are too short for data.min_remaining=15: left out; "
             f"tasks without any sample: {data.spans[0].task}; data.min_remaining=9 takes 1 of them",
         ),
     ):
-        CalvinSamples(data.folder, sample_rules(min_remaining), image_size=16)
+        recorded(place / "demos", min_remaining)
         assert capsys.readouterr().out.strip() == told
 
 
 def test_every_action_of_a_chunk_must_exist(place: Path) -> None:
     with pytest.raises(UserError, match="data.min_remaining=8: a chunk has 10 actions"):
-        sample_rules(8)
-    with pytest.raises(UserError, match="no annotated span is longer than data.min_remaining=30"):
-        CalvinSamples(place / "demos" / "training", sample_rules(30), image_size=16)
+        recorded(place / "demos", 8)
+    with pytest.raises(UserError, match="no episode is longer than data.min_remaining=30"):
+        recorded(place / "demos", 30)
 
 
 def test_views_are_resized_alike() -> None:
     """A constant picture stays constant; a picture of the wanted size is untouched; static comes first."""
     grey = np.full((20, 20, 3), 77, np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    views = observe({"rgb_gripper": noise, "rgb_static": grey}, 16)
+    views = observe({"gripper": noise, "static": grey}, ["static", "gripper"], 16)
     assert views.shape == (2, 3, 16, 16) and views.dtype == torch.uint8
     assert (views[0] == 77).all()
     assert np.array_equal(views[1].permute(1, 2, 0).numpy(), noise)
@@ -122,7 +121,7 @@ def test_a_store_holds_what_the_policy_would_compute(place: Path, tmp_path: Path
     assert torch.allclose(1000 * sample["actions"][:, 0], torch.arange(116.0, 126.0))
     assert torch.allclose(1000 * sample["actions"][0, :6], 116 + torch.arange(6) / 10)
 
-    images = observe(data.frame(116), 16)
+    images = observe(data.frame(116), CAMERAS.values(), 16)
     policy = DeFI.from_stages(policy_config(), gfdm=place / "gfdm", gidm=place / "gidm").eval()
     latents = policy.gfdm.encode_images(images / 127.5 - 1)
     if kind == "images":
@@ -171,16 +170,14 @@ def test_an_interrupted_preparation_goes_on(place: Path, tmp_path: Path, monkeyp
     manifest, expected = (json.loads((run / "manifest.json").read_text()) for run in (broken, whole))
     assert manifest.pop("source") == f"{again['data.root']}/training"
     assert manifest.items() <= expected.items()
-    for file in ("inputs.npy", "actions.npy", "index.npy"):
+    for file in ("inputs.npy", "actions.npy", "state.npy", "index.npy", "starts.npy"):
         assert (whole / file).read_bytes() == (broken / file).read_bytes(), file
-    # A complete store stays as it is, also one from before some settings had their names.
-    del expected["video_stride"]
-    for name, older in {"min_remaining": "tail", "stage1_weights": "gfdm"}.items():
-        expected[older] = expected.pop(name)
-    expected["look"] = [2, 3, 16, 64]
-    (broken / "manifest.json").write_text(json.dumps(expected))
     prepare(prepare_settings(place, broken, **values, resume=True))
-    assert len(calls) == 6
+    assert len(calls) == 6, "a complete store stays as it is"
+    del expected["robot"]
+    (broken / "manifest.json").write_text(json.dumps(expected))
+    with pytest.raises(UserError, match="of an older version, which did not note the robot"):
+        PolicyStore(broken)
 
 
 def test_a_store_goes_on_with_the_clips_it_was_begun_with(place: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy_fakes import build_policy, policy_config, sample_rules, write_demonstrations, write_stages
+from policy_fakes import build_policy, policy_config, recorded, write_demonstrations, write_stages
 from safetensors.torch import load_file
 from test_step3_data import prepare_settings, train_settings
 from torch import Tensor
@@ -17,10 +17,9 @@ from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step1_GFDM.model import GFDM
 from Step1_GFDM.unet import FEATURE_PARTS
+from Step3_DeFI.acting import Policy
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.rollout.policy import load_policy
-from Step3_DeFI.samples import CalvinSamples
 from Step3_DeFI.store import PolicyStore
 from Step3_DeFI.train import train_policy
 
@@ -167,9 +166,8 @@ def test_a_store_keeps_the_frames_that_follow(place: Path) -> None:
     gfdm = GFDM.from_pretrained(find_weights(place / "gfdm"))
     encoded = gfdm.encode_images(images[3]["video"].flatten(0, 1) / 127.5 - 1).unflatten(0, (2, 3))
     torch.testing.assert_close(latents[3]["video"].float(), encoded, rtol=2e-3, atol=2e-3)
-    rules, data = sample_rules(stride=5), place / "demos" / "training"
-    plan = CalvinSamples(data, rules, image_size=16, clip=range(0, 30, 10))
-    assert [plan.observations[row, 0] for row in plan.video[1]] == [105, 114, 114]  # not beyond the span
+    plan = recorded(place / "demos", stride=5, clip=range(0, 30, 10))
+    assert [plan.observations[row, 1] for row in plan.video[1]] == [5, 14, 14]  # not beyond the span
 
 
 @pytest.mark.parametrize("mode, store", [("lora", "latents"), ("full", "images")])
@@ -184,7 +182,7 @@ def test_training_changes_the_video_model_and_the_rollout_has_it(
     of_gfdm = {name for name in weights if name.startswith("gfdm.")}
     assert all(name.startswith("gfdm.unet.") and ("lora_" in name) == (mode == "lora") for name in of_gfdm)
 
-    policy = load_policy(tmp_path / "run").eval()
+    policy = Policy.load(tmp_path / "run").model
     assert policy.config.finetune.mode == mode
     for name in of_gfdm:
         assert torch.equal(policy.state_dict()[name], weights[name]), name

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from defi.config import compose_preset, presets
+from defi.data.calvin import calvin_robot
 from Step3_DeFI.action_head import ActionDenoiser
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.diffusion import SAMPLERS, denoising_loss, precondition
@@ -56,7 +57,7 @@ def error(head: ActionDenoiser, config: PolicyConfig, context: dict[str, Tensor]
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_presets_head_learns_fixed_chunks(preset: str) -> None:
-    config = PolicyConfig.from_preset(compose_preset(preset))
+    config = PolicyConfig.from_preset(compose_preset(preset), calvin_robot())
     assert (config.diffusion.sampler, config.diffusion.steps) == ("ddim", 10)
     head, (context, chunks) = build(config), made_up(config)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, betas=(0.9, 0.99))
@@ -81,7 +82,7 @@ def test_every_presets_head_learns_fixed_chunks(preset: str) -> None:
 
 def test_full_cross_attention_comes_with_positions_and_no_other_does() -> None:
     for preset in presets():
-        config = PolicyConfig.from_preset(compose_preset(preset))
+        config = PolicyConfig.from_preset(compose_preset(preset), calvin_robot())
         for kind in ("full", "causal"):
             head = build(replace(config, action_head=replace(config.action_head, cross_attention=kind)))
             assert (head.action_positions is not None) == (kind == "full")

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from policy_fakes import TEXT, build_gfdm, build_gidm, build_policy, policy_config, write_stages
 
 from defi.config import CONFIG_DIR, presets
+from defi.data.calvin import calvin_robot
 from defi.engine import checkpoint
 from defi.errors import UserError
 from Step3_DeFI.config import PolicyConfig
@@ -365,4 +366,4 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(UserError, match=message):
             policy_config(**section)
-    assert PolicyConfig.from_preset({"policy": asdict(policy_config())}) == policy_config()
+    assert PolicyConfig.from_preset({"policy": asdict(policy_config())}, calvin_robot()) == policy_config()

@@ -9,22 +9,30 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from policy_fakes import PRESET, build_gfdm, sample_rules, write_demonstrations, write_stages
+from policy_fakes import PRESET, build_gfdm, recorded, write_demonstrations, write_stages
 from safetensors.torch import load_file
 from test_step3_data import train_settings
 
-from defi.calvin import ANNOTATIONS, CalvinFolder, encode_frame, frame_name
 from defi.config import CONFIG_DIR, compose_preset
-from defi.engine.checkpoint import find_checkpoint, read_manifest
+from defi.data.calvin import (
+    ANNOTATIONS,
+    CAMERAS,
+    CalvinFolder,
+    Settings,
+    calvin_robot,
+    encode_frame,
+    frame_name,
+)
+from defi.engine.checkpoint import find_checkpoint, find_weights, read_manifest
 from defi.engine.log import read_metrics
 from defi.errors import UserError
 from Step1_GFDM.config import GFDMConfig
 from Step3_DeFI import prepare as preparation
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.observation import observe
+from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import Encoder, prepare
-from Step3_DeFI.samples import CalvinSamples
-from Step3_DeFI.store import PolicyStore
+from Step3_DeFI.store import PolicyStore, build_samples, open_sources
 from Step3_DeFI.train import train_policy
 
 
@@ -66,7 +74,7 @@ def test_store_and_files_yield_the_same_samples(
     kept = {"store.videos": apart is not None}
     store = PolicyStore(prepare(settings(place, tmp_path / "store", root, "images", **kept)))
     clip = None if apart is None else range(0, 3 * apart, apart)
-    raw = CalvinSamples(place / root / "training", image_size=16, rules=sample_rules(), clip=clip)
+    raw = recorded(place / root, clip=clip)
     assert len(store) == len(raw) == 6 + 13 and store.fingerprint == raw.fingerprint
     for packed, sample in zip(map(store.__getitem__, range(19)), map(raw.__getitem__, range(19))):
         assert packed.keys() == sample.keys() and packed["text"] == sample["text"]
@@ -75,7 +83,7 @@ def test_store_and_files_yield_the_same_samples(
 
 
 LEARNS_ALONG = {"gfdm.finetune": "lora", "gfdm.lora_rank": 2, "gfdm.video_loss": 0.5}
-PREVIEWED = {"trainer.preview_every": 4, "data.shown": 1}
+PREVIEWED = {"trainer.preview_every": 4, "shown": 1}
 NUMBERS = {"loss", "action_loss", "video_loss", "training_action_error", "held_out_action_error"}
 
 
@@ -145,16 +153,27 @@ def test_latents_are_those_of_the_raw_frames(place: Path, tmp_path: Path) -> Non
     store = PolicyStore(prepare(settings(place, tmp_path / "store", "DEMOS.ZIP", "latents")))
     data, gfdm = CalvinFolder(place / "demos" / "training"), build_gfdm().eval()
     for i in (0, 7, 18):
-        frame = int(np.load(tmp_path / "store" / "spans.npy")[i, 1])
-        expected = gfdm.encode_images(observe(data.frame(frame), 16) / 127.5 - 1)
+        frame = frames_of(tmp_path / "store", data)[i][1]
+        expected = gfdm.encode_images(observe(data.frame(frame), CAMERAS.values(), 16) / 127.5 - 1)
         torch.testing.assert_close(store[i]["latents"].float(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_robot_states_and_spans_are_kept(place: Path, tmp_path: Path) -> None:
-    prepare(settings(place, tmp_path / "store", "demos", "images"))
-    spans, states = (np.load(tmp_path / "store" / name) for name in ("spans.npy", "robot_obs.npy"))
-    assert spans.tolist() == [[0, f] for f in range(100, 106)] + [[1, f] for f in range(115, 128)]
-    assert states.shape == (19, 15) and states.dtype == np.float32
+def frames_of(store: Path, data: CalvinFolder, spans: str = "annotated") -> list[list[int]]:
+    """Number of the annotated span, −1 without one, and frame of each sample of a store."""
+    opened = Settings(root=str(data.folder.parent), spans=spans).open("training")
+    found = []
+    for number, position in np.load(store / "starts.npy").tolist():
+        episode = opened.episode(number)
+        found.append([-1 if "recording" in episode.name else int(episode.name), episode.start + position])
+    return found
+
+
+def test_robot_and_places_are_kept(place: Path, tmp_path: Path) -> None:
+    store = PolicyStore(prepare(settings(place, tmp_path / "store", "demos", "images")))
+    found = frames_of(tmp_path / "store", CalvinFolder(place / "demos" / "training"))
+    assert found == [[0, f] for f in range(100, 106)] + [[1, f] for f in range(115, 128)]
+    assert store.motions.state.shape == (37, 15) and store.motions.state.dtype == np.float32
+    assert store.robot() == calvin_robot() and store.normalisation == "none"
 
 
 def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
@@ -163,8 +182,9 @@ def test_all_recorded_frames(place: Path, tmp_path: Path) -> None:
     store = PolicyStore(prepare(settings(place, tmp_path / "store", "demos", "images", **given)))
     annotated = [[0, f] for f in range(100, 103)] + [[1, f] for f in range(115, 125)]
     others = [[-1, f] for f in (103, 104, 105, 125, 126, 127)]
-    assert np.load(tmp_path / "store" / "spans.npy").tolist() == annotated + others
-    raw = CalvinSamples(place / "demos" / "training", image_size=16, rules=sample_rules(12, spans="all"))
+    data = CalvinFolder(place / "demos" / "training")
+    assert frames_of(tmp_path / "store", data, "all") == annotated + others
+    raw = recorded(place / "demos", 12, spans="all")
     assert len(store) == len(raw) == 19
     for i, (number, frame) in enumerate(annotated + others):
         packed, sample = store[i], raw[i]
@@ -190,14 +210,14 @@ def test_recordings_without_samples_that_have_text(
         prepare(settings(place, tmp_path / "s", "demos", "images", **given, **{"data.spans": "all"}))
     )
     assert [store[i]["text"] for i in range(len(store))] == [""] * (6 + 13)
-    told = "2 of 2 annotated spans are too short for data.min_remaining=30: taken without text"
+    told = "2 of 2 episodes are too short for data.min_remaining=30: left out"
     assert (told in capsys.readouterr().out) == annotated
     with pytest.raises(
-        UserError, match="is longer than data.min_rem.*=30" if annotated else "data.spans=all"
+        UserError, match="is longer than data.min_rem.*=30" if annotated else "data.spans=recordings, or all"
     ):
         prepare(settings(place, tmp_path / "new", "demos", "images", **given))
-    with pytest.raises(UserError, match="no recording has the 30 frames of a chunk"):
-        CalvinSamples(root / "training", sample_rules(29, chunk=30, spans="all"), image_size=16)
+    with pytest.raises(UserError, match="no episode has the 30 frames of a chunk"):
+        recorded(root, 29, chunk=30, spans="all")
 
 
 def change_frame(root: Path, number: int, key: str, place: int, value: float) -> Path:
@@ -232,7 +252,7 @@ def test_numbers_that_cannot_be_are_refused_before_any_work(
         prepare(settings(place, tmp_path / "store", "demos", "images", **{"data.root": root}))
     assert not (tmp_path / "store").exists()
     with pytest.raises(UserError, match=f"^{file}: {said}"):
-        CalvinSamples(root / "training", image_size=16, rules=sample_rules())
+        recorded(root)
 
 
 @pytest.mark.parametrize("text", [None, " ", ["a", "b"]])
@@ -283,7 +303,9 @@ def test_instructions_that_are_cut_are_told(
 def test_a_frame_of_latents_takes_at_most_17_kb() -> None:
     """Both views, at the sizes of Stable Video Diffusion's autoencoder and 256² pixels."""
     cfg = compose_preset("paper")
-    encoder = Encoder("latents", 1, 0, PolicyConfig.from_preset(cfg), GFDMConfig.from_preset(cfg))
+    encoder = Encoder(
+        "latents", 1, 0, PolicyConfig.from_preset(cfg, calvin_robot()), GFDMConfig.from_preset(cfg)
+    )
     assert np.prod(encoder.row_shape) * np.float16().nbytes <= 17 * 1024
 
 
@@ -292,7 +314,7 @@ def test_missing_frames_are_named_before_any_work(place: Path, tmp_path: Path) -
     for frame in (103, 120):
         (root / "training" / frame_name(frame)).unlink()
     with pytest.raises(UserError, match=r"episode_0000103\.npz: missing, and 1 more of the 37 frames"):
-        CalvinSamples(root / "training", sample_rules(), image_size=16)
+        recorded(root)
 
 
 def test_a_full_disk_is_named_before_any_work(
@@ -307,3 +329,95 @@ def test_a_full_disk_is_named_before_any_work(
             prepare(settings(place, tmp_path / "store", "demos", "images"))
     prepare(settings(place, tmp_path / "store", "demos", "images", resume=True))
     assert len(PolicyStore(tmp_path / "store")) == 19
+
+
+# ------------------------------------------------------------ several data sets
+
+
+def sets_of(place: Path, **sections: str) -> dict[str, Any]:
+    return {f"+data.sets.{name}": f"{{{section}}}" for name, section in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def image_store(place: Path) -> Path:
+    return prepare(settings(place, place / "images_of_demos", "demos", "images"))
+
+
+def test_a_mixture_of_data_and_store_trains_by_weight(place: Path, image_store: Path, tmp_path: Path) -> None:
+    """19 samples of each: weights 1 and 2 give 19 + 38 places, each store's sample twice among its own."""
+    sets = sets_of(
+        place,
+        plain=f"format: calvin, root: {place / 'demos'}, min_remaining: 9, weight: 1",
+        packed=f"store: {image_store}, weight: 2",
+    )
+    given = {"data": "mixture", **sets, "shown": 2, "trainer.max_steps": 2}
+    cfg = train_settings(place, tmp_path / "run", "null", **given)
+    train_policy(cfg)
+    assert read_manifest(tmp_path / "run")["data"]["size"] == 19 + 38
+    mixed = build_samples(
+        open_sources(cfg.data, "training"), DeFI.from_pretrained(find_weights(tmp_path / "run"))
+    )
+    alone = PolicyStore(image_store)
+    for index in range(57):
+        sample, expected = mixed.sample(index), alone[index if index < 19 else (index - 19) // 2]
+        assert sample["text"] == expected["text"] and torch.equal(sample["images"], expected["images"])
+        assert torch.equal(sample["actions"], expected["actions"])
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            "format: calvin, root: {demos}, cameras: [static], weight: 1",
+            r"sets.b: .*cameras \['static'\], not",
+        ),
+        ("format: calvin, root: {demos}, weight: 0", "data.sets.b.weight=0.0: must be above 0"),
+        (
+            "store: {features}, weight: 1",
+            "data.sets: .*'features'.*give all as they are, or stores of one kind",
+        ),
+        ("store: {features}, wait: 1", "data.sets.b.wait=1: Key 'wait' not in"),
+        ("format: calvin, weight: 1", "data.sets.b: lacks root"),
+    ],
+)
+def test_what_does_not_go_with_the_rest_of_a_mixture_is_named(
+    other: str, said: str, place: Path, tmp_path: Path
+) -> None:
+    features = tmp_path / "features"
+    if "{features}" in other:
+        prepare(settings(place, features, "demos", "features"))
+    first = f"format: calvin, root: {place / 'demos'}, weight: 1"
+    sets = sets_of(place, a=first, b=other.format(demos=place / "demos", features=features))
+    with pytest.raises(UserError, match=said):
+        train_policy(train_settings(place, tmp_path / "run", "null", data="mixture", **sets))
+    assert not (tmp_path / "run").exists()
+
+
+OTHER = {"policy.normalisation": "bounds"}
+
+
+def test_a_store_goes_on_with_its_settings(place: Path, tmp_path: Path) -> None:
+    prepare(settings(place, tmp_path / "s", "demos", "images"))
+    given = {"data.cameras": "[static:gripper,gripper:static]", "resume": True}
+    with pytest.raises(UserError, match="with other data or settings .settings .*gripper:static"):
+        prepare(settings(place, tmp_path / "s", "demos", "images", **given))
+
+
+def test_a_run_goes_on_with_its_robot(place: Path, image_store: Path, tmp_path: Path) -> None:
+    """Its normalisation stays; other cameras are refused."""
+    given = {"policy.normalisation": "mean_std", "trainer.max_steps": 1}
+    train_policy(train_settings(place, tmp_path / "run", image_store, **given))
+    first = DeFI.from_pretrained(find_weights(tmp_path / "run")).config.robot
+    assert first.actions.normalisation == ["mean_std"] * 6 + ["none"] and first.actions.scale[0] != 1
+    given = {"resume": True, "trainer.max_steps": 2}
+    train_policy(train_settings(place, tmp_path / "run", image_store, **given))
+    assert DeFI.from_pretrained(find_weights(tmp_path / "run")).config.robot == first
+    with pytest.raises(
+        UserError, match="policy.normalisation=bounds: .*/run began with another; leave it out"
+    ):
+        train_policy(train_settings(place, tmp_path / "run", image_store, **given, **OTHER))
+    given |= {"data.root": place / "demos", "data.cameras": "[static]"}
+    with pytest.raises(
+        UserError, match=r"the training data: .*cameras \['static'\], not \['static', 'gripper'\]"
+    ):
+        train_policy(train_settings(place, tmp_path / "run", "null", **given))

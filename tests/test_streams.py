@@ -1,11 +1,12 @@
 """Random numbers: all that one step and one look of each stage draw come from streams that share nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from made_data import MadeData
 from numpy.lib.stride_tricks import sliding_window_view
 from policy_fakes import build_gfdm, build_policy
 from torch.utils.data import Dataset, default_collate
@@ -15,9 +16,8 @@ from defi.engine.data import SampleNoise, SeededDataset, seed_of, stream
 from Step1_GFDM.config import VAESizes
 from Step1_GFDM.vae import VAEConfig, VideoVAE
 from Step2_GIDM.data.images import Augmentation
-from Step2_GIDM.data.pairs import Clip, PairDataset, Source
-from Step3_DeFI.rollout.policy import ModelPolicy
-from Step3_DeFI.rollout.simulator import Observation
+from Step2_GIDM.data.pairs import PairDataset
+from Step3_DeFI.acting import Policy
 
 RUNS, SAMPLES = (0, 1), 4  # neighbouring seeds of runs, neighbouring samples
 
@@ -112,14 +112,11 @@ def test_stage_1_autoencoder(spies: list[Spy]) -> None:
 
 
 def test_stage_2(spies: list[Spy]) -> None:
-    class Noise(Source):
-        clips, lengths = [Clip("clip", 0, 40)], np.array([40])
-        fingerprint = ""
+    def noise(episode: int, positions: Sequence[int]) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 255, (len(positions), 20, 20, 3), np.uint8)
 
-        def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
-            return np.random.default_rng(0).integers(0, 256, (len(positions), 20, 20, 3), np.uint8)
-
-    pairs = PairDataset(Noise(), image_size=16, distance=(3, 9), augmentation=Augmentation())
+    data = MadeData([40], noise)
+    pairs = PairDataset(data, ["front"], image_size=16, distance=(3, 9), augmentation=Augmentation())
     for run, epoch, index in product(RUNS, range(3), range(39)):
         SeededDataset(pairs, run, tolerant=False)[(epoch, index)]
     assert_nothing_is_shared(spies, least=len(RUNS) * 3 * 39 * 4)  # brightness, contrast, saturation, hue
@@ -140,9 +137,10 @@ def train_step() -> int:
 
 def look() -> int:
     """Looks of neighbouring chains; returns how many numbers they need."""
-    images = {name: np.zeros((20, 20, 3), np.uint8) for name in ("rgb_static", "rgb_gripper")}
+    images = {name: np.zeros((20, 20, 3), np.uint8) for name in ("static", "gripper")}
     seeds = list(product(RUNS, range(2), range(2)))
-    ModelPolicy(build_policy()).act([Observation(seed, "push", "push", images) for seed in seeds])
+    seen = [{"images": images, "instruction": "push"}] * len(seeds)
+    Policy(build_policy()).infer_batch(seen, [seed_of("rollout", *seed) for seed in seeds])
     return len(seeds) * (2 * 3 * 4 * 8 * 8 + 70)
 
 

@@ -97,6 +97,13 @@ def write_hdf5(folder: Path) -> None:
             file["observations/images/top"] = np.full((6, 24, 32, 3), 90, np.uint8)
 
 
+def write_lerobot(folder: Path) -> None:
+    """CALVIN's demonstrations in LeRobot's format."""
+    pytest.importorskip("pyarrow")
+    write_calvin(folder.parent / "converted")
+    run("defi.data.convert", "data=calvin", f"data.root={folder.parent / 'converted'}", f"output={folder}")
+
+
 def write_rlds(folder: Path) -> None:
     write_videos(folder.parent, {"train": [[6, 5]], "val": [[6]]}, name=folder.name)
 
@@ -109,8 +116,8 @@ def write_oxe(folder: Path) -> None:
 
 def write_calvin(folder: Path) -> None:
     write_demonstrations(folder)
-    write_demonstrations(folder.parent / "more", lengths=(14,), seed=1)
-    (folder.parent / "more" / "training").rename(folder / "validation")
+    write_demonstrations(folder / "more", lengths=(14,), seed=1)
+    (folder / "more" / "training").rename(folder / "validation")
 
 
 def write_own(folder: Path) -> None:
@@ -126,6 +133,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "something": write_something,
     "vpp": write_vpp,
     "hdf5": write_hdf5,
+    "lerobot": write_lerobot,
     "toy": write_rlds,
     "oxe": write_oxe,
     "calvin": write_calvin,
@@ -187,17 +195,31 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 # ------------------------------------------------------------ stage 1
 
 STAGE1 = {
-    "videos, JSON lines": "data=captioned_videos;data.root={captioned}",
-    "videos, CSV": "data=captioned_videos;data.root={captioned};data.splits={train: captions.csv, val: null}",
-    "Something-Something": "data=captioned_videos;data.root={something};data.videos=clips;data.longest=100;"
-    "data.splits={train: labels/train.json, val: labels/validation.json}",
-    "VPP's layout": "data=captioned_vpp;data.root={vpp}",
-    "HDF5": "data=captioned_hdf5;data.root={hdf5};data.cameras={top: observations/images/top};"
-    "data.instruction=fold the towel",
-    "RLDS": "data=captioned_rlds;data.root={toy};data.index={index}",
+    "videos, JSON lines": "data=videos;data.root={captioned};data.captions=captions.jsonl",
+    "videos, CSV": "data=videos;data.root={captioned};data.captions=captions.csv",
+    "Something-Something": "data=videos;data.root={something};data.videos=clips;data.longest=100;"
+    "data.split=labels/train.json;data.held_out=labels/validation.json",
+    "VPP's layout": "data=vpp;data.root={vpp}",
+    "HDF5": "data=hdf5;data.root={hdf5};data.instruction=fold the towel",
+    "RLDS": "data=rlds;data.root={toy};data.index={index};data.fps=5",
+    "LeRobot": "data=lerobot;data.root={lerobot}",
     "CALVIN": "data.root={calvin}",
     "CALVIN's zip": "data.root={calvin.zip}",
 }
+
+
+@pytest.mark.parametrize("source", [name for name in STAGE1 if "videos" not in name])
+def test_the_autoencoder_of_stage_1(source: str, sources: Sources, tmp_path: Path) -> None:
+    """From the pictures alone: captions and rates are not asked for."""
+    given = [s for s in sources.fill(STAGE1[source]) if s.split("=")[0] not in ("data.longest", "data.fps")]
+    run("Step1_GFDM.train_vae", *given, f"output={tmp_path}", *SHORT)
+    trained("vae", tmp_path)
+
+
+def test_the_autoencoder_of_stage_1_from_a_folder_of_videos(sources: Sources, tmp_path: Path) -> None:
+    given = ["data=videos", f"data.root={sources.data('captioned')}", f"output={tmp_path}"]
+    run("Step1_GFDM.train_vae", *given, *SHORT)
+    trained("vae", tmp_path)
 
 
 @pytest.mark.parametrize("source", STAGE1)
@@ -222,16 +244,16 @@ def test_stage_1_from_a_mixture(sources: Sources, tmp_path: Path) -> None:
 # ------------------------------------------------------------ stage 2
 
 STAGE2 = {
-    "a folder of videos": "data=pairs_videos;data.root={captioned}",
-    "RLDS": "data=pairs_rlds;data.root={toy};data.index={index}",
+    "a folder of videos": "data=videos;data.root={captioned}",
+    "RLDS": "data=rlds;data.root={toy};data.index={index}",
     "Open X-Embodiment": "data=pairs_oxe;data.root={oxe};data.index={index};data.mixture=bridge_rt_1;"
-    "data.sets.bridge_orig.image=image",
+    "data.sets.bridge_orig.cameras=[image]",
     "CALVIN": "data.root={calvin}",
     "CALVIN's zip": "data.root={calvin.zip}",
     "own demonstrations": "data.root={own}",
-    "a mixture of all": "data=pairs_mixture;+data.sets.mine={source: videos, root: {captioned}, weight: 1};"
-    "+data.sets.toy={source: rlds, root: {toy}, index: {index}, weight: 0.5};"
-    "+data.sets.calvin={source: calvin, root: {calvin}, weight: 2}",
+    "a mixture of all": "data=mixture;+data.sets.mine={format: videos, root: {captioned}, weight: 1};"
+    "+data.sets.toy={format: rlds, root: {toy}, index: {index}, weight: 0.5};"
+    "+data.sets.calvin={format: calvin, root: {calvin}, weight: 2}",
 }
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from defi import video_index
+from defi.data import open_dataset
 from defi.errors import UserError
 from defi.video import FIX, VIDEO_SUFFIXES, Numbering, number_video, write_mp4
 from defi.video_index import INDEX, VERSION, number_videos
-from Step2_GIDM.data.sources.videos import VideoClips
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def test_a_later_start_opens_nothing(videos: Path, opened: list[str]) -> None:
     moved = shutil.move(videos, videos.with_name("moved"))
     assert counts(moved) == expected(moved) and opened == []
     with pytest.warns(UserWarning, match=r"1 of 4 videos left out; the first: .*moved/damaged\.mp4: cannot"):
-        assert [clip.length for clip in VideoClips(moved).clips] == [4, 5, 6]
+        data = open_dataset({"format": "videos", "root": str(moved)}, "all")
+    assert data.lengths.tolist() == [4, 5, 6]
     assert opened == [], "nor does the data set"
 
 
@@ -192,5 +193,5 @@ def test_a_link_to_nowhere_is_named(videos: Path, opened: list[str]) -> None:
     assert counts(videos)["gone.mp4"].endswith(f"missing; {FIX}")
     with pytest.raises(UserError, match="no videos here"):
         (videos.parent / "none").mkdir()
-        VideoClips(videos.parent / "none")
+        open_dataset({"format": "videos", "root": str(videos.parent / "none")})
     assert not any((videos.parent / "none").iterdir())

@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from defi.data import open_dataset
 from defi.errors import UserError
-from defi.video import frame_count, number_video, read_frames, read_video
-from Step1_GFDM.sources import read_source
-from Step2_GIDM.data.sources.videos import VideoClips
+from defi.video import frame_count, number_video, read_frames
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 COVER = 1024  # the disposition of an attached picture
@@ -114,8 +113,6 @@ def check(file: Path) -> int:
         return 0
     true = np.stack(true)
     assert frame_count(file) == len(true)
-    np.testing.assert_array_equal(read_video(file)[0], true)
-    np.testing.assert_array_equal(read_video(file, every=3)[0], true[::3])
     np.testing.assert_array_equal(read_frames(file), true)
     draw = random.Random(0)
     every = [[number] for number in range(len(true))]
@@ -198,7 +195,7 @@ def test_every_kind_of_file(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, codec, options, **settings)
     assert check(file) == FRAMES
     if "times" not in settings:
-        assert read_video(file, every=2)[1] == pytest.approx(25)
+        assert number_video(file).rate == pytest.approx(25)
     if name.endswith("gaps.avi"):
         assert b"00dc\0\0\0\0" in file.read_bytes(), "this file shall have empty chunks"
 
@@ -208,7 +205,7 @@ def test_the_rate_of_a_clock_of_milliseconds(tmp_path: Path, name: str) -> None:
     codec, options, settings = KINDS[name]
     file = write(tmp_path / name, codec, options, **settings)
     seconds = (settings["times"](FRAMES - 1) - settings["times"](0)) / 1000
-    assert read_video(file)[1] == pytest.approx((FRAMES - 1) / seconds)
+    assert number_video(file).rate == pytest.approx((FRAMES - 1) / seconds)
 
 
 def test_reading_starts_at_key_frames(tmp_path: Path) -> None:
@@ -315,7 +312,7 @@ def test_frames_that_change_their_size_are_named(tmp_path: Path) -> None:
     ]
     both = tmp_path / "both.mp4"
     both.write_bytes(b"".join(part.read_bytes() for part in parts))
-    for read in (frame_count, read_video):
+    for read in (frame_count, read_frames):
         with pytest.raises(UserError, match=r"both\.mp4: its frames change their size"):
             read(both)
 
@@ -340,7 +337,7 @@ def test_truncated_files(tmp_path: Path, name: str) -> None:
 def test_half_a_file_whose_index_names_the_other_half_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "a.mp4", options=OPEN, settings={"movflags": "faststart"})
     file.write_bytes(file.read_bytes()[:-100])
-    for read in (frame_count, read_video):
+    for read in (frame_count, read_frames):
         with pytest.raises(UserError, match=r"a\.mp4: .* frame \d\d of 40 lies beyond its end\); replace"):
             read(file)
 
@@ -366,7 +363,7 @@ def test_turned_recordings_are_upright(tmp_path: Path, name: str) -> None:
         struct.pack_into(">9i", content, at, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
         file.write_bytes(content)
         upright = np.stack([turn(picture) for picture in stored])
-        np.testing.assert_array_equal(read_video(file)[0], upright)
+        np.testing.assert_array_equal(read_frames(file), upright)
         for wanted in ([0], [39], [3, 0], [5, 30], range(10, 20)):
             np.testing.assert_array_equal(read_frames(file, wanted), upright[list(wanted)])
 
@@ -426,7 +423,7 @@ def test_the_first_of_several_videos_is_read(tmp_path: Path) -> None:
 def test_a_playlist_opens_no_other_file(tmp_path: Path, name: str) -> None:
     write(tmp_path / "private.mp4")
     (tmp_path / name).write_text("ffconcat version 1.0\nfile private.mp4\n")
-    for read in (frame_count, read_video):
+    for read in (frame_count, read_frames):
         with pytest.raises(UserError, match=f"{name}: cannot be read"):
             read(tmp_path / name)
 
@@ -454,16 +451,17 @@ def test_all_stages_see_the_same_frames(tmp_path: Path) -> None:
         write(tmp_path / name, codec, options, **settings)
     captions = [json.dumps({"video": name, "text": "move"}) for name in names]
     (tmp_path / "captions.jsonl").write_text("\n".join(captions))
-    splits = {"train": "captions.jsonl", "val": "captions.jsonl"}
-    source = read_source({"source": "videos", "root": str(tmp_path), "splits": splits, "every": 2})
+    said = open_dataset({"format": "videos", "root": str(tmp_path), "captions": "captions.jsonl"}, "all")
     true = {name: np.stack(straight(tmp_path / name)) for name in names}
-    for read in source.open("train").read.values():
-        name = read.args[0].name
-        np.testing.assert_array_equal(read().views["rgb"], true[name][::2])
-    for clips in (VideoClips(tmp_path), VideoClips(tmp_path)):
-        assert {Path(clip.name).name: clip.length for clip in clips.clips} == {
-            n: len(f) for n, f in true.items()
-        }
-        for clip in clips.clips:
+    for number, name in enumerate(names):
+        episode = said.episode(number)
+        assert episode.texts == ("move",) and episode.length == len(true[name])
+        seen = said.read(episode, range(0, episode.length, 2), ["rgb"])["rgb"]
+        np.testing.assert_array_equal(seen, true[name][::2])
+    for _ in range(2):
+        data = open_dataset({"format": "videos", "root": str(tmp_path)}, "all")
+        assert data.lengths.tolist() == [len(true[name]) for name in sorted(true)]
+        for number, name in enumerate(sorted(true)):
             for pair in ([0, 5], [38, 39], [11, 30]):
-                np.testing.assert_array_equal(clips.read(clip, pair), true[Path(clip.name).name][pair])
+                found = data.read(data.episode(number), pair, data.cameras)
+                np.testing.assert_array_equal(found[data.cameras[0]], true[name][pair])

@@ -1,89 +1,66 @@
 """The `data` section of a configuration → data set of pairs."""
 
 from collections.abc import Mapping
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from defi.config import CONFIG_DIR, typed
+from defi.data import DataSettings, Part, read_sets, read_settings
+from defi.data.mixture import Mixture
 from defi.errors import UserError
-from Step2_GIDM.data.pairs import PairDataset, PairMixture, PairsSettings, Part
-from Step2_GIDM.data.sources import SOURCES
+from Step2_GIDM.data.images import Augmentation
+from Step2_GIDM.data.pairs import PairDataset
 
-Section = Mapping[str, Any]
-HEAVIEST = 10**6  # weight: places of an epoch are counted in 64 bits
+FARTHEST = 10**6  # frames between the two of a pair: hours of video
+
+
+@dataclass(kw_only=True)
+class PairSettings:
+    """What a section says of its pairs; see configs/step2_train.yaml.
+
+    distance: [low, high], frames between the two of a pair; None: the data set's own, `pair_distance`.
+    stride: frames between the starts of pairs. weight: in a mixture.
+    """
+
+    distance: list[int] | None = None
+    stride: int = 1
+    augmentation: Augmentation | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        apart = [1, 1] if self.distance is None else self.distance
+        if len(apart) != 2 or not 1 <= apart[0] <= apart[1] <= FARTHEST:
+            must = f"must be [low, high] with 1 <= low <= high <= {FARTHEST:,}, [15,15] say"
+            raise UserError(f"data.distance={self.distance}: {must}")
+        if self.stride < 1:
+            raise UserError(f"data.stride={self.stride}: must be at least 1")
 
 
 def build_pairs(
-    data: Section, image_size: int, part: Part = "training", *, augment: bool = True
-) -> PairDataset | PairMixture:
-    """Pairs of the section's training clips, augmented as it says, or of those held out, as they are."""
+    section: Mapping[str, Any], image_size: int, part: Part = "training", *, augment: bool = True
+) -> PairDataset | Mixture[PairDataset]:
+    """Pairs of the section's training episodes, augmented as it says, or of another part, as they are.
 
-    def pairs_of(settings: PairsSettings) -> PairDataset:
+    Where `data.cameras` names none, they show the first camera only.
+    """
+
+    def pairs_of(settings: DataSettings, pairs: PairSettings) -> PairDataset:
+        data = (settings.wordless() if part == "all" else settings).open(part)  # to label: words need not be
         return PairDataset(
-            settings.open(part),
+            data,
+            data.cameras if settings.cameras else data.cameras[:1],
             image_size=image_size,
-            distance=settings.distance,
-            stride=settings.stride,
-            augmentation=settings.augmentation if augment and part == "training" else None,
+            distance=pairs.distance or [data.pair_distance] * 2,
+            stride=pairs.stride,
+            augmentation=pairs.augmentation if augment and part == "training" else None,
         )
 
-    if "sets" not in data:
-        return pairs_of(read_section(data))
-    sets, places = {}, {}
-    for name, settings in read_mixture(data).items():
-        if not 0 < (weight := settings.weight) <= HEAVIEST:
-            raise UserError(f"data.sets.{name}.weight={weight}: must be above 0 and at most {HEAVIEST:,}")
-        sets[name] = pairs = pairs_of(settings)
-        places[name] = max(1, round(weight * (settings.size(pairs) if part == "training" else len(pairs))))
-    return PairMixture(sets, places)
-
-
-def read_section(data: Section, where: str = "data") -> PairsSettings:
-    """The section of one data set.
-
-    Raises:
-        UserError: no such source, a setting that it does not have, or a value of another type.
-    """
-    if (source := data["source"]) not in SOURCES:
-        raise UserError(f"{where}.source={source}: choose from {', '.join(SOURCES)}")
-    return typed(SOURCES[source], {key: data[key] for key in data.keys() - {"source"}}, where)
-
-
-def read_mixture(data: Section) -> dict[str, PairsSettings]:
-    """The data sets of a mixture, by name.
-
-    A mixture names its sets itself, or (`mixture`) takes those of a table. What a set leaves out it takes
-    from the mixture, then from configs/data/pairs_<source>.yaml.
-
-    Raises:
-        UserError: there is no set, one says too little, or a setting that none has.
-    """
-    chosen = data["sets"]
-    if "mixture" in data:
-        weights = data["mixtures"].get(data["mixture"])
-        if weights is None:
-            raise UserError(f"data.mixture={data['mixture']}: choose from {', '.join(data['mixtures'])}")
-        chosen = {
-            name: {"root": str(Path(data["root"], name)), "weight": weight, **data["sets"][name]}
-            for name, weight in weights.items()
-        }
-    if not chosen:
-        raise UserError("data.sets: names no data set; give at least one, each with source, root and weight")
-    known = {kind: {"source", *(each.name for each in fields(SOURCES[kind]))} for kind in SOURCES}
-    common = {key: value for key, value in data.items() if key not in ("sets", "mixture", "mixtures", "root")}
-    for name in common.keys() - set().union(*known.values()):
-        raise UserError(f"data.{name}={common[name]}: no data set has such a setting; leave it out")
-    found = {}
-    for name, own in chosen.items():
-        given, where = {**common, **own}, f"data.sets.{name}"
-        if missing := [key for key in ("source", "root", "weight") if key not in given]:
-            raise UserError(f"{where}: lacks {', '.join(missing)}")
-        if (source := given["source"]) in SOURCES:  # if not, `read_section` says so
-            defaults = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "data" / f"pairs_{source}.yaml"))
-            shared = {key: value for key, value in common.items() if key in known[source]}
-            given = {**defaults, **shared, **own}
-        found[name] = read_section(given, where)
-    return found
+    if "sets" not in section:
+        return pairs_of(*read_settings(section, PairSettings))
+    chosen = read_sets(section, PairSettings)
+    sets = {name: pairs_of(*settings) for name, settings in chosen.items()}
+    weights = {name: pairs.weight for name, (_, pairs) in chosen.items()}
+    sizes = {}
+    if part == "training":  # a share counts what is not trained on, too
+        for name, pairs in sets.items():
+            sizes[name] = len(pairs) * pairs.data.size() // int(pairs.data.lengths.sum())
+    return Mixture(sets, weights, sizes)

@@ -23,12 +23,19 @@ from defi.files import read_json
 from defi.processes import print_once, processes
 from defi.sim.judge import solved
 from defi.sim.renderers import Renderer, default_kind, find_renderer
+from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
 from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.fleet import Batcher, Fleet
-from Step3_DeFI.rollout.policy import ModelPolicy, identify, load_policy, policy_threads, trained_precision
-from Step3_DeFI.rollout.protocol import RolloutConfig, build_chains, build_scene, choose, world_maker
+from Step3_DeFI.rollout.protocol import (
+    RolloutConfig,
+    build_chains,
+    build_scene,
+    check_robot,
+    choose,
+    world_maker,
+)
 from Step3_DeFI.rollout.report import result_table, task_table, write_clip, write_report
 from Step3_DeFI.rollout.results import RESULTS, ChainLog, Results, running_average, versions
 from Step3_DeFI.rollout.simulator import AGENTS, ChainResult, ChainSpec, Clip, Setup
@@ -115,7 +122,7 @@ class Evaluation:
 def run_chains(
     evaluation: Evaluation,
     agent: str,
-    policy: ModelPolicy | None = None,
+    policy: Policy | None = None,
     *,
     name: str = "chains",
     output: Path | None = None,
@@ -125,7 +132,7 @@ def run_chains(
     """Run all chains that `output` does not hold yet.
 
     Args:
-        policy: answers the observations of the agent `policy` (with `act`); the others need none.
+        policy: answers the observations of the agent `policy`; the others need none.
         output: folder for `<name>.jsonl` and clips (of `chains` only); None keeps nothing on disk.
         state: the processes of `accelerate launch`, each of which takes a contiguous part of the chains and
             returns all of them; None: this process alone.
@@ -141,7 +148,7 @@ def run_chains(
     size = min(len(mine), config.processes or max(1, len(os.sched_getaffinity(0)) // ranks))
     filmed = config.videos.chains if output and name == "chains" else 0
     setup = replace(evaluation.setup, agent=agent, filmed=filmed)
-    batcher = Batcher(policy, config.batch, config.chunk) if policy else None
+    batcher = Batcher(policy, config.batch, config.chunk or policy.robot.executed) if policy else None
     total = len(found) + len(mine)
     progress = ProgressDisplay(AGENTS[agent], total, len(found), enabled=show and rank == 0)
     with Fleet(setup, size, batcher) as fleet, closing(progress):
@@ -164,7 +171,7 @@ def run_chains(
 def evaluate(
     evaluation: Evaluation,
     agent: str,
-    policy: ModelPolicy | None = None,
+    policy: Policy | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
     output: Path | None = None,
@@ -211,7 +218,8 @@ def evaluate_policy(
             earlier.unlink()
     if evaluation.caveat:
         print(evaluation.caveat)
-    policy = ModelPolicy(model, precision=precision)
+    check_robot(model.config, "the policy")
+    policy = Policy(model, precision=precision)
     with policy_threads():
         results = evaluate(evaluation, "policy", policy, output=output, show=False)
     summary = results.limits[str(max(evaluation.config.max_steps))]
@@ -236,11 +244,11 @@ def main(cfg: DictConfig) -> None:
     if config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
-        sources = {"gfdm": config.gfdm, "gidm": config.gidm}
-        model = load_policy(config.checkpoint, device=state.device, precision=config.precision, **sources)
-        wanted = {"sampler": config.sampler, "steps": config.sampler_steps, "guidance": config.guidance}
+        wanted = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}
+        wanted |= {"steps": config.sampler_steps, "guidance": config.guidance}
         chosen = {key: value for key, value in wanted.items() if value is not None}
-        policy = ModelPolicy(model, precision=config.precision, **chosen)
+        policy = Policy.load(config.checkpoint, device=state.device, precision=config.precision, **chosen)
+        check_robot(policy.model.config, config.checkpoint)
     with policy_threads(config.threads, ranks=state.num_processes) as threads:
         if known.get("device") == "cpu":
             known["threads"] = threads  # rounding depends on it

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from defi.data.calvin import CAMERAS
+from defi.engine.data import seed_of
 from defi.errors import UserError
-from Step3_DeFI.rollout.policy import ModelPolicy
+from Step3_DeFI.acting import Policy
 from Step3_DeFI.rollout.simulator import GONE, Actions, ChainResult, ChainSpec, Clip, Observation, Setup
 
 MOST_DEATHS = 3
@@ -61,6 +63,12 @@ class Simulator:
         return lines[-1].strip() if lines else "it printed nothing"
 
 
+def shown(seen: Observation) -> dict[str, Any]:
+    """What a simulator shows, as a policy takes it: with the names of CALVIN's robot."""
+    images = {camera: seen.images[key] for camera, key in CAMERAS.items() if key in seen.images}
+    return {"images": images, "instruction": seen.instruction, "state": seen.state}
+
+
 class Batcher:
     """Collects observations and calls the policy, in batches that change nothing about the answers.
 
@@ -70,12 +78,12 @@ class Batcher:
     the same row: its index modulo `batch`.
 
     Args:
-        policy: a `ModelPolicy`, or anything else with its `act`.
+        policy: or anything else with its `infer_batch`.
         batch: rows of every call.
         chunk: actions of each answer that are executed; None for all.
     """
 
-    def __init__(self, policy: ModelPolicy, batch: int, chunk: int | None = None) -> None:
+    def __init__(self, policy: Policy, batch: int, chunk: int | None = None) -> None:
         self.policy, self.batch, self.chunk = policy, batch, chunk
         self._waiting: list[tuple[Hashable, Observation, float]] = []  # who, with what, since when
         self._call_seconds, self.calls = 0.0, 0
@@ -105,12 +113,12 @@ class Batcher:
                 self._waiting.append((asker, observation, since))
         filler, began = next(iter(picked.values())), time.monotonic()
         batch = [picked.get(row, filler)[1] for row in range(self.batch)]
-        actions = np.asarray(self.policy.act(batch))
+        seeds = [seed_of("rollout", *seen.seed) for seen in batch]
+        actions = np.asarray(self.policy.infer_batch([shown(seen) for seen in batch], seeds))
         self._call_seconds, self.calls = time.monotonic() - began, self.calls + 1
         if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
             wanted = f"the simulator takes ({self.batch}, K, 7): position, rotation, gripper"
-            fix = "use a checkpoint trained on rel_actions"
-            raise UserError(f"the policy returned actions of shape {actions.shape}, {wanted}; {fix}")
+            raise UserError(f"the policy returned actions of shape {actions.shape}, {wanted}")
         for row, (asker, observation) in picked.items():
             if not np.isfinite(actions[row]).all():
                 where = "chain {1}, {task}, observation {2}".format(*observation.seed, task=observation.task)

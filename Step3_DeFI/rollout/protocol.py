@@ -6,19 +6,22 @@ configs/step3_rollout.yaml says what each setting is for.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from defi.data.calvin import calvin_robot
 from defi.errors import UserError
 from defi.files import read_yaml
 from defi.npy import load_npy
+from defi.processes import print_once
 from defi.sim import scenes, sequences
 from defi.sim.scene import BLOCKS, SceneConfig
 from defi.sim.tasks import INSTRUCTIONS, TASKS, Situation
+from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.rollout.simulator import ChainSpec
 
 CLONE_INSTRUCTIONS = "calvin_models/conf/annotations/new_playtable_validation.yaml"
@@ -97,6 +100,21 @@ class RolloutConfig:
 
 def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def check_robot(policy: PolicyConfig, source: str) -> None:
+    """Raises UserError if a policy's robot is not the simulators'; other names or units are only printed."""
+    robot, simulated = policy.robot, calvin_robot()
+    differ = [f"no camera {camera}" for camera in robot.cameras if camera not in simulated.cameras]
+    sizes = {"actions": (policy.action_dim, len(simulated.actions))}
+    sizes |= {"state": (policy.state_dim, len(simulated.state))} if policy.state else {}
+    differ += [f"{what} of {its} numbers, not {own}" for what, (own, its) in sizes.items() if own != its]
+    if differ:
+        fix = "give a checkpoint of CALVIN's robot"
+        have = f"is of another robot than the simulators', which have {'; '.join(differ)}"
+        raise UserError(f"{source}: {have}; {fix}")
+    other = robot.differences(replace(simulated, cameras=robot.cameras))
+    print_once(f"{source}: its robot is not quite the simulators': {'; '.join(other)}" if other else "")
 
 
 def build_scene(sim: SimConfig, scene: str) -> SceneConfig:

@@ -50,6 +50,7 @@ class Observation:
     task: str
     instruction: str
     images: Images
+    state: Float[np.ndarray, "15"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
 
     def ask_policy(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
-        connection.send(Observation(seed, task, instruction, world.render()))
+        connection.send(Observation(seed, task, instruction, world.render(), world.robot_obs()))
         return connection.recv()
 
     agents = {"policy": ask_policy, "random": random_agent, "scripted": ScriptedAgent()}

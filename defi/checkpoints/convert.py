@@ -9,8 +9,6 @@ The next stage, rollouts and `from_pretrained` load what it writes. Settings: co
 """
 
 import importlib
-import os
-import shutil
 from types import ModuleType
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +18,7 @@ from defi.checkpoints.matching import DoesNotFit
 from defi.config import entry
 from defi.engine import checkpoint
 from defi.engine.model import StageModel
-from defi.engine.output import check_output, prepare_output
+from defi.engine.output import check_output, new_folder, prepare_output
 from defi.errors import UserError
 
 # By name, since this package imports no stage: each stage knows the published names of its own weights.
@@ -57,12 +55,8 @@ def main(cfg: DictConfig) -> None:
         prepare_output(output, overwrite=cfg.overwrite)
         output = checkpoint.save(model, output, step=0, config=OmegaConf.to_container(cfg, resolve=True))
     else:  # a text tower: a complete Hugging Face folder or none
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = output.with_name(f".writing_{output.name}")
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save(folder)
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(folder, output)
+        with new_folder(output) as folder:
+            model.save(folder)
     print(f"written      {output}")
 
 

@@ -7,8 +7,9 @@ python -m defi.checkpoints.inspect path=lam_idm.ckpt tensors=true      every ten
 import itertools
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -22,6 +23,7 @@ from defi.checkpoints.files import find_index, read_foreign
 from defi.checkpoints.matching import part_of
 from defi.config import compose_preset, entry, presets
 from defi.engine.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_manifest
+from defi.engine.model import CONFIG
 from defi.errors import UserError
 from defi.files import find_files, read_json
 
@@ -29,12 +31,15 @@ STATE = {"ema", "state"}  # of our checkpoints: beside the weights themselves
 
 
 class Found(NamedTuple):
-    """A checkpoint. stage: None where it belongs to none. published: the names are not ours."""
+    """A checkpoint. stage: None where it belongs to none. published: the names are not ours.
+    policy: the configuration of a policy of ours.
+    """
 
     title: str
     tensors: dict[str, Tensor]
     stage: str | None = None
     published: bool = True
+    policy: Any = None
 
 
 def open_checkpoint(path: Path) -> Found:
@@ -49,7 +54,8 @@ def open_checkpoint(path: Path) -> Found:
         folder = find_checkpoint(path)
         manifest = read_manifest(folder)
         title = f"{manifest['stage']} of this project, preset {manifest['preset']}, step {manifest['step']}"
-        return Found(title, _weights(folder), manifest["stage"], published=False)
+        found = Found(title, _weights(folder), manifest["stage"], published=False)
+        return found._replace(policy=policy_config(folder)) if found.stage == "policy" else found
     if (path / "unet").is_dir():
         video = adapter("gfdm")
         return Found(video.TITLE, video.read(path), "gfdm")
@@ -61,6 +67,11 @@ def open_checkpoint(path: Path) -> Found:
         stage = next((stage for stage in ADAPTERS if adapter(stage).MARK in tensors), None)
         return Found(adapter(stage).TITLE if stage else "tensors of an unknown model", tensors, stage)
     raise UserError(f"{path}: no checkpoint here; give a run, a diffusers or Hugging Face folder, or a file")
+
+
+def policy_config(folder: Path) -> Any:
+    """The `PolicyConfig` of a policy's checkpoint; by name, since this package imports no stage."""
+    return import_module("Step3_DeFI.config").PolicyConfig.read(folder / CONFIG)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -107,11 +118,24 @@ def table(tensors: Mapping[str, Tensor], *, each: bool) -> Table:
     return view
 
 
+def robot_table(policy: Any) -> Table:
+    """Of a `PolicyConfig`."""
+    view = Table(box=None, pad_edge=False)
+    for column in ("robot", "name", "unit", "normalisation", "range in the data"):
+        view.add_column(column)
+    for row in policy.robot.rows(state=policy.state):
+        view.add_row(*map(escape, row))
+    return view
+
+
 @entry("inspect")
 def main(cfg: DictConfig) -> None:
     found = open_checkpoint(Path(cfg.path))
     print(f"{cfg.path}: {found.title}")
     Console(highlight=False).print(table(found.tensors, each=cfg.tensors))
+    if found.policy is not None:
+        Console(highlight=False).print(robot_table(found.policy))
+        print(f"robot        {found.policy.robot.summary(found.policy.chunk)}")
     if found.stage in ("gfdm", "gidm", "policy"):
         print(f"fits preset  {', '.join(fitting(found)) or 'none'}")
 

@@ -1,12 +1,15 @@
 """Folders and files written to: no earlier run is lost by accident, no half-written file is seen."""
 
 import fcntl
+import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from defi.errors import UserError
+from defi.errors import UserError, writing
 
 LOCK = ".lock"  # held by the process that writes to the folder
 LEFTOVER = ".writing"
@@ -85,6 +88,27 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "defi"
 
 
+def index_place(root: Path, name: str, done: str) -> Path:
+    """The folder of an index of data: `<root>/.defi/<name>`, or beside `root` if that is a file.
+
+    In `$DEFI_INDEX` instead, if set, or in the user's cache where the data's folder cannot be written to. A
+    folder that holds the file `done` comes first.
+    """
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    beside, given = root if root.is_dir() else root.parent, os.environ.get("DEFI_INDEX")
+    places = [beside / ".defi" / name, user_cache() / "index" / digest / name]
+    places = [Path(given) / digest / name] if given else places
+    for place in places:
+        if (place / done).is_file():
+            return place
+    for place in places:
+        with suppress(OSError):  # read-only, say
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place
+    raise UserError(f"{places[-1]}: cannot be written to; set DEFI_INDEX to a folder for indices of data")
+
+
 def is_leftover(path: Path) -> bool:
     """Whether this is what `write_file` or `claim` leaves when its process is killed."""
     return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(LEFTOVER))
@@ -97,6 +121,29 @@ def write_file(path: Path, content: str | bytes) -> None:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which takes the place of `output` when all of it is on the disk, or never."""
+    folder, old = (output.with_name(f".{output.name}{end}{LEFTOVER}") for end in ("", ".old"))
+    with writing(output, "it", fix="repeat the command"):
+        if old.is_dir() and not output.exists():  # killed between the two
+            os.replace(old, output)
+        for each in (folder, old):
+            shutil.rmtree(each, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+                sync(path)
+            if output.is_dir():
+                os.replace(output, old)
+            os.replace(folder, output)
+        finally:
+            for each in (folder, old):
+                shutil.rmtree(each, ignore_errors=True)
+        sync(output.parent)
 
 
 def sync(path: Path) -> None:

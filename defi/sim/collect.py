@@ -13,8 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from defi import __version__
-from defi.calvin import CalvinFolder
 from defi.config import entry, typed
+from defi.data.calvin import CalvinFolder
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError, writing
 from defi.files import read_json

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from defi.calvin import TRAINING, VALIDATION, Span, encode_frame, frame_name, index_files
+from defi.data.calvin import TRAINING, VALIDATION, Span, encode_frame, frame_name, index_files
 from defi.engine.output import write_file
 from defi.errors import UserError
 from defi.files import read_json

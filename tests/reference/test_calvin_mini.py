@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defi.calvin import ANNOTATIONS, FRAME, CalvinFolder
+from defi.data.calvin import ANNOTATIONS, FRAME, CalvinFolder
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ from omegaconf import DictConfig
 pytest.importorskip("pybullet")
 from defi import doctor
 from defi.config import CONFIG_DIR, typed
+from defi.data.calvin import calvin_robot
 from defi.errors import UserError
 from defi.sim import official, renderers
 from defi.sim.renderers import NEEDED, egl_devices, find_renderer
+from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout import evaluate as command
 from Step3_DeFI.rollout.evaluate import CommandConfig, Evaluation, main
@@ -87,8 +89,10 @@ def test_processes_do_not_draw_differently(
 def test_rollouts_during_training_follow(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renderers, "egl_devices", dict)
     with pytest.raises(UserError, match="sim.renderer=egl: no such EGL device works here"):
-        rollouts(composed("step3_train", "preset=tiny", f"sim.calvin_root={clone}"))
-    rollouts(composed("step3_train", "preset=tiny"))
+        rollouts(
+            composed("step3_train", "preset=tiny", f"sim.calvin_root={clone}"), PolicyConfig(calvin_robot())
+        )
+    rollouts(composed("step3_train", "preset=tiny"), PolicyConfig(calvin_robot()))
 
 
 @pytest.mark.parametrize("renderer", ["egl", "cpu"])

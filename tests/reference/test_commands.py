@@ -45,10 +45,10 @@ def test_stage_1(
     run("Step1_GFDM.prepare", f"data.root={calvin}", vae, f"output={tmp_path / 'calvin'}")
     sets = {"calvin": "cameras: [0.75, 0.25]"} | dict.fromkeys(rlds, "clips: spread, cameras: [1.0]")
     for name, episodes in rlds.items():
-        given = ["data=captioned_rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
-        given += [f"data.cameras={{static: {TABLE[name]['image']}}}", "data.every=2"]
+        given = ["data=rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
+        given += [f"data.cameras={TABLE[name]['cameras']}", "data.every=2", "data.fps=5"]
         # A few episodes are enough; the last one is held out.
-        given += ["data.splits={train: 'train[:3]', val: 'train[-1:]'}"]
+        given += ["data.split='train[:3]'", "data.held_out='train[-1:]'"]
         run("Step1_GFDM.prepare", *given, vae, f"output={tmp_path / name}")
         said = [(e.frames, e.texts) for e in read_episodes(tmp_path / name, "train")]
         assert said == [(-(-e["length"] // 2), [e["language"]]) for e in episodes[:3]]
@@ -76,8 +76,8 @@ def test_stage_2(
     run("Step2_GIDM.health", *made, f"output={tmp_path / 'codes'}", "pairs=40")
     assert "probe" in json.loads((tmp_path / "codes" / "health.json").read_text())
     name, episodes = next(iter(rlds.items()))
-    given = ["data=pairs_rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
-    given += [f"data.image={TABLE[name]['image']}", "data.split='train[:2]'"]
+    given = ["data=rlds", f"data.root={reference / 'rlds' / name}", f"data.index={tmp_path}"]
+    given += [f"data.cameras={TABLE[name]['cameras']}", "data.split='train[:2]'"]
     run("Step2_GIDM.label", made[0], *given, f"output={tmp_path / 'codes.npz'}")
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as labels:
         assert len(labels["frame"]) == sum(episode["length"] for episode in episodes[:2])
@@ -89,7 +89,7 @@ def test_stage_3(calvin: Path, sources: Sources, tmp_path: Path) -> None:
     for split in ("training", "validation"):
         given = [f"data.root={calvin}", f"data.split={split}", stages[0], f"output={tmp_path / split}"]
         run("Step3_DeFI.prepare", *given, "store.kind=latents", "data.stride=40", "preset=tiny")
-    shown = [*SHORT, "trainer.preview_every=2", "data.shown=2"]
+    shown = [*SHORT, "trainer.preview_every=2", "shown=2"]
     packed = [f"data.store={tmp_path / 'training'}", f"data.held_out={tmp_path / 'validation'}"]
     raw = [f"data.root={calvin}", "data.held_out=validation", "data.stride=40"]
     for name, data in (("packed", packed), ("raw", raw)):

@@ -20,12 +20,15 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from hydra import compose, initialize_config_dir
+from made_data import MadeData
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from defi.config import CONFIG_DIR, compose_preset
+from defi.data import open_dataset
+from defi.data.calvin import CAMERAS
 from defi.engine.config import TrainerConfig
 from defi.engine.data import SeededDataset
 from defi.engine.optimizer import build_optimizer
@@ -37,17 +40,16 @@ from Step1_GFDM.model import GFDM
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.images import Augmentation, Draw
-from Step2_GIDM.data.pairs import Clip, PairDataset, Source
+from Step2_GIDM.data.pairs import PairDataset, later
 from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
+from Step3_DeFI.acting import Policy
 from Step3_DeFI.config import PolicyConfig
-from Step3_DeFI.observation import CAMERAS, to_unit
+from Step3_DeFI.observation import to_unit
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.prepare import prepare
-from Step3_DeFI.rollout.policy import ModelPolicy
-from Step3_DeFI.rollout.simulator import Observation
 from Step3_DeFI.samples import PolicySamples
-from Step3_DeFI.store import open_samples
+from Step3_DeFI.store import build_samples, open_sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are left out|too few episodes):UserWarning")
 SIGMAS = 4  # that shares may differ by: dozens of them are compared
@@ -294,11 +296,11 @@ def test_pipelines_stage2_pairs_and_texts(sets: Recorded, mixture) -> None:
         assert len(data) == found["pairs"]
         mine: dict[int, list[tuple[list[int], str]]] = {}
         for index in range(len(data)):
-            clip, now = data.locate(index)
-            pair = [clip.start + position for position in clip.pair(now, window - 1)]
-            mine.setdefault(data.source.episode(clip), []).append((pair, clip.text(now)))
+            clip, _, now = data.locate(index)
+            pair = [data.data.trim[0] + position for position in (now, later(clip, now, window - 1))]
+            mine.setdefault(int(clip.name) - data.data.data.first, []).append((pair, clip.text(now)))
         assert list(mine) == [episode["episode"] for episode in found["episodes"]]
-        assert data.source.dropped == len(found["dropped"]) and not set(mine) & set(found["dropped"])
+        assert data.data.dropped == len(found["dropped"]) and not set(mine) & set(found["dropped"])
         for episode in found["episodes"]:
             pairs, texts = zip(*mine[episode["episode"]])
             assert list(pairs) == episode["pairs"], (name, window, episode["episode"])
@@ -314,9 +316,11 @@ def test_pipelines_stage2_samples_show_the_frames_of_their_pair(sets: Recorded, 
         first = 0
         for episode in found["episodes"]:
             for place in {0, len(episode["pairs"]) // 2, len(episode["pairs"]) - 1}:
-                now, later = episode["pairs"][place]
-                expected = data.source.data.frames(episode["episode"], [now, later], data.source.picture)
-                shown = data.frames(*data.locate(first + place), window - 1)
+                now, then = episode["pairs"][place]
+                source, picture = data.data.data, data.data.data.picture(data.cameras[0])
+                expected = source.frames(episode["episode"], [now, then], picture)
+                clip, camera, at = data.locate(first + place)
+                shown = data.read(clip, camera, [at, later(clip, at, window - 1)])
                 assert np.array_equal(shown.permute(0, 2, 3, 1).numpy(), expected)
             sample = data.sample(first, np.random.default_rng(0))
             assert sample["text"] in episode["stored_text"]
@@ -327,7 +331,7 @@ def test_pipelines_stage2_settings_of_the_table(stage2: dict[str, Any], table: d
     """Windows of W frames, as the release's lists give them: distances of W - 1."""
     for name, data in stage2["data_sets"].items():
         windows = data["windows_that_can_be_drawn"]
-        assert table["sets"][name]["image"] == data["image_key"]
+        assert table["sets"][name]["cameras"] == [data["image_key"]]
         assert table["sets"][name]["distance"] == [min(windows) - 1, max(windows) - 1]
 
 
@@ -385,16 +389,18 @@ def test_pipelines_stage2_resized_pictures(pictures: Arrays, sets: Recorded, mix
         side = expected.shape[-1]
         section = mixture({name: 1.0}, split=split, trim=[0, 0], drop_unlabelled=False)
         data = opened(section, name, side)
-        source = data.source.data
+        source, camera = data.data.data, data.cameras[0]
         index = int(source.lengths[: int(episode)].sum()) + int(step)
         found = data.sample(index, np.random.default_rng(0))["frames"][0] * 255
         difference = (found - expected).abs()
-        (coded,) = source.encoded(int(episode), [int(step)], data.source.picture)
+        (coded,) = source.encoded(int(episode), [int(step)], source.picture(camera))
         if coded[:2] != b"\xff\xd8":
             assert difference.max() < 1.001, key
             continue
         assert difference.mean() < 2, key
-        bilinear = TF.resize(data.frames(*data.locate(index), 1)[0], [side, side], antialias=True)
+        bilinear = TF.resize(
+            data.read(data.locate(index)[0], camera, [int(step)])[0], [side, side], antialias=True
+        )
         ours.append(difference.mean().item())
         others.append((bilinear - expected).abs().mean().item())
     assert sum(ours) < sum(others) or not ours
@@ -408,14 +414,9 @@ def test_pipelines_stage2_augmentation(
         pytest.skip("no augmented pictures")
     picture = pictures["augmented_source"]
 
-    class Still(Source):
-        clips, lengths, fingerprint = [Clip("picture", 0, 2)], np.array([2]), "still"
-
-        def read(self, clip: Clip, positions: list[int]) -> np.ndarray:
-            return np.stack([picture for _ in positions])
-
-    side = len(picture)
-    data = PairDataset(Still(), image_size=side, distance=(1, 1), augmentation=Augmentation())
+    still = MadeData([2], lambda episode, positions: np.stack([picture for _ in positions]))
+    side, one = len(picture), Augmentation()
+    data = PairDataset(still, still.cameras, image_size=side, distance=(1, 1), augmentation=one)
     for number, given in enumerate(stage2["augmentation_examples"]):
         names = {"brightness": "brightness_delta", "hue": "hue_delta"}
         names |= {"contrast": "contrast_factor", "saturation": "saturation_factor"}
@@ -473,7 +474,7 @@ def samples(
         prepare(composed("step3_prepare", *source, "store.kind=images", f"output='{output}'"))
         source = [f"data.store='{output}'"]
     cfg = composed("step3_train", "output=unused", *source)
-    return open_samples(cfg.data, settings_of_policy)["training"]
+    return build_samples(open_sources(cfg.data, "training"), settings_of_policy)
 
 
 def test_pipelines_stage3_samples_texts_and_actions(
@@ -489,12 +490,17 @@ def test_pipelines_stage3_samples_texts_and_actions(
         np.testing.assert_array_equal(sample["actions"], expected)
 
 
-def test_pipelines_stage3_rows(samples: PolicySamples, split: str, stage3: dict[str, Any]) -> None:
+def test_pipelines_stage3_rows(
+    samples: PolicySamples, split: str, stage3: dict[str, Any], reference: Path
+) -> None:
     """Which annotation and which frame a sample is of."""
     store = getattr(samples, "folder", None)
-    spans = samples.spans if store is None else np.load(store / "spans.npy")
+    starts = samples.starts if store is None else np.load(store / "starts.npy")
+    data = open_dataset({"format": "calvin", "root": str(reference / "calvin_mini"), "split": split})
     for number, start, annotation, frame in stage3["splits"][split]["rows"]:
-        assert spans[number].tolist() == [annotation, start] == [annotation, frame]
+        episode = data.episode(starts[number, 0])  # named by its annotation
+        assert [int(episode.name), episode.start + starts[number, 1]] == [annotation, start]
+        assert start == frame
 
 
 def test_pipelines_stage3_pictures(samples: PolicySamples, split: str, looks: Arrays) -> None:
@@ -504,7 +510,7 @@ def test_pipelines_stage3_pictures(samples: PolicySamples, split: str, looks: Ar
         pytest.skip(f"no pictures recorded of {split}")
     for number in sorted(numbers):
         images = samples[number]["images"]
-        for view, camera in enumerate(CAMERAS):
+        for view, camera in enumerate(CAMERAS.values()):
             expected = looks[f"{split}_{number}_{camera}"].astype(np.float32)
             np.testing.assert_array_equal(images[view], np.round((expected * 0.5 + 0.5) * 255))
             np.testing.assert_allclose(to_unit(images)[view], expected, atol=2**-11)
@@ -512,7 +518,7 @@ def test_pipelines_stage3_pictures(samples: PolicySamples, split: str, looks: Ar
 
 def test_pipelines_stage3_batch(samples: PolicySamples, stage3: dict[str, Any]) -> None:
     published = stage3["batch"]
-    static, gripper = (published["rgb_obs"][camera] for camera in CAMERAS)
+    static, gripper = (published["rgb_obs"][camera] for camera in CAMERAS.values())
     size = published["actions"][0]
     if len(samples) < size:
         pytest.skip(f"{len(samples)} samples are no batch of {size}")
@@ -637,12 +643,12 @@ def test_pipelines_text_of_stage_3(policy: DeFI, said: dict[str, Any]) -> None:
 def test_pipelines_text_of_a_rollout(policy: DeFI, said: dict[str, Any]) -> None:
     """The towers are given what training gives them."""
     images = {camera: np.zeros((16, 16, 3), np.uint8) for camera in CAMERAS}
-    acting = ModelPolicy(policy)
+    acting = Policy(policy)
     for entry in said["texts"]:
         assert entry["rollout"]["clip_ids_equal_training"] and entry["rollout"]["t5_string_equal_training"]
 
         def act(text: str = entry["text"]) -> None:
-            acting.act([Observation((0, 0, 0), "task", text, images)])
+            acting.infer({"images": images, "instruction": text})
 
         assert spied(policy.t5, act).given == [entry["stage3_t5"]["string"]]
         assert set(spied(policy.gfdm.clip, act).given) == {entry["stage3_clip"]["string"]}

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from defi.config import compose_preset
+from defi.data.calvin import calvin_robot
 from defi.errors import UserError
 from defi.text import CLIPText, T5Text, TextConfig
 from Step1_GFDM.adapter import build as build_gfdm
@@ -19,6 +20,7 @@ from Step2_GIDM.model import GIDM, GIDMConfig
 from Step3_DeFI import adapter as policy_adapter
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.stages import language_of
 
 GIDM_FILES = {"language": "gidm_stage2_checkpoint", "controllable": "gidm_controllable"}
 DINO_POSITIONS = 518  # pixels; dinov2_vitb14_reg's
@@ -66,7 +68,9 @@ def policy() -> DeFI:
     with torch.device("meta"):
         gfdm = build_gfdm(cfg)
         gfdm.clip = clip_base()
-        return DeFI(PolicyConfig.from_preset(cfg), gfdm=gfdm, gidm=build_gidm("language"))
+        return DeFI(
+            PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, **language_of(build_gidm("language"))
+        )
 
 
 @pytest.mark.parametrize("variant", GIDM_FILES)

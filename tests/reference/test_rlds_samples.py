@@ -10,7 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from defi.config import CONFIG_DIR
-from defi.rlds import RLDSDataset
+from defi.data import open_dataset
+from defi.data.rlds import RLDSDataset
+from defi.data.rlds.episodes import ACTIONS
 from Step2_GIDM.data.build import build_pairs
 
 
@@ -32,7 +34,7 @@ def table() -> dict:
 def test_the_table_of_data_sets_is_the_recorded_one(reference: Path, table: dict) -> None:
     recorded = json.loads((reference / "oxe_mixtures.json").read_text())
     sets = {name: (s["primary_image"], s["window"]) for name, s in recorded["datasets"].items()}
-    assert {name: (s["image"], s["distance"]) for name, s in table["sets"].items()} == sets
+    assert {name: (*s["cameras"], s["distance"]) for name, s in table["sets"].items()} == sets
     assert table["mixtures"] == {name: dict(weights) for name, weights in recorded["mixtures"].items()}
 
 
@@ -42,7 +44,7 @@ def test_every_episode(recorded: dict[Path, dict], table: dict, tmp_path: Path) 
             if split.startswith("_"):
                 continue
             data = RLDSDataset(folder, split, index=tmp_path)
-            picture, language = data.picture(table["sets"][folder.name]["image"]), data.language(None)
+            picture, language = data.picture(table["sets"][folder.name]["cameras"][0]), data.language(None)
             assert data.lengths.tolist() == [episode["length"] for episode in episodes]
             for number, expected in enumerate(episodes):
                 assert data.text(number, language) == expected["language"]
@@ -63,6 +65,19 @@ def test_tensors_have_the_shapes_of_the_specification(recorded: dict[Path, dict]
             values = data.values(0, path.removeprefix("steps/"))
             assert values.shape == (data.lengths[0], *feature.shape) and values.dtype == feature.dtype
         assert data.values(0, "is_last").tolist() == [False] * (data.lengths[0] - 1) + [True]
+
+
+def test_rlds_actions_of_every_frame(recorded: dict[Path, dict]) -> None:
+    """Joined and numbered as the frames are, with the names of their features; nothing is lost."""
+    for folder in recorded:
+        data = open_dataset({"format": "rlds", "root": str(folder)}, "all")
+        whole = "action" in {path.removeprefix("steps/") for path in data.data.spec}
+        parts = ["action"] if whole else [f"action/{name}" for name in ACTIONS]
+        expected = [
+            np.concatenate([data.data.values(i, part) for part in parts], axis=1) for i in range(len(data))
+        ]
+        np.testing.assert_array_equal(data.motions.actions, np.concatenate(expected))
+        assert len(data.action_names) == 7 and data.cameras[0] in ("image", "image_0")
 
 
 def test_a_mixture_of_the_table(recorded: dict[Path, dict], table: dict, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Any data set as one in LeRobot's format v3.0, or in CALVIN's.
+
+Actions and state are written as `Dataset.motions` has them, in float32 (CALVIN keeps float64). Each episode
+is written by itself: annotated spans of CALVIN that share frames become episodes that share none, the name of
+the task is kept (`lerobot.TASK`). Back in CALVIN's format each episode is a recording and a span, its frames
+numbered anew; scene state and absolute actions, which this project does not read, are zeros there.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+
+from defi.config import entry
+from defi.data import Dataset, open_dataset
+from defi.data.calvin import FRAME, RELATIVE, Span, check_gripper, encode_frame, frame_name, index_files
+from defi.engine.output import check_output, new_folder
+from defi.errors import UserError
+
+
+def write_lerobot(dataset: Dataset, folder: Path, cfg: DictConfig) -> None:
+    """All episodes of a data set; errors as `LeRobotWriter`."""
+    try:
+        from defi.data.lerobot.write import LeRobotWriter
+    except ImportError:
+        raise UserError("to=lerobot: needs the package pyarrow; pip install pyarrow") from None
+    most = int(cfg.data_mb * 2**20), int(cfg.video_mb * 2**20)
+    writer = LeRobotWriter(dataset, folder, cfg.pictures, *most, cfg.robot_type)
+    for number in track(range(len(dataset)), "episodes", transient=True):
+        writer.add(dataset.episode(number))
+    writer.close()
+
+
+def write_calvin(dataset: Dataset, folder: Path) -> None:
+    """All episodes of a data set as one split. UserError: they are no robot's like CALVIN's, or damaged."""
+    needed = {f"the camera {name}": name in dataset.cameras for name in ("static", "gripper")}
+    needed |= {
+        "7 actions": len(dataset.action_names) == 7,
+        "15 numbers of state": len(dataset.state_names) == 15,
+    }
+    if missing := [name for name, there in needed.items() if not there]:
+        fix = "name what holds them (data.cameras=[static:…,gripper:…], data.actions, data.state)"
+        raise UserError(f"{dataset.root}: CALVIN's format wants {', '.join(missing)}; {fix}")
+    recordings, spans, first = [], [], 0
+    zeros = {key: np.zeros(shape) for key, (kind, shape) in FRAME.items() if kind is not np.uint8}
+    limit, unit = RELATIVE
+    for number in track(range(len(dataset)), "episodes", transient=True):
+        episode = dataset.episode(number)
+        where = f"{dataset.root}: episode {episode.name}"
+        rows = dataset.motions.rows(np.arange(episode.start, episode.start + episode.length))
+        actions, state = dataset.motions.actions[rows], dataset.motions.state[rows]
+        if (wrong := np.abs(actions) > limit).any():
+            raise UserError(f"{where}: holds the action {actions[wrong][0]:g}; CALVIN's are {unit}")
+        for positions, pictures in dataset.blocks(episode):
+            for place, position in enumerate(positions):
+                check_gripper(Path(f"{where}, frame {position}"), actions[position])
+                frame = {f"rgb_{camera}": pictures[camera][place] for camera in ("static", "gripper")}
+                own = {"rel_actions": actions[position], "robot_obs": state[position]}
+                (folder / frame_name(first + position)).write_bytes(encode_frame({**zeros, **own, **frame}))
+        recordings.append((first, first + episode.length - 1))
+        for positions, text in episode.sentences():
+            span = Span(first + positions.start, first + positions.stop - 1, text, episode.task or text)
+            spans += [span] if text else []
+        first += episode.length
+    for name, content in index_files(recordings, spans, {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@entry("convert_data")
+def main(cfg: DictConfig) -> None:
+    if cfg.to not in ("lerobot", "calvin"):
+        raise UserError(f"to={cfg.to}: choose lerobot or calvin")
+    output = check_output(cfg.output, overwrite=cfg.overwrite)
+    dataset = open_dataset(OmegaConf.to_container(cfg.data), cfg.part)
+    with new_folder(output) as folder:
+        write_calvin(dataset, folder) if cfg.to == "calvin" else write_lerobot(dataset, folder, cfg)
+    print(f"{output}: {len(dataset)} episodes, {int(dataset.lengths.sum())} frames of {dataset.scope}")
+    print("actions and state as float32", *(f"left out: {each}" for each in dataset.left_out), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a robot is to a policy. Nothing here needs PyTorch."""
