@@ -272,6 +272,8 @@ def other_codec(root: Path) -> None:
 FROM = "videos/observation.images.wrist/from_timestamp"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "version": (info(codebase_version="v2.0"), r"meta/info.json: version v2.0; v2.1 and v3.0 .*: convert it"),
+    "newer": (info(codebase_version="v9.9"), r"meta/info.json: version v9.9; v2.1 and v3.0 can be read"),
+    "mixed": (info(codebase_version="v2.1"), r"info.json: says v2.1, but the files are v3.0's; correct"),
     "no_version": (info(codebase_version=None), r"meta/info.json: version None; .* convert it"),
     "outside": (info(data_path="../{chunk_index}/{file_index}"), r"name ../0/0, outside the folder"),
     "template": (info(data_path="{x.y}.parquet"), r"\{x.y\}.parquet: missing; copy the data set again"),

@@ -87,10 +87,12 @@ class Meta:
         self.info = info = read_json(self.info_file, "give the folder of a LeRobot data set (meta/info.json)")
         self.version = info.get("codebase_version")
         if self.version not in VERSIONS:
-            fix = "convert it with LeRobot (lerobot.scripts.convert_dataset_…)"
+            fix = "convert it with LeRobot's own converters to one of these"
             raise UserError(
                 f"{self.info_file}: version {self.version}; {' and '.join(VERSIONS)} can be read: {fix}"
             )
+        if self.version == "v2.1" and (root / "meta/episodes").is_dir():
+            raise UserError(f"{self.info_file}: says v2.1, but the files are v3.0's; correct codebase_version")
         with reading(self.info_file, FIX):
             self.fps = float(info["fps"])
             if not 0 < self.fps < 10**4:
