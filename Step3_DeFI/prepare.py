@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from defi.config import entry
-from defi.data import Part, read_settings
+from defi.data import DataSettings, Part, read_settings
 from defi.engine.checkpoint import find_weights
 from defi.engine.data import seed_of
 from defi.engine.output import check_output, prepare_output, write_file
@@ -105,40 +105,18 @@ def prepare(cfg: DictConfig) -> Path:
     policy = PolicyConfig.from_preset(cfg, data.robot())
     own.remaining(data, policy.chunk)  # before the video model is loaded
     encoder = Encoder.from_config(cfg, policy)
-    kind, sizes, gfdm = encoder.kind, encoder.stage1, encoder.gfdm
+    sizes, gfdm = encoder.stage1, encoder.gfdm
     samples = RecordedSamples(
         data,
         own,
         chunk=policy.chunk,
         image_size=sizes.image_size,
-        by_text=kind == "features",
+        by_text=encoder.kind == "features",
         clip=sizes.clip_frames if cfg.store.videos else None,
     )
     if gfdm is not None:
         print_once(gfdm.clip.truncation_note(samples.texts))
-    manifest = StoreManifest(
-        kind=kind,
-        samples=len(samples),
-        rows=len(samples.observations),
-        draws=encoder.draws,
-        frames=len(samples.motions.frames),
-        chunk=policy.chunk,
-        robot=samples.robot(),
-        normalisation=samples.normalisation,
-        image_size=sizes.image_size,
-        texts=samples.texts,
-        source=str(data.root),
-        fingerprint=data.fingerprint,
-        min_remaining=own.remaining(data, policy.chunk),
-        stride=own.stride,
-        seed=cfg.seed,
-        stage1_weights=gfdm and fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
-        feature_noise=policy.feature_noise if kind == "features" else None,
-        video_stride=sizes.clip_frames.step if cfg.store.videos else None,
-        gfdm_precision="no" if kind == "images" else policy.video_precision,
-        tasks=samples.tasks,
-        settings={k: v for k, v in asdict(settings).items() if k not in ELSEWHERE},
-    )
+    manifest = describe(cfg, settings, own, encoder, samples)
     state, record = processes(), json.dumps(asdict(manifest), indent=1)
     begun = cfg.resume and is_begun(output, manifest)
     state.wait_for_everyone()  # all have looked at the folder before it changes
@@ -160,6 +138,36 @@ def prepare(cfg: DictConfig) -> Path:
         counts += f", {len(samples.tasks)} tasks" if samples.tasks else ""
         print(f"{output}: {counts}, {megabytes:.0f} MB")
     return output
+
+
+def describe(
+    cfg: DictConfig, settings: DataSettings, own: SampleSettings, encoder: Encoder, samples: RecordedSamples
+) -> StoreManifest:
+    """What the store will hold, and all that decides it."""
+    kind, sizes, policy, data = encoder.kind, encoder.stage1, encoder.policy, samples.data
+    return StoreManifest(
+        kind=kind,
+        samples=len(samples),
+        rows=len(samples.observations),
+        draws=encoder.draws,
+        frames=len(samples.motions.frames),
+        chunk=samples.chunk,
+        robot=samples.robot(),
+        normalisation=samples.normalisation,
+        image_size=sizes.image_size,
+        texts=samples.texts,
+        source=str(data.root),
+        fingerprint=data.fingerprint,
+        min_remaining=own.remaining(data, samples.chunk),
+        stride=own.stride,
+        seed=cfg.seed,
+        stage1_weights=encoder.gfdm and fingerprint(find_weights(cfg.gfdm_checkpoint, "gfdm")),
+        feature_noise=policy.feature_noise if kind == "features" else None,
+        video_stride=sizes.clip_frames.step if cfg.store.videos else None,
+        gfdm_precision="no" if kind == "images" else policy.video_precision,
+        tasks=samples.tasks,
+        settings={k: v for k, v in asdict(settings).items() if k not in ELSEWHERE},
+    )
 
 
 def is_begun(output: Path, manifest: StoreManifest) -> bool:

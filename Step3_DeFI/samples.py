@@ -249,7 +249,7 @@ def fit_robot(
     (first, one), *others = sets.items()
     robot, kinds = as_read(one.robot(), state), {each.normalisation for each in sets.values()}
     for name, other in others:
-        check_same(robot, as_read(other.robot(), state), f"data.sets.{name}", f"data.sets.{first}")
+        check_same_robot(robot, as_read(other.robot(), state), f"data.sets.{name}", f"data.sets.{first}")
     if normalisation is None and len(kinds) > 1:
         raise UserError("policy.normalisation=null: the data sets differ; give none, mean_std or bounds")
     motions = [each.motions for each in sets.values()]
@@ -261,7 +261,7 @@ def fit_robot(
     return change(robot, changes).fitted(joined, normalisation or kinds.pop())
 
 
-def check_same(robot: Robot, other: Robot, name: str, first: str) -> None:
+def check_same_robot(robot: Robot, other: Robot, name: str, first: str) -> None:
     """Raises UserError, with all that differs, if the data `name` are not of the robot of `first`."""
     differ = other.differences(robot)
     if bool(robot.state) != bool(other.state):

@@ -23,7 +23,7 @@ from defi.robot.spec import Robot
 from Step3_DeFI.config import PolicyConfig, check
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import action_previews, rollouts
-from Step3_DeFI.samples import as_read, check_same, fit_robot, spread
+from Step3_DeFI.samples import as_read, check_same_robot, fit_robot, spread
 from Step3_DeFI.store import Source, build_samples, members, open_sources
 
 
@@ -38,10 +38,10 @@ def robot_of(cfg: DictConfig, sources: Mapping[str, Mapping[str, Source]]) -> Ro
     robot = fit_robot(sets, normalisation, cfg.policy.robot, state=state)
     first = as_read(next(iter(sets.values())).robot(), state)
     for name, source in sources.get("held_out", {}).items():
-        check_same(first, as_read(source.data.robot(), state), f"{name}, held out", "the training data")
+        check_same_robot(first, as_read(source.data.robot(), state), f"{name}, held out", "the training data")
     if continues(cfg.output, cfg.resume):  # it normalises as it did
         kept = PolicyConfig.read(find_weights(cfg.output, DeFI.stage) / CONFIG).robot
-        check_same(as_read(kept, state), robot, "the training data", str(cfg.output))
+        check_same_robot(as_read(kept, state), robot, "the training data", str(cfg.output))
         fine = normalisation is None or robot.actions.normalisation == kept.actions.normalisation
         check("policy.normalisation", normalisation, fine, f"{cfg.output} began with another; leave it out")
         return kept

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32, Int64
 from rich.progress import track
 
 from defi.engine.output import index_place, take_turn, write_file
-from defi.errors import UserError, writing
+from defi.errors import UserError, reading, writing
 from defi.npy import map_npy
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def _fill(
     firsts = np.searchsorted(frames, [block.start for block in blocks])
     joined, part = place / "joined.npy", place / PART
     if part.is_file():
-        values, done = np.load(joined, mmap_mode="r+"), int(part.read_text())
+        with reading(place, "delete it, so that it is made again"):
+            values, done = np.load(joined, mmap_mode="r+"), int(part.read_text())
     else:
         shape = (len(frames), sum(width))
         values = np.lib.format.open_memmap(joined, mode="w+", dtype=np.float32, shape=shape)

@@ -92,7 +92,7 @@ class Meta:
                 f"{self.info_file}: version {self.version}; {' and '.join(VERSIONS)} can be read: {fix}"
             )
         if self.version == "v2.1" and (root / "meta/episodes").is_dir():
-            raise UserError(f"{self.info_file}: says v2.1, but the files are v3.0's; correct codebase_version")
+            raise UserError(f"{self.info_file}: says v2.1, the files are v3.0's; correct codebase_version")
         with reading(self.info_file, FIX):
             self.fps = float(info["fps"])
             if not 0 < self.fps < 10**4:
