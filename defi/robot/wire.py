@@ -15,8 +15,7 @@ from defi.errors import UserError, reading
 
 TYPES = {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} - {"f1"} | {"b1"}  # never objects
 LONGEST = 4096  # list or dict: msgpack takes memory for as many as are announced, at each level
-    4096  # list or dict: msgpack reserves memory for as many as a message says that there are, per level
-)
+MOST = 100_000  # values in lists and dicts: each takes up to 60 times the memory that it takes in a message
 FIX = "send msgpack with arrays of numbers as openpi's client does"
 
 
