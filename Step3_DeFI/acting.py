@@ -97,7 +97,7 @@ class Policy:
         """As `infer`, for several at once: what stands beside an observation changes nothing about its
         actions, the size of the batch their rounding only."""
         for observation in observations:
-            self._check(observation)
+            self.check(observation)
         robot, size = self.robot, self.model.image_size
         images = torch.stack([observe(each["images"], robot.cameras, size) for each in observations])
         noise, state = self.model.noise(torch.tensor(list(seeds))), None
@@ -109,7 +109,8 @@ class Policy:
             actions = self.model.act(images, texts, noise=noise, state=state).float().cpu().numpy()
         return actions if robot.gripper is None else robot.gripper.snap(actions)
 
-    def _check(self, observation: Observation) -> None:
+    def check(self, observation: Observation) -> None:
+        """Raises UserError as `infer` does."""
         images = observation.get("images", {})
         for camera in self.robot.cameras:
             if camera not in images:
