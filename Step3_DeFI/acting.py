@@ -21,6 +21,7 @@ from defi.engine.checkpoint import find_weights, read_manifest, read_run_config
 from defi.engine.weights import fingerprint
 from defi.errors import UserError
 from defi.hub import local_folder
+from defi.robot.chunk import UnderWay
 from defi.robot.spec import Robot
 from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.observation import observe
@@ -80,24 +81,35 @@ class Policy:
         """What it sees and does."""
         return self.model.config.robot
 
-    def infer(self, observation: Observation, seed: int = 0) -> Float[np.ndarray, "K A"]:
+    def infer(
+        self, observation: Observation, seed: int = 0, under_way: UnderWay | None = None
+    ) -> Float[np.ndarray, "K A"]:
         """The next K actions in the robot's units, the gripper's at one of its two values.
 
         `robot.executed` says how many of them to carry out before looking again (None: all). The same
         observation and seed give the same actions; give each observation of a run a seed of its own.
 
+        under_way: what the robot carries out meanwhile, for motion that goes on from it: the first `delay`
+            actions of the answer are exactly those (`defi.robot.client.Runner` does all of this).
+
         Raises:
             UserError: the observation lacks a camera, or something in it has another type or size.
         """
-        return self.infer_batch([observation], [seed])[0]
+        return self.infer_batch([observation], [seed], [under_way])[0]
 
     def infer_batch(
-        self, observations: Sequence[Observation], seeds: Sequence[int]
+        self,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        under_way: Sequence[UnderWay | None] | None = None,
     ) -> Float[np.ndarray, "B K A"]:
         """As `infer`, for several at once: what stands beside an observation changes nothing about its
         actions, the size of the batch their rounding only."""
         for observation in observations:
             self.check(observation)
+        under_way = [each if each and len(each.actions) else None for each in under_way or ()]
+        for each in filter(None, under_way):
+            each.check(self.model.config.chunk, self.model.config.action_dim)
         robot, size = self.robot, self.model.image_size
         images = torch.stack([observe(each["images"], robot.cameras, size) for each in observations])
         noise, state = self.model.noise(torch.tensor(list(seeds))), None
@@ -106,8 +118,14 @@ class Policy:
             state = torch.from_numpy(np.stack(states))
         texts = [each["instruction"] for each in observations]
         with torch.autocast(self.model.device.type, **self._autocast):
-            actions = self.model.act(images, texts, noise=noise, state=state).float().cpu().numpy()
-        return actions if robot.gripper is None else robot.gripper.snap(actions)
+            acted = self.model.act(images, texts, noise=noise, state=state, under_way=under_way)
+        actions = acted.float().cpu().numpy()
+        if robot.gripper is not None:
+            actions = robot.gripper.snap(actions)
+        for row, each in enumerate(under_way):
+            if each is not None:  # to the last bit
+                actions[row, : each.delay] = each.actions[: each.delay]
+        return actions
 
     def check(self, observation: Observation) -> None:
         """Raises UserError as `infer` does."""

@@ -84,6 +84,9 @@ class ActionDiffusionConfig:
     sampler: ddim (published), dpmpp_2m or heun; heun calls the network twice per step.
     text_dropout: share of the training samples whose sentence embedding the head sees as zero (published: 0).
     guidance: scale of classifier-free guidance on the sentence embedding; 1: off, at no cost.
+    going_on_sigma: the last level instead of last_sigma for a chunk that goes on from one under way: the
+        network sees the actions that it is held to through noise of this size.
+    soft_weight: how firmly such a chunk is held to the actions that it may still change, from 0 (free) to 1.
     """
 
     sigma_data: float = 0.5
@@ -96,6 +99,8 @@ class ActionDiffusionConfig:
     last_sigma: float = 1.0
     text_dropout: float = 0.0
     guidance: float = 1.0
+    going_on_sigma: float = 0.05
+    soft_weight: float = 1.0
 
     def __post_init__(self) -> None:
         dropout, guidance = self.text_dropout, self.guidance
@@ -110,9 +115,9 @@ class ActionDiffusionConfig:
         middle, ends = math.log(self.sigma_data), {"minimum": self.sigma_min, "maximum": self.sigma_max}
         return log_logistic(u, loc=middle, scale=self.density_scale, **ends)
 
-    def schedule(self, device: torch.device | str = "cpu") -> Tensor:
-        """Noise levels of sampling, descending, 0 at the end."""
-        sigma_max, sigma_min = self.sigma_max, self.last_sigma
+    def schedule(self, device: torch.device | str = "cpu", *, going_on: bool = False) -> Tensor:
+        """Noise levels of sampling, descending, 0 at the end; `going_on` from a chunk under way, or anew."""
+        sigma_max, sigma_min = self.sigma_max, self.going_on_sigma if going_on else self.last_sigma
         return exponential_schedule(self.steps, sigma_max=sigma_max, sigma_min=sigma_min, device=device)
 
 

@@ -1,12 +1,14 @@
 """Diffusion of action chunks: EDM preconditioning, noise levels of training, samplers.
 
 EDM: Karras et al. 2022 (arXiv 2206.00364, table 1 and algorithm 1); DPM-Solver++ (arXiv 2211.01095, algorithm
-2); classifier-free guidance: Ho and Salimans 2022 (arXiv 2207.12598).
+2); classifier-free guidance: Ho and Salimans 2022 (arXiv 2207.12598); chunks that go on from others: Black,
+Galliker and Levine 2025 (arXiv 2506.07339).
 Actions are normalised (`defi.robot.spec.Vector`), σ in the same units.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -46,6 +48,34 @@ def guide(denoise: Denoiser, scale: float) -> Denoiser:
         return without + scale * (conditioned - without)
 
     return guided
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What chunks are held to: B rows of actions, and how firmly, from 0 (not at all) to 1."""
+
+    actions: Float[Tensor, "B K A"]
+    weights: Float[Tensor, "B K 1"]
+
+
+def soft_weights(chunk: int, *, under_way: int, delay: int, soft: float = 1.0) -> Float[Tensor, " K"]:
+    """How firmly a chunk of K actions is held to the n that are under way.
+
+    1 for the first `delay`, which will have been carried out; from there it falls exponentially to 0 at n,
+    as equation 5 of real-time chunking has it, times `soft`.
+    """
+    i = torch.arange(chunk)
+    rest = ((under_way - i) / (under_way - delay + 1)).clamp(0, 1)
+    return torch.where(i < delay, 1.0, soft * rest * torch.expm1(rest) / math.expm1(1))
+
+
+def hold(denoise: Denoiser, ahead: Ahead) -> Denoiser:
+    """Inpainting: what is seen in noisy actions is drawn to those ahead, and replaced by them at weight 1."""
+
+    def held(x: Tensor, i: int) -> Tensor:
+        return ahead.weights * ahead.actions + (1 - ahead.weights) * denoise(x, i)
+
+    return held
 
 
 def denoising_loss(

@@ -3,6 +3,7 @@
 DeFI (arXiv 2604.16391), stage 3. Training and rollout share one path from pictures to context.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from defi.engine.model import CONFIG, StageModel
 from defi.engine.weights import COPY_AGAIN
 from defi.errors import reading
 from defi.hub import local_folder
+from defi.robot.chunk import UnderWay
 from defi.text import T5Text
 from Step1_GFDM.model import GFDM
 from Step2_GIDM.blocks import SpatioTemporalBlock
@@ -25,7 +27,16 @@ from Step2_GIDM.latent_action import LatentActionSizes
 from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig, StageSizes, check
-from Step3_DeFI.diffusion import SAMPLERS, Denoiser, denoising_loss, guide, precondition
+from Step3_DeFI.diffusion import (
+    SAMPLERS,
+    Ahead,
+    Denoiser,
+    denoising_loss,
+    guide,
+    hold,
+    precondition,
+    soft_weights,
+)
 from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_tokens, set_up, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.stages import Sources, load_stages, read_parts, write_sources
@@ -271,10 +282,14 @@ class DeFI(StageModel):
         *,
         noise: PolicyNoise,
         state: Float[Tensor, "B S"] | None = None,
+        under_way: Sequence[UnderWay | None] | None = None,
     ) -> Float[Tensor, "B K A"]:
-        """The next K actions in the robot's units, gripper not snapped. `images` as `observe` gives them."""
+        """The next K actions in the robot's units, gripper not snapped. `images` as `observe` gives them.
+
+        under_way: what the actions go on from, per row; see `defi.robot.chunk`.
+        """
         features = self._features_of({"images": images, "text": texts}, noise.video)
-        return self.act_on_features(features, texts, noise=noise.actions, state=state)
+        return self.act_on_features(features, texts, noise=noise.actions, state=state, under_way=under_way)
 
     @torch.no_grad()
     def act_on_features(
@@ -284,13 +299,38 @@ class DeFI(StageModel):
         *,
         noise: Float[Tensor, "B K A"],
         state: Float[Tensor, "B S"] | None = None,
+        under_way: Sequence[UnderWay | None] | None = None,
     ) -> Float[Tensor, "B K A"]:
         """As `act`, from features."""
-        diffusion = self.config.diffusion
-        sigmas = diffusion.schedule(self.device)
-        denoise = self.denoiser(self.context(features.to(self.dtype), texts, state), sigmas)
-        actions = SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        context = self.context(features.to(self.dtype), texts, state)
+        goes_on = torch.tensor([each is not None for each in under_way or ()], device=self.device)
+        if not goes_on.any():
+            return self.config.robot.actions.restore(self._sample(context, noise))
+        actions = self._sample(context, noise, self._ahead(under_way))
+        if not goes_on.all():  # all rows both ways: a batch of another size would be rounded otherwise
+            actions = torch.where(goes_on[:, None, None], actions, self._sample(context, noise))
         return self.config.robot.actions.restore(actions)
+
+    def _sample(
+        self, context: Context, noise: Float[Tensor, "B K A"], ahead: Ahead | None = None
+    ) -> Float[Tensor, "B K A"]:
+        """Normalised actions; with `ahead`, such as go on from those."""
+        diffusion = self.config.diffusion
+        sigmas = diffusion.schedule(self.device, going_on=ahead is not None)
+        denoise = self.denoiser(context, sigmas)
+        if ahead is not None:
+            denoise = hold(denoise, ahead)
+        return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+
+    def _ahead(self, under_way: Sequence[UnderWay | None]) -> Ahead:
+        shape = len(under_way), self.config.chunk, self.config.action_dim
+        actions, weights = torch.zeros(shape), torch.zeros(*shape[:2], 1)
+        for row, each in enumerate(under_way):
+            if each is not None:
+                n, soft = len(each.actions), self.config.diffusion.soft_weight
+                actions[row, :n] = self.config.robot.actions.normalise(torch.from_numpy(each.actions))
+                weights[row, :, 0] = soft_weights(shape[1], under_way=n, delay=each.delay, soft=soft)
+        return Ahead(actions.to(self.device), weights.to(self.device))
 
     def denoiser(self, context: Context, sigmas: Float[Tensor, " S1"]) -> Denoiser:
         """D(x, σᵢ) of B chunks; each context is encoded once, or with and without its sentence if guided."""
