@@ -1,17 +1,18 @@
 """A policy's checkpoint → one folder with all that acting needs, and from there to the hub.
 
     python -m defi.checkpoints.export checkpoint=ckpts/policy output=exported/policy [push=user/name]
+    … format=lerobot    as one of LeRobot's policies (`export_lerobot.py`)
 
 It is a checkpoint that stands on no others: rollout and inspect take the folder, `Policy.load` and
 `DeFI.from_pretrained` also its name on the hub. Not in it: DINO, stage 2's decoder, what resuming needs.
 Settings: configs/export.yaml.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -26,6 +27,7 @@ from defi.engine.checkpoint import (
     find_weights,
     read_manifest,
     read_run_config,
+    write_manifest,
 )
 from defi.engine.output import check_output, new_folder
 from defi.errors import UserError, one_line
@@ -41,6 +43,8 @@ def export(cfg: DictConfig) -> Path:
     Raises:
         UserError: no complete policy there, the output exists, or a disk is full.
     """
+    if cfg.format not in (known := formats()):
+        raise UserError(f"format={cfg.format}: choose from {', '.join(known)}")
     output, checkpoint = check_output(cfg.output, overwrite=cfg.overwrite), Path(cfg.checkpoint)
     checkpoint = find_checkpoint(checkpoint, "policy")
     places = {stage: cfg[stage] for stage in ("gfdm", "gidm")}
@@ -50,15 +54,18 @@ def export(cfg: DictConfig) -> Path:
         import_module("Step3_DeFI.stages").write_whole(policy, folder)
         run = read_run_config(checkpoint)
         (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(without_places(run))))
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-        manifest = read_manifest(checkpoint) | {"files": sizes}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in files:  # as the user's umask says; safetensors keep others out
-            file.chmod((folder / MANIFEST).stat().st_mode)
+        write_manifest(folder, manifest := read_manifest(checkpoint))
         text = model_card(cfg.push or output.name, policy.config, manifest, run)
         (folder / CARD).write_text(text)
+        if cfg.format != "folder":
+            import_module(f"defi.checkpoints.export_{cfg.format}").write(policy, folder, run)
     return output
+
+
+def formats() -> list[str]:
+    """What can be written: the exported folder, and what a module here makes of it for another framework."""
+    names = (module.name for module in iter_modules([str(Path(__file__).parent)]))
+    return ["folder", *sorted(name.removeprefix("export_") for name in names if name.startswith("export_"))]
 
 
 def model_card(name: str, policy: Any, manifest: Mapping[str, Any], run: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ from defi.files import read_json, read_yaml
 
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"
+IN_LEROBOT = "defi"  # where the folders of LeRobot hold a policy of ours
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = {"stage": str, "step": int, "data": dict, "metrics": dict, "files": dict}  # of a manifest
 CHANGED = "+changes"  # after the commit of a checkout whose files differ from it
@@ -46,12 +47,14 @@ PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safete
 
 
 def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
-    """Folder of the newest complete checkpoint at `path`: a run's output folder or a checkpoint itself.
+    """Folder of the newest complete checkpoint at `path`: a run's output folder or a checkpoint itself,
+    in a folder of LeRobot's as well.
 
     UserError if there is none, or (with `stage`) it belongs to another stage.
     """
     path = Path(path)
-    found = [path] if is_complete(path) else list_checkpoints(path)
+    whole = [place for place in (path, path / IN_LEROBOT) if is_complete(place)]
+    found = whole[:1] or list_checkpoints(path)
     if not found:
         what = "damaged or half-copied checkpoint" if (path / MANIFEST).exists() else "no checkpoint here"
         kind = f"{stage} run" if stage else "training run"
@@ -150,18 +153,14 @@ def save(
             if state is not None:
                 state.write(folder)
             (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            manifest = environment() | {
+            facts = {
                 "stage": model.stage,
                 "preset": config.get("preset_name"),
                 "step": step,
                 "data": dict(data or {}),
                 "metrics": state.progress.metrics if state is not None else {},
-                "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
             }
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for file in files:  # as the user's umask says; safetensors keep others out
-                file.chmod((folder / MANIFEST).stat().st_mode)
+            write_manifest(folder, environment() | facts)
             for path in (*sorted(folder.rglob("*"), reverse=True), folder):
                 sync(path)
             if final.exists():
@@ -171,6 +170,15 @@ def save(
             shutil.rmtree(folder, ignore_errors=True)
         sync(final.parent)
     return final
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Complete a checkpoint whose other files are written: the facts, and the size of every file."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": sizes}, indent=1))
+    for file in files:  # as the user's umask says; safetensors keep others out
+        file.chmod((folder / MANIFEST).stat().st_mode)
 
 
 def rotate(run: Path, keep: int, best_metric: str | None = None) -> None:
