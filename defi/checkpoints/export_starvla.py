@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from defi.checkpoints.export import share_files
-from defi.engine.checkpoint import INSIDE, RUN_CONFIG
+from defi.checkpoints.export_lerobot import share_files
+from defi.engine.checkpoint import IN_LEROBOT, RUN_CONFIG
 from defi.engine.model import WEIGHTS
 from defi.engine.output import LEFTOVER
 from defi.robot.spec import Vector
@@ -25,8 +25,8 @@ RUNS = "results/Checkpoints"  # where starVLA keeps its runs, below its own fold
 SECTION = """
 ## In starVLA
 
-With `integrations/starvla/defi_framework.py` of DeFI's repository this folder is a run of starVLA: give its server
-`--ckpt_path <folder>/checkpoints/model.safetensors --config_override framework.policy=<folder>`.
+With `integrations/starvla/defi_framework.py` of DeFI's repository this folder is a run of starVLA.
+Its server: `--ckpt_path <folder>/checkpoints/model.safetensors --config_override framework.policy=<folder>`.
 """
 
 
@@ -52,7 +52,7 @@ def write(policy: Any, folder: Path, run: Mapping[str, Any]) -> None:
     found = {"action": statistics(config.robot.actions), "state": statistics(state)}
     (folder / "dataset_statistics.json").write_text(json.dumps({name: found}, indent=1))
     (folder / "checkpoints").mkdir()
-    share_files(folder / INSIDE / WEIGHTS, folder / "checkpoints" / WEIGHTS)
+    share_files(folder / IN_LEROBOT / WEIGHTS, folder / "checkpoints" / WEIGHTS)
     with (folder / "README.md").open("a") as card:
         card.write(SECTION)
 

@@ -1,10 +1,10 @@
 """DeFI as a framework of starVLA: a policy that `defi.checkpoints.export format=starvla` wrote.
 
-Copy or link this file to starVLA/model/framework/WM4A/DeFI.py, where starVLA looks for frameworks, or import it
-before `build_framework`. starVLA's environment must hold DeFI as well (`pip install -e <DeFI> --no-deps`).
+Link this file to starVLA/model/framework/WM4A/DeFI.py, where starVLA looks for frameworks, or import it
+before `build_framework`. starVLA's environment must hold DeFI as well: `pip install --no-deps -e <DeFI>`.
 
-Its normalised actions are what the policy's networks see, and `dataset_statistics.json` says how starVLA makes
-the robot's units of them; the state goes in and out in the robot's units.
+Its normalised actions are what the policy's networks see, and `dataset_statistics.json` says how starVLA
+makes the robot's units of them. The state is given in the robot's units, in training as well.
 """
 
 from typing import Any
@@ -39,19 +39,18 @@ class RobotData:
         self.state_keys = [f"state.{name}" for name in robot.state.names] if reads_state else []
 
     def transform(self) -> ComposedModalityTransform:
-        keys = self.action_keys
-        modes = dict.fromkeys(keys, "mean_std")
-        steps = [StateActionToTensor(apply_to=keys), StateActionTransform(apply_to=keys, normalization_modes=modes)]
-        return ComposedModalityTransform(transforms=steps)
+        keys, modes = self.action_keys, dict.fromkeys(self.action_keys, "mean_std")
+        normalise = StateActionTransform(apply_to=keys, normalization_modes=modes)
+        return ComposedModalityTransform(transforms=[StateActionToTensor(apply_to=keys), normalise])
 
 
 @FRAMEWORK_REGISTRY.register("DeFI")
 class DeFIFramework(baseframework):
     """A policy and what it stands on, from the exported folder that `framework.policy` names.
 
-    An example: `image`, a picture per camera in the order of `robot.cameras` (PIL, or uint8 [H, W, 3], of any
-    size); `lang`; `state` [S] or [1, S] where the policy reads it; for a loss `action` [≥ K, A], normalised, of
-    which the last K count.
+    An example: `image`, a picture per camera in the order of `robot.cameras` (PIL, or uint8 [H, W, 3], any
+    size); `lang`; `state` [S] or [1, S] where the policy reads it; for a loss `action` [≥ K, A], normalised,
+    of which the last K count.
     """
 
     def __init__(self, config: Any, **_: Any) -> None:
@@ -103,7 +102,8 @@ class DeFIFramework(baseframework):
     def _observation(self, example: dict[str, Any]) -> dict[str, Any]:
         cameras, pictures = self.robot.cameras, example["image"]
         if len(pictures) != len(cameras):
-            raise ValueError(f"{len(pictures)} pictures; this policy sees {len(cameras)}: {', '.join(cameras)}")
+            seen = f"this policy sees {len(cameras)}: {', '.join(cameras)}"
+            raise UserError(f"image: {len(pictures)} pictures; {seen}")
         images = {camera: np.array(picture) for camera, picture in zip(cameras, pictures)}
         seen = {"images": images, "instruction": example["lang"]}
         if self.model.config.state and "state" in example:

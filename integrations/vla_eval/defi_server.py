@@ -1,7 +1,7 @@
 """A DeFI policy as a model server of vla-eval (vla-evaluation-harness): its benchmarks, our checkpoints.
 
-    python integrations/vla_eval/defi_server.py --config integrations/vla_eval/calvin.yaml --address 127.0.0.1:8000
-    vla-eval run --config <the benchmark's>.yaml
+python integrations/vla_eval/defi_server.py --args.checkpoint=ckpts/policy --address=127.0.0.1:8000
+vla-eval run --config <a benchmark's>.yaml --server-url ws://127.0.0.1:8000
 """
 
 import json
