@@ -156,7 +156,7 @@ def _picture(value: Any, where: str, left: int) -> tuple[Any, int]:
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
         value = value.tobytes()  # as OpenCV encodes
     if isinstance(value, bytes):
-        value = decode_picture(value, where, most=left)
+        value = decode_picture(value, where, most=left, fix="encode it again")
     if not isinstance(value, np.ndarray):
         raise UserError(f"{where}: a {type(value).__name__}; give uint8 [H, W, 3], or JPEG or PNG")
     if value.ndim == 3 and value.shape[0] == 3 != value.shape[2]:
