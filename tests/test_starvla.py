@@ -16,10 +16,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from serving import serving
 from test_export import export, write_run
 
 from defi.data.calvin import calvin_robot
 from defi.engine.checkpoint import find_weights
+from defi.engine.data import seed_of
 from defi.robot.spec import Vector
 from Step3_DeFI.acting import Policy
 from Step3_DeFI.policy import DeFI
@@ -72,9 +74,9 @@ def examples(policy: Policy, count: int = 2) -> list[dict[str, Any]]:
     ]
 
 
-def expected(policy: Policy, given: list[dict[str, Any]]) -> np.ndarray:
-    """What the policy itself does, in the robot's units."""
-    seen = [
+def observations(policy: Policy, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Examples as the policy takes them."""
+    return [
         {
             "images": dict(zip(policy.robot.cameras, each["image"])),
             "instruction": each["lang"],
@@ -82,7 +84,11 @@ def expected(policy: Policy, given: list[dict[str, Any]]) -> np.ndarray:
         }
         for each in given
     ]
-    return policy.infer_batch(seen, SEEDS)
+
+
+def expected(policy: Policy, given: list[dict[str, Any]]) -> np.ndarray:
+    """What the policy itself does, in the robot's units."""
+    return policy.infer_batch(observations(policy, given), SEEDS)
 
 
 # ------------------------------------------------------------ the folder
@@ -218,3 +224,21 @@ def test_starvla_saves_and_loads_what_it_trained(framework: ModuleType, folder: 
         framework.UserError, match="framework.policy=results/nowhere: .*give the exported folder"
     ):
         baseframework.from_pretrained(str(file), config_overrides=override)
+
+
+def test_starvlas_own_client_asks_our_server(framework: ModuleType, folder: Path) -> None:
+    from deployment.model_server.tools.websocket_policy_client import WebsocketClientPolicy
+
+    policy = Policy.load(folder)
+    given, seen = examples(policy), observations(policy, examples(policy))
+    with serving(policy, api_key="sesame") as (address, _):
+        host, port = address.removeprefix("ws://").split(":")
+        client = WebsocketClientPolicy(host, int(port), api_key="sesame")
+        assert client.get_server_metadata()["action_chunk_size"] == 10
+        for turn in range(2):
+            answer = client.predict_action({"examples": given, "do_sample": False, "use_ddim": True})
+            assert answer["ok"] and answer["status"] == "ok"
+            for number, actions in enumerate(answer["data"]["actions"]):
+                wanted = policy.infer(seen[number], seed_of("serve", 0, 0, 2 * turn + number))
+                np.testing.assert_array_equal(actions, wanted)
+        client.close()

@@ -34,7 +34,8 @@ def write(policy: Any, folder: Path, run: Mapping[str, Any]) -> None:
     """Beside the exported policy, a `DeFI`, what starVLA wants of a run."""
     name = folder.name.removeprefix(".").removesuffix(LEFTOVER)  # that it will have
     config = policy.config
-    sizes = {"action_dim": config.action_dim, "action_horizon": config.chunk, "state_dim": config.state_dim}
+    executed = config.robot.executed or config.chunk  # so many of a chunk its clients carry out
+    sizes = {"action_dim": config.action_dim, "action_horizon": executed, "state_dim": config.state_dim}
     settings = {
         "run_id": name,
         "run_root_dir": RUNS,
