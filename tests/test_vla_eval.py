@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from test_export import write_run
 
 from defi.engine.data import seed_of
@@ -128,6 +129,20 @@ def test_answers_do_not_depend_on_company(module: ModuleType, run: str) -> None:
     for observation, context, answer in reversed(list(zip(seen, contexts, together))):
         np.testing.assert_array_equal(server.predict(observation, context)["actions"], answer["actions"])
     assert not np.array_equal(together[0]["actions"], together[1]["actions"])
+
+
+def test_roll_pitch_and_yaw_become_a_rotation_vector(module: ModuleType, run: str) -> None:
+    plain, turned = (module.DeFIServer(run, cameras=CAMERAS, euler=euler) for euler in (None, 3))
+    given = shown("push the block", 0, 0), SessionContext("", "")
+    before, after = (each.predict(*given)["actions"] for each in (plain, turned))
+    for (x, y, z), vector in zip(before[:, 3:6].astype(float), after[:, 3:6]):
+        about_x = [[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]]
+        about_y = [[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]]
+        about_z = [[np.cos(z), -np.sin(z), 0], [np.sin(z), np.cos(z), 0], [0, 0, 1]]
+        wanted = np.array(about_z) @ about_y @ about_x
+        np.testing.assert_allclose(Rotation.from_rotvec(vector).as_matrix(), wanted, atol=1e-6)
+    np.testing.assert_array_equal(np.delete(after, [3, 4, 5], 1), np.delete(before, [3, 4, 5], 1))
+    assert np.abs(after - before).max() > 1e-3
 
 
 def test_what_does_not_fit_is_said(module: ModuleType, run: str) -> None:

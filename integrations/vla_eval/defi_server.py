@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 from vla_eval.model_servers.base import SessionContext
 from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.model_servers.serve import run_server
@@ -32,7 +33,7 @@ GRIPPERS = {(1, -1): GRIPPER_CLOSE_POS, (-1, 1): GRIPPER_CLOSE_NEG, (1, 0): GRIP
 
 
 class DeFIServer(PredictModelServer):
-    """Answers with the actions of a chunk, one per step, in the robot's units times `factors`.
+    """Answers with the actions of a chunk, one per step, in the robot's units (`factors`, `euler` change them).
 
     Each episode's noise comes from its task and number, so that it is acted alike in any order, in any shard
     and beside any other (`max_batch_size` the same).
@@ -44,6 +45,7 @@ class DeFIServer(PredictModelServer):
         cameras: dict[str, str] | None = None,
         state: str = "states",
         factors: list[float] | None = None,
+        euler: int | None = None,
         device: str = "cpu",
         precision: str | None = None,
         seed: int = 0,
@@ -57,6 +59,8 @@ class DeFIServer(PredictModelServer):
             state: the observation's key of the state, for a policy that reads it.
             factors: [A], what one of the robot's units is in the benchmark's: 0.02 where the robot's is 2 cm
                 and the benchmark's 1 m, −1 where they differ in sign.
+            euler: the first of three dimensions that are roll, pitch and yaw (about fixed axes) where the
+                benchmark wants a rotation vector; None: nothing is turned into one.
             precision: no, fp16 or bf16; None: that of its training.
             chunk_size: actions carried out before the next look; None: as the robot's spec says.
             kwargs: see `PredictModelServer`: max_batch_size, …
@@ -72,6 +76,7 @@ class DeFIServer(PredictModelServer):
         super().__init__(chunk_size=chunk_size or executed, **kwargs)
         self.cameras = {camera: camera for camera in robot.cameras} | (cameras or {})
         self.factors = np.array(factors or [1] * size, np.float32)
+        self.euler = None if euler is None else slice(euler, euler + 3)
         self.state, self.seed = state if self.policy.model.config.state else None, seed
         self.rows = self.max_batch_size
         self._episodes: dict[str, str] = {}  # session → its task and number
@@ -117,6 +122,10 @@ class DeFIServer(PredictModelServer):
         while batcher.waiting:
             picked = batcher.take()
             actions = batcher.ask(picked) * self.factors
+            if self.euler is not None:
+                angles = actions[..., self.euler]
+                vectors = Rotation.from_euler("xyz", angles.reshape(-1, 3)).as_rotvec()
+                actions[..., self.euler] = vectors.reshape(angles.shape)
             answers |= {question.asker: {"actions": actions[row]} for row, question in picked.items()}
         return [answers[asker] for asker in range(len(obs_batch))]
 
