@@ -33,7 +33,7 @@ GRIPPERS = {(1, -1): GRIPPER_CLOSE_POS, (-1, 1): GRIPPER_CLOSE_NEG, (1, 0): GRIP
 
 
 class DeFIServer(PredictModelServer):
-    """Answers with the actions of a chunk, one per step, in the robot's units (`factors`, `euler` change them).
+    """Answers with a chunk's actions, one per step: in the robot's units, changed by `factors` and `euler`.
 
     Each episode's noise comes from its task and number, so that it is acted alike in any order, in any shard
     and beside any other (`max_batch_size` the same).
