@@ -134,7 +134,7 @@ def test_company_changes_no_answer() -> None:
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in MAPS.glob("*.yaml")))
 def test_ready_maps_find_what_robots_send(name: str) -> None:
-    keys = Keys.read(name, Policy(build_policy(state=True)))
+    keys = Keys.read(name, ["static", "gripper"], state=True)
     assert list(keys.images) == ["static", "gripper"] and keys.state and keys.instruction == "prompt"
 
 
@@ -150,7 +150,7 @@ def test_ready_maps_find_what_robots_send(name: str) -> None:
 )
 def test_keys_that_do_not_fit_the_policy_are_refused(keys: Any, wrong: str) -> None:
     with pytest.raises(UserError, match=wrong):
-        Keys.read(keys, Policy(build_policy(state=True)))
+        Keys.read(keys, ["static", "gripper"], state=True)
 
 
 # ------------------------------------------------------------ actions that may leave
