@@ -36,6 +36,7 @@ from Step3_DeFI.rollout.protocol import (
     choose,
     world_maker,
 )
+from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.rollout.report import result_table, task_table, write_clip, write_report
 from Step3_DeFI.rollout.results import RESULTS, ChainLog, Results, running_average, versions
 from Step3_DeFI.rollout.simulator import AGENTS, ChainResult, ChainSpec, Clip, Setup
@@ -247,8 +248,6 @@ def main(cfg: DictConfig) -> None:
     print_once(evaluation.caveat or "")
     policy, known = None, {"server": config.server} if config.server else {}
     if config.agent == "policy" and config.server:
-        from Step3_DeFI.rollout.remote import ServedPolicy
-
         policy = ServedPolicy(config.server, config.server_keys)
     elif config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)

@@ -52,7 +52,7 @@ class Keys:
         if isinstance(images, list):  # by the order of the cameras
             images = dict(zip(cameras, images))
         listed = isinstance(images, Mapping) and isinstance(states, list)
-        named = [*images.values(), *states, given["instruction"]] if listed else [None]
+        named: list[Any] = [*images.values(), *states, given["instruction"]] if listed else [None]
         if not all(isinstance(key, str) for key in named):
             raise UserError(f"serve.keys: {images}, {states}, {given['instruction']} must be texts or lists")
         if missing := [camera for camera in cameras if camera not in images]:
