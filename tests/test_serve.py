@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from policy_fakes import build_policy, write_stages
+from rollout_fakes import fake_evaluation
 from serving import ask, client, row_policy, seen, serving
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -28,6 +29,8 @@ from defi.robot.chunk import UnderWay
 from defi.robot.wire import pack, unpack
 from Step3_DeFI.acting import Policy
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.rollout.evaluate import run_chains
+from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.serve.messages import MAPS, Keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +137,7 @@ def test_company_changes_no_answer() -> None:
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in MAPS.glob("*.yaml")))
 def test_ready_maps_find_what_robots_send(name: str) -> None:
-    keys = Keys.read(name, Policy(build_policy(state=True)))
+    keys = Keys.read(name, ["static", "gripper"], state=True)
     assert list(keys.images) == ["static", "gripper"] and keys.state and keys.instruction == "prompt"
 
 
@@ -150,7 +153,17 @@ def test_ready_maps_find_what_robots_send(name: str) -> None:
 )
 def test_keys_that_do_not_fit_the_policy_are_refused(keys: Any, wrong: str) -> None:
     with pytest.raises(UserError, match=wrong):
-        Keys.read(keys, Policy(build_policy(state=True)))
+        Keys.read(keys, ["static", "gripper"], state=True)
+
+
+def test_a_rollout_asks_a_server_as_its_own_policy() -> None:
+    policy, evaluation = row_policy(), fake_evaluation(chains=3, processes=2)
+    policy.robot.executed = 7
+    with serving(policy, keys="calvin") as (address, _):
+        served = run_chains(evaluation, "policy", ServedPolicy(address, None), show=False)
+    own = run_chains(evaluation, "policy", policy, show=False)
+    assert [chain.steps for chain in served] == [chain.steps for chain in own]
+    assert sum(chain.observations for chain in own) > 20
 
 
 # ------------------------------------------------------------ actions that may leave

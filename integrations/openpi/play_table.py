@@ -3,8 +3,8 @@
     python -m Step3_DeFI.serve checkpoint=ckpts/policy serve.keys=calvin
     pip install --no-deps openpi-client==0.1.2 && python integrations/openpi/play_table.py ws://127.0.0.1:8000
 
-Chains, judge, limits and seeds are those of `python -m Step3_DeFI.rollout` with the same settings, so it prints
-what that does. Settings are those of RolloutConfig.
+Chains, judge, limits and seeds are those of `python -m Step3_DeFI.rollout` with the same settings
+(RolloutConfig), so the same tasks are solved in the same steps.
 """
 
 import sys
@@ -32,8 +32,11 @@ def main(address: str = "ws://127.0.0.1:8000", *settings: str) -> None:
     for chain in table.chains:
         (result,) = run_chain(world, act, chain, table.setup)
         solved = sum(steps is not None for steps in result.steps)
-        print(f"chain {chain.index}: {solved} of {len(chain.tasks)}, control steps {result.steps}", flush=True)
-        world.reload()
+        print(
+            f"chain {chain.index}: {solved} of {len(chain.tasks)} solved, in steps {result.steps}", flush=True
+        )
+        if table.setup.fresh:
+            world.reload()
 
 
 if __name__ == "__main__":
