@@ -9,7 +9,6 @@ defi/                                          the policy, whole: `Step3_DeFI.ac
 
 import logging
 from collections import deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,6 @@ class DeFIPolicy(PreTrainedPolicy):
             for name in (VIDEO, TEXT):
                 share_files(self._folder / name, inside / name)
         run = {"preset_name": self.config.preset, "trainer": {"precision": self.config.acting()["precision"]}}
-        run["lerobot"] = {key: str(value) for key, value in asdict(self.config).items()}
         (inside / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(run)))
         made = {"stage": DeFI.stage, "preset": self.config.preset, "step": self.steps}
         write_manifest(inside, environment() | made | {"data": {}, "metrics": {}})
