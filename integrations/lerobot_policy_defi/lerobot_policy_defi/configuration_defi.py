@@ -70,7 +70,7 @@ class DeFIConfig(PreTrainedConfig):
     n_action_steps: of a chunk so many are carried out before the next look; None: as the policy's robot says.
     dtype: of the computation, float32, float16 or bfloat16, in training and acting.
     sampler, num_inference_steps: of the actions' diffusion; None: as trained.
-    seed: of the noise when acting; each look has its own.
+    seed: of the noise: of each frame and step in training, of each look when acting.
     action_feature_names: of the robot's actions, in their order; LeRobot maps actions by them.
     """
 

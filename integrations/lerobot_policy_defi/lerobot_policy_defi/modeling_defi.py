@@ -47,7 +47,7 @@ from Step3_DeFI.policy import DeFI
 from Step3_DeFI.stages import TEXT, VIDEO, write_whole
 
 STATE, ACTION = "observation.state", "action"
-SEEDS, SHOWN = 2**62, 512  # samples that the features' mean and deviation are taken from
+SHOWN = 512  # samples that the features' mean and deviation are taken from
 
 
 def new_model(config: DeFIConfig, recorded: LeRobotDataset) -> DeFI:
@@ -188,13 +188,16 @@ class DeFIPolicy(PreTrainedPolicy):
         return losses["loss"], {key: part.item() for key, part in losses.items() if key != "loss"}
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What DeFI looks at, as it takes it; with new noise."""
+        """What DeFI looks at, as it takes it. The noise is of the frame and the step, so that a training that is
+        resumed is the same one."""
         cameras, size = self.defi.config.robot.cameras, self.defi.image_size
         seen = self._observations(batch)
+        frames = torch.as_tensor(batch.get("index", range(len(seen)))).tolist()
+        seeds = [seed_of("lerobot", self.config.seed, self.steps, frame) for frame in frames]
         inputs = {
             "images": torch.stack([observe(each["images"], cameras, size) for each in seen]),
             "text": [each["instruction"] for each in seen],
-            "seed": torch.randint(SEEDS, (len(seen),)),
+            "seed": torch.tensor(seeds),
         }
         return inputs | ({"state": batch[STATE]} if self.defi.config.state else {})
 
@@ -227,7 +230,7 @@ class DeFIPolicy(PreTrainedPolicy):
         """
         self.eval()
         seen = self._observations(batch)
-        seeds = [seed_of("lerobot", self.config.seed, self._looks, row) for row in range(len(seen))]
+        seeds = [seed_of("act", self.config.seed, self._looks, row) for row in range(len(seen))]
         self._looks += 1
         ahead = under_way(prev_chunk_left_over, inference_delay) if self._chunks_go_on() else None
         actions = self._policy.infer_batch(seen, seeds, None if ahead is None else [ahead])
