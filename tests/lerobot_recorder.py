@@ -1,5 +1,5 @@
-"""What LeRobot's commands import as a plug-in in `test_lerobot_plugin.py`: an arm that is not there, and a record
-of what goes in and out of it, of gym-pusht's table and of the policy, written to $RECORD at the end."""
+"""What commands of LeRobot import as a plug-in in `test_lerobot_plugin.py`: an arm that is not there, and a
+record of what goes in and out of it, of gym-pusht and of the policy, written to $RECORD at the end."""
 
 import atexit
 import os
