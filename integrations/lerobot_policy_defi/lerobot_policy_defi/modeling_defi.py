@@ -140,8 +140,8 @@ class DeFIPolicy(PreTrainedPolicy):
             config = PreTrainedConfig.from_pretrained(folder)
         inside = folder / IN_LEROBOT
         model, precision = DeFI.from_pretrained(inside).to(config.device), config.acting()["precision"]
-        if precision != "no" and "dataset_meta" not in given:  # to act: as `Policy.load` does
-            model.gfdm.unet.to(PRECISIONS[precision])
+        if precision != "no" and "dataset_meta" not in given:  # to act, as `Policy.load` does
+            torch.nn.Module.to(model.gfdm.unet, PRECISIONS[precision])
         return cls(config, model=model, folder=inside).eval()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
