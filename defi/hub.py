@@ -16,8 +16,10 @@ CHECKPOINT = ("*.json", "*.yaml", "*.safetensors", "*.txt", "*.model")  # files 
 PATIENCE = 3.0  # seconds; the library itself would try for most of a minute, file by file
 
 
-def local_folder(place: Path | str) -> Path:
+def local_folder(place: Path | str, revision: str | None = None) -> Path:
     """A folder of a checkpoint as it is; one that lies on the hub as `user/name` is downloaded first.
+
+    revision: of the repository: a branch, tag or commit; None: its newest.
 
     Raises:
         UserError: there is no such repository, or it cannot be reached.
@@ -26,7 +28,7 @@ def local_folder(place: Path | str) -> Path:
         return Path(place)
     fix = "check name and network, log in with `hf auth login`, or give a folder"
     with reading(f"{constants.ENDPOINT}/{place}", fix):
-        return Path(snapshot_download(str(place), allow_patterns=list(CHECKPOINT)))
+        return Path(snapshot_download(str(place), revision=revision, allow_patterns=list(CHECKPOINT)))
 
 
 def _is_path(path: Path) -> bool:

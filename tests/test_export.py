@@ -224,7 +224,8 @@ class Hub:
     def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
-    def snapshot_download(self, name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert revision is None
         if not (self.root / name).is_dir():
             raise huggingface_hub.errors.LocalEntryNotFoundError("no such\nrepository")
         assert "*.safetensors" in allow_patterns and not {"*", "*.bin", "*.py"} & set(allow_patterns)
@@ -239,6 +240,25 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return server
+
+
+def test_lerobots_format_holds_the_same_policy(run: Path, server: Hub, monkeypatch) -> None:
+    """LeRobot's files around it; that LeRobot loads them is tested there (test_lerobot_plugin.py)."""
+    wanted = Policy.load(run).infer(seen(), 3)
+    export(monkeypatch, f"checkpoint={run}", "output=whole", "format=lerobot", "push=lab/pushes")
+    shutil.rmtree(run.parent)
+    names = {path.name for path in Path("whole").iterdir()}
+    lerobots = {f"policy_{each}processor.json" for each in ("pre", "post")}
+    assert names == {"README.md", "config.json", "defi", "model.safetensors", *lerobots}
+    assert Path("whole/model.safetensors").samefile("whole/defi/model.safetensors")
+    config = json.loads(Path("whole/config.json").read_text())
+    assert (config["type"], config["chunk"], config["dtype"]) == ("defi", 10, "bfloat16")
+    assert config["input_features"].keys() == {"observation.images.static", "observation.images.gripper"}
+    assert "lerobot-rollout --policy.path" in Path("whole/README.md").read_text()
+    for place in ("whole", "lab/pushes"):
+        np.testing.assert_array_equal(Policy.load(place).infer(seen(), 3), wanted)
+    with pytest.raises(SystemExit):
+        export(monkeypatch, f"checkpoint={run}", "output=other", "format=leros")
 
 
 def test_a_policy_goes_to_the_hub_and_comes_back(run: Path, server: Hub, monkeypatch, capsys) -> None:

@@ -23,7 +23,7 @@ DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SECTION = """
 ## In LeRobot
 
-With the plug-in `integrations/lerobot_policy_defi` of DeFI's repository this folder is a policy of LeRobot 0.6:
+With the plug-in `integrations/lerobot_policy_defi` of DeFI's repository it is a policy of LeRobot 0.6, too:
 `lerobot-eval --policy.path=…`, `lerobot-rollout --policy.path=…`, `lerobot-train --policy.path=…`.
 """
 

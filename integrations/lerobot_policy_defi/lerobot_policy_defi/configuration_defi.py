@@ -61,16 +61,17 @@ class DeFISchedulerConfig(LRSchedulerConfig):
 @PreTrainedConfig.register_subclass("defi")
 @dataclass
 class DeFIConfig(PreTrainedConfig):
-    """Of a new policy: gfdm, gidm, preset, settings, chunk. Of acting: the rest, which a checkpoint leaves open.
+    """Of a new policy: gfdm, gidm, preset, settings, chunk. The rest may change from use to use.
 
     gfdm, gidm: stage-1 and stage-2 checkpoints that it stands on.
     preset: tiny, small, paper, …: DeFI's, with its learning rate and schedule.
     settings: more of DeFI's, as its command line has them: ["policy.state=true", "data.cameras=[top,wrist]"].
     chunk: K, actions predicted at once; a checkpoint's is its own.
     n_action_steps: of a chunk so many are carried out before the next look; None: as the policy's robot says.
-    dtype: of the computation, float32, float16 or bfloat16, in training and acting.
+    instruction: where LeRobot has none, as in simulators without words.
+    dtype: of the computation, float32, float16 or bfloat16, in training and acting; `use_amp` has no say.
     sampler, num_inference_steps: of the actions' diffusion; None: as trained.
-    seed: of the noise when acting; each look has its own.
+    seed: of the noise: of each frame and step in training, of each look when acting.
     action_feature_names: of the robot's actions, in their order; LeRobot maps actions by them.
     """
 
@@ -80,6 +81,7 @@ class DeFIConfig(PreTrainedConfig):
     settings: list[str] = field(default_factory=list)
     chunk: int = 10
     n_action_steps: int | None = None
+    instruction: str = ""
     dtype: str = "float32"
     sampler: str | None = None
     num_inference_steps: int | None = None

@@ -9,7 +9,6 @@ defi/                                          the policy, whole: `Step3_DeFI.ac
 
 import logging
 from collections import deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,7 @@ from defi.checkpoints.export_lerobot import share_files
 from defi.data import Dataset
 from defi.data.lerobot.meta import Meta
 from defi.data.motions import Motions
-from defi.engine.checkpoint import (
-    IN_LEROBOT,
-    MANIFEST,
-    RUN_CONFIG,
-    environment,
-    read_manifest,
-    write_manifest,
-)
+from defi.engine.checkpoint import IN_LEROBOT, RUN_CONFIG, environment, read_manifest, write_manifest
 from defi.engine.data import seed_of
 from defi.engine.model import WEIGHTS, StageModel
 from defi.errors import UserError
@@ -48,7 +40,7 @@ from Step3_DeFI.policy import DeFI
 from Step3_DeFI.stages import TEXT, VIDEO, write_whole
 
 STATE, ACTION = "observation.state", "action"
-SEEDS, SHOWN = 2**62, 512  # samples that the features' mean and deviation are taken from
+SHOWN = 512  # samples that the features' mean and deviation are taken from
 
 
 def new_model(config: DeFIConfig, recorded: LeRobotDataset) -> DeFI:
@@ -105,9 +97,8 @@ class DeFIPolicy(PreTrainedPolicy):
         config.validate_features()
         recorded = None if model else recorded_data(config, dataset_meta)
         self.defi = model or new_model(config, recorded)
-        self._folder, self.steps, self._looks = folder, 0, 0
-        if folder is not None and (folder / MANIFEST).is_file():
-            self.steps = read_manifest(folder)["step"]
+        self._folder, self._looks = folder, 0
+        self.steps = read_manifest(folder)["step"] if folder else 0
         own = self.defi.config
         self._check(own.chunk)
         config.keep_inputs(own.robot.cameras, own.state)
@@ -127,8 +118,8 @@ class DeFIPolicy(PreTrainedPolicy):
         if told.chunk != chunk:
             raise UserError(f"policy.chunk={told.chunk}: this checkpoint has chunks of {chunk}")
         if missing := set(robot.cameras) - told.cameras().keys():
-            seen = f"defi: sees {', '.join(robot.cameras)}, not {', '.join(told.cameras())}"
-            raise UserError(f"{seen}; give --rename_map, or the data's own names for cameras ({missing})")
+            seen = f"defi: no camera {min(missing)} among {', '.join(told.cameras())}"
+            raise UserError(f"{seen}; name cameras as the data do, or give --rename_map")
         if told.action_feature.shape != (len(robot.actions),):
             raise UserError(f"defi: has {len(robot.actions)} actions, not {told.action_feature.shape}")
         named = told.action_feature_names
@@ -144,15 +135,14 @@ class DeFIPolicy(PreTrainedPolicy):
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **given: Any
     ) -> "DeFIPolicy":
         """A checkpoint of lerobot-train or an export, a folder or `user/name` on the hub; in eval mode."""
-        folder = local_folder(pretrained_name_or_path)
+        folder = local_folder(pretrained_name_or_path, given.get("revision"))
         if config is None:
             config = PreTrainedConfig.from_pretrained(folder)
         inside = folder / IN_LEROBOT
         model, precision = DeFI.from_pretrained(inside).to(config.device), config.acting()["precision"]
-        if precision != "no" and "dataset_meta" not in given:  # to act: as `Policy.load` does
-            model.gfdm.unet.to(PRECISIONS[precision])
-        extra = {key: given[key] for key in ("dataset_stats", "dataset_meta") if key in given}
-        return cls(config, model=model, folder=inside, **extra).eval()
+        if precision != "no" and "dataset_meta" not in given:  # to act, as `Policy.load` does
+            torch.nn.Module.to(model.gfdm.unet, PRECISIONS[precision])
+        return cls(config, model=model, folder=inside).eval()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Whole. The frozen networks are written once, then shared between a run's checkpoints."""
@@ -167,7 +157,6 @@ class DeFIPolicy(PreTrainedPolicy):
             for name in (VIDEO, TEXT):
                 share_files(self._folder / name, inside / name)
         run = {"preset_name": self.config.preset, "trainer": {"precision": self.config.acting()["precision"]}}
-        run["lerobot"] = {key: str(value) for key, value in asdict(self.config).items()}
         (inside / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(run)))
         made = {"stage": DeFI.stage, "preset": self.config.preset, "step": self.steps}
         write_manifest(inside, environment() | made | {"data": {}, "metrics": {}})
@@ -190,13 +179,15 @@ class DeFIPolicy(PreTrainedPolicy):
         return losses["loss"], {key: part.item() for key, part in losses.items() if key != "loss"}
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What DeFI looks at, as it takes it; with new noise."""
+        """What DeFI looks at, as it takes it. The noise is of frame and step, so that resuming is exact."""
         cameras, size = self.defi.config.robot.cameras, self.defi.image_size
         seen = self._observations(batch)
+        frames = torch.as_tensor(batch.get("index", range(len(seen)))).tolist()
+        seeds = [seed_of("lerobot", self.config.seed, self.steps, frame) for frame in frames]
         inputs = {
             "images": torch.stack([observe(each["images"], cameras, size) for each in seen]),
             "text": [each["instruction"] for each in seen],
-            "seed": torch.randint(SEEDS, (len(seen),)),
+            "seed": torch.tensor(seeds),
         }
         return inputs | ({"state": batch[STATE]} if self.defi.config.state else {})
 
@@ -207,7 +198,7 @@ class DeFIPolicy(PreTrainedPolicy):
         self._left: deque[Tensor] = deque()
 
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
-        """The next action [B, A]; looks again where the actions of a chunk that are carried out are used up."""
+        """The next action [B, A]; looks again once those of a chunk that are carried out are used up."""
         if not self._left:
             executed = self.config.n_action_steps or self.defi.config.robot.executed
             self._left.extend(self.predict_action_chunk(batch)[:, :executed].unbind(dim=1))
@@ -224,14 +215,16 @@ class DeFIPolicy(PreTrainedPolicy):
     ) -> Tensor:
         """The next actions [B, K, A] in the robot's units, on the CPU.
 
-        prev_chunk_left_over: [T, A], for B = 1: what of the last chunk lies ahead. inference_delay: so many of
-            it will have been carried out when the answer is there. The first actions are these, then.
+        prev_chunk_left_over: [T, A], for B = 1: what lies ahead of the last chunk. inference_delay: so many
+            of these will have been carried out when the answer is there, which begins with them.
         """
         self.eval()
         seen = self._observations(batch)
-        seeds = [seed_of("lerobot", self.config.seed, self._looks, row) for row in range(len(seen))]
+        seeds = [seed_of("act", self.config.seed, self._looks, row) for row in range(len(seen))]
         self._looks += 1
-        ahead = under_way(prev_chunk_left_over, inference_delay) if self._chunks_go_on() else None
+        settings = getattr(self.config, "rtc_config", None)
+        goes_on = settings is None or settings.enabled  # if not, LeRobot puts chunks behind each other
+        ahead = under_way(prev_chunk_left_over, inference_delay) if goes_on else None
         actions = self._policy.infer_batch(seen, seeds, None if ahead is None else [ahead])
         return torch.from_numpy(actions)
 
@@ -239,32 +232,23 @@ class DeFIPolicy(PreTrainedPolicy):
         return True
 
     def init_rtc_processor(self) -> None:
-        """LeRobot calls this before real-time chunking. The first look takes longest, and its time would count
-        as the latency of those that follow: take it now."""
+        """LeRobot calls this before real-time chunking. The first look takes longest, and would count as the
+        latency of those that follow: here it is."""
         robot, size = self.defi.config.robot, self.defi.image_size
         images = {name: np.zeros((size, size, 3), np.uint8) for name in robot.cameras}
         state = np.zeros(self.defi.config.state_dim or 0)
         self._policy.infer({"images": images, "instruction": "", "state": state})
-
-    def _chunks_go_on(self) -> bool:
-        """LeRobot's rtc.enabled; where it is false, chunks are put behind each other."""
-        settings = getattr(self.config, "rtc_config", None)
-        return settings is None or settings.enabled
 
     def _observations(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows of a batch as `Policy` takes them."""
         robot = self.defi.config.robot
         if missing := [self._keys[name] for name in robot.cameras if self._keys[name] not in batch]:
             raise UserError(f"defi: the batch lacks {', '.join(missing)}; see --rename_map")
-        texts = batch.get("task")
-        if texts is None:
-            raise UserError("defi: the batch has no `task`; DeFI acts on an instruction")
         pictures = {name: as_uint8(batch[self._keys[name]]) for name in robot.cameras}
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        rows: list[dict[str, Any]] = [
-            {"images": {name: each[row] for name, each in pictures.items()}, "instruction": text}
-            for row, text in enumerate(texts)
-        ]
+        texts = batch.get("task") or [""] * len(pictures[robot.cameras[0]])  # simulators may have no words
+        rows: list[dict[str, Any]] = [{"instruction": text or self.config.instruction} for text in texts]
+        for row, each in enumerate(rows):
+            each["images"] = {name: pictures[name][row] for name in robot.cameras}
         if self.defi.config.state:
             for row, state in zip(rows, batch[STATE].float().cpu().numpy(), strict=True):
                 row["state"] = state
@@ -279,7 +263,7 @@ def as_uint8(images: Tensor) -> np.ndarray:
 
 
 def under_way(left_over: Tensor | None, delay: int) -> UnderWay | None:
-    """What lies ahead of a chunk, from LeRobot's left-over, which is filled up with zeros to a fixed length."""
+    """What lies ahead, from what LeRobot has left over of a chunk, filled up with zeros to a fixed length."""
     if left_over is None:
         return None
     actions = left_over.float().cpu().numpy()

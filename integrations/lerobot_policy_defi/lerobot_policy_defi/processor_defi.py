@@ -13,5 +13,5 @@ def make_defi_pre_post_processors(
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
-    """LeRobot's usual ones, which change no number (`normalization_mapping`); `dataset_stats` are not used."""
+    """LeRobot's usual ones, which change no number (`normalization_mapping`), without `dataset_stats`."""
     return make_default_pre_post_processors(config)
