@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +33,7 @@ NAME, SEEDS = "pushes", [3, 2**40]
 
 def normalised_robot() -> Any:
     """CALVIN's, with actions in millimetres say, each dimension normalised in another way."""
-    robot = calvin_robot()
+    robot = replace(calvin_robot(), executed=6)
     kinds = ["mean_std", "bounds", "none", "mean_std", "bounds", "mean_std", "none"]
     robot.actions = Vector(
         robot.actions.names,
@@ -110,7 +111,7 @@ def test_the_folder_is_a_run_of_starvla_and_a_policy(folder: Path, run: Path) ->
         "name": "DeFI",
         "policy": f"results/Checkpoints/{NAME}",
         "precision": None,
-        "action_model": {"action_dim": 7, "action_horizon": 10, "state_dim": 15},
+        "action_model": {"action_dim": 7, "action_horizon": 6, "state_dim": 15},
     }
     assert Path(settings["run_root_dir"], settings["run_id"]) == Path(settings["framework"]["policy"])
     assert settings["datasets"]["vla_data"]["data_mix"] == NAME and settings["trainer"] == {}
@@ -189,7 +190,7 @@ def test_starvla_trains_it_and_acts_as_it_does(framework: ModuleType, folder: Pa
     server = PolicyServerWrapper(
         str(folder / "checkpoints" / "model.safetensors"), device="cpu", config_overrides=override
     )
-    assert server.metadata["action_chunk_size"] == 10
+    assert server.metadata["action_chunk_size"] == 6
     assert server.metadata["action_keys"] == [f"action.{name}" for name in robot.actions.names]
     actions, wanted = server.predict_action(given, seeds=SEEDS)["actions"], expected(Policy.load(run), given)
     np.testing.assert_allclose(actions, wanted, rtol=1e-6, atol=1e-6)
@@ -234,7 +235,7 @@ def test_starvlas_own_client_asks_our_server(framework: ModuleType, folder: Path
     with serving(policy, api_key="sesame") as (address, _):
         host, port = address.removeprefix("ws://").split(":")
         client = WebsocketClientPolicy(host, int(port), api_key="sesame")
-        assert client.get_server_metadata()["action_chunk_size"] == 10
+        assert client.get_server_metadata()["action_chunk_size"] == 6
         for turn in range(2):
             answer = client.predict_action({"examples": given, "do_sample": False, "use_ddim": True})
             assert answer["ok"] and answer["status"] == "ok"
