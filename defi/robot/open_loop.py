@@ -63,24 +63,24 @@ class OpenLoop:
 
     def __init__(self, robot: Robot, episodes: Sequence[Laid], usual: Statistics) -> None:
         self.robot, self.episodes, self.usual, self.names = robot, episodes, usual, robot.actions.names
-        span, whole = usual.high - usual.low, usual.maximum - usual.minimum
-        span = np.where(span <= RARE * whole, whole, span)  # it moves in few frames
-        self.moves: Bool[np.ndarray, " A"] = span > NOISE * np.abs(usual.mean)
-        self.span = np.where(self.moves, span, np.nan)  # 1 % … 99 % of what was recorded
-        dimension = robot.gripper.dimension if robot.gripper else -1
-        self.arm = self.moves & (np.arange(len(span)) != dimension)
         self.chunks = np.concatenate([each.chunks for each in episodes]).astype(float)
         self.targets = np.concatenate([each.targets() for each in episodes])
         self.predicted = np.concatenate([each.predicted for each in episodes]).astype(float)
         self.recorded = np.concatenate([each.recorded for each in episodes]).astype(float)
+        span, whole = usual.high - usual.low, usual.maximum - usual.minimum
+        span = np.where(span <= RARE * whole, whole, span)  # it moves in few frames
+        moves = (span > NOISE * np.abs(usual.mean)) & (np.ptp(self.recorded, axis=0) > 0)
+        self.span = np.where(moves, span, np.nan)  # 1 % … 99 % of what was recorded
+        dimension = robot.gripper.dimension if robot.gripper else -1
+        self.arm: Bool[np.ndarray, " A"] = moves & (np.arange(len(span)) != dimension)
 
     # ------------------------------------------------------------ how far apart
 
     def errors(self) -> dict[str, Any]:
         """Of each dimension, of the places in the chunk, of baselines, of the gripper; for results.json.
 
-        `of_range`: as a share of the range 1 % … 99 % of what was recorded, NaN where that never changes; over
-        several dimensions the mean, without the gripper. size: how many times as much predictions vary.
+        `of_range`: as a share of the range 1 % … 99 % of what was recorded, NaN where that never changes;
+        over several dimensions the mean, without the gripper. size: how many times as much predictions vary.
         Baselines, which act at the same looks: mean_action, and last_action, that before the look.
         """
         before = [np.vstack([self.usual.mean, e.recorded[e.positions[1:] - 1]]) for e in self.episodes]
@@ -120,11 +120,11 @@ class OpenLoop:
     @cached_property
     def sizes(self) -> Float[np.ndarray, " A"]:
         """How many times as much the predictions vary as what was recorded."""
-        return self.predicted.std(0) / np.where(self.moves, self.recorded.std(0), np.nan)
+        return self.predicted.std(0) / np.where(np.isnan(self.span), np.nan, self.recorded.std(0))
 
     @cached_property
     def strong(self) -> Bool[np.ndarray, "A A"]:
-        """Which correlations are no chance. Steps count as so many independent ones as there are in two series
+        """Which correlations are no chance. Steps count as so many independent ones as two series are worth
         that change as slowly as these (Bartlett 1935)."""
         kept = np.ones(len(self.recorded) - 1, bool)
         kept[np.cumsum([len(each.recorded) for each in self.episodes])[:-1] - 1] = False
@@ -136,8 +136,8 @@ class OpenLoop:
 
     @cached_property
     def gripper(self) -> dict[str, Any] | None:
-        """Shares of steps with the same command and with the opposite one; switches, and by how many steps the
-        predicted ones come late (median) and lie off (mean). None without a gripper."""
+        """Shares of steps with the same command and with the opposite one; switches, and by how many steps
+        the predicted ones come late (median) and lie off (mean). None without a gripper."""
         if (spec := self.robot.gripper) is None:
             return None
         same, opposite, late, counts = [], [], [], np.zeros(2, int)
@@ -235,7 +235,7 @@ class OpenLoop:
             yield f"time: {what}: are they shifted against the pictures, or is the rate another?"
 
 
-def better(first: Float[np.ndarray, "L *rest"], second: Float[np.ndarray, "L *rest"]) -> float:
+def better(first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]) -> float:
     """A second reading's squared error as a share of the first's, of the same looks; 1 if that may be chance.
 
     NaN: nothing to compare there.
@@ -259,20 +259,20 @@ def out_of_range(what: str, vector: Vector, values: Float[np.ndarray, "N A"]) ->
     for i, name in enumerate(vector.names):
         first, last, usual = values[:, i].min(), values[:, i].max(), f"{low[i]:.4g} … {high[i]:.4g}"
         if beyond[i] > RARELY:
-            yield f"{what} {name}: {first:.4g} … {last:.4g}, in training {usual} ({beyond[i]:.0%} lie outside)"
+            share = f"{beyond[i]:.0%} lie outside"
+            yield f"{what} {name}: {first:.4g} … {last:.4g}, in training {usual} ({share})"
         elif what == "state" and first == last and low[i] < high[i]:
             yield f"{what} {name}: always {first:.4g}, in training {usual}"
 
 
 def _root(apart: np.ndarray, axis: int) -> np.ndarray:
-    """Root of the mean square; NaN: not there."""
+    """Root of the mean square of what is not NaN."""
     known = ~np.isnan(apart)
-    return np.sqrt(
-        np.square(np.where(known, apart, 0)).sum(axis) / np.where(known.any(axis), known.sum(axis), np.nan)
-    )
+    total = np.square(np.where(known, apart, 0)).sum(axis)
+    return np.sqrt(total / np.where(known.any(axis), known.sum(axis), np.nan))
 
 
 def _standard(values: Float[np.ndarray, "N A"]) -> Float[np.ndarray, "N A"]:
     """Mean 0, deviation 1; NaN where it never changes."""
-    deviation = values.std(0)
-    return (values - values.mean(0)) / np.where(deviation > NOISE * np.abs(values.mean(0)), deviation, np.nan)
+    deviation = np.where(np.ptp(values, axis=0) > NOISE * np.abs(values.mean(0)), values.std(0), np.nan)
+    return (values - values.mean(0)) / deviation
