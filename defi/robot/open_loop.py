@@ -169,7 +169,7 @@ class OpenLoop:
 
     def _dimensions(self) -> Iterator[str]:
         known = np.nan_to_num(self.correlations)
-        own = np.abs(known.diagonal())
+        own, deviation = np.abs(known.diagonal()), self.predicted.std(0)
         for i, name in enumerate(self.names):
             best, size, follows = int(np.abs(known[i]).argmax()), self.sizes[i], self.strong[i, i]
             offset = (self.predicted - self.recorded)[:, i].mean()
@@ -186,10 +186,10 @@ class OpenLoop:
                 near = [units for ratio, units in UNITS.items() if 0.7 < max(size, 1 / size) / ratio < 1.4]
                 what = f"predictions are {size:.3g} times as large as recorded"
                 yield f"{name}: {what}: is the unit another{f' ({near[0]})' if near else ''}?"
-            elif not follows and not 1 / HUGE < size < HUGE:
-                what = f"predictions vary {size:.3g} times as much as recorded, and do not follow it"
-                yield f"{name}: {what}: another unit, or has the policy learned nothing of it?"
-            elif abs(offset) > self.span[i]:
+            elif not follows and not 1 / HUGE < (wide := deviation[i] / self.usual.std[i]) < HUGE:
+                what = f"predictions do not follow what is recorded, and vary {wide:.3g} times as much"
+                yield f"{name}: {what}: another unit, or nothing learned?"
+            elif follows and abs(offset) > self.span[i]:
                 what = f"predictions lie {offset:+.4g} from what is recorded on average"
                 yield f"{name}: {what}: is its zero another?"
 
@@ -217,7 +217,7 @@ class OpenLoop:
             readings[f"{times} times as fast as"] = place * times
             readings[f"{times} times as slowly as"] = np.where(place % times, -1, place // times)
         for words, read in readings.items():
-            fits = (read >= 0) & (read < size)
+            fits = (read >= 0) & (read < size) & (read != place)
             if fits.sum() < 2 or not sure.any():
                 continue
             predicted, recorded = (
@@ -225,9 +225,9 @@ class OpenLoop:
                 for each in (self.chunks, self.targets)
             )
             other = np.square(predicted[1] - recorded[0])
-            share = max(better(np.square(predicted[i] - recorded[i]), other) for i in range(2))
-            if share < best:
-                best, said = share, words
+            shares = [better(np.square(predicted[i] - recorded[i]), other) for i in range(2)]
+            if max(shares) < BETTER and shares[0] < best:
+                best, said = shares[0], words
         if said:
             what = (
                 f"if the recorded actions come {said} the policy's, {best:.0%} of the squared error is left"
