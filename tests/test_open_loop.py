@@ -209,3 +209,6 @@ def test_what_lies_outside_the_training_range() -> None:
         "state u: -3 … 1, in training 0 … 1 (1% lie outside)"
     ]
     assert list(out_of_range("state", Vector.plain(["u", "v", "w"]), values)) == [], "nothing is known"
+    many = replace(Vector.plain("abcde"), low=[0.0] * 5, high=[1.0] * 5)
+    found = list(out_of_range("state", many, np.full((9, 5), 2.0)))
+    assert len(found) == 4 and found[3] == "state: so it is with 2 more, d, e"

@@ -21,6 +21,7 @@ FACTOR, HUGE = 2.0, 10.0  # of size: where predictions follow what was recorded,
 BETTER, CLEARLY = 0.92, 3.0  # another reading's squared error as a share of the first's; standard errors
 FEWEST = 8  # looks, or more, before readings are compared
 MARGIN, RARELY = 0.1, 0.01  # beyond the training data's range, as a share of it; share of steps that may be
+FEW = 3  # of the dimensions outside the training range are described, the others named
 UNITS = {1000.0: "millimetres, metres", 180 / np.pi: "degrees, radians", 100.0: "centimetres, metres"}
 
 
@@ -194,9 +195,9 @@ class OpenLoop:
                 yield f"{name}: {what}: is its zero another?"
 
     def _gripper(self) -> Iterator[str]:
-        if (found := self.gripper) is None:
+        found, spec = self.gripper, self.robot.gripper
+        if found is None or spec is None:
             return
-        spec = self.robot.gripper
         values, (low, high) = self.recorded[:, spec.dimension], sorted((spec.below, spec.above))
         if found["agreement"] < 0.5 and found["opposite"] > found["agreement"] + 0.2:
             shares = f"{found['agreement']:.0%} of the steps, the opposite in {found['opposite']:.0%}"
@@ -256,13 +257,17 @@ def out_of_range(what: str, vector: Vector, values: Float[np.ndarray, "N A"]) ->
     low, high = np.array(vector.low), np.array(vector.high)
     reach = MARGIN * (high - low) + NOISE * np.maximum(np.abs(low), np.abs(high))
     beyond = ((values < low - reach) | (values > high + reach)).mean(0)
+    found = {}
     for i, name in enumerate(vector.names):
         first, last, usual = values[:, i].min(), values[:, i].max(), f"{low[i]:.4g} … {high[i]:.4g}"
         if beyond[i] > RARELY:
             share = f"{beyond[i]:.0%} lie outside"
-            yield f"{what} {name}: {first:.4g} … {last:.4g}, in training {usual} ({share})"
+            found[name] = f"{first:.4g} … {last:.4g}, in training {usual} ({share})"
         elif what == "state" and first == last and low[i] < high[i]:
-            yield f"{what} {name}: always {first:.4g}, in training {usual}"
+            found[name] = f"always {first:.4g}, in training {usual}"
+    yield from (f"{what} {name}: {said}" for name, said in list(found.items())[:FEW])
+    if more := list(found)[FEW:]:
+        yield f"{what}: so it is with {len(more)} more, {', '.join(more)}"
 
 
 def _root(apart: np.ndarray, axis: int) -> np.ndarray:

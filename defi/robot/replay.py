@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import combinations, groupby
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -234,6 +235,28 @@ def strip(found: Replay, number: int) -> Figure:
     return figure
 
 
+def write_page(found: Replay, errors: dict[str, Any], file: Path, shown: int) -> Path:
+    """Warnings first, then figures, then some episodes."""
+    episodes, count = [], len(found.numbers)
+    for i in np.linspace(0, count - 1, min(shown, count)).round().astype(int).tolist():
+        laid, texts = found.loop.episodes[i], found.data.episode(found.numbers[i]).texts
+        episodes.append({
+            "title": f"{laid.name}, {len(laid.recorded)} steps",
+            "text": " → ".join(filter(None, dict.fromkeys(texts))),
+            "pictures": strip(found, found.numbers[i]),
+            "curves": curves(found.loop, laid),
+        })  # fmt: skip
+    places = {name.replace("_", " "): (range(len(each)), each) for name, each in errors["places"].items()}
+    values: dict[str, Any] = {"warnings": found.warnings, "cards": summary(errors), "facts": found.facts}
+    values |= {"head": ("action", *COLUMNS.values()), "rows": table(errors), "episodes": episodes}
+    values |= {
+        "against": against(found.loop),
+        "places": html.line_chart(places, x_label="place in the chunk"),
+    }
+    values["subtitle"] = "What a policy says over recorded episodes, beside what was done. Nothing moved."
+    return html.write_page(file, "defi/robot/replay.html.j2", title="Open loop", **values)
+
+
 @entry("replay")
 def main(cfg: DictConfig) -> None:
     if cfg.part not in ("training", "held_out", "all"):
@@ -252,35 +275,18 @@ def main(cfg: DictConfig) -> None:
     device = import_module("defi.processes").processes().device
     found = replay(acting.Policy.load(checkpoint, device=device, **given), data, cfg)
     errors, known = found.loop.errors(), acting.identify(checkpoint)
-    facts = found.facts | {f"policy's {key}": value for key, value in known.items()}
-    figures, rows, head = summary(errors), table(errors), ("action", *COLUMNS.values())
-    console, lines = Console(markup=False, highlight=False), Table(*head)
-    for row in rows:
+    found.facts |= {f"policy's {key}": value for key, value in known.items()}
+    console, lines = Console(markup=False, highlight=False), Table("action", *COLUMNS.values())
+    for row in table(errors):
         lines.add_row(*row)
-    console.print(lines, *(f"{label}: {value}" for label, value in figures.items()), sep="\n")
+    console.print(lines, *(f"{label}: {value}" for label, value in summary(errors).items()), sep="\n")
     for line in found.warnings:
         console.print(f"warning: {line}", style="yellow", soft_wrap=True)
     prepare_output(output, overwrite=cfg.overwrite)
-    record = {"facts": facts, "settings": OmegaConf.to_container(cfg), "warnings": found.warnings} | errors
-    record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no NaN
+    record = {"facts": found.facts, "settings": OmegaConf.to_container(cfg), "warnings": found.warnings}
+    record = json.loads(json.dumps(record | errors), parse_constant=lambda _: None)  # JSON has no NaN
     write_file(output / "results.json", json.dumps(record, indent=1))
-    shown = np.linspace(0, len(found.numbers) - 1, min(cfg.shown, len(found.numbers))).round().astype(int)
-    episodes = [
-        {
-            "title": f"{found.loop.episodes[i].name}, {len(found.loop.episodes[i].recorded)} steps",
-            "text": " → ".join(filter(None, dict.fromkeys(data.episode(found.numbers[i]).texts))),
-            "pictures": strip(found, found.numbers[i]),
-            "curves": curves(found.loop, found.loop.episodes[i]),
-        }
-        for i in shown.tolist()
-    ]
-    places = {name.replace("_", " "): (range(len(each)), each) for name, each in errors["places"].items()}
-    values = {"warnings": found.warnings, "cards": figures, "facts": facts, "head": head, "rows": rows}
-    values |= {"against": against(found.loop), "episodes": episodes}
-    values["places"] = html.line_chart(places, x_label="place in the chunk")
-    page, title = output / "index.html", "Open loop"
-    subtitle = "What the policy says over recorded episodes, beside what was done. Nothing moved."
-    print(html.write_page(page, "defi/robot/replay.html.j2", title=title, subtitle=subtitle, **values))
+    print(write_page(found, errors, output / "index.html", cfg.shown))
 
 
 if __name__ == "__main__":
