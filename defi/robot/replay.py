@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,6 +38,7 @@ COLUMNS = {
     "rmse": "RMSE", "mae": "MAE", "rmse_of_range": "of range", "mean_action_rmse": "mean's",
     "last_action_rmse": "last's", "correlation": "corr.", "size": "size",
 }  # fmt: skip
+FORMATS = {"rmse_of_range": ".1%", "correlation": ".2f", "size": ".2f"}
 Chunks = dict[tuple[str, ...], np.ndarray]  # () or a pair of cameras that were exchanged → [L, K, A]
 
 
@@ -175,7 +177,7 @@ def table(errors: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows under a name and `COLUMNS`; a dash where something never changes."""
     rows = []
     for each in errors["dimensions"]:
-        texts = [f"{each[key]:.1%}" if key == "rmse_of_range" else f"{each[key]:.3g}" for key in COLUMNS]
+        texts = [format(each[key], FORMATS.get(key, ".3g")) for key in COLUMNS]
         rows.append((each["name"], *("–" if "nan" in text else text for text in texts)))
     return rows
 
@@ -276,7 +278,7 @@ def main(cfg: DictConfig) -> None:
     found = replay(acting.Policy.load(checkpoint, device=device, **given), data, cfg)
     errors, known = found.loop.errors(), acting.identify(checkpoint)
     found.facts |= {f"policy's {key}": value for key, value in known.items()}
-    console, lines = Console(markup=False, highlight=False), Table("action", *COLUMNS.values())
+    console, lines = Console(markup=False, highlight=False), Table("action", *COLUMNS.values(), box=SIMPLE)
     for row in table(errors):
         lines.add_row(*row)
     console.print(lines, *(f"{label}: {value}" for label, value in summary(errors).items()), sep="\n")
