@@ -34,6 +34,7 @@ from defi.robot.open_loop import BETTER, Laid, OpenLoop, better, out_of_range
 
 SEEN = 6  # pictures of an episode on the page, per camera
 MOST_POINTS = 3000  # of a dimension, predicted over recorded
+LONGEST = 1000  # steps: of longer episodes the page shows the curves of the first ones
 COLUMNS = {
     "rmse": "RMSE", "mae": "MAE", "rmse_of_range": "of range", "mean_action_rmse": "mean's",
     "last_action_rmse": "last's", "correlation": "corr.", "size": "size",
@@ -211,10 +212,10 @@ def curves(loop: OpenLoop, laid: Laid) -> Figure:
     axes = figure.subplots(len(loop.names), 1, sharex=True, squeeze=False)[:, 0]
     for i, (axis, name) in enumerate(zip(axes, loop.names)):
         axis.axhspan(loop.usual.low[i], loop.usual.high[i], color=html.GREY, alpha=0.12, linewidth=0)
-        for step in laid.positions:
-            axis.axvline(step, color=html.GREY, alpha=0.3, linewidth=0.6)
+        looks, upright = laid.positions[laid.positions < LONGEST], axis.get_xaxis_transform()
+        axis.vlines(looks, 0, 1, transform=upright, color=html.GREY, alpha=0.3, linewidth=0.6)
         for label, values in {"recorded": laid.recorded, "predicted": laid.predicted}.items():
-            axis.plot(values[:, i], drawstyle="steps-post", label=label)
+            axis.plot(values[:LONGEST, i], drawstyle="steps-post", label=label)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2))
         axis.tick_params(labelsize=7)
@@ -224,6 +225,7 @@ def curves(loop: OpenLoop, laid: Laid) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(html.CHART_STYLE)
 def strip(found: Replay, number: int) -> Figure:
     """A few pictures of each camera, evenly spread over an episode, as the policy is given them."""
     cameras, episode = found.loop.robot.cameras, found.data.episode(number)
