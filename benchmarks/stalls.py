@@ -274,10 +274,11 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
         for mode, colour in {"sync": "tab:gray", "async": "tab:orange", "rtc": "tab:blue"}.items():
             line = sorted((row["latency"], row[key], row["interval"]) for row in rows if shows(row, mode))
-            x, y, ends = zip(*line) if line else ((), (), ())
+            x, y = ([each[i] for each in line] for i in range(2))
             axes.plot(x, y, "o-", color=colour, label=mode, markersize=4)
             if key == "success":
-                axes.vlines(x, *zip(*ends), color=colour, alpha=0.3, linewidth=3)
+                low, high = ([each[2][i] for each in line] for i in range(2))
+                axes.vlines(x, low, high, color=colour, alpha=0.3, linewidth=3)
         axes.set(xlabel="latency (ms)", ylabel=label, ylim=(0, None if key == "roughness" else 1))
         axes.axvline(HALF, color="0.8", linewidth=1, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
