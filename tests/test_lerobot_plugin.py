@@ -274,8 +274,12 @@ def test_an_exported_policy_rolls_out_on_an_arm(folder: Path, trained: Path, dat
     )
     last = ("--dataset.video_backend=pyav", "--batch_size=2", "--steps=1", "--output_dir=further")
     run(folder, "train", *path, *last)
-    further = DeFIPolicy.from_pretrained(folder / "further" / "checkpoints" / "last" / "pretrained_model")
+    place = folder / "further" / "checkpoints" / "last" / "pretrained_model"
+    further = DeFIPolicy.from_pretrained(place)
     assert further.defi.config == config and further.steps == 2
+    further.save_pretrained(place)  # in its own place
+    again = DeFIPolicy.from_pretrained(place).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in further.state_dict().items())
 
 
 def test_real_time_chunking(folder: Path, trained: Path) -> None:

@@ -78,6 +78,8 @@ def share_files(source: Path, target: Path) -> None:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
+    if os.path.exists(target) and os.path.samefile(source, target):  # a checkpoint saved in its own place
+        return
     Path(target).unlink(missing_ok=True)
     with suppress(OSError):  # another disk, or one without links
         os.link(os.path.realpath(source), target)  # the hub's caches hold symbolic links
