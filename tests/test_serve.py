@@ -26,6 +26,7 @@ from defi.engine.data import seed_of
 from defi.errors import UserError
 from defi.picture import decode_picture
 from defi.robot.chunk import UnderWay
+from defi.robot.client import RemotePolicy
 from defi.robot.wire import pack, unpack
 from Step3_DeFI.acting import Policy, policy_threads
 from Step3_DeFI.policy import DeFI
@@ -64,8 +65,11 @@ def test_answers_are_those_of_the_policy() -> None:
 def test_chunks_go_on_from_what_is_under_way() -> None:
     policy, ahead = Policy(build_policy()), np.full((6, 7), 0.25, np.float32)
     ahead[:, 6] = 1
-    with serving(policy) as (address, _), client(address) as connection:
-        answer = ask(connection, seen(seed=3, under_way=ahead, delay=2))["actions"]
+    with serving(policy, api_key="secret") as (address, _):
+        remote = RemotePolicy(address, api_key="secret")
+        answer = remote.infer(seen(), 3, UnderWay(ahead, 2))
+        remote.close()
+    assert remote.metadata["relative"] == policy.robot.actions.relative
     np.testing.assert_array_equal(answer, policy.infer(seen(), 3, UnderWay(ahead, 2)))
     np.testing.assert_array_equal(answer[:2], ahead[:2])
     assert (answer != policy.infer(seen(), 3)).any()
