@@ -282,7 +282,7 @@ class DeFI(StageModel):
         *,
         noise: PolicyNoise,
         state: Float[Tensor, "B S"] | None = None,
-        under_way: Sequence[UnderWay | None] | None = None,
+        under_way: Sequence[UnderWay | None] = (),
     ) -> Float[Tensor, "B K A"]:
         """The next K actions in the robot's units, gripper not snapped. `images` as `observe` gives them.
 
@@ -299,13 +299,13 @@ class DeFI(StageModel):
         *,
         noise: Float[Tensor, "B K A"],
         state: Float[Tensor, "B S"] | None = None,
-        under_way: Sequence[UnderWay | None] | None = None,
+        under_way: Sequence[UnderWay | None] = (),
     ) -> Float[Tensor, "B K A"]:
         """As `act`, from features."""
         diffusion = self.config.diffusion
         sigmas = diffusion.schedule(self.device)
         denoise = self.denoiser(self.context(features.to(self.dtype), texts, state), sigmas)
-        if any(each is not None for each in under_way or ()):
+        if any(each is not None for each in under_way):
             denoise = hold(denoise, self._ahead(under_way))
         actions = SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
         return self.config.robot.actions.restore(actions)
