@@ -106,7 +106,7 @@ class Policy:
         """As `infer`, for several at once: what stands beside an observation changes nothing about its
         actions, the size of the batch their rounding only."""
         for observation in observations:
-            self._check(observation)
+            self.check(observation)
         under_way = [each if each and len(each.actions) else None for each in under_way or ()]
         for each in filter(None, under_way):
             each.check(self.model.config.chunk, self.model.config.action_dim)
@@ -127,7 +127,8 @@ class Policy:
                 actions[row, : each.delay] = each.actions[: each.delay]
         return actions
 
-    def _check(self, observation: Observation) -> None:
+    def check(self, observation: Observation) -> None:
+        """Raises UserError as `infer` does."""
         images = observation.get("images", {})
         for camera in self.robot.cameras:
             if camera not in images:

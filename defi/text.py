@@ -4,6 +4,7 @@ A tower comes from a Hugging Face folder or hub name (`pretrained`), or is rando
 which needs no download. Each distinct string is encoded once: a data set has few instructions.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,7 +80,12 @@ def build_tokenizer(*, bos: str | None = None, eos: str, pad: str, tokens: int) 
         special_tokens=[(token, vocabulary[token]) for token in special],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=tokens
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        model_max_length=tokens,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add a third
     )
 
 
@@ -128,9 +134,14 @@ class _Tower(nn.Module):
         return super()._apply(fn, recurse)
 
     def save(self, folder: Path) -> None:
-        """Write weights, config and tokenizer as one Hugging Face folder."""
+        """Write weights, config and tokenizer as one Hugging Face folder, for transformers 4 and 5."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        values = json.loads((file := folder / "tokenizer_config.json").read_text())
+        values["model_input_names"] = self.tokenizer.model_input_names
+        if values.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
+            values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(values, indent=2))
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The text towers: any text, one forward per distinct string, frozen, saved as Hugging Face folders."""
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,9 @@ def test_lengths_are_rounded_up_for_acting(t5: T5Text) -> None:
 def test_saved_as_a_hugging_face_folder(tower, model, tmp_path: Path) -> None:
     ours = tower.from_config(CONFIG)
     ours.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())  # as transformers 4 wants them
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     again = tower.load(tmp_path, CONFIG)
     named = tower.from_config(replace(CONFIG, pretrained=str(tmp_path)))
     outputs = [(t.tokens if tower is CLIPText else t)(TEXTS) for t in (ours, again, named)]

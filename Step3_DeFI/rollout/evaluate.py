@@ -36,6 +36,7 @@ from Step3_DeFI.rollout.protocol import (
     choose,
     world_maker,
 )
+from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.rollout.report import result_table, task_table, write_clip, write_report
 from Step3_DeFI.rollout.results import RESULTS, ChainLog, Results, running_average, versions
 from Step3_DeFI.rollout.simulator import AGENTS, ChainResult, ChainSpec, Clip, Setup
@@ -57,6 +58,8 @@ class CommandConfig(RolloutConfig):
 
     agent: str = "policy"
     checkpoint: str | None = None
+    server: str | None = None
+    server_keys: Any = "calvin"
     gfdm: str | None = None
     gidm: str | None = None
     sampler: str | None = None
@@ -73,8 +76,11 @@ class CommandConfig(RolloutConfig):
         choose("agent", self.agent, AGENTS)
         choose("sampler", self.sampler, (None, *SAMPLERS))
         choose("precision", self.precision, (None, *PRECISIONS))
-        if self.agent == "policy" and self.checkpoint is None:
+        if self.agent == "policy" and self.checkpoint is None and self.server is None:
             raise UserError("checkpoint=: not given; name a stage-3 run's output folder, or agent=random")
+        its_own = ("checkpoint", "gfdm", "gidm", "sampler", "sampler_steps", "guidance", "precision")
+        if self.server and (given := [key for key in its_own if getattr(self, key) is not None]):
+            raise UserError(f"server={self.server}: leave {given[0]}= to the server")
         if "scripted" in (self.agent, self.baseline) and self.sim.calvin_root is not None:
             raise UserError("scripted: knows the built-in tables only; use sim=builtin, or another agent")
         if self.baseline == self.agent:
@@ -240,8 +246,10 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"sim.renderer: {found}; name one that works for all, such as sim.renderer=mesa")
     print_once(f"renderer: {evaluation.renderer}")
     print_once(evaluation.caveat or "")
-    policy, known = None, {}
-    if config.agent == "policy":
+    policy, known = None, {"server": config.server} if config.server else {}
+    if config.agent == "policy" and config.server:
+        policy = ServedPolicy(config.server, config.server_keys)
+    elif config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
         wanted = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}

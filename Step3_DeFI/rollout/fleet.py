@@ -17,7 +17,9 @@ import numpy as np
 from defi.data.calvin import CAMERAS
 from defi.engine.data import seed_of
 from defi.errors import UserError
+from Step3_DeFI import batching
 from Step3_DeFI.acting import Policy
+from Step3_DeFI.batching import Question
 from Step3_DeFI.rollout.simulator import GONE, Actions, ChainResult, ChainSpec, Clip, Observation, Setup
 
 MOST_DEATHS = 3
@@ -69,62 +71,39 @@ def shown(seen: Observation) -> dict[str, Any]:
     return {"images": images, "instruction": seen.instruction, "state": seen.state}
 
 
-class Batcher:
-    """Collects observations and calls the policy, in batches that change nothing about the answers.
-
-    A network's floating-point result for a sample may depend on how many samples share the batch and on the
-    sample's row, never on what the other rows hold. So that a chain's actions are the same on any number of
-    processes, every batch has the same number of rows (empty ones are filled up), and a chain always takes
+class Batcher(batching.Batcher):
+    """For simulators. So that a chain's actions are the same on any number of processes, a chain always takes
     the same row: its index modulo `batch`.
 
     Args:
-        policy: or anything else with its `infer_batch`.
-        batch: rows of every call.
         chunk: actions of each answer that are executed; None for all.
     """
 
     def __init__(self, policy: Policy, batch: int, chunk: int | None = None) -> None:
-        self.policy, self.batch, self.chunk = policy, batch, chunk
-        self._waiting: list[tuple[Hashable, Observation, float]] = []  # who, with what, since when
-        self._call_seconds, self.calls = 0.0, 0
+        super().__init__(policy, batch)
+        self.chunk = chunk
+        self._seen: dict[Hashable, Observation] = {}
 
-    def add(self, asker: Hashable, observation: Observation) -> None:
+    def add(self, asker: Hashable, seen: Observation) -> None:
         """An observation of `asker`, who waits for the answer."""
-        self._waiting.append((asker, observation, time.monotonic()))
-
-    def patience(self, coming: int) -> float | None:
-        """Seconds to wait for more observations before calling the policy; None if nobody waits.
-
-        A full batch goes at once, and so does one that nobody else can join (`coming` counts the simulators
-        at work). Otherwise half a call's duration is waited: a call costs the same, however full.
-        """
-        if not self._waiting:
-            return None
-        if not coming or len({seen.seed[1] % self.batch for _, seen, _ in self._waiting}) == self.batch:
-            return 0.0
-        return max(0.0, self._waiting[0][2] + self._call_seconds / 2 - time.monotonic())
+        self._seen[asker] = seen
+        row = seen.seed[1] % self.batch
+        self.waiting.append(Question(asker, shown(seen), seed_of("rollout", *seen.seed), row))
 
     def answer(self) -> Iterator[tuple[Hashable, Actions]]:
         """Call the policy once for the longest waiting observation of each row."""
-        picked: dict[int, tuple[Hashable, Observation]] = {}
-        waiting, self._waiting = self._waiting, []
-        for asker, observation, since in waiting:
-            if picked.setdefault(observation.seed[1] % self.batch, (asker, observation))[0] is not asker:
-                self._waiting.append((asker, observation, since))
-        filler, began = next(iter(picked.values())), time.monotonic()
-        batch = [picked.get(row, filler)[1] for row in range(self.batch)]
-        seeds = [seed_of("rollout", *seen.seed) for seen in batch]
-        actions = np.asarray(self.policy.infer_batch([shown(seen) for seen in batch], seeds))
-        self._call_seconds, self.calls = time.monotonic() - began, self.calls + 1
+        picked = self.take()
+        actions = self.ask(picked)
         if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
             wanted = f"the simulator takes ({self.batch}, K, 7): position, rotation, gripper"
             raise UserError(f"the policy returned actions of shape {actions.shape}, {wanted}")
-        for row, (asker, observation) in picked.items():
+        for row, question in picked.items():
+            seen = self._seen.pop(question.asker)
             if not np.isfinite(actions[row]).all():
-                where = "chain {1}, {task}, observation {2}".format(*observation.seed, task=observation.task)
+                where = "chain {1}, {task}, observation {2}".format(*seen.seed, task=seen.task)
                 fix = "its weights or its precision are broken, try another checkpoint"
                 raise UserError(f"{where}: the policy returned NaN or infinite actions; {fix}")
-            yield asker, actions[row, : self.chunk]
+            yield question.asker, actions[row, : self.chunk]
 
 
 class Fleet:

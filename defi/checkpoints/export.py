@@ -2,6 +2,7 @@
 
     python -m defi.checkpoints.export checkpoint=ckpts/policy output=exported/policy [push=user/name]
     … format=lerobot    as one of LeRobot's policies (`export_lerobot.py`)
+    … format=starvla    as a run of starVLA's (`export_starvla.py`)
 
 It is a checkpoint that stands on no others: rollout and inspect take the folder, `Policy.load` and
 `DeFI.from_pretrained` also its name on the hub. Not in it: DINO, stage 2's decoder, what resuming needs.
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from defi.config import entry
 from defi.engine.checkpoint import (
+    IN_LEROBOT,
     MANIFEST,
     RUN_CONFIG,
     find_checkpoint,
@@ -51,10 +53,11 @@ def export(cfg: DictConfig) -> Path:
     # By name, since this package imports no stage.
     policy = import_module("Step3_DeFI.policy").DeFI.from_pretrained(find_weights(checkpoint), **places)
     with new_folder(output) as folder:
-        import_module("Step3_DeFI.stages").write_whole(policy, folder)
+        own = folder if cfg.format == "folder" else folder / IN_LEROBOT
+        import_module("Step3_DeFI.stages").write_whole(policy, own)
         run = read_run_config(checkpoint)
-        (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(without_places(run))))
-        write_manifest(folder, manifest := read_manifest(checkpoint))
+        (own / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(without_places(run))))
+        write_manifest(own, manifest := read_manifest(checkpoint))
         text = model_card(cfg.push or output.name, policy.config, manifest, run)
         (folder / CARD).write_text(text)
         if cfg.format != "folder":

@@ -29,12 +29,8 @@ With the plug-in `integrations/lerobot_policy_defi` of DeFI's repository it is a
 
 
 def write(policy: Any, folder: Path, run: Mapping[str, Any]) -> None:
-    """Turn the exported folder of a `DeFI` into LeRobot's. `run`: the settings that it was trained with."""
-    (inside := folder / IN_LEROBOT).mkdir()
-    for path in sorted(folder.iterdir()):
-        if path not in (inside, folder / CARD):
-            path.rename(inside / path.name)
-    share_files(inside / WEIGHTS, folder / WEIGHTS)
+    """Beside the exported `DeFI` what LeRobot wants. `run`: the settings that it was trained with."""
+    share_files(folder / IN_LEROBOT / WEIGHTS, folder / WEIGHTS)
     config, size = policy.config, policy.image_size
     robot = config.robot
     inputs = {f"observation.images.{name}": _feature("VISUAL", 3, size, size) for name in robot.cameras}

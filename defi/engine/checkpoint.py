@@ -36,7 +36,7 @@ from defi.files import read_json, read_yaml
 
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"
-IN_LEROBOT = "defi"  # where the folders of LeRobot hold a policy of ours
+IN_LEROBOT = "defi"  # where folders of LeRobot and of starVLA hold a policy of ours
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = {"stage": str, "step": int, "data": dict, "metrics": dict, "files": dict}  # of a manifest
 CHANGED = "+changes"  # after the commit of a checkout whose files differ from it
@@ -48,7 +48,7 @@ PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "safete
 
 def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
     """Folder of the newest complete checkpoint at `path`: a run's output folder or a checkpoint itself,
-    in a folder of LeRobot's as well.
+    in a folder of LeRobot's or starVLA's as well.
 
     UserError if there is none, or (with `stage`) it belongs to another stage.
     """

@@ -187,6 +187,31 @@ class Robot:
                     ends = f"{vector.low[i]:.4g} … {vector.high[i]:.4g}"
                 yield what, name, change + (vector.units[i] or "unknown unit"), normal, ends
 
+    def limit(self, actions: np.ndarray, margin: float) -> tuple[np.ndarray, list[str]]:
+        """Actions [K, A] in the robot's units, clipped to what the training data held, low … high, widened by
+        `margin` times that range at both ends; and what of them lay beyond, in words.
+
+        The gripper's two values are left alone, and everything where nobody looked for low and high.
+
+        Raises:
+            UserError: NaN or infinite actions.
+        """
+        if not np.isfinite(actions).all():
+            fix = "its weights or its precision are broken, or it was shown numbers that are far out"
+            raise UserError(f"the policy returned NaN or infinite actions; {fix}")
+        if not self.actions.low:
+            return actions, []
+        low, high = np.asarray(self.actions.low), np.asarray(self.actions.high)
+        low, high = low - margin * (high - low), high + margin * (high - low)
+        if self.gripper is not None:
+            low[self.gripper.dimension], high[self.gripper.dimension] = -np.inf, np.inf
+        clipped = np.clip(actions, low, high).astype(actions.dtype)
+        beyond = [
+            f"{self.actions.names[i]} {actions[k, i]:.4g} in step {k} (at {low[i]:.4g} … {high[i]:.4g})"
+            for k, i in np.argwhere((actions < low) | (actions > high))
+        ]
+        return clipped, beyond
+
     def summary(self, chunk: int) -> str:
         """Rate, chunk and gripper in a line, for people."""
         rate = f"{self.fps:g} steps per second" if self.fps else "unknown rate"
