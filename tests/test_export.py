@@ -242,7 +242,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return server
 
 
-def test_lerobots_format_holds_the_same_policy(run: Path, server: Hub, monkeypatch) -> None:
+def test_lerobots_format_holds_the_same_policy(run: Path, server: Hub, monkeypatch, capsys) -> None:
     """LeRobot's files around it; that LeRobot loads them is tested there (test_lerobot_plugin.py)."""
     wanted = Policy.load(run).infer(seen(), 3)
     export(monkeypatch, f"checkpoint={run}", "output=whole", "format=lerobot", "push=lab/pushes")
@@ -255,10 +255,15 @@ def test_lerobots_format_holds_the_same_policy(run: Path, server: Hub, monkeypat
     assert (config["type"], config["chunk"], config["dtype"]) == ("defi", 10, "bfloat16")
     assert config["input_features"].keys() == {"observation.images.static", "observation.images.gripper"}
     assert "lerobot-rollout --policy.path" in Path("whole/README.md").read_text()
+    assert inspect.open_checkpoint(Path("whole")).title == "policy of this project, preset test, step 7"
     for place in ("whole", "lab/pushes"):
         np.testing.assert_array_equal(Policy.load(place).infer(seen(), 3), wanted)
+    Path("whole/defi/t5/text.json").unlink()
+    with pytest.raises(UserError, match="whole: damaged or half-copied checkpoint"):
+        Policy.load("whole")
     with pytest.raises(SystemExit):
-        export(monkeypatch, f"checkpoint={run}", "output=other", "format=leros")
+        export(monkeypatch, f"checkpoint={server.root / 'lab/pushes'}", "output=other", "format=leros")
+    assert "format=leros: choose from folder, lerobot" in capsys.readouterr().err
 
 
 def test_a_policy_goes_to_the_hub_and_comes_back(run: Path, server: Hub, monkeypatch, capsys) -> None:

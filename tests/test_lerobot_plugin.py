@@ -328,6 +328,10 @@ def test_what_lerobot_fills_up_is_not_under_way() -> None:
             {"gfdm": "stages/gfdm", "gidm": "stages/gidm", "settings": ["policy.stat=true"]},
             "did you mean policy.st",
         ),
+        (
+            {"gfdm": "stages/gfdm", "gidm": "stages/gidm", "settings": ["trainer.lr=1"]},
+            "trainer.lr=1: leave it out",
+        ),
         ({"gfdm": "nothing", "gidm": "stages/gidm", "settings": SIZES}, "nothing: no checkpoint here"),
     ],
 )

@@ -53,10 +53,11 @@ def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
     UserError if there is none, or (with `stage`) it belongs to another stage.
     """
     path = Path(path)
-    whole = [place for place in (path, path / IN_LEROBOT) if is_complete(place)]
-    found = whole[:1] or list_checkpoints(path)
+    places = path, path / IN_LEROBOT
+    found = [place for place in places if is_complete(place)][:1] or list_checkpoints(path)
     if not found:
-        what = "damaged or half-copied checkpoint" if (path / MANIFEST).exists() else "no checkpoint here"
+        begun = any((place / MANIFEST).exists() for place in places)
+        what = "damaged or half-copied checkpoint" if begun else "no checkpoint here"
         kind = f"{stage} run" if stage else "training run"
         raise UserError(f"{path}: {what}; give the output folder of a {kind}, or a checkpoint inside it")
     if stage is not None:

@@ -99,8 +99,7 @@ class DeFIConfig(PreTrainedConfig):
 
     @property
     def observation_delta_indices(self) -> None:
-        """The present one alone."""
-        return None
+        return None  # the present one alone
 
     @property
     def action_delta_indices(self) -> list[int]:

@@ -45,11 +45,11 @@ SHOWN = 512  # samples that the features' mean and deviation are taken from
 
 def new_model(config: DeFIConfig, recorded: LeRobotDataset) -> DeFI:
     """A policy that is to be trained, for the robot of a data set; its features are not standardised yet."""
+    for setting in config.settings:
+        if setting.startswith(("trainer.", "policy.chunk=", "gfdm.video_loss=")):
+            instead = "LeRobot has --optimizer.… and --policy.chunk, and loads no frames for a video loss"
+            raise UserError(f"policy.settings: {setting}: leave it out; {instead}")
     cfg = compose(config.preset, f"policy.chunk={config.chunk}", *config.settings)
-    if cfg.policy.chunk != config.chunk:
-        raise UserError(f"policy.chunk={cfg.policy.chunk} in settings: write --policy.chunk=… instead")
-    if cfg.gfdm.video_loss:
-        raise UserError("gfdm.video_loss: needs frames that LeRobot does not load; set 0, or train with DeFI")
     own = PolicyConfig.from_preset(cfg, robot_of(cfg, recorded))
     return DeFI.from_stages(own, gfdm=config.gfdm, gidm=config.gidm).to(config.device)
 
