@@ -48,12 +48,16 @@ MOVING = slice(0, 6)  # of an action: all but the gripper, which jumps by nature
 
 @dataclass(frozen=True)
 class Way:
-    """A way of running: mode and horizon of the runner; latency in ms, and how far it strays, uniformly."""
+    """A way of running: mode and horizon of the runner; latency in ms, and how far it strays, uniformly.
+
+    fade: the policy's setting for chunks that go on from others; None: as the checkpoint has it.
+    """
 
     mode: str
     executed: int
     latency: float = 0
     jitter: float = 0
+    fade: int | None = None
 
     def steps(self, rate: float, rng: np.random.Generator) -> int:
         """Control steps that an answer takes."""
@@ -62,7 +66,8 @@ class Way:
 
     def __str__(self) -> str:
         jitter = f" ± {self.jitter:g}" if self.jitter else ""
-        return f"{self.mode}, {self.executed} actions per look, {self.latency:g}{jitter} ms"
+        fade = "" if self.fade is None else f", fade {self.fade}"
+        return f"{self.mode}, {self.executed} per look, {self.latency:.0f}{jitter} ms{fade}"
 
 
 WAYS = [
@@ -74,6 +79,7 @@ WAYS = [
     *(Way(mode, n, 400) for mode, n in (("rtc", 5), ("async", 5), ("sync", 10))),
     *(Way("rtc", CHUNK // 2, ms) for ms in (0, 100, 267)),
     Way("rtc", CHUNK // 2, 117, 50),
+    *(Way("rtc", CHUNK // 2, HALF, fade=fade) for fade in (0, 1, 2, 3)),
 ]
 
 
@@ -177,10 +183,11 @@ def episodes(given: argparse.Namespace) -> tuple[list[ChainSpec], Callable[[], A
 
 
 @cache
-def load(checkpoint: str) -> Policy:
+def load(checkpoint: str, fade: int | None) -> Policy:
     """Once per process."""
     torch.set_num_threads(1)
-    return Policy.load(checkpoint, precision="no")
+    settings = {} if fade is None else {"fade": fade}
+    return Policy.load(checkpoint, precision="no", **settings)
 
 
 def measure(given: argparse.Namespace, way: Way) -> list[Episode]:
@@ -189,7 +196,8 @@ def measure(given: argparse.Namespace, way: Way) -> list[Episode]:
     count = given.episodes if key else min(given.few, given.episodes)
     chains, make_world = episodes(given)
     found: dict[int, Episode] = {}
-    left, batch = iter(chains[:count]), Batch(load(given.checkpoint))
+    policy = load(given.checkpoint, way.fade)
+    left, batch = iter(chains[:count]), Batch(policy)
 
     def arm(world: Any) -> Iterator[None]:
         for chain in left:
@@ -220,6 +228,7 @@ def summary(way: Way, found: Sequence[Episode], bases: Mapping[str, Sequence[Epi
     return {
         **asdict(way),
         "episodes": len(found),
+        "solved": [int(each.solved) for each in found],
         "success": test.statistic,
         "interval": list(map(float, test.proportion_ci(method="wilson"))),
         "against": {name: against(base) for name, base in bases.items()},
@@ -290,7 +299,12 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def shows(row: Mapping[str, Any], mode: str) -> bool:
     """Whether a row is on a mode's line: looking ahead without latency is looking every 5 actions."""
     same = row["mode"] == mode or (mode == "async" and row["latency"] == 0 and row["mode"] == "sync")
-    return same and not row["jitter"] and row["executed"] == (CHUNK if mode == "sync" else CHUNK // 2)
+    return (
+        same
+        and not row["jitter"]
+        and row["fade"] is None
+        and row["executed"] == (CHUNK if mode == "sync" else CHUNK // 2)
+    )
 
 
 def main() -> None:

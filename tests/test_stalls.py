@@ -88,7 +88,7 @@ def test_seams_and_stalls_are_told_from_the_inside_of_chunks() -> None:
 def test_several_arms_are_answered_together(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Ramps()
     monkeypatch.setattr(stalls, "solved", lambda task, start, now: False)
-    monkeypatch.setattr(stalls, "load", lambda checkpoint: policy)
+    monkeypatch.setattr(stalls, "load", lambda checkpoint, fade: policy)
     chains = [replace(CHAIN, index=index) for index in range(11)]
     monkeypatch.setattr(stalls, "episodes", lambda given: (chains, lambda: World(steps=0)))
     given = SimpleNamespace(checkpoint="", episodes=11, few=2, limit=30, seed=0)
