@@ -84,8 +84,8 @@ class ActionDiffusionConfig:
     sampler: ddim (published), dpmpp_2m or heun; heun calls the network twice per step.
     text_dropout: share of the training samples whose sentence embedding the head sees as zero (published: 0).
     guidance: scale of classifier-free guidance on the sentence embedding; 1: off, at no cost.
-    fade: a chunk that goes on from one under way leaves it over so many actions at least; 0: where that one
-        ends, at once. More is smoother and slower to react.
+    fade: a chunk that goes on from one under way leaves it over so many actions at least; 0: at the latest
+        where that one ends. 2 is smoother where answers take half a chunk, but the robot reacts later.
     """
 
     sigma_data: float = 0.5
@@ -98,7 +98,7 @@ class ActionDiffusionConfig:
     last_sigma: float = 1.0
     text_dropout: float = 0.0
     guidance: float = 1.0
-    fade: int = 2
+    fade: int = 0
 
     def __post_init__(self) -> None:
         dropout, guidance = self.text_dropout, self.guidance
