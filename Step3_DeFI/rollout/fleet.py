@@ -31,6 +31,7 @@ class Simulator:
 
     def __init__(self, setup: Setup) -> None:
         self.episode: Episode | None = None
+        self.world = ""
         self.look: Look | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         self.connection, theirs = Pipe()
@@ -126,10 +127,15 @@ class Fleet:
         return [simulator for simulator in self.simulators if simulator.episode is not None]
 
     def _begin(self, simulator: Simulator) -> None:
-        """The first pending episode whose row of the policy's batch the fewest running episodes share."""
+        """The first pending episode whose row of the policy's batch the fewest running episodes share; of
+        these, one of the world that is there."""
         rows = self.batcher.batch if self.batcher else 1
         taken = Counter(busy.episode.index % rows for busy in self._busy())
-        simulator.episode = min(self._pending, key=lambda episode: taken[episode.index % rows])
+        simulator.episode = min(
+            self._pending,
+            key=lambda episode: (taken[episode.index % rows], episode.world != simulator.world),
+        )
+        simulator.world = simulator.episode.world
         self._pending.remove(simulator.episode)
         simulator.send(simulator.episode)
 

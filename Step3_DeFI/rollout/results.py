@@ -129,7 +129,8 @@ def read_results(path: Path | str) -> Results:
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
         policy, protocol, run = values["policy"], values["protocol"], values["run"]
-        if not all(isinstance(part, dict) for part in (policy, protocol, run["settings"], run["versions"])):
+        parts = (policy, protocol, run["settings"], run["versions"])
+        if not all(isinstance(part, dict) for part in parts) or not isinstance(policy["kind"], str):
             raise ValueError("settings are missing")
         if "benchmark" not in values:
             values = find_benchmark(FIRST)().complete(values)

@@ -25,9 +25,13 @@ Seed = tuple[int, int, int]  # (run, episode, observation): all that a random nu
 
 @dataclass(frozen=True)
 class Episode:
-    """What an environment needs to start one; benchmarks add fields. `index` counts them from 0."""
+    """What an environment needs to start one; benchmarks add fields. `index` counts them from 0.
+
+    world: where it costs nothing else, a process gets episodes of the same world one after the other.
+    """
 
     index: int
+    world = ""  # no field: a property, where there are several
 
 
 @dataclass(frozen=True)

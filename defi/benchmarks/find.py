@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from defi.benchmarks.benchmark import Benchmark
+from defi.config import CONFIG_DIR
 from defi.errors import UserError, one_line
 
 KNOWN = {
@@ -49,7 +50,8 @@ def offer(arguments: Iterable[str]) -> None:
     """
     for argument in arguments:
         key, _, name = argument.partition("=")
-        if key.partition("@")[0] == "benchmark" and name not in KNOWN:
+        ready = (CONFIG_DIR / "benchmark" / f"{name}.yaml").is_file()
+        if key.partition("@")[0] == "benchmark" and not ready:
             settings = OmegaConf.to_container(OmegaConf.structured(find_benchmark(name)))
             node = settings | {"benchmark": name}
             ConfigStore.instance().store(name, node, "benchmark", package="_global_")

@@ -128,7 +128,10 @@ class Gym(Benchmark):
         about = super().about(protocol, seed)
         about.title = f"{protocol['episodes']} episodes of {protocol['env']}, seed {seed}"
         about.figure, about.headline, about.percent = "average", "success rate", ["ever", "success"]
-        about.note += " success: at the last step; ever: at any step. reward: the sum of all steps; best reward: of one step."
+        about.note += (
+            " success: at the last step; ever: at any step."
+            " reward: the sum of all steps; best reward: the largest of a step."
+        )
         return about
 
 
