@@ -1,8 +1,8 @@
 """One policy for several askers: batches that change nothing about the answers."""
 
 import time
-from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from Step3_DeFI.acting import Observation, Policy
 class Question:
     """An observation of `asker`, who waits for the answer. row: of the batch, always the asker's own."""
 
-    asker: Hashable
+    asker: Any
     observation: Observation
     seed: int
     row: int

@@ -86,7 +86,7 @@ class ActionDiffusionConfig:
     guidance: scale of classifier-free guidance on the sentence embedding; 1: off, at no cost.
     going_on_sigma: the last level instead of last_sigma for a chunk that goes on from one under way: the
         network sees the actions that it is held to through noise of this size.
-    soft_weight: how firmly such a chunk is held to the actions that it may still change, from 0 (free) to 1.
+    fade: over so many actions at least it leaves what it is held to, which is taken to go on as it ends.
     """
 
     sigma_data: float = 0.5
@@ -100,7 +100,7 @@ class ActionDiffusionConfig:
     text_dropout: float = 0.0
     guidance: float = 1.0
     going_on_sigma: float = 0.05
-    soft_weight: float = 1.0
+    fade: int = 3
 
     def __post_init__(self) -> None:
         dropout, guidance = self.text_dropout, self.guidance

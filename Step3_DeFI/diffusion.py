@@ -58,15 +58,15 @@ class Ahead:
     weights: Float[Tensor, "B K 1"]
 
 
-def soft_weights(chunk: int, *, under_way: int, delay: int, soft: float = 1.0) -> Float[Tensor, " K"]:
+def soft_weights(chunk: int, *, under_way: int, delay: int, fade: int) -> Float[Tensor, " K"]:
     """How firmly a chunk of K actions is held to the n that are under way.
 
-    1 for the first `delay`, which will have been carried out; from there it falls exponentially to 0 at n,
-    as equation 5 of real-time chunking has it, times `soft`.
+    1 for the first `delay`, which will have been carried out; from there it falls exponentially, as equation 5
+    of real-time chunking has it, to 0 at n, or over `fade` actions where n is closer.
     """
-    i = torch.arange(chunk)
-    rest = ((under_way - i) / (under_way - delay + 1)).clamp(0, 1)
-    return torch.where(i < delay, 1.0, soft * rest * torch.expm1(rest) / math.expm1(1))
+    i, end = torch.arange(chunk), max(under_way, delay + fade)
+    rest = ((end - i) / (end - delay + 1)).clamp(0, 1)
+    return torch.where(i < delay, 1.0, rest * torch.expm1(rest) / math.expm1(1))
 
 
 def hold(denoise: Denoiser, ahead: Ahead) -> Denoiser:

@@ -327,9 +327,10 @@ class DeFI(StageModel):
         actions, weights = torch.zeros(shape), torch.zeros(*shape[:2], 1)
         for row, each in enumerate(under_way):
             if each is not None:
-                n, soft = len(each.actions), self.config.diffusion.soft_weight
-                actions[row, :n] = self.config.robot.actions.normalise(torch.from_numpy(each.actions))
-                weights[row, :, 0] = soft_weights(shape[1], under_way=n, delay=each.delay, soft=soft)
+                n, fade = len(each.actions), self.config.diffusion.fade
+                known = self.config.robot.actions.normalise(torch.from_numpy(each.actions))
+                actions[row] = torch.cat([known, known[-1:].expand(shape[1] - n, -1)])
+                weights[row, :, 0] = soft_weights(shape[1], under_way=n, delay=each.delay, fade=fade)
         return Ahead(actions.to(self.device), weights.to(self.device))
 
     def denoiser(self, context: Context, sigmas: Float[Tensor, " S1"]) -> Denoiser:

@@ -14,15 +14,18 @@ from defi.errors import UserError, reading
 FORMATS = ("JPEG", "PNG")  # others may call programs or are read by code that is less tried
 
 
-def decode_picture(coded: bytes, where: str, *, most: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+def decode_picture(
+    coded: bytes, where: str, *, most: int | None = None, fix: str = "copy the file again"
+) -> UInt8[np.ndarray, "H W 3"]:
     """The pixels of a picture, colours without transparency; of 16 bits the upper eight.
 
     where: what it is, for errors ("<file>: picture 3"). most: bytes of pixels that it may have.
+        fix: what to do about damage.
 
     Raises:
         UserError: it is damaged, of another format, or so large that it would fill the memory.
     """
-    with reading(where, "copy the file again"):
+    with reading(where, fix):
         try:
             picture = Image.open(io.BytesIO(coded), formats=FORMATS)  # reads the header; not huge
         except Image.UnidentifiedImageError:

@@ -4,7 +4,7 @@ configs/step3_rollout.yaml says what each setting is for.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -65,6 +65,8 @@ class CommandConfig(RolloutConfig):
 
     agent: str = "policy"
     checkpoint: str | None = None
+    policy: str | None = None
+    policy_keys: Any = "calvin"
     gfdm: str | None = None
     gidm: str | None = None
     sampler: str | None = None
@@ -80,8 +82,11 @@ class CommandConfig(RolloutConfig):
         super().__post_init__()
         choose("sampler", self.sampler, (None, *SAMPLERS))
         choose("precision", self.precision, (None, *PRECISIONS))
-        if self.agent == "policy" and self.checkpoint is None:
+        if self.agent == "policy" and self.checkpoint is None and self.policy is None:
             raise UserError("checkpoint=: not given; name a stage-3 run's output folder, or agent=random")
+        its_own = ("checkpoint", "gfdm", "gidm", "sampler", "sampler_steps", "guidance", "precision")
+        if self.policy and (given := [key for key in its_own if getattr(self, key) is not None]):
+            raise UserError(f"policy={self.policy}: leave {given[0]}= to the server")
         if self.baseline == self.agent:
             raise UserError(f"baseline={self.baseline}: the same as agent; leave one of them out")
 
@@ -120,7 +125,7 @@ def check_robot(policy: PolicyConfig, simulated: Robot, source: str) -> None:
     sizes |= {"state": (policy.state_dim, len(state or ()))} if policy.state else {}
     differ += [f"{what} of {its} numbers, not {own}" for what, (own, its) in sizes.items() if own != its]
     if differ:
-        fix = "give a checkpoint of the benchmark's robot"
+        fix = "give a policy of the benchmark's robot"
         have = f"is of another robot than the simulators', which have {'; '.join(differ)}"
         raise UserError(f"{source}: {have}; {fix}")
     other = robot.differences(replace(simulated, cameras=robot.cameras))

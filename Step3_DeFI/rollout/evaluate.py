@@ -30,6 +30,7 @@ from Step3_DeFI.batching import Batcher
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.config import CommandConfig, RolloutConfig, check_robot, read_settings
 from Step3_DeFI.rollout.fleet import Fleet
+from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.rollout.report import result_table, task_table, who, write_clip, write_report
 from Step3_DeFI.rollout.results import (
     HOWEVER_DONE,
@@ -224,8 +225,10 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"sim.renderer: {found}; name one that works for all, such as sim.renderer=mesa")
     print_once(f"renderer: {simulation.renderer}" if simulation.renderer else "")
     print_once(simulation.caveat or "")
-    policy, known = None, {}
-    if config.agent == "policy":
+    policy, known = None, {"server": config.policy} if config.policy else {}
+    if config.agent == "policy" and config.policy:
+        policy = ServedPolicy(config.policy, config.policy_keys, benchmark.robot)
+    elif config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
         wanted = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}

@@ -6,16 +6,16 @@ import os
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from defi.config import entry, typed
-from defi.errors import UserError
+from defi.errors import UserError, choose, one_line
 from Step3_DeFI.acting import Policy, policy_threads
 from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.diffusion import SAMPLERS
-from Step3_DeFI.rollout.protocol import choose
 from Step3_DeFI.serve.server import ServeConfig, Server
 
 API_KEY = "DEFI_API_KEY"
@@ -44,16 +44,20 @@ class CommandConfig:
         choose("precision", self.precision, (None, *PRECISIONS))
         if not 0 <= self.port < 2**16:
             raise UserError(f"port={self.port}: must lie in 0 … 65535")
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise UserError(f"device={self.device}: not here ({one_line(error)})") from None
 
 
 @entry("step3_serve")
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_serve")
-    wanted = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}
+    wanted: dict[str, Any] = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}
     wanted |= {"steps": config.sampler_steps, "guidance": config.guidance}
     chosen = {key: value for key, value in wanted.items() if value is not None}
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = Policy.load(config.checkpoint, device=device, precision=config.precision, **chosen)
+    policy = Policy.load(config.checkpoint, device=config.device, precision=config.precision, **chosen)
     print(f"{config.checkpoint}: {policy.robot.summary(policy.model.config.chunk)}")
     if not policy.robot.actions.low:
         print("the checkpoint does not know the range of its training data: actions are not clipped")

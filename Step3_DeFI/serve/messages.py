@@ -5,7 +5,7 @@ starVLA: {"examples": [{"image": [of each camera], "lang", "state"?}, …]} → 
 "request_id", "data": {"actions": [B, K, A]}}.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +29,13 @@ class Keys:
     """Where in a message of openpi's protocol a policy finds what it sees: configs/step3_serve.yaml."""
 
     images: Mapping[str, str]  # camera → key
-    state: tuple[str, ...]  # joined
+    state: list[str]  # joined; empty: not read
     instruction: str
 
     @classmethod
-    def read(cls, setting: Any, policy: Policy) -> "Keys":
-        """Of the setting `serve.keys`; UserError: it lacks what the policy sees."""
-        cameras, reads_state = policy.robot.cameras, policy.model.config.state
-        own = {"images": {camera: f"images/{camera}" for camera in cameras}}
+    def read(cls, setting: Any, cameras: Sequence[str], *, state: bool) -> "Keys":
+        """Of the setting `serve.keys`; UserError: it lacks a camera, or the state where that is read."""
+        own: dict[str, Any] = {"images": {camera: f"images/{camera}" for camera in cameras}}
         own |= {"state": "state", "instruction": "instruction"}
         if isinstance(setting, str):
             ready = sorted(file.stem for file in MAPS.glob("*.yaml"))
@@ -47,32 +46,33 @@ class Keys:
             wrong = f"no {min(unknown)}" if isinstance(setting, Mapping) else setting
             raise UserError(f"serve.keys: {wrong}; give {{images: …, state: …, instruction: …}}")
         given = own | dict(setting or {})
-        images, state = given["images"], given["state"]
-        if not isinstance(images, Mapping):  # by the order of the cameras
+        images, states = (
+            [value] if isinstance(value, str) else value or [] for value in (given["images"], given["state"])
+        )
+        if isinstance(images, list):  # by the order of the cameras
             images = dict(zip(cameras, images))
-        state = [state] if isinstance(state, str) else list(state or ())
-        named = [*images.values(), *state, given["instruction"]]
+        listed = isinstance(images, Mapping) and isinstance(states, list)
+        named: list[Any] = [*images.values(), *states, given["instruction"]] if listed else [None]
         if not all(isinstance(key, str) for key in named):
-            raise UserError(f"serve.keys: {named} must be texts")
+            raise UserError(f"serve.keys: {images}, {states}, {given['instruction']} must be texts or lists")
         if missing := [camera for camera in cameras if camera not in images]:
             raise UserError(f"serve.keys.images: no key for {', '.join(missing)}, which this policy sees")
-        if reads_state and not state:
+        if state and not states:
             raise UserError("serve.keys.state: no key, but this policy reads the state")
-        return cls(
-            {camera: images[camera] for camera in cameras}, tuple(state) if reads_state else (), named[-1]
-        )
+        return cls({camera: images[camera] for camera in cameras}, states if state else [], named[-1])
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A message that was understood: observations that the policy takes. starVLA's `request` is echoed."""
+    """A message that was understood: observations that the policy takes; starVLA's ping has none.
+
+    request: starVLA's number of the message, which is echoed; None: openpi's protocol.
+    """
 
     observations: list[dict[str, Any]]
-    starvla: bool = False
-    request: Any = None
+    request: str | int | None = None
     seed: int | None = None
     under_way: UnderWay | None = None
-    ping: bool = False
 
 
 class Reader:
@@ -89,11 +89,9 @@ class Reader:
         payload = found.get("payload", found)
         starvla = isinstance(payload, dict) and "examples" in payload
         if starvla or found.get("type") == "ping":
-            number = found.get("request_id")
-            known = {"starvla": True, "request": number if isinstance(number, (str, int)) else "default"}
-            if not starvla:
-                return Asked([], ping=True, **known)
-            asked = Asked(list(self._examples(payload["examples"])), **known)
+            request = found.get("request_id")
+            request = request if isinstance(request, (str, int)) else "default"
+            asked = Asked(list(self._examples(payload["examples"])) if starvla else [], request)
         else:
             asked = Asked([self._observation(found)], seed=_seed(found), under_way=self._under_way(found))
         for observation in asked.observations:
@@ -134,7 +132,7 @@ class Reader:
     def _under_way(self, found: dict[str, Any]) -> UnderWay | None:
         if found.get("under_way") is None:
             return None
-        under_way = UnderWay(found["under_way"], found.get("delay"))
+        under_way = UnderWay(found["under_way"], found.get("delay", -1))
         under_way.check(self.policy.model.config.chunk, self.policy.model.config.action_dim)
         return under_way
 
@@ -156,7 +154,7 @@ def _picture(value: Any, where: str, left: int) -> tuple[Any, int]:
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
         value = value.tobytes()  # as OpenCV encodes
     if isinstance(value, bytes):
-        value = decode_picture(value, where, most=left)
+        value = decode_picture(value, where, most=left, fix="encode it again")
     if not isinstance(value, np.ndarray):
         raise UserError(f"{where}: a {type(value).__name__}; give uint8 [H, W, 3], or JPEG or PNG")
     if value.ndim == 3 and value.shape[0] == 3 != value.shape[2]:
@@ -212,7 +210,7 @@ def describe(policy: Policy, keys: Keys) -> dict[str, Any]:
         "fps": robot.fps,
         "chunk": config.chunk,
         "executed": robot.executed or config.chunk,
-        "keys": {"images": dict(keys.images), "state": list(keys.state), "instruction": keys.instruction},
+        "keys": {"images": dict(keys.images), "state": keys.state, "instruction": keys.instruction},
         "real_time_chunking": True,
         "action_chunk_size": config.chunk,  # as starVLA's clients read it
         "available_unnorm_keys": [],

@@ -197,7 +197,7 @@ class Robot:
             UserError: NaN or infinite actions.
         """
         if not np.isfinite(actions).all():
-            fix = "its weights or its precision are broken, try another checkpoint"
+            fix = "its weights or its precision are broken, or it was shown numbers that are far out"
             raise UserError(f"the policy returned NaN or infinite actions; {fix}")
         if not self.actions.low:
             return actions, []

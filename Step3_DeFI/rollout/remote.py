@@ -1,0 +1,49 @@
+"""A policy behind a server, as a rollout asks it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from defi.errors import UserError
+from defi.robot.client import RemotePolicy
+from defi.robot.spec import Robot
+from Step3_DeFI.serve.messages import Keys
+
+
+class ServedPolicy:
+    """Answers of a server that speaks openpi's protocol; one of ours gives the same as its policy here.
+
+    Args:
+        robot: the benchmark's.
+        keys: of the messages, as the setting `serve.keys`, where the server's metadata name none.
+
+    Raises:
+        UserError: no server there, or its policy sees other cameras than the simulators'.
+    """
+
+    def __init__(self, url: str, keys: Any, robot: Robot) -> None:
+        self.client = RemotePolicy(url, api_key=os.environ.get("DEFI_API_KEY"), timeout=300)
+        says = self.client.metadata
+        cameras = says.get("cameras") or robot.cameras
+        if unknown := [camera for camera in cameras if camera not in robot.cameras]:
+            raise UserError(
+                f"{url}: sees {', '.join(unknown)}; the simulators have {', '.join(robot.cameras)}"
+            )
+        self.robot = replace(robot, cameras=list(cameras), executed=says.get("executed"))
+        self.keys = Keys.read(says.get("keys") or keys, cameras, state=bool(says.get("state", robot.state)))
+
+    def infer_batch(
+        self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    ) -> Float[np.ndarray, "B K A"]:
+        """One after the other."""
+        return np.stack([self._infer(seen, seed) for seen, seed in zip(observations, seeds)])
+
+    def _infer(self, seen: Mapping[str, Any], seed: int) -> Float[np.ndarray, "K A"]:
+        message = {key: seen["images"][camera] for camera, key in self.keys.images.items()}
+        message |= dict.fromkeys(self.keys.state, seen["state"])
+        message[self.keys.instruction] = seen["instruction"]
+        return self.client.infer(message, seed)
