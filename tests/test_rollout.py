@@ -349,10 +349,27 @@ def test_batches_are_filled():
     assert batcher.calls < observations
 
 
+def test_a_process_stays_in_its_world_where_that_costs_nothing():
+    class Place(Chain):
+        world = property(lambda self: "ab"[self.index % 2])
+
+    for rows, expected in ((1, "aaabbb"), (2, "bbbaaa")):  # a free row of the batch comes first
+        fleet = Fleet(None, 0, Batcher(FakePolicy(), rows))
+        fleet._pending = [Place(index, (), (), np.zeros(15), np.zeros(24)) for index in range(6)]
+        simulator = SimpleNamespace(episode=None, world="a", send=lambda message: None)
+        fleet.simulators, begun = [simulator, SimpleNamespace(episode=SimpleNamespace(index=0))], ""
+        while fleet._pending:
+            simulator.episode = None
+            fleet._begin(simulator)
+            begun += simulator.world
+        assert begun == expected
+
+
 def test_simulator_processes_do_without_torch():
-    code = "import sys, Step3_DeFI.rollout.simulator; print('torch' in sys.modules)"
+    code = "import sys, Step3_DeFI.rollout.simulator, defi.benchmarks.calvin.environment; "
+    code += "print({'torch', 'scipy'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "set()"
 
 
 def test_baseline_runs_beside_on_the_same_chains(tmp_path: Path):

@@ -66,7 +66,7 @@ class CommandConfig(RolloutConfig):
     agent: str = "policy"
     checkpoint: str | None = None
     policy: str | None = None
-    policy_keys: Any = "calvin"
+    policy_keys: Any = None
     gfdm: str | None = None
     gidm: str | None = None
     sampler: str | None = None

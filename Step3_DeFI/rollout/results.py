@@ -133,7 +133,8 @@ def read_results(path: Path | str) -> Results:
         if not all(isinstance(part, dict) for part in parts) or not isinstance(policy["kind"], str):
             raise ValueError("settings are missing")
         if "benchmark" not in values:
-            values = find_benchmark(FIRST)().complete(values)
+            first: Any = find_benchmark(FIRST)()
+            values = first.complete(values)
         about = typed(About, values["benchmark"], "benchmark")
         episodes = tuple(map(from_json, values[about.episodes]))
         scores, baseline = values[about.scores], values["baseline"]

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from defi.benchmarks.adapters import adapt
+from defi.benchmarks.adapters import Action, adapt
 from defi.benchmarks.benchmark import Actions, Agent, Environment, Episode, Observation, Seed, Step
 from defi.errors import UserError
 
@@ -100,7 +100,7 @@ def run_episode(
 
 
 def attempt(
-    environment: Environment, act: Callable[[Seed], Actions], seeds: Iterator[Seed], film: int = 0
+    environment: Environment, act: Callable[[Seed], Iterable[Action]], seeds: Iterator[Seed], film: int = 0
 ) -> tuple[Step, int, list[Mapping[str, UInt8[np.ndarray, "H W 3"]]]]:
     """Act until the episode is over or something else is asked for. The rest of a chunk is not executed then.
 

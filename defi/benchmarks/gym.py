@@ -6,7 +6,7 @@ configs/benchmark/gym.yaml says what each setting is for. gymnasium is not a req
 import contextlib
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ class Gym(Benchmark):
     env: str | None = None
     trials: int = 50
     options: dict[str, Any] | None = None
-    cameras: dict[str, str] = field(default_factory=dict)
+    cameras: dict[str, str] | None = None
     state: str | None = None
     instruction: str = ""
     success: str = "is_success"
@@ -59,7 +59,7 @@ class Gym(Benchmark):
             with contextlib.suppress(ImportError):
                 importlib.import_module(namespace)
         options = dict(self.options or {})
-        if RENDER in self.cameras.values():
+        if RENDER in (self.cameras or {}).values():
             options |= {"render_mode": "rgb_array"}
         try:
             return gymnasium.make(self.env, max_episode_steps=self.max_steps, **options)

@@ -27,7 +27,7 @@ class Summary(TypedDict):
     values: list[float]
 
 
-def rate(hits: Sequence[bool]) -> Rate:
+def rate(hits: Sequence[float]) -> Rate:
     """A share, with Wilson's interval."""
     from scipy.stats import binomtest  # takes a second, which simulator processes need not wait
 
@@ -35,7 +35,7 @@ def rate(hits: Sequence[bool]) -> Rate:
     return {"rate": test.statistic, "interval": list(map(float, test.proportion_ci(method="wilson")))}
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | Int[np.ndarray, " N"]) -> tuple[float, float]:
     """95 % interval of a mean, by the percentile bootstrap. Seeded: the same values, the same interval.
 
     The values are few different ones, so a resample is a draw of how often each occurs (a multinomial).
