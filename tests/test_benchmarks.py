@@ -13,19 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from policy_fakes import policy_config, write_stages
 
 from defi.benchmarks import find
 from defi.benchmarks.benchmark import Benchmark
 from defi.benchmarks.find import find_benchmark
+from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from defi.errors import UserError
 from Step3_DeFI.acting import Policy
 from Step3_DeFI.compare import compare
 from Step3_DeFI.policy import DeFI
+from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout.config import CommandConfig, RolloutConfig, read_settings
-from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, evaluate_policy, main, run_episodes
+from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, main, run_episodes
 from Step3_DeFI.rollout.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,12 +132,16 @@ def test_a_policy_of_its_robot_runs_and_one_of_another_is_refused(
     evaluation = Evaluation.prepare(reach(trials=3, limit=12), RolloutConfig(processes=1, batch=2))
     alone = evaluate(evaluation, "policy", Policy.load(tmp_path / "fits"), show=False)
     assert [each.outcome for each in alone.episodes] == [each.outcome for each in results.episodes]
-    numbers = evaluate_policy(policy_of(tmp_path / "fits"), evaluation)
-    assert numbers == {"success_rate": alone.scores["success"]["average"]}
-
-
-def policy_of(folder: Path) -> DeFI:
-    return Policy.load(folder).model
+    find.offer(["benchmark@rollout=reach:Reach"])
+    given = ["benchmark@rollout=reach:Reach", "rollout.trials=3", "rollout.limit=12", "output=x"]
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        cfg = compose("step3_train", given)
+    model = Policy.load(tmp_path / "fits").model
+    numbers = rollouts(cfg, model.config)(model, 1, tmp_path / "while_training")
+    assert set(numbers) == {"success_rate"} and 0 <= numbers["success_rate"] <= 1
+    assert (tmp_path / "while_training" / "episodes.jsonl").read_text().count("\n") == 3
+    with pytest.raises(UserError, match="actions of 3 numbers, not 7"):
+        rollouts(cfg, policy_config())
 
 
 def test_results_do_not_depend_on_processes(reach: type[Benchmark]) -> None:
@@ -201,5 +208,5 @@ class Taken(Benchmark):
 
 def test_settings_of_a_rollout_are_taken() -> None:
     settings = {"benchmark": f"{__name__}:Taken", "agent": "random"}
-    with pytest.raises(UserError, match="its seed is a rollout's own; rename it"):
+    with pytest.raises(UserError, match="its seed means something else here; rename it"):
         read_settings(CommandConfig, find.OmegaConf.create(settings), "x")

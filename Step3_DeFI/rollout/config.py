@@ -108,8 +108,9 @@ def read_settings(cls: type[Config], settings: DictConfig, where: str) -> tuple[
     """
     kind = find_benchmark(settings["benchmark"])
     own = {field.name for field in fields(kind)}
-    if twice := own & {field.name for field in fields(CommandConfig)}:
-        raise UserError(f"benchmark={settings['benchmark']}: its {min(twice)} is a rollout's own; rename it")
+    if twice := own & ({field.name for field in fields(CommandConfig)} | set(dir(Benchmark))):
+        fix = f"its {min(twice)} means something else here; rename it"
+        raise UserError(f"benchmark={settings['benchmark']}: {fix}")
     others = [key for key in settings if key not in own]
     config = typed(cls, OmegaConf.masked_copy(settings, others), where)
     benchmark = typed(kind, OmegaConf.masked_copy(settings, list(own)), where)

@@ -92,7 +92,12 @@ class Evaluation:
 
     def check(self, outcome: Outcome) -> None:
         """Raises an error for what is no outcome of an episode."""
-        self.benchmark.summarise([outcome], self.benchmark.scores[-1])
+        benchmark = self.benchmark
+        for score in benchmark.scores:
+            float(benchmark.value(outcome, score))
+            dict(benchmark.attempts(outcome, score))
+            if len(benchmark.reached(outcome, score)) != len(self.about.columns):
+                raise ValueError("no outcome of this benchmark")
 
 
 def run_episodes(
@@ -222,7 +227,7 @@ def main(cfg: DictConfig) -> None:
     kinds = sorted(set(gather_object([simulation.kind])))
     if len(kinds) > 1:
         found = f"the processes of this run would draw with different ones ({', '.join(kinds)})"
-        raise UserError(f"sim.renderer: {found}; name one that works for all, such as sim.renderer=mesa")
+        raise UserError(f"renderer: {found}; choose one that works for all")
     print_once(f"renderer: {simulation.renderer}" if simulation.renderer else "")
     print_once(simulation.caveat or "")
     policy, known = None, {"server": config.policy} if config.policy else {}

@@ -6,6 +6,7 @@ connection is closed, so none is left behind when the evaluation is killed.
 """
 
 import itertools
+import json
 import signal
 import sys
 import time
@@ -92,7 +93,7 @@ def run_episode(
             break
     yield EpisodeResult(
         index=episode.index,
-        outcome=environment.outcome(),
+        outcome=json.loads(json.dumps(environment.outcome(), default=np.generic.item)),  # NumPy's as Python's
         control_steps=taken,
         observations=next(seeds)[2],
         seconds=time.perf_counter() - began,

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from defi.benchmarks.benchmark import Benchmark
 from defi.config import CONFIG_DIR
@@ -29,7 +30,7 @@ def find_benchmark(name: str) -> type[Benchmark]:
     Raises:
         UserError: there is none of that name, or it cannot be imported.
     """
-    registered = KNOWN | {point.name: point.value for point in entry_points(group=GROUP)}
+    registered = {point.name: point.value for point in entry_points(group=GROUP)} | KNOWN
     place = registered.get(name, name)
     module, found, cls = place.partition(":")
     if not found:
@@ -52,6 +53,9 @@ def offer(arguments: Iterable[str]) -> None:
         key, _, name = argument.partition("=")
         ready = (CONFIG_DIR / "benchmark" / f"{name}.yaml").is_file()
         if key.partition("@")[0] == "benchmark" and not ready:
-            settings = OmegaConf.to_container(OmegaConf.structured(find_benchmark(name)))
+            try:
+                settings = OmegaConf.to_container(OmegaConf.structured(find_benchmark(name)))
+            except OmegaConfBaseException as error:
+                raise UserError(f"benchmark={name}: its settings: {one_line(error)}") from error
             node = settings | {"benchmark": name}
             ConfigStore.instance().store(name, node, "benchmark", package="_global_")
