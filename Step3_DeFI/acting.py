@@ -122,9 +122,9 @@ class Policy:
         actions = acted.float().cpu().numpy()
         if robot.gripper is not None:
             actions = robot.gripper.snap(actions)
-        for row, each in enumerate(under_way):
-            if each is not None:  # to the last bit
-                actions[row, : each.delay] = each.actions[: each.delay]
+        for row, ahead in enumerate(under_way):
+            if ahead is not None:  # to the last bit
+                actions[row, : ahead.delay] = ahead.actions[: ahead.delay]
         return actions
 
     def check(self, observation: Observation) -> None:

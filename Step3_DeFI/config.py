@@ -84,9 +84,8 @@ class ActionDiffusionConfig:
     sampler: ddim (published), dpmpp_2m or heun; heun calls the network twice per step.
     text_dropout: share of the training samples whose sentence embedding the head sees as zero (published: 0).
     guidance: scale of classifier-free guidance on the sentence embedding; 1: off, at no cost.
-    going_on_sigma: the last level instead of last_sigma for a chunk that goes on from one under way: the
-        network sees the actions that it is held to through noise of this size.
-    fade: over so many actions at least it leaves what it is held to, which is taken to go on as it ends.
+    fade: a chunk that goes on from one under way leaves it over so many actions at least; 0: where that one
+        ends, at once. More is smoother and slower to react.
     """
 
     sigma_data: float = 0.5
@@ -99,14 +98,14 @@ class ActionDiffusionConfig:
     last_sigma: float = 1.0
     text_dropout: float = 0.0
     guidance: float = 1.0
-    going_on_sigma: float = 0.05
-    fade: int = 3
+    fade: int = 2
 
     def __post_init__(self) -> None:
         dropout, guidance = self.text_dropout, self.guidance
         check_choice("policy.diffusion.sampler", self.sampler, SAMPLERS)
         check("policy.diffusion.steps", self.steps, self.steps >= 1, "must be 1 or more")
         check("policy.diffusion.text_dropout", dropout, 0 <= dropout < 1, "must lie in [0, 1)")
+        check("policy.diffusion.fade", self.fade, self.fade >= 0, "must be 0 or more")
         rule = "the policy never saw a dropped text; set 1, or train with policy.diffusion.text_dropout=0.1"
         check("policy.diffusion.guidance", guidance, guidance == 1 or dropout > 0, rule)
 
@@ -115,9 +114,9 @@ class ActionDiffusionConfig:
         middle, ends = math.log(self.sigma_data), {"minimum": self.sigma_min, "maximum": self.sigma_max}
         return log_logistic(u, loc=middle, scale=self.density_scale, **ends)
 
-    def schedule(self, device: torch.device | str = "cpu", *, going_on: bool = False) -> Tensor:
-        """Noise levels of sampling, descending, 0 at the end; `going_on` from a chunk under way, or anew."""
-        sigma_max, sigma_min = self.sigma_max, self.going_on_sigma if going_on else self.last_sigma
+    def schedule(self, device: torch.device | str = "cpu") -> Tensor:
+        """Noise levels of sampling, descending, 0 at the end."""
+        sigma_max, sigma_min = self.sigma_max, self.last_sigma
         return exponential_schedule(self.steps, sigma_max=sigma_max, sigma_min=sigma_min, device=device)
 
 

@@ -282,7 +282,7 @@ class DeFI(StageModel):
         *,
         noise: PolicyNoise,
         state: Float[Tensor, "B S"] | None = None,
-        under_way: Sequence[UnderWay | None] | None = None,
+        under_way: Sequence[UnderWay | None] = (),
     ) -> Float[Tensor, "B K A"]:
         """The next K actions in the robot's units, gripper not snapped. `images` as `observe` gives them.
 
@@ -299,28 +299,16 @@ class DeFI(StageModel):
         *,
         noise: Float[Tensor, "B K A"],
         state: Float[Tensor, "B S"] | None = None,
-        under_way: Sequence[UnderWay | None] | None = None,
+        under_way: Sequence[UnderWay | None] = (),
     ) -> Float[Tensor, "B K A"]:
         """As `act`, from features."""
-        context = self.context(features.to(self.dtype), texts, state)
-        goes_on = torch.tensor([each is not None for each in under_way or ()], device=self.device)
-        if not goes_on.any():
-            return self.config.robot.actions.restore(self._sample(context, noise))
-        actions = self._sample(context, noise, self._ahead(under_way))
-        if not goes_on.all():  # all rows both ways: a batch of another size would be rounded otherwise
-            actions = torch.where(goes_on[:, None, None], actions, self._sample(context, noise))
-        return self.config.robot.actions.restore(actions)
-
-    def _sample(
-        self, context: Context, noise: Float[Tensor, "B K A"], ahead: Ahead | None = None
-    ) -> Float[Tensor, "B K A"]:
-        """Normalised actions; with `ahead`, such as go on from those."""
         diffusion = self.config.diffusion
-        sigmas = diffusion.schedule(self.device, going_on=ahead is not None)
-        denoise = self.denoiser(context, sigmas)
-        if ahead is not None:
-            denoise = hold(denoise, ahead)
-        return SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        sigmas = diffusion.schedule(self.device)
+        denoise = self.denoiser(self.context(features.to(self.dtype), texts, state), sigmas)
+        if any(each is not None for each in under_way):
+            denoise = hold(denoise, self._ahead(under_way))
+        actions = SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
+        return self.config.robot.actions.restore(actions)
 
     def _ahead(self, under_way: Sequence[UnderWay | None]) -> Ahead:
         shape = len(under_way), self.config.chunk, self.config.action_dim

@@ -155,12 +155,14 @@ def parts(policy: Policy, answers: int, *, new_texts: bool) -> Counter[str]:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    drawn = Table(box=SIMPLE, title=title, title_justify="left")
+    drawn = Table(box=SIMPLE)
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    Console(highlight=False, width=110).print(drawn)
+    console = Console(highlight=False, width=110)
+    console.print(title)
+    console.print(drawn)
 
 
 def main() -> None:

@@ -16,6 +16,11 @@ from Step3_DeFI.diffusion import SAMPLERS, soft_weights
 GUIDED = {"text_dropout": 0.5, "guidance": 2.0}
 
 
+@pytest.fixture(scope="module")
+def acting() -> Policy:
+    return Policy(other_policy())
+
+
 def under_way(n: int = 7, delay: int = 4, seed: int = 0) -> UnderWay:
     """In the units of `other_robot`, the gripper at one of its values."""
     rng = np.random.default_rng(seed)
@@ -86,7 +91,6 @@ def test_weights_are_those_of_the_paper() -> None:
         ((np.zeros((3, 3)), None), "delay=None: 3 actions"),
     ],
 )
-def test_what_is_no_chunk_under_way_is_one_line(given: Any, message: str) -> None:
-    acting = Policy(other_policy())
+def test_what_is_no_chunk_under_way_is_one_line(acting: Policy, given: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
         acting.infer(seen(), 0, UnderWay(*given))

@@ -26,8 +26,9 @@ from defi.engine.data import seed_of
 from defi.errors import UserError
 from defi.picture import decode_picture
 from defi.robot.chunk import UnderWay
+from defi.robot.client import RemotePolicy
 from defi.robot.wire import pack, unpack
-from Step3_DeFI.acting import Policy
+from Step3_DeFI.acting import Policy, policy_threads
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.evaluate import run_episodes
 from Step3_DeFI.rollout.remote import ServedPolicy
@@ -64,8 +65,11 @@ def test_answers_are_those_of_the_policy() -> None:
 def test_chunks_go_on_from_what_is_under_way() -> None:
     policy, ahead = Policy(build_policy()), np.full((6, 7), 0.25, np.float32)
     ahead[:, 6] = 1
-    with serving(policy) as (address, _), client(address) as connection:
-        answer = ask(connection, seen(seed=3, under_way=ahead, delay=2))["actions"]
+    with serving(policy, api_key="secret") as (address, _):
+        remote = RemotePolicy(address, api_key="secret")
+        answer = remote.infer(seen(), 3, UnderWay(ahead, 2))
+        remote.close()
+    assert remote.metadata["relative"] == policy.robot.actions.relative
     np.testing.assert_array_equal(answer, policy.infer(seen(), 3, UnderWay(ahead, 2)))
     np.testing.assert_array_equal(answer[:2], ahead[:2])
     assert (answer != policy.infer(seen(), 3)).any()
@@ -398,8 +402,9 @@ def test_openpis_client_in_another_process_gets_the_policys_actions(tmp_path: Pa
         server.kill()
     policy = Policy.load(tmp_path / "policy")
     observation = {"images": pictures, "instruction": "open it"}
-    for actions, seed in zip(np.load(tmp_path / "answers.npy"), (seed_of("serve", 2, 0, 0), 3, 4)):
-        np.testing.assert_array_equal(actions, policy.infer(observation, seed))
+    with policy_threads(1):
+        expected = [policy.infer(observation, seed) for seed in (seed_of("serve", 2, 0, 0), 3, 4)]
+    np.testing.assert_array_equal(np.load(tmp_path / "answers.npy"), expected)
 
 
 # ------------------------------------------------------------ the wire

@@ -2,7 +2,7 @@
 
 policy = RemotePolicy("ws://127.0.0.1:8000")
 runner = Runner(policy, "rtc", relative=policy.metadata["relative"])
-runner.run(observe, act, rate=30, until=lambda: runner.steps == 900)
+runner.run(observe, act, rate=policy.metadata["fps"], until=lambda: runner.steps == 900)
 
 Real-time chunking: Black, Galliker and Levine 2025 (arXiv 2506.07339), algorithm 1.
 """
@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,14 +25,6 @@ MODES = {
     "rtc": "as async, and each chunk goes on from the one under way",
 }
 RECENT = 10  # answers: the slowest of them is the delay to expect
-
-
-class Acts(Protocol):
-    """What a runner needs: a `RemotePolicy`, or a `Policy` in this process."""
-
-    def infer(
-        self, observation: Mapping[str, Any], seed: Any = ..., under_way: UnderWay | None = ...
-    ) -> np.ndarray: ...
 
 
 class RemotePolicy:
@@ -93,7 +85,8 @@ class RemotePolicy:
         from websockets.exceptions import ConnectionClosed
 
         with self._lock:
-            for attempt in ("first", "again"):
+            lost = False
+            while True:
                 if self._connection is None:
                     self._connect()
                 try:
@@ -104,9 +97,9 @@ class RemotePolicy:
                     raise UserError(f"{self.url}: no answer in {self._timeout:g} s") from None
                 except (ConnectionClosed, OSError) as error:
                     self._drop()
-                    if attempt == "again":
+                    if lost:
                         raise UserError(f"{self.url}: connection lost ({one_line(error)})") from None
-        raise AssertionError
+                    lost = True
 
     def _connect(self) -> None:
         from websockets.exceptions import InvalidStatus, WebSocketException
@@ -149,6 +142,7 @@ class Runner:
     The first answer is waited for, and is not measured: it warms the policy up.
 
     Args:
+        policy: a `RemotePolicy`, a `Policy` in this process, or anything else with their `infer`.
         mode: see `MODES`.
         executed: control steps from one look to the next, if answers are that fast. None: all of a chunk in
             mode sync, half of it in the others, which leaves the policy the other half to answer in.
@@ -165,7 +159,7 @@ class Runner:
 
     def __init__(
         self,
-        policy: Acts,
+        policy: Any,
         mode: str = "rtc",
         *,
         executed: int | None = None,
@@ -200,14 +194,12 @@ class Runner:
         Raises:
             UserError: what the policy said against the observation, or the connection is lost.
         """
-        if self._pending is not None and self._pending.done():
-            self._take(measure=True)
+        if self._arrived():
+            self._take()
         if self._pending is None and (not self._queue or self.taken >= self._horizon()):
             self._ask(observe)
-            if not self.answers:
-                self._take(measure=False)
-            elif self._pending.done():  # a policy that takes no time
-                self._take(measure=True)
+            if not self.answers or self._arrived():  # the first, or of a policy that takes no time
+                self._take()
         self.steps += 1
         if not self._queue:
             self.idle += 1
@@ -233,10 +225,13 @@ class Runner:
         self._pending = self._submit(lambda: self.policy.infer(observation, seed=seed, under_way=under_way))
         self._seed, self._asked, self._consumed = self._seed + 1, self.steps, 0
 
-    def _take(self, *, measure: bool) -> None:
+    def _arrived(self) -> bool:
+        return self._pending is not None and self._pending.done()
+
+    def _take(self) -> None:
         pending, self._pending = self._pending, None
         chunk = pending.result()
-        if measure:
+        if self.answers:
             self.delays.append(self.steps - self._asked)
         self._queue = deque(np.array(chunk[self._consumed :], np.float32))
         self._size, self.taken, self.answers = len(chunk), self._consumed, self.answers + 1
