@@ -206,7 +206,13 @@ class Taken(Benchmark):
     seed: int = 0
 
 
+class Plain(Taken):
+    """Not decorated."""
+
+
 def test_settings_of_a_rollout_are_taken() -> None:
     settings = {"benchmark": f"{__name__}:Taken", "agent": "random"}
     with pytest.raises(UserError, match="its seed means something else here; rename it"):
         read_settings(CommandConfig, find.OmegaConf.create(settings), "x")
+    with pytest.raises(UserError, match="Plain: is no dataclass"):
+        find_benchmark(f"{__name__}:Plain")

@@ -250,6 +250,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     "settings, message",
     [
         ([], "checkpoint=: not given"),
+        (["policy=ws://a:1", "checkpoint=b"], "policy=ws://a:1: leave checkpoint= to the server"),
         (["agent=magic"], "agent=magic: must be one of policy, random, scripted"),
         (["agent=random", "baseline=random"], "baseline=random: the same as agent"),
         (

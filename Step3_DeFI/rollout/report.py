@@ -126,7 +126,8 @@ def record(results: Results) -> dict[str, str]:
     """What is needed to repeat or to doubt the numbers."""
     run = results.run
     facts = {**results.policy, **results.protocol}
-    facts |= {key: run["settings"][key] for key in run["settings"].keys() - HOWEVER_DONE - facts.keys()}
+    settings = run["settings"].items()
+    facts |= {key: value for key, value in settings if key not in HOWEVER_DONE | facts.keys()}
     facts |= {key: run.get(key) for key in ("started", "renderer", "control_steps", "observations")}
     for key, value in facts.items():
         if isinstance(value, Mapping):

@@ -143,7 +143,7 @@ def read_results(path: Path | str) -> Results:
             baseline = {"agent": str(baseline["agent"]), **lists}
             check_scores(baseline["scores"], about)
         check_scores(scores, about)
-        if not len(episodes) == protocol[about.episodes] or not scores:
+        if len(episodes) != protocol.get(about.episodes, len(episodes)) or not scores:
             raise ValueError(f"{about.episodes} are missing")
         if any(len(summary["values"]) != len(episodes) for summary in scores.values()):
             raise ValueError("values are missing")

@@ -41,6 +41,10 @@ def find_benchmark(name: str) -> type[Benchmark]:
         raise UserError(f"benchmark={name}: cannot be imported ({one_line(error)})") from error
     if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
         raise UserError(f"benchmark={name}: is no subclass of {Benchmark.__module__}.Benchmark")
+    if "__dataclass_fields__" not in vars(benchmark):
+        raise UserError(
+            f"benchmark={name}: is no dataclass, so it has no settings; write @dataclass before it"
+        )
     return benchmark
 
 
