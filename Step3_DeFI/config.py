@@ -294,6 +294,6 @@ def change(robot: Robot, changes: Mapping[str, Any] | None) -> Robot:
     return changed
 
 
-# Presets and commands change settings that are here by name: `policy: defaults` in configs/step3_*.yaml.
+# Presets and commands change settings that are here by name: `stage3: defaults` in configs/step3_*.yaml.
 OPEN = {"fps": None, "executed": None, "gripper": None}  # of the robot, what the data may leave open
-ConfigStore.instance().store("defaults", asdict(PolicyConfig()) | {"robot": OPEN}, group="policy")
+ConfigStore.instance().store("defaults", asdict(PolicyConfig()) | {"robot": OPEN}, "stage3", package="policy")

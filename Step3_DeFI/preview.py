@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from defi.config import typed
 from defi.data.mixture import Mixture
 from defi.engine.loop import Inspect
 from defi.robot.spec import Vector
@@ -75,10 +74,12 @@ def rollouts(cfg: DictConfig, policy: PolicyConfig) -> Inspect:
     Raises:
         UserError: the policy's robot is not the simulators', or a setting does not fit.
     """
+    from Step3_DeFI.rollout.config import RolloutConfig, check_robot, read_settings
     from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy
-    from Step3_DeFI.rollout.protocol import RolloutConfig, check_robot
 
-    check_robot(policy, "trainer.rollout_every")
-    evaluation = Evaluation.prepare(typed(RolloutConfig, {**cfg.rollout, "sim": cfg.sim}, "rollout"))
+    beside = {"sim": cfg.sim} if "sim" in cfg else {}  # of the play table, where its group puts it
+    benchmark, config = read_settings(RolloutConfig, OmegaConf.create({**cfg.rollout, **beside}), "rollout")
+    check_robot(policy, benchmark.robot, "trainer.rollout_every")
+    evaluation = Evaluation.prepare(benchmark, config)
     how = {"precision": cfg.trainer.precision}
     return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder, **how)

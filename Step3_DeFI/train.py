@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from defi.benchmarks.find import offer
 from defi.config import entry
 from defi.engine.checkpoint import continues, find_weights
 from defi.engine.config import TrainerConfig, run_settings
@@ -79,7 +80,7 @@ def train_policy(cfg: DictConfig) -> Path:
     )
 
 
-@entry("step3_train")
+@entry("step3_train", offer)
 def main(cfg: DictConfig) -> None:
     train_policy(cfg)
 

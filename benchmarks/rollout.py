@@ -28,17 +28,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timed_world import TimedWorld
-from defi.sim.judge import solved
+from defi.benchmarks.calvin.benchmark import Calvin, SimConfig
+from defi.benchmarks.calvin.environment import ChainEnvironment
+from defi.data.calvin import calvin_robot
 from defi.sim.renderers import KINDS, Renderer, egl_devices, find_renderer
-from Step3_DeFI.rollout.evaluate import Evaluation, run_chains
-from Step3_DeFI.rollout.protocol import (
-    RolloutConfig,
-    SimConfig,
-    VideoConfig,
-    build_chains,
-    build_scene,
-    world_maker,
-)
+from Step3_DeFI.rollout.config import RolloutConfig, VideoConfig
+from Step3_DeFI.rollout.evaluate import Evaluation, run_episodes
 
 PROCESSORS = len(os.sched_getaffinity(0))
 CHUNK = 10
@@ -70,25 +65,24 @@ def stopwatch() -> Iterator[Callable[[int], Rate]]:
 class StubPolicy:
     """Random small motions, at once."""
 
+    robot = calvin_robot()
+
     def infer_batch(self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> np.ndarray:
         rngs = [np.random.default_rng(seed) for seed in seeds]
         return np.stack([rng.uniform(-SMALL, SMALL, (CHUNK, 7)) for rng in rngs])
 
 
-def plain_loop(sim: SimConfig, scene: str, steps: int, drawn_by: str) -> Rate:
+def plain_loop(sim: SimConfig, scene: str, steps: int) -> Rate:
     """One process that draws and judges at every step."""
     os.environ["LP_NUM_THREADS"] = str(PROCESSORS)  # Mesa's default: this process is the only one
-    config = RolloutConfig(chains=1, scene=scene, sim=sim)
-    _, (chain,) = build_chains(config, build_scene(sim, scene))
-    world = world_maker(sim, build_scene(sim, scene), drawn_by)()
-    world.reset(chain.robot_obs, chain.scene_obs)
-    start = world.state()
+    benchmark = Calvin(chains=1, scene=scene, sim=sim, max_steps=[steps + 1])
+    (chain,), environment = benchmark.episodes(0), benchmark.environment()
+    environment.reset(dataclasses.replace(chain, tasks=("open_drawer",)))
     rng = np.random.default_rng(0)
     with stopwatch() as rate:
         for _ in range(steps):
-            world.step(np.append(rng.uniform(-SMALL, SMALL, 6), 1.0))
-            world.render()
-            solved("open_drawer", start, world.state())
+            environment.step(np.append(rng.uniform(-SMALL, SMALL, 6), 1.0))
+            environment.observe()
         return rate(steps)
 
 
@@ -129,21 +123,17 @@ def _kilobytes(text: str, key: str) -> int:
 
 def rollout(sim: SimConfig, scene: str, chains: int, limit: int) -> dict[str, Any]:
     """Steps per second of a rollout, and where the time went."""
-    config = RolloutConfig(
-        chains=chains, scene=scene, max_steps=[limit], chunk=CHUNK, sim=sim, videos=VideoConfig(chains=0)
-    )
+    benchmark = Calvin(chains=chains, scene=scene, max_steps=[limit], sim=sim)
     with tempfile.TemporaryDirectory() as folder:
-        evaluation = Evaluation.prepare(config)
-        timed = partial(
-            TimedWorld, Path(folder), build_scene(sim, scene), renderer=evaluation.renderer.backend
-        )
-        evaluation = dataclasses.replace(
-            evaluation, setup=dataclasses.replace(evaluation.setup, make_world=timed)
-        )
+        evaluation = Evaluation.prepare(benchmark, RolloutConfig(chunk=CHUNK, videos=VideoConfig(chains=0)))
+        backend = "cpu" if evaluation.simulation.kind == "cpu" else "egl"
+        timed = partial(TimedWorld, Path(folder), benchmark.load_scene(), renderer=backend)
+        simulation = dataclasses.replace(evaluation.simulation, make=partial(ChainEnvironment, timed, limit))
+        evaluation = dataclasses.replace(evaluation, simulation=simulation)
         memory = MemoryWatch()
         memory.start()
         with stopwatch() as rate:
-            results = run_chains(evaluation, "policy", StubPolicy(), show=False)
+            results = run_episodes(evaluation, "policy", StubPolicy(), show=False)
             steps = sum(result.control_steps for result in results)
             found = rate(steps)
         memory.close()
@@ -168,7 +158,7 @@ def compare(given: argparse.Namespace, renderer: Renderer) -> None:
     rates: dict[str, Rate] = {}
     for name, loop in loops.items():
         with renderer.process() as process:  # calvin_env needs PyBullet's first connection
-            drawn = process.submit(plain_loop, loop, given.scene, given.plain_steps, renderer.backend)
+            drawn = process.submit(plain_loop, loop, given.scene, given.plain_steps)
             rates[name] = drawn.result()
         print(row(name, rates[name], "steps/s, one process, both cameras at every step"))
     found = rollout(sim, given.scene, given.chains, given.limit)

@@ -28,16 +28,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
+from defi.benchmarks.benchmark import Environment, Step
+from defi.benchmarks.calvin.benchmark import Calvin, SimConfig
+from defi.benchmarks.calvin.environment import Chain
+from defi.benchmarks.statistics import paired_difference
 from defi.config import one_line_errors
 from defi.engine.data import seed_of
 from defi.robot.chunk import UnderWay
 from defi.robot.client import Runner
-from defi.sim.judge import solved
 from Step3_DeFI.acting import Policy
-from Step3_DeFI.rollout.fleet import shown
-from Step3_DeFI.rollout.protocol import RolloutConfig, SimConfig, build_chains, build_scene, world_maker
-from Step3_DeFI.rollout.results import paired_difference
-from Step3_DeFI.rollout.simulator import ChainSpec, Observation
 
 TASKS = ["open_drawer", "close_drawer", "move_slider_left", "move_slider_right"]
 TASKS += ["turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"]  # the quickstart's
@@ -139,7 +138,7 @@ class Late:
 
 
 def attempt(
-    world: Any, batch: Batch, chain: ChainSpec, way: Way, *, limit: int, seed: int
+    environment: Environment, batch: Batch, chain: Chain, way: Way, *, seed: int
 ) -> Generator[None, None, Episode]:
     """One episode, a control step at a time."""
     rng, robot = np.random.default_rng((seed, chain.index)), batch.policy.robot
@@ -147,39 +146,30 @@ def attempt(
     settings = {"executed": way.executed, "relative": robot.actions.relative, "submit": late.submit}
     runner = Runner(late, way.mode, seed=seed_of("stalls", seed, chain.index), **settings)
     late.now = lambda: runner.steps
-    world.reload()  # it forgets the episodes before
-    world.reset(chain.robot_obs, chain.scene_obs)
-    start, last, stalled, fresh, reached = world.state(), None, False, False, False
+    environment.reset(chain)
+    step, last, stalled, fresh = Step(), None, False, False
     changes: dict[bool, list[float]] = {True: [], False: []}
-
-    def observe() -> dict[str, Any]:
-        task, words = chain.tasks[0], chain.instructions[0]
-        return shown(Observation((seed, chain.index, 0), task, words, world.render(), world.robot_obs()))
-
-    while runner.steps < limit and not reached:
+    while not step.over:
         answers, idle = runner.answers, runner.idle
-        action = runner.step(observe)
+        action = runner.step(environment.observe)
         fresh = fresh or runner.answers > answers
         stalls = runner.idle > idle
         seam = stalls != stalled or (fresh and not stalls and runner.taken > late.held)
         if last is not None and not (stalls and stalled):
             changes[seam].append(float(np.square(action - last)[MOVING].sum()))
         fresh, stalled, last = fresh and not seam, stalls, action
-        world.step(action.astype(np.float64))
-        reached = solved(chain.tasks[0], start, world.state())
+        step = environment.step(action)
         yield
     size = len(range(*MOVING.indices(len(action))))
     sums = {each: (sum(found), len(found) * size) for each, found in changes.items()}
-    return Episode(reached, runner.steps, runner.idle, runner.answers, sums[True], sums[False])
+    return Episode(step.solved, runner.steps, runner.idle, runner.answers, sums[True], sums[False])
 
 
-def episodes(given: argparse.Namespace) -> tuple[list[ChainSpec], Callable[[], Any]]:
+def episodes(given: argparse.Namespace) -> tuple[list[Chain], Callable[[], Environment]]:
     """Single tasks in scene D, and what makes their world."""
     sim = SimConfig(static_size=128)  # as the quickstart has it
-    config = RolloutConfig(chains=given.episodes, length=1, tasks=TASKS, seed=given.seed, sim=sim)
-    scene = build_scene(sim, config.scene)
-    _, chains = build_chains(config, scene)
-    return chains, world_maker(sim, scene, "cpu")
+    benchmark = Calvin(chains=given.episodes, length=1, tasks=TASKS, max_steps=[given.limit], sim=sim)
+    return benchmark.episodes(given.seed), benchmark.environment
 
 
 @cache
@@ -194,19 +184,17 @@ def measure(given: argparse.Namespace, way: Way) -> list[Episode]:
     """The episodes of a way: several worlds in step, each with the next episode that is left."""
     key = not way.jitter and way.latency in (0, HALF) and way != Way("rtc", CHUNK // 2)
     count = given.episodes if key else min(given.few, given.episodes)
-    chains, make_world = episodes(given)
+    chains, make = episodes(given)
     found: dict[int, Episode] = {}
     policy = load(given.checkpoint, way.fade)
     left, batch = iter(chains[:count]), Batch(policy)
 
-    def arm(world: Any) -> Iterator[None]:
+    def arm(environment: Environment) -> Iterator[None]:
         for chain in left:
-            found[chain.index] = yield from attempt(
-                world, batch, chain, way, limit=given.limit, seed=given.seed
-            )
+            found[chain.index] = yield from attempt(environment, batch, chain, way, seed=given.seed)
 
     with ExitStack() as stack:
-        arms = [arm(stack.enter_context(closing(make_world()))) for _ in range(ARMS)]
+        arms = [arm(stack.enter_context(closing(make()))) for _ in range(ARMS)]
         while arms:
             arms = [each for each in arms if next(each, "over") is None]
     return [found[chain.index] for chain in chains[:count]]

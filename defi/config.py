@@ -59,8 +59,12 @@ RETIRED = {  # settings that there were once, and what to do instead
 }
 
 
-def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def entry(
+    config_name: str, before: Callable[[Sequence[str]], None] = lambda _: None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: make `main(cfg)` a command that reads `configs/<config_name>.yaml` and `key=value` settings.
+
+    `before` sees the settings as they were written, before anything is read.
 
     A `UserError` or a setting that does not exist ends the command with one line on stderr and exit code 2,
     Ctrl-C with 130; anything else is a bug and keeps its traceback.
@@ -80,6 +84,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised, not printed by Hydra
             if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may not be UTF-8
                 sys.stdout.reconfigure(errors="backslashreplace")
+            before(sys.argv[1:])
             try:
                 command()
             except CompactHydraException as error:

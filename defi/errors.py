@@ -1,6 +1,6 @@
 """The one exception that is meant for the person at the keyboard, and where it is made of a library's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,13 @@ class UserError(ValueError):
 
     Entry points print it without a traceback and exit with code 2 (`defi.config.entry`).
     """
+
+
+def choose(key: str, value: str | None, choices: Iterable[str | None]) -> None:
+    """Raises UserError where the value of a setting is none of the choices."""
+    if value not in choices:
+        names = ", ".join("null" if choice is None else choice for choice in choices)
+        raise UserError(f"{key}={value}: must be one of {names}")
 
 
 def one_line(error: BaseException) -> str:

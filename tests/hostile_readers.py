@@ -30,6 +30,7 @@ from stages import build_vae
 
 from benchmarks.rlds_writer import encode, write_videos
 from defi import doctor
+from defi.benchmarks.calvin.benchmark import SimConfig, read_instructions
 from defi.checkpoints.inspect import open_checkpoint
 from defi.data import open_dataset
 from defi.data.calvin import ANNOTATIONS, CalvinFolder, calvin_robot, frame_name
@@ -46,11 +47,11 @@ from Step1_GFDM.model import GFDM
 from Step1_GFDM.pipeline import load_part
 from Step2_GIDM.model import GIDM
 from Step3_DeFI import stages
-from Step3_DeFI.compare import compare
+from Step3_DeFI.compare import comparison_table
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.protocol import SimConfig, read_instructions
-from Step3_DeFI.rollout.results import ChainLog, Results, read_results
-from Step3_DeFI.rollout.simulator import ChainResult
+from Step3_DeFI.rollout.report import result_table, task_table
+from Step3_DeFI.rollout.results import EpisodeLog, Results, read_results
+from Step3_DeFI.rollout.simulator import EpisodeResult
 from Step3_DeFI.store import PolicyStore, StoreManifest
 
 
@@ -317,20 +318,26 @@ def read_foreigners(folder: Path) -> None:
 
 def make_results(folder: Path) -> None:
     tasks = tuple(INSTRUCTIONS)[:5]
-    chains = tuple(ChainResult(i, tasks, (10, 20, None), 40, 5, 1.0) for i in range(3))
-    protocol = fake_evaluation(chains=3).protocol
+    outcome = {"tasks": list(tasks), "steps": [10, 20, None]}
+    chains = tuple(EpisodeResult(i, outcome, 40, 5, 1.0) for i in range(3))
+    evaluation = fake_evaluation(chains=3)
+    scores = {limit: evaluation.benchmark.summarise([outcome] * 3, limit) for limit in ("30", "60")}
     run = {"seconds": 75.0, "settings": {"seed": 0}, "renderer": "none", "versions": {}, "started": "2026"}
-    log = ChainLog(folder, "chains")
+    log = EpisodeLog(folder, "chains")
     for chain in chains:
         log.append(chain)
     policy = {"kind": "policy", "checkpoint": "x", "fingerprint": "y"}
-    Results(policy, protocol, run, chains).save(folder / "results.json")
+    results = Results(evaluation.about, policy, evaluation.protocol, run, chains, scores)
+    results.save(folder / "results.json")
 
 
 def read_rollout(folder: Path) -> None:
-    results, log = read_results(folder), ChainLog(folder, "chains")
-    assert all(isinstance(chain.index, int) for chain in log.read().values())
-    compare(results, results)
+    results, log = read_results(folder), EpisodeLog(folder, "chains")
+    found = log.read(fake_evaluation(chains=3).check)
+    assert all(isinstance(chain.index, int) for chain in found.values())
+    comparison_table(results, results)
+    result_table(results)
+    task_table(results)
 
 
 def make_policy(folder: Path) -> None:

@@ -1,18 +1,21 @@
 """A policy and a whole evaluation in the fake world."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 from fake_world import FakeWorld, judge, start_of
 
+from defi.benchmarks.benchmark import Agent, Simulation
+from defi.benchmarks.calvin.benchmark import Calvin, short_hash
+from defi.benchmarks.calvin.environment import Chain, ChainEnvironment
 from defi.data.calvin import calvin_robot
 from defi.engine.data import seed_of
-from defi.sim.renderers import Renderer
+from Step3_DeFI.rollout.config import RolloutConfig
 from Step3_DeFI.rollout.evaluate import Evaluation
-from Step3_DeFI.rollout.fleet import shown
-from Step3_DeFI.rollout.protocol import RolloutConfig, short_hash
-from Step3_DeFI.rollout.simulator import Agent, ChainSpec, Observation, Setup
+from Step3_DeFI.rollout.simulator import Look
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
@@ -37,44 +40,67 @@ class FakePolicy:
         return np.stack(chunks)
 
 
-def policy_agent(ask: Callable[[Observation], np.ndarray]) -> Agent:
+def policy_agent(ask: Callable[[Look], np.ndarray]) -> Agent:
     """Acts by what `ask` answers, as a simulator does with the policy's answers."""
-    return lambda world, task, words, seed: ask(
-        Observation(seed, task, words, world.render(), world.robot_obs())
-    )
+    return lambda environment, seed: ask(Look(seed, environment.task, environment.observe()))
 
 
-def ask(policy: FakePolicy, batch: list[Observation]) -> np.ndarray:
+def ask(policy: FakePolicy, batch: list[Look]) -> np.ndarray:
     """Its answers to a whole batch, as the rollout asks."""
-    return policy.infer_batch([shown(seen) for seen in batch], [seed_of("rollout", *s.seed) for s in batch])
+    seeds = [seed_of("rollout", *look.seed) for look in batch]
+    return policy.infer_batch([look.observation for look in batch], seeds)
+
+
+@dataclass
+class FakeCalvin(Calvin):
+    """Chains of five tasks in the fake world, from evenly spread starts."""
+
+    make_world = FakeWorld  # no setting
+
+    def episodes(self, seed: int) -> list[Chain]:
+        return [
+            Chain(
+                index,
+                tuple(np.roll(TASKS, index).tolist()),
+                tuple(f"please {task}" for task in np.roll(TASKS, index)),
+                np.full(15, start_of(index)),
+                np.zeros(24),
+            )
+            for index in range(self.chains)
+        ]
+
+    def prepare(self, share: int = 0) -> Simulation:
+        limit, fresh = max(self.max_steps), self.sim.world == "fresh"
+        return Simulation(
+            partial(ChainEnvironment, self.make_world, limit, fresh=fresh, judge=judge), "none", "cpu"
+        )
+
+    def protocol(self, episodes: list[Chain], seed: int) -> dict[str, Any]:
+        return {
+            "scene": "fake",
+            "assets": "builtin",
+            "backend": "native",
+            "sequences": "subset",
+            "sequence_hash": short_hash([chain.tasks for chain in episodes]),
+            "chains": self.chains,
+            "length": 5,
+            "max_steps": self.max_steps,
+            "instruction_source": "tests",
+            "instruction_hash": short_hash([chain.instructions for chain in episodes]),
+            "world": self.sim.world,
+        }
 
 
 def fake_evaluation(make_world: Callable[[], FakeWorld] = FakeWorld, **settings: object) -> Evaluation:
-    """Chains of five tasks in the fake world, from evenly spread starts."""
-    config = RolloutConfig(**{"chains": 12, "max_steps": [30, 60], **settings})
-    chains = [
-        ChainSpec(
-            index,
-            tuple(np.roll(TASKS, index).tolist()),
-            tuple(f"please {task}" for task in np.roll(TASKS, index)),
-            np.full(15, start_of(index)),
-            np.zeros(24),
-        )
-        for index in range(config.chains)
-    ]
-    protocol = {
-        "scene": "fake",
-        "assets": "builtin",
-        "backend": "native",
-        "sequences": "subset",
-        "sequence_hash": short_hash([chain.tasks for chain in chains]),
-        "chains": config.chains,
-        "length": 5,
-        "max_steps": config.max_steps,
-        "instruction_source": "tests",
-        "instruction_hash": short_hash([chain.instructions for chain in chains]),
-        "world": config.sim.world,
-    }
-    limit, fresh, every = max(config.max_steps), config.sim.world == "fresh", config.videos.every
-    setup = Setup(make_world, judge, seed=config.seed, limit=limit, fresh=fresh, film_every=every)
-    return Evaluation(config, protocol, chains, setup, Renderer("cpu", "none"))
+    """Chains in the fake world; settings of the benchmark and of the rollout."""
+    settings = {"chains": 12, "max_steps": [30, 60], **settings}
+    own = {field.name for field in fields(Calvin)}
+    benchmark = FakeCalvin(**{key: value for key, value in settings.items() if key in own})
+    benchmark.make_world = make_world
+    config = RolloutConfig(**{key: value for key, value in settings.items() if key not in own})
+    return Evaluation.prepare(benchmark, config)
+
+
+def fake_environment(**how: Any) -> ChainEnvironment:
+    """As the processes of `fake_evaluation` have it."""
+    return ChainEnvironment(FakeWorld, 60, judge=judge, **how)

@@ -17,7 +17,7 @@ from defi.robot.spec import Gripper, Robot, Vector
 from Step3_DeFI.acting import Policy
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.protocol import check_robot
+from Step3_DeFI.rollout.config import check_robot
 
 
 def other_robot(normalisation: str = "bounds") -> Robot:
@@ -247,11 +247,11 @@ def test_a_robot_survives_its_checkpoint_and_meets_the_simulator(
     assert loaded.robot == other_robot()
     np.testing.assert_array_equal(loaded.infer(seen(), 1), Policy(policy).infer(seen(), 1))
     with pytest.raises(UserError) as caught:
-        check_robot(loaded.model.config, "run")
+        check_robot(loaded.model.config, calvin_robot(), "run")
     for part in ("no camera wrist", "actions of 7 numbers, not 3", "state of 15 numbers, not 2"):
         assert part in str(caught.value)
-    check_robot(policy_config(), "fits")
+    check_robot(policy_config(), calvin_robot(), "fits")
     assert not capsys.readouterr().out
     slower = replace(calvin_robot(["static"]), fps=10.0)
-    check_robot(policy_config(robot=asdict(slower)), "slower")
+    check_robot(policy_config(robot=asdict(slower)), calvin_robot(), "slower")
     assert "slower: its robot is not quite the simulators': 10 steps per second" in capsys.readouterr().out

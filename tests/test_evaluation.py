@@ -14,12 +14,12 @@ from killing import die_before
 from launcher import launch
 
 from defi.engine import output as output_folder
-from Step3_DeFI.rollout.results import ChainLog
+from Step3_DeFI.rollout.results import EpisodeLog
 
 pytest.importorskip("pybullet", reason="the simulation needs pybullet")
 
 TESTS = Path(__file__).resolve().parent
-WRITING = ((output_folder, "sync"), (os, "replace"), (ChainLog, "append"))
+WRITING = ((output_folder, "sync"), (os, "replace"), (EpisodeLog, "append"))
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,16 @@ from omegaconf import DictConfig
 from policy_fakes import build_policy, policy_config, write_stages
 from rollout_fakes import fake_evaluation
 
-from defi.config import CONFIG_DIR, typed
+from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from defi.engine.data import seed_of
 from defi.errors import UserError
 from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import rollouts
-from Step3_DeFI.rollout.evaluate import CommandConfig, Evaluation, evaluate_policy, main, run_chains
-from Step3_DeFI.rollout.results import ChainLog, read_results
+from Step3_DeFI.rollout.config import CommandConfig, read_settings
+from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy, main, run_episodes
+from Step3_DeFI.rollout.results import EpisodeLog, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["open it", "please slide the door over to the left side", "press"]
@@ -81,8 +82,8 @@ def test_result_is_the_same_for_any_number_of_processes(model: DeFI):
     outcomes = []
     for processes in (1, 2, 5):
         evaluation = fake_evaluation(chains=6, max_steps=[20], batch=3, processes=processes)
-        chains = run_chains(evaluation, "policy", Policy(model), show=False)
-        outcomes.append([(chain.index, chain.steps, chain.observations) for chain in chains])
+        chains = run_episodes(evaluation, "policy", Policy(model), show=False)
+        outcomes.append([(chain.index, chain.outcome["steps"], chain.observations) for chain in chains])
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
@@ -167,7 +168,7 @@ def test_rollouts_take_the_precision_of_the_training(run: Path, tmp_path: Path, 
     checkpoint.save(policy, tmp_path / "fp8", step=3, config={"trainer": {"precision": "fp8"}})
     with pytest.raises(UserError, match="fp8: was trained with trainer.precision=fp8; give precision="):
         trained_precision(tmp_path / "fp8")
-    monkeypatch.setattr(Evaluation, "prepare", lambda config, _: replace(evaluation, config=config))
+    monkeypatch.setattr(Evaluation, "prepare", lambda _, config, rank: replace(evaluation, config=config))
     for given, recorded in (([], "bf16"), (["precision=no"], "no")):
         output = tmp_path / f"rollout_{recorded}"
         settings = [f"checkpoint={tmp_path / 'bf16'}", f"output={output}", "processes=1", "max_steps=[20]"]
@@ -218,7 +219,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "DeFI" in done.stdout and "random actions" in done.stdout and str(output) in done.stdout
     results = read_results(output)
-    assert len(results.chains) == 2 and set(results.limits) == {"10", "20"}
+    assert len(results.episodes) == 2 and set(results.scores) == {"10", "20"}
     assert results.policy["fingerprint"] == identify(run)["fingerprint"] and results.policy["step"] == 3
     assert "video/mp4" in (output / "report.html").read_text()
     assert results.policy["device"] == "cpu" and results.policy["threads"] == 1
@@ -230,8 +231,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert [(shared / name).read_text().count("\n") for name in ("chains.jsonl", "chains.1.jsonl")] == [1, 1]
     alike = [
-        [(c.index, c.tasks, c.steps, c.observations) for c in read_results(o).chains]
-        for o in (output, shared)
+        [(c.index, c.outcome, c.observations) for c in read_results(o).episodes] for o in (output, shared)
     ]
     assert alike[0] == alike[1]
 
@@ -250,8 +250,13 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
     "settings, message",
     [
         ([], "checkpoint=: not given"),
+        (["policy=ws://a:1", "checkpoint=b"], "policy=ws://a:1: leave checkpoint= to the server"),
         (["agent=magic"], "agent=magic: must be one of policy, random, scripted"),
         (["agent=random", "baseline=random"], "baseline=random: the same as agent"),
+        (
+            ["agent=random", "benchmark=calvin", "baseline=scripted"],
+            "scripted: knows the built-in tables only",
+        ),
         (["agent=random", "baseline=expert"], "baseline=expert: must be one of null, random, scripted"),
         (["agent=random", "sampler=euler"], "sampler=euler: must be one of null, ddim, dpmpp_2m, heun"),
         (["agent=random", "precision=half"], "precision=half: must be one of"),
@@ -265,7 +270,7 @@ def test_command_from_checkpoint_to_report(run: Path, tmp_path: Path):
 )
 def test_wrong_settings_are_one_line(settings: list[str], message: str):
     with pytest.raises(UserError, match=message) as caught:
-        typed(CommandConfig, composed(settings), "step3_rollout")
+        read_settings(CommandConfig, composed(settings), "step3_rollout")
     assert "\n" not in str(caught.value)
 
 
@@ -274,7 +279,7 @@ def test_wrong_settings_are_one_line(settings: list[str], message: str):
     [
         ("Step3_DeFI.rollout.evaluate.write_file", "rollout.json"),
         ("Step3_DeFI.rollout.evaluate.write_clip", "a clip"),
-        ("Step3_DeFI.rollout.evaluate.ChainLog.append", "chains.jsonl"),
+        ("Step3_DeFI.rollout.evaluate.EpisodeLog.append", "chains.jsonl"),
         ("Step3_DeFI.rollout.results.Results.save", "results.json and the report"),
         ("Step3_DeFI.rollout.evaluate.write_report", "results.json and the report"),
     ],
@@ -293,7 +298,7 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(
         unwrap(main)(composed(settings))
     assert str(caught.value).startswith(f"{tmp_path}: cannot write {what} (No space left on device); ")
     unwrap(main)(composed([*settings, "resume=true"]))
-    assert len(read_results(tmp_path).chains) == 2
+    assert len(read_results(tmp_path).episodes) == 2
 
 
 def test_wrong_checkpoints_are_one_line(run: Path, tmp_path: Path):
@@ -302,7 +307,7 @@ def test_wrong_checkpoints_are_one_line(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="holds a gfdm checkpoint, not policy"):
         Policy.load(run.parent / "gfdm")
     assert json.loads(json.dumps(identify(run)))["preset"] == "test"
-    assert ChainLog(tmp_path, "chains").read() == {}
+    assert EpisodeLog(tmp_path, "chains").read() == {}
 
 
 def test_the_video_model_is_kept_in_the_precision_of_the_rollout(run: Path):

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,28 +14,29 @@ import pytest
 from rich.console import Console
 from rollout_fakes import fake_evaluation
 
+from defi.benchmarks.calvin.benchmark import Calvin
+from defi.benchmarks.statistics import Summary, mean_interval, paired_difference
 from defi.errors import UserError
 from Step3_DeFI.compare import compare, comparison_table, remarks
 from Step3_DeFI.quickstart import SMOKE, remark
 from Step3_DeFI.rollout.report import choose_videos, result_table, task_table, write_report
-from Step3_DeFI.rollout.results import (
-    ChainLog,
-    Results,
-    lengths,
-    mean_interval,
-    paired_difference,
-    read_results,
-    running_average,
-    summarise,
-    versions,
-)
-from Step3_DeFI.rollout.simulator import ChainResult
+from Step3_DeFI.rollout.results import EpisodeLog, Results, read_results, running_average, versions
+from Step3_DeFI.rollout.simulator import EpisodeResult
 
 TASKS = ("open_drawer", "close_drawer", "turn_on_led", "lift_red_block_table", "push_blue_block_left")
 
 
-def chain(index: int, *steps: int | None) -> ChainResult:
-    return ChainResult(index, TASKS, steps, control_steps=100, observations=10, seconds=1.0)
+def chain(index: int, *steps: int | None) -> EpisodeResult:
+    outcome = {"tasks": list(TASKS), "steps": list(steps)}
+    return EpisodeResult(index, outcome, control_steps=100, observations=10, seconds=1.0)
+
+
+def lengths(chains: Sequence[EpisodeResult], limit: int) -> list[int]:
+    return [Calvin().value(chain.outcome, str(limit)) for chain in chains]
+
+
+def summarise(chains: Sequence[EpisodeResult], limit: int) -> Summary:
+    return Calvin().summarise([chain.outcome for chain in chains], str(limit))
 
 
 CHAINS = (
@@ -45,11 +47,14 @@ CHAINS = (
 )
 
 
-def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Results:
+def results(chains: tuple[EpisodeResult, ...] = CHAINS, **protocol: object) -> Results:
     evaluation = fake_evaluation(chains=len(chains), max_steps=[360, 720])
+    protocol = evaluation.protocol | protocol
+    limits = protocol["max_steps"]
     return Results(
+        about=Calvin().about(protocol, 0),
         policy={"kind": "policy", "checkpoint": "outputs/<policy>", "fingerprint": "abc"},
-        protocol=evaluation.protocol | protocol,
+        protocol=protocol,
         run={
             "started": "2026-01-01T00:00:00+00:00",
             "seconds": 75.0,
@@ -57,16 +62,15 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
             "control_steps": 1000,
             "observations": 100,
             "renderer": "none",
-            "settings": asdict(evaluation.config),
+            "settings": evaluation.settings,
             "versions": versions(),
         },
-        chains=chains,
+        episodes=chains,
+        scores={str(limit): summarise(chains, limit) for limit in limits},
         baseline={
             "agent": "random",
-            "limits": {
-                limit: summarise([chain(i, None) for i in range(4)], int(limit)) for limit in ("360", "720")
-            },
-            "chains": [],
+            "scores": {str(limit): summarise([chain(i, None) for i in range(4)], limit) for limit in limits},
+            "episodes": [],
         },
     )
 
@@ -75,9 +79,9 @@ def results(chains: tuple[ChainResult, ...] = CHAINS, **protocol: object) -> Res
 
 
 def test_length_is_the_leading_tasks_within_the_limit():
-    assert lengths(CHAINS, 720).tolist() == [5, 3, 0, 2]
-    assert lengths(CHAINS, 360).tolist() == [5, 1, 0, 1]
-    assert lengths([chain(0, 10, None, 10)], 720).tolist() == [1]
+    assert lengths(CHAINS, 720) == [5, 3, 0, 2]
+    assert lengths(CHAINS, 360) == [5, 1, 0, 1]
+    assert lengths([chain(0, 10, None, 10)], 720) == [1]
 
 
 def test_summary_of_chains_by_hand():
@@ -138,8 +142,9 @@ def test_paired_difference_of_equal_policies_is_chance():
 
 def test_running_average():
     full, none = chain(0, *[10] * 5), chain(0, None)
-    assert running_average([chain(0, 10, 10, None)], 360) == "average length 2.00"
-    assert running_average([none, full, none, full], 360) == "average length 2.50 ± 2.83"
+    about = results().about
+    assert running_average(lengths([chain(0, 10, 10, None)], 360), about) == "average length 2.00"
+    assert running_average(lengths([none, full, none, full], 360), about) == "average length 2.50 ± 2.83"
 
 
 # ---------------------------------------------------------------- files
@@ -150,7 +155,7 @@ def test_results_are_read_back_as_written(tmp_path):
     written.save(tmp_path / "results.json")
     for place in (tmp_path, tmp_path / "results.json"):
         read = read_results(place)
-        assert read.chains == written.chains
+        assert read.episodes == written.episodes
         assert json.loads(json.dumps(asdict(read))) == json.loads(json.dumps(asdict(written)))
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["limits"]["360"]["average"] == 1.75 and data["limits"]["720"]["average"] == 2.5
@@ -174,24 +179,31 @@ def test_files_that_are_no_results(tmp_path, content, message):
 
 
 def test_an_unfinished_run_is_not_a_wrong_folder(tmp_path):
-    ChainLog(tmp_path, "chains").append(CHAINS[0])
+    EpisodeLog(tmp_path, "chains").append(CHAINS[0])
+    (tmp_path / "rollout.json").touch()
     with pytest.raises(UserError, match="unfinished; continue it with resume=true"):
         read_results(tmp_path)
 
 
 def test_results_of_earlier_versions_are_read(tmp_path):
-    """What is called `observations` was called `looks`."""
+    """They did not name their benchmark, and had fewer numbers; what is `observations` was `looks`."""
     written = results()
+    written = replace(written, baseline=written.baseline | {"episodes": [asdict(chain(0, None))["outcome"]]})
     written.save(tmp_path / "results.json")
-    text = (tmp_path / "results.json").read_text().replace('"observations"', '"looks"')
+    values = json.loads((tmp_path / "results.json").read_text())
+    del values["benchmark"]
+    for summary in (*values["limits"].values(), *values["baseline"]["limits"].values()):
+        del summary["values"]
+    text = json.dumps(values).replace('"observations"', '"looks"')
     (tmp_path / "results.json").write_text(text)
     read = read_results(tmp_path)
-    assert read.chains == written.chains and compare(read, written)["720"]["difference"] == 0
+    assert read.episodes == written.episodes and compare(read, written)["720"]["difference"] == 0
+    assert (read.about, json.dumps(read.scores)) == (written.about, json.dumps(written.scores))
     write_report(tmp_path / "report.html", read, tmp_path)
 
 
 def test_chain_log_survives_a_cut_line(tmp_path):
-    log = ChainLog(tmp_path, "chains")
+    log = EpisodeLog(tmp_path, "chains")
     log.append(CHAINS[0])
     with log.path.open("a") as file:
         file.write('{"index": 1, "ta')
@@ -296,11 +308,11 @@ def test_published_methods_stand_beside_the_official_protocol_only(tmp_path):
 def test_videos_are_chosen_over_tasks(tmp_path):
     for i, task in enumerate("aaaaaabbcc"):
         (tmp_path / f"{i:04d}_1_{'failed' if i % 2 else 'solved'}_move_{task}.mp4").touch()
-    chosen = choose_videos(tmp_path, "solved", 4)
+    chosen = choose_videos(tmp_path, "solved", 4, "chain")
     assert [path.name[:4] for path in chosen] == ["0000", "0006", "0008", "0002"]
     assert list(chosen.values())[1] == "move_b: chain 6, task 1"
     (tmp_path / "0012_10_solved_move_d.mp4").touch()  # of a long chain
-    assert "move_d: chain 12, task 10" in choose_videos(tmp_path, "solved", 5).values()
+    assert "move_d: chain 12, task 10" in choose_videos(tmp_path, "solved", 5, "chain").values()
 
 
 @pytest.mark.parametrize(("size", "words"), [("smoke\n", SMOKE), ("short\n", ""), (None, "")])

@@ -1,7 +1,7 @@
 """The rollout in the real simulation: chains are reproducible, also filmed; scripted policies succeed."""
 
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 
 import numpy as np
@@ -11,22 +11,16 @@ from omegaconf import OmegaConf
 pytest.importorskip("pybullet", reason="the simulation needs pybullet")
 
 from benchmarks import rollout
+from defi.benchmarks.calvin.benchmark import Calvin, SimConfig, read_instructions, start_state
+from defi.benchmarks.calvin.environment import ScriptedAgent, act_at_random
 from defi.errors import UserError
 from defi.sim.renderers import find_renderer
 from defi.sim.scene import SceneConfig
-from defi.sim.scenes import builtin
 from defi.sim.tasks import TASKS as TASK_NAMES
-from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, run_chains
-from Step3_DeFI.rollout.protocol import (
-    RolloutConfig,
-    SimConfig,
-    VideoConfig,
-    build_chains,
-    read_instructions,
-    start_state,
-)
+from Step3_DeFI.rollout.config import RolloutConfig, VideoConfig
+from Step3_DeFI.rollout.evaluate import Evaluation, evaluate, run_episodes
 from Step3_DeFI.rollout.report import choose_videos, write_report
-from Step3_DeFI.rollout.simulator import ScriptedAgent, attempt, random_agent, run_chain
+from Step3_DeFI.rollout.simulator import attempt, run_episode
 
 TASKS = [
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
@@ -34,9 +28,17 @@ TASKS = [
 ]
 
 
+def prepare(**settings: object) -> Evaluation:
+    own = {field.name for field in fields(Calvin)}
+    benchmark = Calvin(**{key: value for key, value in settings.items() if key in own})
+    config = RolloutConfig(**{key: value for key, value in settings.items() if key not in own})
+    config.check_agents(benchmark)
+    return Evaluation.prepare(benchmark, config)
+
+
 def small(**settings: object) -> Evaluation:
     sim = SimConfig(static_size=48, gripper_size=32)
-    return Evaluation.prepare(RolloutConfig(**{"chains": 3, "tasks": TASKS, "sim": sim, **settings}))
+    return prepare(**{"chains": 3, "tasks": TASKS, "sim": sim, **settings})
 
 
 def end_of(world) -> np.ndarray:
@@ -45,14 +47,14 @@ def end_of(world) -> np.ndarray:
 
 def test_chains_do_not_depend_on_what_ran_before_or_on_filming():
     evaluation = small()
-    unsolved = replace(evaluation.setup, agent="random", judge=lambda task, a, b: False, limit=25)
     ends = []
-    with evaluation.setup.make_world() as world:
+    environment = evaluation.simulation.make()
+    environment.judge, environment.limit = lambda task, a, b: False, 25
+    with environment.world as world:
         for order, film in (((0, 1), None), ((1,), 2), ((2, 0, 1), 1)):
             for index in order:
-                world.reload()
-                setup = replace(unsolved, filmed=3 if film else 0, film_every=film)
-                list(run_chain(world, random_agent, evaluation.chains[index], setup))
+                setup = replace(evaluation.setup("random", 3 if film else 0), film_every=film)
+                list(run_episode(environment, act_at_random, evaluation.episodes[index], setup))
             ends.append(end_of(world))
     np.testing.assert_array_equal(ends[0], ends[1])
     np.testing.assert_array_equal(ends[0], ends[2])
@@ -63,33 +65,31 @@ def test_scripted_policies_solve_chains_and_are_filmed(tmp_path):
         max_steps=[150], processes=2, videos=VideoConfig(chains=1, every=10), baseline="random"
     )
     results = evaluate(evaluation, "scripted", output=tmp_path, show=False)
-    assert results.limits["150"]["average"] > 2
-    assert results.baseline["limits"]["150"]["average"] < 2
-    first = results.chains[0]
+    assert results.scores["150"]["average"] > 2
+    assert results.baseline["scores"]["150"]["average"] < 2
+    first = results.episodes[0]
     clips = [path.stem.split("_", 3) for path in sorted((tmp_path / "videos").iterdir())]
-    outcomes = ["failed" if taken is None else "solved" for taken in first.steps]
-    assert [(outcome, task) for _, _, outcome, task in clips] == list(zip(outcomes, first.tasks))
-    assert len(choose_videos(tmp_path / "videos", "solved", 12)) == outcomes.count("solved")
+    outcomes = ["failed" if taken is None else "solved" for taken in first.outcome["steps"]]
+    assert [(outcome, task) for _, _, outcome, task in clips] == list(zip(outcomes, first.outcome["tasks"]))
+    assert len(choose_videos(tmp_path / "videos", "solved", 12, "chain")) == outcomes.count("solved")
     text = write_report(tmp_path / "report.html", results, tmp_path / "videos").read_text()
     assert text.count("data:video/mp4;base64,") == len(clips)
 
 
 def test_result_is_the_same_on_more_processes():
-    runs = [run_chains(small(max_steps=[60], processes=n), "scripted", show=False) for n in (1, 3)]
-    one, three = ([(c.index, c.steps, c.control_steps) for c in chains] for chains in runs)
+    runs = [run_episodes(small(max_steps=[60], processes=n), "scripted", show=False) for n in (1, 3)]
+    one, three = ([(c.index, c.outcome, c.control_steps) for c in chains] for chains in runs)
     assert one == three
 
 
-def test_films_have_the_first_the_last_and_every_nth_state():
-    evaluation = small()
-    chain = evaluation.chains[0]
-    task, words, seeds = chain.tasks[0], chain.instructions[0], ((0, 0, n) for n in count())
-    with evaluation.setup.make_world() as world:
-        world.reset(chain.robot_obs, chain.scene_obs)
-        setup = replace(evaluation.setup, agent="scripted", limit=150, film_every=8)
-        taken, frames = attempt(world, ScriptedAgent(), task, words, seeds, setup, film=True)
-    assert taken is not None and len(frames) == 1 + taken // 8 + (taken % 8 > 0)
-    assert all(frame["rgb_static"].shape == (48, 48, 3) for frame in frames)
+def test_films_have_every_nth_state_and_the_last():
+    evaluation = small(max_steps=[150])
+    environment, agent, seeds = evaluation.simulation.make(), ScriptedAgent(), ((0, 0, n) for n in count())
+    with environment.world:
+        environment.reset(evaluation.episodes[0])
+        step, taken, frames = attempt(environment, lambda seed: agent(environment, seed), seeds, 8)
+    assert step.solved and len(frames) == taken // 8 + (taken % 8 > 0)
+    assert all(frame["static"].shape == (48, 48, 3) for frame in frames)
 
 
 # ---------------------------------------------------------------- protocol
@@ -101,7 +101,7 @@ def test_protocol_tells_sequences_words_and_limits_apart():
     seeded, limited = small(seed=1).protocol, small(max_steps=[100]).protocol
     assert seeded["sequence_hash"] != one["sequence_hash"]
     assert limited == one | {"max_steps": [100]}
-    official = Evaluation.prepare(RolloutConfig(chains=3)).protocol
+    official = prepare(chains=3).protocol
     assert (official["sequences"], official["length"]) == ("official", 5)
 
 
@@ -121,7 +121,7 @@ def test_protocol_tells_sequences_words_and_limits_apart():
 def test_wrong_settings_are_one_line(settings, message):
     with pytest.raises(UserError, match=message) as caught:
         sim = SimConfig(**settings.pop("sim", {}))
-        Evaluation.prepare(RolloutConfig(**{"chains": 3, "tasks": TASKS, "sim": sim, **settings}))
+        prepare(**{"chains": 3, "tasks": TASKS, "sim": sim, **settings})
     assert "\n" not in str(caught.value)
 
 
@@ -148,9 +148,9 @@ def test_words_come_from_the_file_that_is_named(tmp_path):
     np.save(tmp_path / "embeddings.npy", np.array(entries, dtype=object), allow_pickle=True)
     OmegaConf.save(OmegaConf.create(texts), tmp_path / "words.yaml")
     for name in ("embeddings.npy", "words.yaml"):
-        config = RolloutConfig(chains=2, sim=SimConfig(instructions=str(tmp_path / name)))
-        protocol, chains = build_chains(config, builtin("D"))
-        assert protocol["instruction_source"] == name
+        benchmark = Calvin(chains=2, sim=SimConfig(instructions=str(tmp_path / name)))
+        chains = benchmark.episodes(0)
+        assert benchmark.protocol(chains, 0)["instruction_source"] == name
         assert chains[0].instructions == tuple(f"please {task}" for task in chains[0].tasks)
     del texts["open_drawer"]
     OmegaConf.save(OmegaConf.create(texts), tmp_path / "words.yaml")
@@ -168,9 +168,9 @@ def test_words_of_a_clone_are_used(reference):
     root = str(reference / "calvin_root")
     sim = SimConfig(calvin_root=root)
     source, phrasings = read_instructions(sim)
-    config = RolloutConfig(chains=2, sim=sim)
-    protocol, chains = build_chains(config, SceneConfig.from_calvin(root, "D"))
-    assert protocol["instruction_source"] == source and source.endswith(".yaml")
+    benchmark = Calvin(chains=2, sim=sim)
+    chains = benchmark.episodes(0)
+    assert benchmark.protocol(chains, 0)["instruction_source"] == source and source.endswith(".yaml")
     assert chains[0].instructions == tuple(phrasings[task][0] for task in chains[0].tasks)
 
 

@@ -30,7 +30,7 @@ from defi.robot.client import RemotePolicy
 from defi.robot.wire import pack, unpack
 from Step3_DeFI.acting import Policy, policy_threads
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.evaluate import run_chains
+from Step3_DeFI.rollout.evaluate import run_episodes
 from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.serve.messages import MAPS, Keys
 
@@ -164,9 +164,9 @@ def test_a_rollout_asks_a_server_as_its_own_policy() -> None:
     policy, evaluation = row_policy(), fake_evaluation(chains=3, processes=2)
     policy.robot.executed = 7
     with serving(policy, keys="calvin") as (address, _):
-        served = run_chains(evaluation, "policy", ServedPolicy(address, None), show=False)
-    own = run_chains(evaluation, "policy", policy, show=False)
-    assert [chain.steps for chain in served] == [chain.steps for chain in own]
+        served = run_episodes(evaluation, "policy", ServedPolicy(address, None, policy.robot), show=False)
+    own = run_episodes(evaluation, "policy", policy, show=False)
+    assert [chain.outcome for chain in served] == [chain.outcome for chain in own]
     assert sum(chain.observations for chain in own) > 20
 
 

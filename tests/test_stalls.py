@@ -11,11 +11,11 @@ import pytest
 
 from benchmarks import stalls
 from benchmarks.stalls import Batch, Episode, Way, attempt, draw, summary, table
+from defi.benchmarks.calvin.environment import Chain, ChainEnvironment
 from defi.data.calvin import calvin_robot
-from Step3_DeFI.rollout.simulator import ChainSpec
 
 RISE, JUMP = 0.01, 0.2  # of every number of an action: within a chunk, and from one chunk to the next
-CHAIN = ChainSpec(3, ("open_drawer",), ("open the drawer",), np.zeros(15), np.zeros(24))
+CHAIN = Chain(3, ("open_drawer",), ("open the drawer",), np.zeros(15), np.zeros(24))
 
 
 class Ramps:
@@ -51,16 +51,20 @@ class World(SimpleNamespace):
         return self.steps
 
 
+def environment(limit: int, solved_after: int = 1000) -> ChainEnvironment:
+    return ChainEnvironment(
+        lambda: World(steps=0), limit, judge=lambda task, start, now: now - start >= solved_after
+    )
+
+
 def run(way: Way, limit: int = 120, solved_after: int = 1000) -> tuple[Episode, Ramps]:
     policy = Ramps()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stalls, "solved", lambda task, start, now: now >= solved_after)
-        episode = attempt(World(steps=0), Batch(policy), CHAIN, way, limit=limit, seed=0)
-        while True:
-            try:
-                next(episode)
-            except StopIteration as over:
-                return over.value, policy
+    episode = attempt(environment(limit, solved_after), Batch(policy), CHAIN, way, seed=0)
+    while True:
+        try:
+            next(episode)
+        except StopIteration as over:
+            return over.value, policy
 
 
 def rms(squares: float, numbers: int) -> float:
@@ -87,10 +91,9 @@ def test_seams_and_stalls_are_told_from_the_inside_of_chunks() -> None:
 
 def test_several_arms_are_answered_together(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Ramps()
-    monkeypatch.setattr(stalls, "solved", lambda task, start, now: False)
     monkeypatch.setattr(stalls, "load", lambda checkpoint, fade: policy)
     chains = [replace(CHAIN, index=index) for index in range(11)]
-    monkeypatch.setattr(stalls, "episodes", lambda given: (chains, lambda: World(steps=0)))
+    monkeypatch.setattr(stalls, "episodes", lambda given: (chains, lambda: environment(30)))
     given = SimpleNamespace(checkpoint="", episodes=11, few=2, limit=30, seed=0)
     found = stalls.measure(given, Way("async", 5, stalls.HALF))
     assert len(found) == 11 and {each.steps for each in found} == {30}

@@ -1,4 +1,4 @@
-"""The simulator processes of one device: chains handed out, observations answered, dead ones replaced."""
+"""The simulator processes of one device: episodes handed out, observations answered, dead ones replaced."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from defi.data.calvin import CAMERAS
+from defi.benchmarks.benchmark import Episode
 from defi.engine.data import seed_of
 from defi.errors import UserError
-from Step3_DeFI import batching
-from Step3_DeFI.acting import Policy
-from Step3_DeFI.batching import Question
-from Step3_DeFI.rollout.simulator import GONE, Actions, ChainResult, ChainSpec, Clip, Observation, Setup
+from Step3_DeFI.batching import Batcher, Question
+from Step3_DeFI.rollout.simulator import GONE, Clip, EpisodeResult, Look, Setup
 
 MOST_DEATHS = 3
 # A plain subprocess, not one of `multiprocessing`: that would import the main module again in every child,
@@ -29,11 +27,12 @@ PROGRAM = "from Step3_DeFI.rollout.simulator import main; main()"
 
 
 class Simulator:
-    """Handle of one simulator process: its chain, and whether it waits for the policy."""
+    """Handle of one simulator process: its episode, and what it waits to be told about by the policy."""
 
     def __init__(self, setup: Setup) -> None:
-        self.chain: ChainSpec | None = None
-        self.waiting = False
+        self.episode: Episode | None = None
+        self.world = ""
+        self.look: Look | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         self.connection, theirs = Pipe()
         path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -43,7 +42,7 @@ class Simulator:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **setup.environment},
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **setup.variables},
         )
         theirs.close()
         self.send(setup)
@@ -65,60 +64,36 @@ class Simulator:
         return lines[-1].strip() if lines else "it printed nothing"
 
 
-def shown(seen: Observation) -> dict[str, Any]:
-    """What a simulator shows, as a policy takes it: with the names of CALVIN's robot."""
-    images = {camera: seen.images[key] for camera, key in CAMERAS.items() if key in seen.images}
-    return {"images": images, "instruction": seen.instruction, "state": seen.state}
-
-
-class Batcher(batching.Batcher):
-    """For simulators. So that a chain's actions are the same on any number of processes, a chain always takes
-    the same row: its index modulo `batch`.
-
-    Args:
-        chunk: actions of each answer that are executed; None for all.
-    """
-
-    def __init__(self, policy: Policy, batch: int, chunk: int | None = None) -> None:
-        super().__init__(policy, batch)
-        self.chunk = chunk
-        self._seen: dict[Hashable, Observation] = {}
-
-    def add(self, asker: Hashable, seen: Observation) -> None:
-        """An observation of `asker`, who waits for the answer."""
-        self._seen[asker] = seen
-        row = seen.seed[1] % self.batch
-        self.waiting.append(Question(asker, shown(seen), seed_of("rollout", *seen.seed), row))
-
-    def answer(self) -> Iterator[tuple[Hashable, Actions]]:
-        """Call the policy once for the longest waiting observation of each row."""
-        picked = self.take()
-        actions = self.ask(picked)
-        if actions.ndim != 3 or actions.shape[::2] != (self.batch, 7) or not actions.shape[1]:
-            wanted = f"the simulator takes ({self.batch}, K, 7): position, rotation, gripper"
-            raise UserError(f"the policy returned actions of shape {actions.shape}, {wanted}")
-        for row, question in picked.items():
-            seen = self._seen.pop(question.asker)
-            if not np.isfinite(actions[row]).all():
-                where = "chain {1}, {task}, observation {2}".format(*seen.seed, task=seen.task)
-                fix = "its weights or its precision are broken, try another checkpoint"
-                raise UserError(f"{where}: the policy returned NaN or infinite actions; {fix}")
-            yield question.asker, actions[row, : self.chunk]
-
-
 class Fleet:
-    """Runs chains on `size` simulator processes. A context manager: leaving it ends them all.
+    """Runs episodes on `size` simulator processes. A context manager: leaving it ends them all.
+
+    So that an episode's actions are the same on any number of processes, it always takes the same row of the
+    policy's batch: its index modulo the number of rows.
 
     Args:
-        batcher: answers the observations; None where the agents act inside the simulator processes.
+        batcher: answers what simulators see; None where the agents act inside the simulator processes.
+        chunk: actions of each answer that are executed; None for all.
+        actions: numbers of an action.
+        noun: what the benchmark calls an episode.
         silence: seconds without a sign of life after which a process at work is replaced.
     """
 
-    def __init__(self, setup: Setup, size: int, batcher: Batcher | None, *, silence: float = 300) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        size: int,
+        batcher: Batcher | None = None,
+        *,
+        chunk: int | None = None,
+        actions: int = 0,
+        noun: str = "episode",
+        silence: float = 300,
+    ) -> None:
         self.setup, self.size, self.batcher, self.silence = setup, size, batcher, silence
+        self.chunk, self.actions, self.noun = chunk, actions, noun
         self.simulators: list[Simulator] = []
         self.replaced = 0
-        self._pending: list[ChainSpec] = []
+        self._pending: list[Episode] = []
         self._deaths: Counter[int] = Counter()
 
     def __enter__(self) -> "Fleet":
@@ -129,14 +104,14 @@ class Fleet:
         for simulator in self.simulators:
             simulator.stop()
 
-    def run(self, chains: Sequence[ChainSpec]) -> Iterator[Clip | ChainResult]:
-        """Results in the order in which chains finish, each after its clips."""
-        self._pending = list(chains)
+    def run(self, episodes: Sequence[Episode]) -> Iterator[Clip | EpisodeResult]:
+        """Results in the order in which episodes finish, each after its clips."""
+        self._pending = list(episodes)
         while self._pending or self._busy():
             for simulator in self.simulators:
-                if simulator.chain is None and self._pending:
-                    self._begin_chain(simulator)
-            working = [simulator for simulator in self._busy() if not simulator.waiting]
+                if simulator.episode is None and self._pending:
+                    self._begin(simulator)
+            working = [simulator for simulator in self._busy() if not simulator.look]
             patience = self.batcher.patience(len(working)) if self.batcher else None
             ready = wait([s.connection for s in working], self.silence if patience is None else patience)
             for simulator in working:
@@ -144,24 +119,27 @@ class Fleet:
                     yield from self._handle(simulator)
                 elif time.monotonic() - simulator.last_contact > self.silence:
                     self._replace(simulator, f"no sign of life for {self.silence:.0f} s")
-            coming = sum(not simulator.waiting for simulator in self._busy())
+            coming = sum(not simulator.look for simulator in self._busy())
             if self.batcher and self.batcher.patience(coming) == 0:
-                for simulator, actions in self.batcher.answer():
-                    simulator.waiting = False
-                    simulator.send(actions)
+                self._answer()
 
     def _busy(self) -> list[Simulator]:
-        return [simulator for simulator in self.simulators if simulator.chain is not None]
+        return [simulator for simulator in self.simulators if simulator.episode is not None]
 
-    def _begin_chain(self, simulator: Simulator) -> None:
-        """The first pending chain whose row of the policy's batch the fewest running chains share."""
+    def _begin(self, simulator: Simulator) -> None:
+        """The first pending episode whose row of the policy's batch the fewest running episodes share; of
+        these, one of the world that is there."""
         rows = self.batcher.batch if self.batcher else 1
-        taken = Counter(busy.chain.index % rows for busy in self._busy())
-        simulator.chain = min(self._pending, key=lambda chain: taken[chain.index % rows])
-        self._pending.remove(simulator.chain)
-        simulator.send(simulator.chain)
+        taken = Counter(busy.episode.index % rows for busy in self._busy())
+        simulator.episode = min(
+            self._pending,
+            key=lambda episode: (taken[episode.index % rows], episode.world != simulator.world),
+        )
+        simulator.world = simulator.episode.world
+        self._pending.remove(simulator.episode)
+        simulator.send(simulator.episode)
 
-    def _handle(self, simulator: Simulator) -> Iterator[Clip | ChainResult]:
+    def _handle(self, simulator: Simulator) -> Iterator[Clip | EpisodeResult]:
         """Take the next message of a simulator."""
         simulator.last_contact = time.monotonic()
         try:
@@ -172,23 +150,40 @@ class Fleet:
         if isinstance(message, UserError):
             raise message
         if isinstance(message, Exception):
-            raise RuntimeError(f"chain {simulator.chain.index}: {message}")
-        if isinstance(message, Observation):
-            self.batcher.add(simulator, message)
-            simulator.waiting = True
+            raise RuntimeError(f"{self.noun} {simulator.episode.index}: {message}")
+        if isinstance(message, Look):
+            simulator.look = message
+            row, seed = message.seed[1] % self.batcher.batch, seed_of("rollout", *message.seed)
+            self.batcher.waiting.append(Question(simulator, message.observation, seed, row))
             return
-        if isinstance(message, ChainResult):
-            simulator.chain = None
+        if isinstance(message, EpisodeResult):
+            simulator.episode = None
         yield message
 
+    def _answer(self) -> None:
+        """Call the policy once, and send the actions."""
+        picked = self.batcher.take()
+        answers, sizes = self.batcher.ask(picked), (self.batcher.batch, self.actions)
+        if answers.ndim != 3 or answers.shape[::2] != sizes or not answers.shape[1]:
+            wanted = "the simulator takes ({}, K, {})".format(*sizes)
+            raise UserError(f"the policy returned actions of shape {answers.shape}, {wanted}")
+        for row, question in picked.items():
+            simulator: Simulator = question.asker
+            look, simulator.look = simulator.look, None
+            if not np.isfinite(answers[row]).all():
+                where = f"{self.noun} {look.seed[1]}, {look.task}, observation {look.seed[2]}"
+                fix = "its weights or its precision are broken, try another checkpoint"
+                raise UserError(f"{where}: the policy returned NaN or infinite actions; {fix}")
+            simulator.send(answers[row, : self.chunk])
+
     def _replace(self, simulator: Simulator, reason: str = "") -> None:
-        """A new process for one that died; its chain is run again from the start."""
-        chain, last_line = simulator.chain, simulator.stop()
-        self._deaths[chain.index] += 1
+        """A new process for one that died; its episode is run again from the start."""
+        episode, last_line = simulator.episode, simulator.stop()
+        self._deaths[episode.index] += 1
         self.simulators[self.simulators.index(simulator)] = Simulator(self.setup)
-        if self._deaths[chain.index] == MOST_DEATHS:
+        if self._deaths[episode.index] == MOST_DEATHS:
             died = f"its simulator process died {MOST_DEATHS} times ({reason or last_line})"
-            fix = "finished chains are kept: remove the cause and continue with resume=true"
-            raise UserError(f"chain {chain.index}: {died}; {fix}")
-        self._pending.insert(0, chain)
+            fix = f"finished {self.noun}s are kept: remove the cause and continue with resume=true"
+            raise UserError(f"{self.noun} {episode.index}: {died}; {fix}")
+        self._pending.insert(0, episode)
         self.replaced += 1

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from defi.data.calvin import calvin_robot
 from defi.errors import UserError
 from defi.robot.client import RemotePolicy
+from defi.robot.spec import Robot
 from Step3_DeFI.serve.messages import Keys
 
 
@@ -18,22 +18,23 @@ class ServedPolicy:
     """Answers of a server that speaks openpi's protocol; one of ours gives the same as its policy here.
 
     Args:
+        robot: the benchmark's.
         keys: of the messages, as the setting `serve.keys`, where the server's metadata name none.
 
     Raises:
         UserError: no server there, or its policy sees other cameras than the simulators'.
     """
 
-    def __init__(self, url: str, keys: Any) -> None:
+    def __init__(self, url: str, keys: Any, robot: Robot) -> None:
         self.client = RemotePolicy(url, api_key=os.environ.get("DEFI_API_KEY"), timeout=300)
-        says, robot = self.client.metadata, calvin_robot()
+        says = self.client.metadata
         cameras = says.get("cameras") or robot.cameras
         if unknown := [camera for camera in cameras if camera not in robot.cameras]:
             raise UserError(
                 f"{url}: sees {', '.join(unknown)}; the simulators have {', '.join(robot.cameras)}"
             )
         self.robot = replace(robot, cameras=list(cameras), executed=says.get("executed"))
-        self.keys = Keys.read(says.get("keys") or keys, cameras, state=bool(says.get("state", True)))
+        self.keys = Keys.read(says.get("keys") or keys, cameras, state=bool(says.get("state", robot.state)))
 
     def infer_batch(
         self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int]

@@ -1,63 +1,46 @@
-"""A simulator process: chains of tasks come in, observations and results go out, over one connection.
+"""A simulator process: episodes come in, observations and results go out, over one connection.
 
-A chain runs in one world: observe, act, judge, until a task is not solved in time. Nothing here needs
-PyTorch, so a process starts fast and stays small. `fleet.Simulator` starts it; it ends when the other side of
-the connection is closed, so none is left behind when the evaluation is killed.
+An episode runs in one environment: observe, act, step, until it is over. Nothing here needs PyTorch, so a
+process starts fast and stays small. `fleet.Simulator` starts it; it ends when the other side of the
+connection is closed, so none is left behind when the evaluation is killed.
 """
 
 import itertools
+import json
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
+from defi.benchmarks.adapters import Action, adapt
+from defi.benchmarks.benchmark import Actions, Agent, Environment, Episode, Observation, Seed, Step
 from defi.errors import UserError
 
-Actions = Float[np.ndarray, "K 7"]
-Images = Mapping[str, UInt8[np.ndarray, "H W 3"]]
-Seed = tuple[int, int, int]  # (run, chain, observation): all that a random number may depend on
-Judge = Callable[[str, Any, Any], bool]  # (task, state at its start, state now) → solved?
-Agent = Callable[[Any, str, str, Seed], Actions]  # (world, task, instruction, seed) → what to do next
-
-AGENTS = {"policy": "DeFI", "random": "random actions", "scripted": "scripted policy"}
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # the other side of a connection
 
 
 @dataclass(frozen=True)
-class ChainSpec:
-    """Tasks to solve one after the other, how they are asked for, and where the world starts."""
-
-    index: int
-    tasks: tuple[str, ...]
-    instructions: tuple[str, ...]
-    robot_obs: Float[np.ndarray, "15"]
-    scene_obs: Float[np.ndarray, "24"]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the policy is shown. Its noise depends on `seed` alone."""
+class Look:
+    """What the policy is shown, while `task` is asked for. Its noise depends on `seed` alone."""
 
     seed: Seed
     task: str
-    instruction: str
-    images: Images
-    state: Float[np.ndarray, "15"]
+    observation: Observation
 
 
 @dataclass(frozen=True)
 class Clip:
     """Pictures of one attempt at a task, by camera: uint8 [F,H,W,3]."""
 
-    chain: int
+    episode: int
     position: int
     task: str
     instruction: str
@@ -66,12 +49,11 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class ChainResult:
-    """A finished chain. `steps` has the control steps per attempted task, None where it was not solved."""
+class EpisodeResult:
+    """A finished episode: what its environment says came of it, and what it took."""
 
     index: int
-    tasks: tuple[str, ...]
-    steps: tuple[int | None, ...]
+    outcome: Mapping[str, Any]
     control_steps: int
     observations: int
     seconds: float
@@ -81,118 +63,81 @@ class ChainResult:
 class Setup:
     """What a simulator process gets first."""
 
-    make_world: Callable[[], Any]  # returns a `defi.sim.world.World`, or something that behaves like one
-    judge: Judge
+    make: Callable[[], Environment]
     seed: int
-    limit: int  # control steps per task
-    agent: str = "policy"  # asked over the connection; or random or scripted: these act in this process
-    # Load the world again before each chain. Bullet's contact order remembers what ran before in the same
-    # world, so only then does a chain not depend on those before it.
-    fresh: bool = True
-    filmed: int = 0  # so many chains, the first, are filmed, a picture every `film_every` control steps
+    agent: Agent | None = None  # acts in this process; None: the policy is asked over the connection
+    adapters: Sequence[str] = ()  # what is done to its actions
+    filmed: int = 0  # so many episodes, the first, are filmed, a picture every `film_every` control steps
     film_every: int = 3
-    environment: Mapping[str, str] = field(default_factory=dict)  # variables for the process
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the process's environment
 
 
-def random_agent(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
-    """Uniform actions in [-1, 1], the gripper at random per chunk of 10: what chance alone achieves."""
-    actions = np.random.default_rng(seed).uniform(-1, 1, (10, 7))
-    actions[:, 6] = actions[0, 6]
-    return actions
-
-
-class ScriptedAgent:
-    """The scripted policy of each task, which sees the true state: what the table itself allows."""
-
-    begun = None
-
-    def __call__(self, world: Any, task: str, instruction: str, seed: Seed) -> Actions:
-        from defi.sim.scripted import ScriptedPolicy
-
-        if self.begun != (seed[1], task):
-            self.begun, self.policy = (seed[1], task), ScriptedPolicy(task, world)
-        action = self.policy.act(world)
-        waiting = [0, 0, 0, 0, 0, 0, world.arm.gripper_action]  # where it is done, as far as it can tell
-        return np.array([waiting if action is None else action], dtype=np.float64)
-
-
-def run_chain(world: Any, agent: Agent, chain: ChainSpec, setup: Setup) -> Iterator[Clip | ChainResult]:
-    """Run a chain to its first unsolved task: a clip of each attempt, if it is filmed, then the result."""
-    began, steps = time.perf_counter(), []
-    seeds = ((setup.seed, chain.index, observation) for observation in itertools.count())
-    film = chain.index < setup.filmed
-    world.reset(chain.robot_obs, chain.scene_obs)
-    for position, (task, words) in enumerate(zip(chain.tasks, chain.instructions)):
-        taken, frames = attempt(world, agent, task, words, seeds, setup, film=film)
-        steps.append(taken)
+def run_episode(
+    environment: Environment, agent: Agent, episode: Episode, setup: Setup
+) -> Iterator[Clip | EpisodeResult]:
+    """Run an episode to its end: a clip of each attempt, if it is filmed, then the result."""
+    began, taken, step = time.perf_counter(), 0, Step()
+    seeds = ((setup.seed, episode.index, observation) for observation in itertools.count())
+    film = setup.film_every if episode.index < setup.filmed else 0
+    environment.reset(episode)
+    act = adapt(setup.adapters)
+    for position in itertools.count():
+        task, seen = environment.task, environment.observe() if film else {}
+        step, steps, frames = attempt(environment, lambda seed: act(agent(environment, seed)), seeds, film)
+        taken += steps
         if film:
+            frames = [seen["images"], *frames]
             images = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
-            yield Clip(chain.index, position, task, words, taken is not None, images)
-        if taken is None:
+            yield Clip(episode.index, position, task, seen["instruction"], step.solved, images)
+        if step.over:
             break
-    yield ChainResult(
-        index=chain.index,
-        tasks=chain.tasks,
-        steps=tuple(steps),
-        control_steps=sum(setup.limit if taken is None else taken for taken in steps),
+    yield EpisodeResult(
+        index=episode.index,
+        outcome=json.loads(json.dumps(environment.outcome(), default=np.generic.item)),  # NumPy's as Python's
+        control_steps=taken,
         observations=next(seeds)[2],
         seconds=time.perf_counter() - began,
     )
 
 
 def attempt(
-    world: Any,
-    agent: Agent,
-    task: str,
-    words: str,
-    seeds: Iterator[Seed],
-    setup: Setup,
-    *,
-    film: bool = False,
-) -> tuple[int | None, list[Images]]:
-    """Try one task for at most `setup.limit` control steps; judged after every step.
+    environment: Environment, act: Callable[[Seed], Iterable[Action]], seeds: Iterator[Seed], film: int = 0
+) -> tuple[Step, int, list[Mapping[str, UInt8[np.ndarray, "H W 3"]]]]:
+    """Act until the episode is over or something else is asked for. The rest of a chunk is not executed then.
 
     Returns:
-        The control steps it took, or None; pictures of the first state, every `film_every`-th step, and the
-        last. What is left of a chunk when the task is solved is not executed.
+        The last step, the number of control steps, and the pictures after every `film`-th and the last.
     """
-    start, taken = world.state(), 0
-    frames = [world.render()] if film else []
-    while taken < setup.limit:
-        chunk = agent(world, task, words, next(seeds))[: setup.limit - taken]
-        actions = np.array(chunk, dtype=np.float64)
-        actions[:, 6] = np.where(actions[:, 6] > 0, 1.0, -1.0)  # the gripper opens, or closes
-        for action in actions:
-            world.step(action)
+    taken, frames = 0, []
+    while True:
+        for action in act(next(seeds)):
+            step = environment.step(action)
             taken += 1
-            solved = setup.judge(task, start, world.state())
-            if film and (solved or taken % setup.film_every == 0):
-                frames.append(world.render())
-            if solved:
-                return taken, frames
-    return None, frames
+            ended = step.over or step.look
+            if film and (ended or taken % film == 0):
+                frames.append(environment.observe()["images"])
+            if ended:
+                return step, taken, frames
 
 
 def main() -> None:
-    """`python -c … <file descriptor>`: run the chains that arrive; send what goes wrong, as an exception."""
+    """`python -c … <file descriptor>`: run episodes that arrive; send what goes wrong, as an exception."""
     # Ctrl-C and what Slurm sends reach every process of a run; the evaluation decides what becomes of them.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
 
-    def ask_policy(world: Any, task: str, instruction: str, seed: Seed) -> Actions:
-        connection.send(Observation(seed, task, instruction, world.render(), world.robot_obs()))
+    def ask_policy(environment: Environment, seed: Seed) -> Actions:
+        connection.send(Look(seed, environment.task, environment.observe()))
         return connection.recv()
 
-    agents = {"policy": ask_policy, "random": random_agent, "scripted": ScriptedAgent()}
     try:
         setup: Setup = connection.recv()
-        with closing(setup.make_world()) as world:
+        with closing(setup.make()) as environment:
             while True:
-                for message in run_chain(world, agents[setup.agent], connection.recv(), setup):
+                episode = connection.recv()
+                for message in run_episode(environment, setup.agent or ask_policy, episode, setup):
                     connection.send(message)
-                if setup.fresh:
-                    world.reload()
     except GONE:
         return
     except UserError as error:

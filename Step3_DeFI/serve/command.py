@@ -12,11 +12,10 @@ import torch
 from omegaconf import DictConfig
 
 from defi.config import entry, typed
-from defi.errors import UserError, one_line
+from defi.errors import UserError, choose, one_line
 from Step3_DeFI.acting import Policy, policy_threads
 from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.diffusion import SAMPLERS
-from Step3_DeFI.rollout.protocol import choose
 from Step3_DeFI.serve.server import ServeConfig, Server
 
 API_KEY = "DEFI_API_KEY"

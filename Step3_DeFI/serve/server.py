@@ -19,12 +19,11 @@ from websockets.asyncio.server import Request, Response, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from defi.engine.data import seed_of
-from defi.errors import UserError
+from defi.errors import UserError, choose
 from defi.robot.chunk import UnderWay
 from defi.robot.wire import pack
 from Step3_DeFI.acting import Policy
 from Step3_DeFI.batching import Batcher, Question
-from Step3_DeFI.rollout.protocol import choose
 from Step3_DeFI.serve.messages import Asked, Keys, Reader, describe
 from Step3_DeFI.serve.metrics import Metrics
 

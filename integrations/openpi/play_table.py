@@ -4,7 +4,7 @@
     pip install --no-deps openpi-client==0.1.2 && python integrations/openpi/play_table.py ws://127.0.0.1:8000
 
 Chains, judge, limits and seeds are those of `python -m Step3_DeFI.rollout` with the same settings
-(RolloutConfig), so the same tasks are solved in the same steps.
+(configs/benchmark/table.yaml, and seed), so the same tasks are solved in the same steps.
 """
 
 import sys
@@ -12,31 +12,30 @@ import sys
 from omegaconf import OmegaConf
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-from defi.config import typed
 from defi.engine.data import seed_of
+from Step3_DeFI.rollout.config import RolloutConfig, read_settings
 from Step3_DeFI.rollout.evaluate import Evaluation
-from Step3_DeFI.rollout.protocol import RolloutConfig
-from Step3_DeFI.rollout.simulator import run_chain
+from Step3_DeFI.rollout.simulator import run_episode
 
 
 def main(address: str = "ws://127.0.0.1:8000", *settings: str) -> None:
     client = WebsocketClientPolicy(address, port=None)
     executed = client.get_server_metadata()["executed"]
 
-    def act(world, task, instruction, seed):
-        seen = {"rgb_obs": world.render(), "robot_obs": world.robot_obs(), "prompt": instruction}
-        return client.infer(seen | {"seed": seed_of("rollout", *seed)})["actions"][:executed]
+    def act(environment, seed):
+        seen = environment.observe()
+        pictures = {f"rgb_{camera}": picture for camera, picture in seen["images"].items()}
+        message = {"rgb_obs": pictures, "robot_obs": seen["state"], "prompt": seen["instruction"]}
+        return client.infer(message | {"seed": seed_of("rollout", *seed)})["actions"][:executed]
 
-    table = Evaluation.prepare(typed(RolloutConfig, OmegaConf.from_dotlist(list(settings)), "play_table"))
-    world = table.setup.make_world()
-    for chain in table.chains:
-        (result,) = run_chain(world, act, chain, table.setup)
-        solved = sum(steps is not None for steps in result.steps)
-        print(
-            f"chain {chain.index}: {solved} of {len(chain.tasks)} solved, in steps {result.steps}", flush=True
-        )
-        if table.setup.fresh:
-            world.reload()
+    given = OmegaConf.from_dotlist(["benchmark=table", *settings])
+    table = Evaluation.prepare(*read_settings(RolloutConfig, given, "play_table"))
+    environment = table.simulation.make()
+    for chain in table.episodes:
+        (result,) = run_episode(environment, act, chain, table.setup("policy"))
+        steps = result.outcome["steps"]
+        solved = sum(taken is not None for taken in steps)
+        print(f"chain {chain.index}: {solved} of {len(chain.tasks)} solved, in steps {steps}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 pytest.importorskip("pybullet")
 from defi import doctor
-from defi.config import CONFIG_DIR, typed
+from defi.config import CONFIG_DIR
 from defi.data.calvin import calvin_robot
 from defi.errors import UserError
 from defi.sim import official, renderers
@@ -19,7 +19,8 @@ from defi.sim.renderers import NEEDED, egl_devices, find_renderer
 from Step3_DeFI.config import PolicyConfig
 from Step3_DeFI.preview import rollouts
 from Step3_DeFI.rollout import evaluate as command
-from Step3_DeFI.rollout.evaluate import CommandConfig, Evaluation, main
+from Step3_DeFI.rollout.config import CommandConfig, read_settings
+from Step3_DeFI.rollout.evaluate import Evaluation, main
 
 GPU, MESA = {0: "Fast 1"}, {1: "llvmpipe (LLVM 15)"}
 CAVEAT = "does not compare with published ones"
@@ -28,6 +29,11 @@ CAVEAT = "does not compare with published ones"
 def composed(name: str, *settings: str) -> DictConfig:
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         return compose(name, list(settings))
+
+
+def prepare(*settings: str) -> Evaluation:
+    cfg = composed("step3_rollout", *settings)
+    return Evaluation.prepare(*read_settings(CommandConfig, cfg, "step3_rollout"))
 
 
 @pytest.fixture
@@ -44,18 +50,17 @@ def egl() -> None:
         pytest.skip(f"no EGL device works here; {NEEDED['egl']}")
 
 
-@pytest.mark.parametrize("given", ["sim=calvin", "sim=builtin", "sim.backend=calvin_env"])
+@pytest.mark.parametrize("given", ["sim=calvin", "sim=builtin", "benchmark=calvin", "sim.backend=calvin_env"])
 @pytest.mark.parametrize(("there", "kind"), [(GPU | MESA, "gpu"), (MESA, "mesa")])
 def test_egl_is_the_default(
     clone: Path, monkeypatch: pytest.MonkeyPatch, given: str, there: dict[int, str], kind: str
 ) -> None:
     monkeypatch.setattr(renderers, "egl_devices", lambda: there)
     monkeypatch.setattr(official, "check_installed", lambda: None)
-    cfg = composed("step3_rollout", given, f"sim.calvin_root={clone}", "agent=random", "chains=1")
-    evaluation = Evaluation.prepare(typed(CommandConfig, cfg, "step3_rollout"))
-    assert evaluation.renderer.kind == kind and evaluation.caveat is None
-    assert evaluation.setup.make_world.keywords["renderer"] == "egl"
-    assert evaluation.setup.environment == evaluation.renderer.environment
+    simulation = prepare(given, f"sim.calvin_root={clone}", "agent=random", "chains=1").simulation
+    assert simulation.kind == kind and simulation.caveat is None
+    assert simulation.make.args[0].keywords["renderer"] == "egl"
+    assert simulation.variables == find_renderer("egl").environment
 
 
 @pytest.mark.parametrize("given", ["sim.renderer=cpu", "sim.renderer_fallback=true"])
@@ -67,11 +72,10 @@ def test_the_cpu_is_taken_only_when_asked_for(
     with pytest.raises(
         UserError, match="sim.renderer=egl: no such EGL device .*libegl-mesa0.*sim.renderer=cpu"
     ):
-        Evaluation.prepare(typed(CommandConfig, composed("step3_rollout", *settings), "step3_rollout"))
-    cfg = composed("step3_rollout", *settings, given)
-    evaluation = Evaluation.prepare(typed(CommandConfig, cfg, "step3_rollout"))
-    assert evaluation.renderer.kind == "cpu" and CAVEAT in evaluation.caveat
-    assert ("egl was asked for" in str(evaluation.renderer)) == ("fallback" in given)
+        prepare(*settings)
+    simulation = prepare(*settings, given).simulation
+    assert simulation.kind == "cpu" and CAVEAT in simulation.caveat
+    assert ("egl was asked for" in simulation.renderer) == ("fallback" in given)
 
 
 def test_processes_do_not_draw_differently(

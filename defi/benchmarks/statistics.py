@@ -1,0 +1,63 @@
+"""Means, rates and differences with what chance alone makes of them."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from jaxtyping import Int
+
+DRAWS = 20_000
+
+
+class Rate(TypedDict):
+    """A mean or a share of 1, and its 95 % interval."""
+
+    rate: float
+    interval: Sequence[float]
+
+
+class Summary(TypedDict):
+    """One score of a run: the mean over episodes with its 95 % interval, rates beside it, counts per task
+    ({"solved", "tried"}), and the value of each episode, by which two runs are compared."""
+
+    average: float
+    interval: Sequence[float]
+    success: list[Rate]
+    tasks: dict[str, dict[str, int]]
+    values: list[float]
+
+
+def rate(hits: Sequence[float]) -> Rate:
+    """A share, with Wilson's interval."""
+    from scipy.stats import binomtest  # takes a second, which simulator processes need not wait
+
+    test = binomtest(sum(map(bool, hits)), len(hits))
+    return {"rate": test.statistic, "interval": list(map(float, test.proportion_ci(method="wilson")))}
+
+
+def mean_interval(values: Sequence[float] | Int[np.ndarray, " N"]) -> tuple[float, float]:
+    """95 % interval of a mean, by the percentile bootstrap. Seeded: the same values, the same interval.
+
+    The values are few different ones, so a resample is a draw of how often each occurs (a multinomial).
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=DRAWS)
+    low, high = np.quantile(drawn @ distinct / len(values), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """Mean of b − a over the same episodes, its 95 % interval, and how likely chance alone is.
+
+    Returns:
+        difference, interval; p: the share of random sign flips of the paired differences whose mean is at
+        least as far from zero (two-sided permutation test); differs: whether p < 0.05.
+    """
+    change: Int[np.ndarray, " N"] = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    sizes, counts = np.unique(np.abs(change), return_counts=True)
+    # Flipping n differences of size s at random leaves s·(2·heads − n), heads ~ Binomial(n, ½).
+    heads = np.random.default_rng(0).binomial(counts, 0.5, size=(DRAWS, len(counts)))
+    far = abs(change.sum()) * (1 - 1e-12)  # sums of fractions are rounded
+    extreme = int((np.abs((2 * heads - counts) @ sizes) >= far).sum())
+    p, interval = (extreme + 1) / (DRAWS + 1), mean_interval(change)
+    return {"difference": float(change.mean()), "interval": interval, "p": p, "differs": p < 0.05}
