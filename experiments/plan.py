@@ -111,7 +111,8 @@ def build(name: str, steps: Mapping[str, Any], seed: int, above: tuple[str, ...]
             settings[setting] = f"@{inputs[needed].key}"
     digest = hashlib.sha256(json.dumps([run, settings], sort_keys=True).encode()).hexdigest()
     start, *factors = (float(Fraction(str(each))) for each in seconds)
-    expected = start + math.prod(factors) * float(settings.get("data.share", 1))
+    share, trains = float(settings.get("data.share", 1)), settings.get("trainer.max_steps") != 0
+    expected = start + math.prod(factors) * share * trains
     return Step(name, run, settings, how, tuple(inputs.values()), expected, f"{name}-{digest[:12]}")
 
 

@@ -16,12 +16,13 @@ from defi.engine.output import write_file
 from defi.errors import UserError
 from experiments.plan import ArmConfig, Run
 from experiments.statistics import difference, summarise
-from experiments.work import OUT, RECORD, Workshop
+from experiments.work import Workshop
 from Step3_DeFI.rollout.results import Results, read_results
 
 FORMAT = 1
 COLOURS = html.CHART_STYLE["axes.prop_cycle"].by_key()["color"]
 SMOKE = "size=smoke: this only shows that everything runs; it learns nothing, so expect 0.00."
+TEMPLATE = "experiments/report.html.j2"
 HELD_OUT = "held_out_action_error"  # of a policy's previews
 
 
@@ -157,44 +158,44 @@ def error_curves(found: Mapping[str, Mapping[int, list[dict[str, float]]]], arms
 def write(
     folder: Path, suite: Mapping[str, Any], arms: Mapping[str, ArmConfig], runs: list[Run], workshop: Workshop
 ) -> Path | None:
-    """results.json and report.html from the rollouts that are done; None while there is none."""
+    """results.json and report.html from the rollouts that are done; None while there is none.
+
+    suite: the resolved configuration. workshop: with the steps of all runs.
+    """
     found = read_runs(workshop, runs)
     if not found:
         return None
-    values, learned = summary(arms, found), losses(workshop, runs)
-    one = next(iter(next(iter(found.values())).values()))
-    limit, length = str(max(one.protocol["max_steps"])), one.protocol["length"]
-    steps = [(step, workshop.record(key)) for key, step in workshop.steps.items()]
+    results = next(iter(next(iter(found.values())).values()))
     record = {"format": FORMAT, "suite": suite["name"], "size": suite["size_name"]}
-    record |= {"protocol": one.protocol, "arms": values, "training": learned}
-    record["steps"] = {step.key: known for step, known in steps}
+    record |= {"protocol": results.protocol, "versions": results.run["versions"]}
+    record |= {"arms": summary(arms, found), "training": losses(workshop, runs)}
+    record["steps"] = {key: workshop.record(key) for key in workshop.steps}
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "results.json", json.dumps(record, indent=1))
-    done = sum(len(seeds) for seeds in found.values())
-    took = sum(known.get("seconds", 0.0) for _, known in steps)
+    done = f"{sum(map(len, found.values()))} of {len(runs)}"
     return html.write_page(
-        folder / "report.html",
-        "experiments/report.html.j2",
-        title=suite["title"],
-        claim=suite["claim"],
-        remark=SMOKE if suite["size_name"] == "smoke" else "",
-        overview={
-            "arms": len(arms),
-            "rollouts done": f"{done} of {len(runs)}",
-            f"chains of {length}": one.protocol["chains"],
-            "work so far": timedelta(seconds=round(took)),
-        },
-        verdict=verdict(values, limit),
-        chart=lines_chart(values, arms, suite, limit) if suite.get("lines") else bars(values, limit, length),
-        rows=table(values, learned, one.protocol["max_steps"]),
-        limits=one.protocol["max_steps"],
-        published=suite["published"],
-        errors=error_curves(learned, arms),
-        steps=[(step, known, timedelta(seconds=round(known.get("seconds", 0)))) for step, known in steps],
-        conditions={**one.protocol, **one.run["versions"]},
-        spread=seeds_spread(values, limit),
-        places=(OUT, RECORD),
+        folder / "report.html", TEMPLATE, **page(suite, arms, record), rollouts_done=done, record=record
     )
+
+
+def page(
+    suite: Mapping[str, Any], arms: Mapping[str, ArmConfig], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the template shows of the `record` in results.json, but for the record itself."""
+    values, protocol = record["arms"], record["protocol"]
+    limit, length = str(max(protocol["max_steps"])), protocol["length"]
+    chart = lines_chart(values, arms, suite, limit) if "lines" in suite else bars(values, limit, length)
+    return {
+        "title": suite["title"],
+        "claim": suite["claim"],
+        "remark": SMOKE if suite["size_name"] == "smoke" else "",
+        "verdict": [*verdict(values, limit), seeds_spread(values, limit)],
+        "chart": chart,
+        "rows": table(values, record["training"], protocol["max_steps"]),
+        "published": suite["published"],
+        "errors": error_curves(record["training"], arms),
+        "work": timedelta(seconds=round(sum(each.get("seconds", 0) for each in record["steps"].values()))),
+    }
 
 
 def seeds_spread(values: Mapping[str, Any], limit: str) -> str:

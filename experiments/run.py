@@ -66,11 +66,11 @@ def main(cfg: DictConfig) -> None:
         lambda step: step.name == runs[0].last.name and report.write(folder, suite, arms, whole, everything)
     )
     page = report.write(folder, suite, arms, whole, everything)
-    for line in filter(None, (page and f"Report: {page}", *workshop.failed.values())):
+    told = [f"{key}: {why}" for key, why in workshop.failed.items()]
+    for line in (*told, *([f"Report: {page}"] if page else [])):
         console.print(line, markup=False, soft_wrap=True)
-    if workshop.failed:
-        first, why = next(iter(workshop.failed.items()))
-        raise UserError(f"{len(workshop.failed)} steps failed or were left out: {first}: {why}")
+    if told:
+        raise UserError(f"{len(told)} steps failed or were left out; mend it and run the same command again")
 
 
 if __name__ == "__main__":

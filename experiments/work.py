@@ -163,10 +163,9 @@ class Workshop:
             record["done"] = self._process.exitcode == 0
             write_file(folder / RECORD, json.dumps(record, indent=1))
         if not record["done"] and not self._stopped:
-            lines = (folder / LOG).read_text(errors="replace").split()
-            said = " ".join(lines[-30:])
-            self.failed[step.key] = f"exit code {self._process.exitcode}: … {said} (see {folder / LOG})"
-            print(f"{step.key}: {self.failed[step.key]}", flush=True)
+            lines = (folder / LOG).read_text(errors="replace").splitlines()
+            why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+            self.failed[step.key] = f"exit code {self._process.exitcode}: {why} (see {folder / LOG})"
 
     def _stop(self, number: int, frame: Any) -> None:
         self._stopped = True
