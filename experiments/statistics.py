@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from Step3_DeFI.rollout.results import Results, lengths, paired_difference
 
-DRAWS = 20_000
+DRAWS = 5_000
 
 
 def crossed_interval(values: Float[np.ndarray, "S N"], seed: int = 0) -> tuple[tuple[float, float], float]:

@@ -7,17 +7,20 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +54,17 @@ def perform(run: str, settings: list[str], log: str) -> None:
 
 
 class Workshop:
-    """The folder `output`/steps, and this process at work on some of it. Others may be, too."""
+    """The folder `output`/steps, and this process at work on some of it. Others may be, too.
+
+    failed: what is wrong with steps that this process could not do, by key.
+    """
 
     def __init__(self, output: Path, steps: Mapping[str, Step]) -> None:
-        self.folder, self.steps = output / "steps", steps
-        self.failed: dict[str, str] = {}  # key → what is wrong
-        self._fork, self._process, self._stopped = get_context("forkserver"), None, False
+        self.folder, self.steps, self.failed = output / "steps", steps, dict[str, str]()
+        self._fork = get_context("forkserver")
         self._fork.set_forkserver_preload(AHEAD)
+        self._process: BaseProcess | None = None
+        self._stopped = False
 
     def place(self, key: str) -> Path:
         """Where the output of a step is."""
@@ -76,15 +83,16 @@ class Workshop:
         took, expected = defaultdict[str, float](float), defaultdict[str, float](float)
         records = {key: self.record(key) for key in self.steps}
         for key, step in self.steps.items():
-            if records[key].get("done"):
-                for name in (step.name, ""):  # "": of all
-                    took[name] += records[key]["seconds"]
-                    expected[name] += step.seconds
-        pace = {name: took[name] / max(expected[name], 1e-9) for name in took}
-        whole = pace.get("", 1.0)
-        spent = {key: records[key].get("seconds", 0.0) for key in keys}
-        left = (self.steps[k].seconds * pace.get(self.steps[k].name, whole) - spent[k] for k in spent)
-        return sum(max(each, 0.0) for each in left)
+            for name in (step.name, "all") if records[key].get("done") else ():
+                took[name] += records[key]["seconds"]
+                expected[name] += step.seconds
+        pace = {name: took[name] / expected[name] for name in took}
+        left = 0.0
+        for key in keys:
+            step = self.steps[key]
+            whole = step.seconds * pace.get(step.name, pace.get("all", 1.0))
+            left += max(whole - records[key].get("seconds", 0.0), 0.0)
+        return left
 
     def work(self, tell: Callable[[Step], Any]) -> None:
         """Take steps, as they become possible and nobody else has them, until all are done or have failed.
@@ -99,73 +107,76 @@ class Workshop:
         columns = ("{task.description}", BarColumn(bar_width=20), MofNCompleteColumn(), "{task.fields[now]}")
         try:
             with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-                self._work(bar, bar.add_task("steps", total=len(self.steps), now=""), tell)
+                task = bar.add_task("steps", total=len(self.steps), now="")
+                while not self._stopped and (open_ := self._open()):
+                    bar.update(task, completed=len(self.steps) - len(open_) - len(self.failed))
+                    if (step := self._take(open_, partial(bar.update, task))) is None:
+                        time.sleep(LOOK_AGAIN)
+                    elif self.is_done(step.key):
+                        tell(step)
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
         if self._stopped:
             sys.exit(STOPPED)
 
-    def _work(self, bar: Progress, task: Any, tell: Callable[[Step], Any]) -> None:
-        done: set[str] = set()
-        while not self._stopped:
-            done |= {key for key in self.steps.keys() - done if self.is_done(key)}
-            bar.update(task, completed=len(done))
-            open_ = [step for key, step in self.steps.items() if key not in done and key not in self.failed]
-            for step in open_:  # what needs one that failed
-                if lost := next((each.key for each in step.inputs if each.key in self.failed), None):
-                    self.failed[step.key] = f"left out: {lost} failed"
-            possible = [s for s in open_ if s.key not in self.failed and {i.key for i in s.inputs} <= done]
-            if not open_:
-                return
-            for step in possible:
-                (self.folder / step.key).mkdir(parents=True, exist_ok=True)
-                with suppress(UserError):  # somebody has it
-                    lock = claim(self.folder / step.key)
-                    break
-            else:
-                time.sleep(LOOK_AGAIN)
-                continue
-            try:
-                if not self.is_done(step.key):  # since we looked
-                    self._make(step, lambda text: bar.update(task, now=text), open_)
-            finally:
-                if lock is not None:
-                    lock.close()
-            if self.is_done(step.key):
-                tell(step)
+    def _open(self) -> dict[str, Step]:
+        """What is neither done nor has failed; what needs one that failed has failed as well."""
+        for key, step in self.steps.items():
+            if lost := [each.key for each in step.inputs if each.key in self.failed]:
+                self.failed[key] = f"left out: {lost[0]} failed"
+        return {k: step for k, step in self.steps.items() if k not in self.failed and not self.is_done(k)}
 
-    def _make(self, step: Step, show: Callable[[str], None], open_: list[Step]) -> None:
-        folder, known = self.folder / step.key, self.record(step.key)
-        places = {each.key: str(self.place(each.key)) for each in step.inputs}
-        settings = arguments(step.settings, places) + arguments(step.how, {})
-        settings += [f"output={self.place(step.key)}", *again(self.place(step.key), step)]
-        left, began = self.seconds_left(each.key for each in open_), time.monotonic()
+    def _take(self, open_: Mapping[str, Step], show: Callable[..., None]) -> Step | None:
+        """Do the first step that is possible and nobody has; None: there is none now."""
+        for key, step in open_.items():
+            if any(each.key in open_ for each in step.inputs):
+                continue
+            (self.folder / key).mkdir(parents=True, exist_ok=True)
+            try:
+                lock = claim(self.folder / key)
+            except UserError:  # somebody has it
+                continue
+            with lock or nullcontext():  # of a file system without locks
+                if not self.is_done(key):  # since we looked
+                    self._make(step, self.seconds_left(open_), show)
+            return step
+        return None
+
+    def _make(self, step: Step, left: float, show: Callable[..., None]) -> None:
+        """Run the step's command. left: expected seconds of all work."""
+        folder, known, out = self.folder / step.key, self.record(step.key), self.place(step.key)
+        settings = arguments(step.settings, {each.key: str(self.place(each.key)) for each in step.inputs})
+        settings += [*arguments(step.how, {}), f"output={out}", *again(out, step)]
+        command = ["python", "-m", step.run, *settings]
+
+        def note(seconds: float, done: bool) -> None:
+            record = {"name": step.name, "command": command, "seconds": known.get("seconds", 0.0) + seconds}
+            write_file(folder / RECORD, json.dumps(record | {"done": done}, indent=1))
+
+        note(0.0, False)
+        with (folder / LOG).open("a") as log:
+            log.write(f"\n$ {shlex.join(command)}\n")
         if not sys.stdout.isatty():
             print(f"{step.key}; {timedelta(seconds=round(left))} of work left", flush=True)
-        record = {"name": step.name, "command": ["python", "-m", step.run, *settings]}
-        record |= {"seconds": known.get("seconds", 0.0), "done": False}
-        write_file(folder / RECORD, json.dumps(record, indent=1))
-        with (folder / LOG).open("a") as log:
-            log.write(f"\n$ {' '.join(record['command'])}\n")
-        self._process = self._fork.Process(target=perform, args=(step.run, settings, str(folder / LOG)))
-        self._process.start()
-        if self._stopped:  # a signal before there was a process to pass it on to
-            self._process.terminate()
+        began = time.monotonic()
+        process = self._fork.Process(target=perform, args=(step.run, settings, str(folder / LOG)))
+        process.start()
+        self._process = process
+        if self._stopped:  # by a signal before there was a process to pass it on to
+            process.terminate()
         try:
-            while self._process.is_alive():
-                self._process.join(1.0)
-                rest = max(left - (time.monotonic() - began), 0.0)
-                show(f"{step.key}; {timedelta(seconds=round(rest))} of work left")
+            while process.is_alive():
+                process.join(1.0)
+                rest = timedelta(seconds=round(max(left - (time.monotonic() - began), 0.0)))
+                show(now=f"{step.key}; {rest} of work left")
         finally:
-            self._process.join()  # after Ctrl-C, which it has got as well
-            record["seconds"] += time.monotonic() - began
-            record["done"] = self._process.exitcode == 0
-            write_file(folder / RECORD, json.dumps(record, indent=1))
-        if not record["done"] and not self._stopped:
+            process.join()  # after Ctrl-C, which it has got as well
+            note(time.monotonic() - began, process.exitcode == 0)
+        if process.exitcode and not self._stopped:
             lines = (folder / LOG).read_text(errors="replace").splitlines()
             why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-            self.failed[step.key] = f"exit code {self._process.exitcode}: {why} (see {folder / LOG})"
+            self.failed[step.key] = f"exit code {process.exitcode}: {why} (see {folder / LOG})"
 
     def _stop(self, number: int, frame: Any) -> None:
         self._stopped = True

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from defi.config import CONFIG_DIR
 from defi.errors import UserError
-from experiments import report, run
+from experiments import probe, report, run, statistics
 from experiments.plan import arguments, build_runs, distinct_steps, read_arms
 from experiments.statistics import crossed_interval, difference, summarise
 from experiments.work import Workshop
@@ -134,8 +134,9 @@ def rollout(lengths: np.ndarray) -> Results:
     return Results({"kind": "policy"}, protocol, {"versions": {"torch": "2"}}, tuple(chains))
 
 
-def test_intervals_hold_the_chance_of_seeds_and_of_chains() -> None:
+def test_intervals_hold_the_chance_of_seeds_and_of_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """As often as they should, on made-up numbers; with one seed, that of the chains alone."""
+    monkeypatch.setattr(statistics, "DRAWS", 1000)
     draw = np.random.default_rng(0)
     for seeds, spread, least in ((3, 0.2, 0.93), (5, 0.5, 0.9), (1, 0.0, 0.9)):
         held = 0
@@ -148,7 +149,7 @@ def test_intervals_hold_the_chance_of_seeds_and_of_chains() -> None:
     (low, high), _ = crossed_interval(of_seeds)
     assert low < 0.3 and high > 1.7
     assert crossed_interval(of_seeds[:1])[0] == (0.0, 0.0)
-    assert crossed_interval(np.ones((3, 40)))[1] == pytest.approx(1e-4)
+    assert crossed_interval(np.ones((3, 40)))[1] == pytest.approx(2e-3)  # never below two draws' share
 
 
 def test_differences_are_of_the_seeds_and_chains_that_both_have() -> None:
@@ -157,11 +158,12 @@ def test_differences_are_of_the_seeds_and_chains_that_both_have() -> None:
     first = {seed: rollout(lengths) for seed, lengths in base.items()}
     worse = {seed: rollout(np.maximum(lengths - 1, 0)) for seed, lengths in base.items() if seed != 1}
     found = difference(first, worse, 240)
-    assert found["difference"] == -1 and found["interval"] == (-1, -1) and found["seeds"].keys() == {0, 2}
+    assert found["difference"] == -1 and found["interval"] == pytest.approx((-1, -1))
+    assert found["seeds"].keys() == {0, 2}
     assert difference(first, {7: worse[0]}, 240) is None
     expected = np.mean(list(base.values()))
-    assert summarise(first, 240)["mean"] == expected
-    assert summarise(first, 120)["mean"] == expected - 1  # the last task of each took 200 steps
+    assert summarise(first, 240)["mean"] == pytest.approx(expected)
+    assert summarise(first, 120)["mean"] == pytest.approx(expected - 1)  # the last tasks took 200 steps
 
 
 def test_the_page_says_which_part_carries_the_result(tmp_path: Path) -> None:
@@ -273,6 +275,36 @@ def test_other_suites_take_over_what_is_there(work: Path, name: str, arm: str) -
     made = [records(work)[key]["name"] for key in set(records(work)) - before]
     if name != "video":  # its data are its own
         assert not {"data", "vae", "gfdm", "gidm"} & set(made)
+
+
+def test_a_probe_reads_what_the_policy_sees(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stores = {
+        n: next(k for k, each in records(work).items() if each["name"] == n) for n in ("features", "held_out")
+    }
+    pair = ",".join(str(work / "steps" / key / "out") for key in stores.values())
+    monkeypatch.setattr(sys, "argv", ["probe", f"output={tmp_path / 'probe'}", f"+stores.trained=[{pair}]"])
+    GlobalHydra.instance().clear()
+    probe.main()
+    found = json.loads((tmp_path / "probe" / "probe.json").read_text())["trained"]
+    assert list(found) == ["instruction", "features, first frame", "features, all frames"]
+    assert all(scores.keys() == {"actions", "doors, lights", "blocks"} for scores in found.values())
+    assert "features, all frames" in capsys.readouterr().out
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else() -> None:
+    """Made-up inputs: one that holds the target, one of noise; where nothing moves there is no score."""
+    draw = np.random.default_rng(0)
+
+    def made(count: int) -> probe.Probed:
+        inputs = {"right": draw.normal(size=(count, 5)), "noise": draw.normal(size=(count, 5))}
+        targets = {"actions": inputs["right"] @ np.arange(10).reshape(5, 2), "blocks": np.zeros((count, 9))}
+        return probe.Probed(inputs, targets, np.arange(count) // 10)
+
+    found = probe.probe(made(200), made(100))
+    assert found["right"]["actions"] > 0.99 and found["noise"]["actions"] < 0.1
+    assert found["right"]["blocks"] is None
 
 
 @pytest.mark.slow
