@@ -73,7 +73,7 @@ def moved(store: PolicyStore, first: Int64[np.ndarray, " N"]) -> dict[str, Float
 
 
 def probe(fit: Probed, test: Probed) -> dict[str, dict[str, float | None]]:
-    """Input → target → R² on `test`, in units of the deviation in `fit`; None where nothing varies in both."""
+    """Input → target → R² on `test`, each number in units of its deviation; None where nothing varies."""
     found: dict[str, dict[str, float | None]] = {name: {} for name in fit.inputs}
     for target in fit.targets.keys() & test.targets.keys():
         a, b = fit.targets[target], test.targets[target]
