@@ -1,11 +1,13 @@
 """Suites of experiments: what is shared, what every arm changes, kills, two at work, what the numbers say."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -199,17 +201,24 @@ def test_the_page_says_which_part_carries_the_result(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- at work
 
 
+SMOKE = ("size=smoke", "only=[full,gidm_random]", "suite=ablation")
+
+
 def start(output: Path, *settings: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "experiments.run", "size=smoke", f"output={output}", *settings]
+    command = [sys.executable, "-m", "experiments.run", f"output={output}", *settings]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env=environment, text=True, cwd=ROOT, **pipes)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
-    return said
+def here(output: Path, *settings: str) -> str:
+    """The same in this process, whose server of processes all tests share; returns what it printed."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(sys, "argv", ["run", f"output={output}", *settings])
+        GlobalHydra.instance().clear()
+        run.main()
+    return said.getvalue()
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
@@ -225,8 +234,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two arms of the ablation, killed in the middle and continued by two processes at once."""
     pytest.importorskip("pybullet")
     output = tmp_path_factory.mktemp("experiments")
-    only = "only=[full,gidm_random]"
-    killed = start(output, "suite=ablation", only)
+    killed = start(output, *SMOKE)
     while not any(each["name"] == "gfdm" for each in records(output).values()):
         assert killed.poll() is None, killed.communicate()[0]
         time.sleep(0.2)
@@ -235,8 +243,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = {key: each for key, each in records(output).items() if each["done"]}
     assert {each["name"] for each in before.values()} >= {"data", "vae", "latents"}
     (output / "before.json").write_text(json.dumps(before))
-    both = [start(output, "suite=ablation", only), start(output, "suite=ablation", only, "task=1/2")]
-    (output / "said.json").write_text(json.dumps([finish(each) for each in both]))
+    other = start(output, *SMOKE, "task=1/2")
+    said = [here(output, *SMOKE), other.communicate(timeout=900)[0]]
+    assert other.returncode == 0, said[1]
+    (output / "said.json").write_text(json.dumps(said))
     return output
 
 
@@ -259,7 +269,7 @@ def test_a_killed_suite_continues_and_shares_its_work(work: Path) -> None:
 
 def test_what_is_done_is_not_done_again(work: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (work / "steps").rglob("*") if path.name != ".lock"}
-    assert "Report: " in finish(start(work, "suite=ablation", "only=[full,gidm_random]"))
+    assert "Report: " in here(work, *SMOKE)
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -269,7 +279,7 @@ ARMS = [("few", "all_10"), ("video", "play_4"), ("full", "full")]
 @pytest.mark.parametrize(("name", "arm"), ARMS)
 def test_other_suites_take_over_what_is_there(work: Path, name: str, arm: str) -> None:
     before = set(records(work))
-    finish(start(work, f"suite={name}", f"only=[{arm}]"))
+    here(work, "size=smoke", f"suite={name}", f"only=[{arm}]")
     found = results(work, name)
     assert found["done"] == "1 of 1" and list(found["arms"]) == [arm]
     made = [records(work)[key]["name"] for key in set(records(work)) - before]
@@ -310,21 +320,21 @@ def test_a_probe_finds_what_is_there_and_nothing_else() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_every_arm_runs(work: Path, name: str) -> None:
-    finish(start(work, f"suite={name}"))
+    here(work, "size=smoke", f"suite={name}")
     arms = suite(name)["arms"]
     assert results(work, name)["done"] == f"{len(arms)} of {len(arms)}"
 
 
 def test_what_fails_is_named_and_the_rest_is_done(tmp_path: Path) -> None:
-    """A step whose command refuses its settings; what needs it is left out, its neighbour is not."""
+    """A command without its data; what needs it is left out."""
     steps = {
-        "data": {"run": "defi.doctor", "seconds": [1], "how": {"checkpoint": str(tmp_path / "none")}},
-        "rollout": {"run": "defi.doctor", "seconds": [1], "checkpoint": "@data"},
+        "data": {"run": "Step2_GIDM.train", "seconds": [1], "data": {"root": str(tmp_path / "nowhere")}},
+        "rollout": {"run": "Step3_DeFI.rollout", "seconds": [1], "checkpoint": "@data"},
     }
     runs = build_runs(steps, read_arms({"one": {"title": ""}}), [0])
     workshop = Workshop(tmp_path, distinct_steps(runs))
     workshop.work(lambda step: pytest.fail(f"{step.key} is not done"))
     data, end = (step.key for step in runs[0].last.all())
-    assert "exit code 2: error: output=" in workshop.failed[data] and str(tmp_path) in workshop.failed[data]
+    assert workshop.failed[data].startswith(f"exit code 2: error: {tmp_path / 'nowhere'}")
     assert workshop.failed[end] == f"left out: {data} failed"
     assert not workshop.record(data)["done"] and not workshop.record(end)
