@@ -7,11 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.table import Table
 
 from defi.config import entry
 from defi.errors import UserError
 from experiments import report
-from experiments.plan import ArmConfig, Run, build_runs, distinct_steps, read_arms
+from experiments.plan import END, ArmConfig, Run, build_runs, distinct_steps, read_arms
 from experiments.work import Workshop
 from Step3_DeFI.rollout.report import text_table
 
@@ -35,39 +36,35 @@ def plan(suite: dict[str, Any]) -> tuple[dict[str, ArmConfig], list[Run]]:
     return kept, runs
 
 
-def steps_table(workshop: Workshop) -> Any:
-    """Every kind of step: how many there are, how many are done, what is left, in order."""
+def steps_table(workshop: Workshop) -> Table:
+    """Every kind of step: how many there are, how many are done, the time left."""
     lines = []
-    for name in dict.fromkeys(step.name for step in workshop.steps.values()):
-        keys = [key for key, step in workshop.steps.items() if step.name == name]
+    for name in (*dict.fromkeys(step.name for step in workshop.steps.values()), "all"):
+        keys = [key for key, step in workshop.steps.items() if name in (step.name, "all")]
         left = [key for key in keys if not workshop.is_done(key)]
         time = timedelta(seconds=round(workshop.seconds_left(left)))
         lines.append((name, str(len(keys)), str(len(keys) - len(left)), str(time)))
-    left = [key for key in workshop.steps if not workshop.is_done(key)]
-    done = len(workshop.steps) - len(left)
-    total = timedelta(seconds=round(workshop.seconds_left(left)))
-    lines.append(("all", str(len(workshop.steps)), str(done), str(total)))
     return text_table("Steps, and the time left on two cores", ("step", "steps", "done", "left"), lines)
 
 
 @entry("experiments")
 def main(cfg: DictConfig) -> None:
     suite = OmegaConf.to_container(cfg, resolve=True)
-    arms, runs = plan(suite)
-    whole = plan(suite | {"task": None})[1]  # the page shows what the other parts have done, too
+    runs, (arms, whole) = plan(suite)[1], plan(suite | {"task": None, "only": None})
     name = suite["name"] if suite["size_name"] == "cpu" else f"{suite['name']}-{suite['size_name']}"
     output, console = Path(suite["output"]), Console(highlight=False)
-    folder, everything = output / name, Workshop(output, distinct_steps(whole))
-    workshop = Workshop(output, distinct_steps(runs))
+    workshop, everything = (Workshop(output, distinct_steps(each)) for each in (runs, whole))
     if suite["plan"]:
         console.print(steps_table(workshop))
         return
-    workshop.work(
-        lambda step: step.name == runs[0].last.name and report.write(folder, suite, arms, whole, everything)
-    )
-    page = report.write(folder, suite, arms, whole, everything)
+
+    def page() -> Path | None:
+        """Of all arms: other processes, or earlier starts, may have done what this one was not asked for."""
+        return report.write(output / name, suite, arms, whole, everything)
+
+    workshop.work(lambda step: step.name == END and page())
     told = [f"{key}: {why}" for key, why in workshop.failed.items()]
-    for line in (*told, *([f"Report: {page}"] if page else [])):
+    for line in filter(None, (*told, (file := page()) and f"Report: {file}")):
         console.print(line, markup=False, soft_wrap=True)
     if told:
         raise UserError(f"{len(told)} steps failed or were left out; mend it and run the same command again")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -19,11 +20,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from defi.config import CONFIG_DIR
+from defi.engine.checkpoint import find_checkpoint
 from defi.errors import UserError
 from experiments import probe, report, run, statistics
 from experiments.plan import arguments, build_runs, distinct_steps, read_arms
 from experiments.statistics import crossed_interval, difference, summarise
-from experiments.work import Workshop
+from experiments.work import STOPPED, Workshop, again
 from Step3_DeFI.rollout.results import Results
 from Step3_DeFI.rollout.simulator import ChainResult
 
@@ -262,7 +264,7 @@ def test_a_killed_suite_continues_and_shares_its_work(work: Path) -> None:
     begun = [line for said in json.loads((work / "said.json").read_text()) for line in said.splitlines()]
     begun = [line.partition(";")[0] for line in begun if line.endswith("of work left")]
     assert len(begun) == len(set(begun)) == len(found) - len(before)  # nobody did what another had
-    assert results(work, "ablation")["done"] == "2 of 2"
+    assert results(work, "ablation")["done"] == "2 of 9"
     page = (work / "ablation-smoke" / "report.html").read_text()
     assert "learns nothing" in page and "GIDM from random weights" in page
 
@@ -281,7 +283,7 @@ def test_other_suites_take_over_what_is_there(work: Path, name: str, arm: str) -
     before = set(records(work))
     here(work, "size=smoke", f"suite={name}", f"only=[{arm}]")
     found = results(work, name)
-    assert found["done"] == "1 of 1" and list(found["arms"]) == [arm]
+    assert list(found["arms"]) == [arm] and found["done"] == f"1 of {len(suite(name)['arms'])}"
     made = [records(work)[key]["name"] for key in set(records(work)) - before]
     if name != "video":  # its data are its own
         assert not {"data", "vae", "gfdm", "gidm"} & set(made)
@@ -338,3 +340,26 @@ def test_what_fails_is_named_and_the_rest_is_done(tmp_path: Path) -> None:
     assert workshop.failed[data].startswith(f"exit code 2: error: {tmp_path / 'nowhere'}")
     assert workshop.failed[end] == f"left out: {data} failed"
     assert not workshop.record(data)["done"] and not workshop.record(end)
+
+
+def test_a_signal_lets_the_command_save(work: Path, tmp_path: Path) -> None:
+    """SIGTERM to this process while a training runs: exit code 75, and the same again would continue."""
+    data = next(work.glob("steps/data-*/out"))
+    trainer = {"max_steps": 10**6, "log_every": 1, "preview_every": 0}
+    section = {"run": "Step2_GIDM.train", "seconds": [1], "data": {"root": str(data)}, "trainer": trainer}
+    step = build_runs({"rollout": section}, read_arms({"one": {"title": ""}}), [0])[0].last
+    workshop = Workshop(tmp_path, {step.key: step})
+
+    def stop() -> None:
+        while not (workshop.place(step.key) / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        workshop.work(lambda step: pytest.fail(f"{step.key} is not done"))
+    assert left.value.code == STOPPED and not workshop.failed
+    assert find_checkpoint(workshop.place(step.key), "gidm")
+    record = workshop.record(step.key)
+    assert not record["done"] and record["seconds"] > 0
+    assert again(workshop.place(step.key), step) == ["resume=true"]
