@@ -38,10 +38,10 @@ def plan(suite: dict[str, Any]) -> tuple[dict[str, ArmConfig], list[Run]]:
 
 def steps_table(workshop: Workshop) -> Table:
     """Every kind of step: how many there are, how many are done, the time left."""
-    lines = []
+    lines, open_ = [], workshop.left()
     for name in (*dict.fromkeys(step.name for step in workshop.steps.values()), "all"):
         keys = [key for key, step in workshop.steps.items() if name in (step.name, "all")]
-        left = [key for key in keys if not workshop.is_done(key)]
+        left = [key for key in keys if key in open_]
         time = timedelta(seconds=round(workshop.seconds_left(left)))
         lines.append((name, str(len(keys)), str(len(keys) - len(left)), str(time)))
     return text_table("Steps, and the time left on two cores", ("step", "steps", "done", "left"), lines)

@@ -108,7 +108,7 @@ class Workshop:
         try:
             with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
                 task = bar.add_task("steps", total=len(self.steps), now="")
-                while not self._stopped and (open_ := self._open()):
+                while not self._stopped and (open_ := self.left()):
                     bar.update(task, completed=len(self.steps) - len(open_) - len(self.failed))
                     if (step := self._take(open_, partial(bar.update, task))) is None:
                         time.sleep(LOOK_AGAIN)
@@ -120,12 +120,22 @@ class Workshop:
         if self._stopped:
             sys.exit(STOPPED)
 
-    def _open(self) -> dict[str, Step]:
-        """What is neither done nor has failed; what needs one that failed has failed as well."""
+    def left(self) -> dict[str, Step]:
+        """What is still to be done: the last steps, and what those need that are not done.
+
+        What failed is left out, and fails what needs it.
+        """
+        needed, inner = set[str](), {each.key for step in self.steps.values() for each in step.inputs}
+        ways = [step for key, step in self.steps.items() if key not in inner]
+        while ways:
+            step = ways.pop()
+            if step.key not in needed and not self.is_done(step.key):
+                needed.add(step.key)
+                ways += step.inputs
         for key, step in self.steps.items():
-            if lost := [each.key for each in step.inputs if each.key in self.failed]:
+            if key in needed and (lost := [each.key for each in step.inputs if each.key in self.failed]):
                 self.failed[key] = f"left out: {lost[0]} failed"
-        return {k: step for k, step in self.steps.items() if k not in self.failed and not self.is_done(k)}
+        return {k: step for k, step in self.steps.items() if k in needed and k not in self.failed}
 
     def _take(self, open_: Mapping[str, Step], show: Callable[..., None]) -> Step | None:
         """Do the first step that is possible and nobody has; None: there is none now."""
@@ -148,7 +158,7 @@ class Workshop:
         folder, known, out = self.folder / step.key, self.record(step.key), self.place(step.key)
         settings = arguments(step.settings, {each.key: str(self.place(each.key)) for each in step.inputs})
         settings += [*arguments(step.how, {}), f"output={out}", *again(out, step)]
-        command = ["python", "-m", step.run, *settings]
+        command = shlex.join(["python", "-m", step.run, *settings])
 
         def note(seconds: float, done: bool) -> None:
             record = {"name": step.name, "command": command, "seconds": known.get("seconds", 0.0) + seconds}
@@ -156,7 +166,7 @@ class Workshop:
 
         note(0.0, False)
         with (folder / LOG).open("a") as log:
-            log.write(f"\n$ {shlex.join(command)}\n")
+            log.write(f"\n$ {command}\n")
         if not sys.stdout.isatty():
             print(f"{step.key}; {timedelta(seconds=round(left))} of work left", flush=True)
         began = time.monotonic()
