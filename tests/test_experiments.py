@@ -284,7 +284,7 @@ ARMS = [("few", "all_10", ["all_100", "all_10"]), ("video", "play_4", ["play_4"]
 
 @pytest.mark.parametrize(("name", "arm", "shown"), ARMS)
 def test_other_suites_take_over_what_is_there(work: Path, name: str, arm: str, shown: list[str]) -> None:
-    """All demonstrations of the suite `few` are the whole policy of the ablation, which has been rolled out."""
+    """In `few`, all demonstrations give the whole policy of the ablation, which has been rolled out."""
     before = set(records(work))
     here(work, "size=smoke", f"suite={name}", f"only=[{arm}]")
     found = results(work, name)
