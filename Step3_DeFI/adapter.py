@@ -110,6 +110,8 @@ def publish(policy: DeFI) -> dict[str, Tensor]:
     rule = "a published file cannot hold a finetuned video model; use this project's checkpoint"
     check("gfdm.finetune", mode, mode == "none", rule)
     check("policy.state", policy.config.state, not policy.config.state, "a published policy reads no state")
+    has = policy.config.latent_actions
+    check("policy.latent_actions", has, has, "a published policy reads latent actions")
     return {
         **under(FORMER, VIDEO_FORMER.join(policy.video_former.state_dict())),
         **branch_to_published(policy.gidm_branch),

@@ -142,6 +142,7 @@ class PolicyConfig:
     normalisation: of its actions and state: none, mean_std or bounds; None: as the data set has it (CALVIN
         none, as published, others bounds). state: whether it is a token of the action head (published: no).
     chunk: K, actions predicted at once.
+    latent_actions: false leaves stage 2's branch out, to see what it is good for (published: true).
     latent_action_frames: the two imagined frames that stage 2's tokenizer looks at.
     feature_noise: `fresh` noise per observation, or the same (`fixed`) noise for all, which makes features a
     function of image and text (published: fresh). standardise: see `features.Standardise` (published: off).
@@ -157,6 +158,7 @@ class PolicyConfig:
     robot: Robot | None = None
     normalisation: str | None = None
     state: bool = False
+    latent_actions: bool = True
     latent_action_frames: list[int] = field(default_factory=lambda: [0, 5])
     feature_noise: str = "fresh"
     standardise: bool = False

@@ -58,7 +58,7 @@ class Context:
     sentence: Float[Tensor, "B P"]
     video_tokens: Float[Tensor, "B FQ D"]
     latent_actions: Float[Tensor, "B Q Dg"]
-    codes: Quantized
+    codes: Quantized | None  # None: no branch
     state: Float[Tensor, "B S"] | None = None  # normalised
 
     def both(self) -> "Context":
@@ -118,10 +118,12 @@ class DeFI(StageModel):
         )
         shape = (config.views, stages.feature_tokens, stages.feature_channels)
         self.standardise = Standardise(*shape) if config.standardise else nn.Identity()
-        self.gidm_branch = GIDMBranch(
-            stages.latent_action, feature_channels=channels, frames=config.latent_action_frames
-        )
-        self.gidm_branch.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
+        self.gidm_branch = None
+        if config.latent_actions:
+            self.gidm_branch = GIDMBranch(
+                stages.latent_action, feature_channels=channels, frames=config.latent_action_frames
+            )
+            self.gidm_branch.tokenizer.encoder.mixed_text_masks = config.mixed_text_masks
         self.action_head = ActionDenoiser(
             config.action_head,
             sentence_dim=stages.sentence_width,
@@ -148,20 +150,29 @@ class DeFI(StageModel):
         if self.config.video_precision != "no":
             features = features.to(self.dtype)
         features = merge_tokens(self.standardise(features), self.config.merge)
+        tokens, codes = self._latent_actions(features[:, 0], texts)
+        return Context(
+            sentence=self.gfdm.clip.sentence(texts),
+            video_tokens=self.video_former(features.transpose(1, 2).flatten(2, 3)),
+            latent_actions=tokens,
+            codes=codes,
+            state=self._normal_state(state),
+        )
+
+    def _latent_actions(
+        self, features: Float[Tensor, "B F L C"], texts: list[str]
+    ) -> tuple[Float[Tensor, "B Q Dg"], Quantized | None]:
+        """Tokens and codes of the static view's motion; without a branch Q is 0."""
+        if self.gidm_branch is None:
+            return features.new_zeros(len(texts), 0, self.config.stages.latent_action.width), None
         language = self.t5(
             texts,
             full_length=not self.training,
             together=self.training and self.config.mixed_text_masks,
             dropout=self.training and self.config.t5_dropout,
         )
-        latent_actions = self.gidm_branch(features[:, 0], *language)
-        return Context(
-            sentence=self.gfdm.clip.sentence(texts),
-            video_tokens=self.video_former(features.transpose(1, 2).flatten(2, 3)),
-            latent_actions=latent_actions.tokens,
-            codes=latent_actions.codes,
-            state=self._normal_state(state),
-        )
+        found = self.gidm_branch(features, *language)
+        return found.tokens, found.codes
 
     def encode(self, context: Context) -> Memory:
         """What the action decoder looks at."""
@@ -191,18 +202,15 @@ class DeFI(StageModel):
         context = self.context(self._features_of(batch), batch["text"], batch.get("state"))
         actions = self.config.robot.actions.normalise(batch["actions"].float())
         action_loss = self._action_loss(context, actions, batch["seed"])
-        codes, weights = context.codes, self.config
-        loss = (
-            action_loss
-            + weights.codebook_weight * codes.codebook_loss
-            + weights.commitment_weight * codes.commitment_loss
-        )
-        parts = {
-            "action_loss": action_loss,
-            "codebook": codes.codebook_loss,
-            "commitment": codes.commitment_loss,
-            "perplexity": perplexity(codes.counts),
-        }
+        codes, weights, loss, parts = context.codes, self.config, action_loss, {"action_loss": action_loss}
+        if codes is not None:
+            loss = (
+                action_loss
+                + weights.codebook_weight * codes.codebook_loss
+                + weights.commitment_weight * codes.commitment_loss
+            )
+            parts |= {"codebook": codes.codebook_loss, "commitment": codes.commitment_loss}
+            parts["perplexity"] = perplexity(codes.counts)
         if weights.finetune.video_loss:
             parts["video_loss"] = self._video_loss(batch)
             loss = loss + weights.finetune.video_loss * parts["video_loss"]
@@ -263,7 +271,7 @@ class DeFI(StageModel):
 
     def epoch_end(self) -> dict[str, float]:
         """Restart codes that no sample of the epoch used, where that is wanted."""
-        if not self.config.restart_codes:
+        if not self.config.restart_codes or self.gidm_branch is None:
             return {}
         return {"restarted_codes": float(self.gidm_branch.tokenizer.quantizer.restart_unused())}
 
@@ -366,7 +374,8 @@ class DeFI(StageModel):
         sources = {"gfdm": find_weights(gfdm, "gfdm"), "gidm": find_weights(gidm, "gidm")}
         parts, tokenizer = load_stages(sources)
         policy = cls(config, **parts)
-        policy.gidm_branch.tokenizer.load_state_dict(tokenizer.state_dict())
+        if policy.gidm_branch is not None:
+            policy.gidm_branch.tokenizer.load_state_dict(tokenizer.state_dict())
         return policy
 
     def save_pretrained(self, folder: Path) -> None:

@@ -16,7 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Files that take longest, in order: begun first, so that no processor waits for the last of them.
-LONGEST = ("scripts", "evaluation", "collect", "rollout_policy", "processes", "step2_commands", "sharding")
+LONGEST = ("scripts", "experiments", "evaluation", "collect", "rollout_policy", "processes")
+LONGEST += ("step2_commands", "sharding")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

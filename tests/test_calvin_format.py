@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defi.data.calvin import ANNOTATIONS, FRAME, CalvinFolder, Span, encode_frame, frame_name, index_files
+from defi.data import open_dataset
+from defi.data.calvin import (
+    ANNOTATIONS,
+    FRAME,
+    CalvinFolder,
+    Settings,
+    Span,
+    encode_frame,
+    frame_name,
+    index_files,
+)
 from defi.errors import UserError
 
 EPISODES = [(0, 39), (40, 99)]
@@ -58,6 +68,28 @@ def test_what_is_written_is_read_back(split: Path) -> None:
             np.testing.assert_array_equal(frame[key], expected)
     actions = data.stack("rel_actions", range(10, 20))
     np.testing.assert_array_equal(actions, [made_up_frame(i)["rel_actions"] for i in range(10, 20)])
+
+
+def test_a_share_is_of_every_task_and_lies_within_a_larger_one(split: Path) -> None:
+    """And everything that is remembered of the data is of that share alone."""
+    spans = [Span(10 * i, 10 * i + 8, f"text {i}", ("push", "open")[i % 3 == 0]) for i in range(10)]
+    for name, contents in index_files([(0, 99)], spans, {}).items():
+        (split / name).write_bytes(contents)
+    given = {"format": "calvin", "root": str(split.parent), "held_out": "training"}
+    found = {share: open_dataset(given | {"share": share}) for share in (0.05, 0.3, 1.0)}
+    names = {share: [data.episode(i).name for i in range(len(data))] for share, data in found.items()}
+    tasks = [found[0.3].episode(i).task for i in range(len(found[0.3]))]
+    assert (tasks.count("push"), tasks.count("open")) == (2, 2)
+    assert len(names[0.05]) == 2 and set(names[0.05]) < set(names[0.3]) < set(names[1.0])
+    assert names[0.3] == sorted(names[0.3]) and len(names[1.0]) == 10
+    assert len({data.fingerprint for data in found.values()}) == 3
+    assert found[0.3].lengths.tolist() == [9] * 4
+    assert len(open_dataset(given | {"share": 0.05}, "held_out")) == 10
+    few = Settings(root=str(split.parent), share=0.05)
+    assert len(few.wordless().open("training")) == 2  # the autoencoder's, too
+    for wrong in ({"share": 0}, {"share": 0.5, "spans": "recordings"}):
+        with pytest.raises(UserError, match="data.share"):
+            open_dataset(given | wrong)
 
 
 def test_numpy_alone_reads_it_as_calvins_own_loader_does(split: Path) -> None:

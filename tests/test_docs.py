@@ -47,7 +47,7 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_files_exist(page: Path) -> None:
     text = page.read_text()
-    for module in set(re.findall(r"python -m ((?:defi|benchmarks|Step\d_\w+)[\w.]*\w)", text)):
+    for module in set(re.findall(r"python -m ((?:defi|benchmarks|experiments|Step\d_\w+)[\w.]*\w)", text)):
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
     for file in set(

@@ -61,6 +61,18 @@ def test_the_loop_learns_and_leaves_a_readable_run(tmp_path: Path) -> None:
     assert not list(run.rglob("*.pt")) and not list(run.rglob("*.pkl"))
 
 
+def test_no_steps_leave_the_initial_weights(tmp_path: Path) -> None:
+    """To compare with what was trained; like any run it goes on, here from nothing learned."""
+    model, run = toy(), tmp_path / "run"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for resume in (False, True):
+        settings = {"output": run, "config": CONFIG, "resume": resume}
+        final = train(model, Points(), trainer(max_steps=0, epochs=2), **settings)
+        assert final.name == "step_00000000" and checkpoint.read_manifest(run)["step"] == 0
+        for file in (final, checkpoint.find_weights(run)):
+            assert all(torch.equal(tensor, before[name]) for name, tensor in weights(file).items())
+
+
 def test_epochs_end_on_every_pass_and_the_frozen_network_stays(tmp_path: Path) -> None:
     model = toy()
     before = {name: t.clone() for name, t in model.teacher.state_dict().items()}
@@ -384,7 +396,7 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
     [
         ({"max_step": 5}, "trainer.max_step=5: .*TrainerConfig"),
         ({"schedule": "cosine"}, "choose one of constant, tri_stage"),
-        ({"max_steps": 0}, "trainer.max_steps=0"),
+        ({"max_steps": -1}, "trainer.max_steps=-1"),
         ({"max_steps": None}, "trainer.max_steps=None: give it or trainer.epochs"),
         ({"matmul": "low"}, "choose one of highest, high, medium"),
         ({"lr": "fast"}, "trainer.lr=fast: .*fast"),

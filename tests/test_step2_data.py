@@ -50,6 +50,13 @@ def pairs_of(data: MadeData, distance: int, **given) -> PairDataset:
     return PairDataset(data, data.cameras, image_size=8, distance=(distance, distance), **given)
 
 
+def test_pairs_may_go_without_their_words() -> None:
+    data = numbered(4, 3)
+    told, silent = pairs_of(data, 2), pairs_of(data, 2, words=False)
+    assert told.sample(1)["text"] and not silent.sample(1)["text"]
+    assert torch.equal(told.sample(1)["frames"], silent.sample(1)["frames"])
+
+
 def test_pairs_cover_every_frame_of_every_clip_and_end_with_it() -> None:
     data = pairs_of(numbered(0, 4, 1, 0, 3), 2)
     pairs = [seen(data, i) for i in range(len(data))]

@@ -62,6 +62,22 @@ def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one() -> None:
     assert torch.isclose(result["loss"], expected)
 
 
+def test_without_latent_actions_nothing_of_stage_2_is_read(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    gfdm, gidm = stages
+    config = policy_config(latent_actions=False)
+    policy = DeFI.from_stages(config, gfdm=gfdm, gidm=gidm).train()
+    result = policy(policy.config.fake_batch(3))
+    result["loss"].backward()
+    assert result["loss"] == result["action_loss"] and "perplexity" not in result
+    assert not any(name.startswith("gidm_branch") for name, _ in policy.trainable())
+    assert all(parameter.grad is not None for _, parameter in policy.trainable())  # as DDP wants it
+    assert policy.epoch_end() == {}
+    checkpoint.save(policy.eval(), tmp_path / "policy", step=1, config={"preset_name": "test"})
+    again = DeFI.from_pretrained(checkpoint.find_weights(tmp_path / "policy")).eval()
+    batch = policy.config.fake_batch(2)
+    assert torch.equal(policy.predict(batch), again.predict(batch))
+
+
 def test_frozen_networks_build_no_graph(policy: DeFI, pictures: torch.Tensor) -> None:
     batch = {
         "images": pictures,

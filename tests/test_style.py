@@ -19,7 +19,7 @@ def test_files_fit_one_sitting() -> None:
     """400 lines are long."""
     sources = [
         file
-        for name in ("defi", "Step1_GFDM", "Step2_GIDM", "Step3_DeFI")
+        for name in ("defi", "Step1_GFDM", "Step2_GIDM", "Step3_DeFI", "experiments")
         for file in (ROOT / name).rglob("*.py")
     ]
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in sources}

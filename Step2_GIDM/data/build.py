@@ -18,11 +18,13 @@ class PairSettings:
     """What a section says of its pairs; see configs/step2_train.yaml.
 
     distance: [low, high], frames between the two of a pair; None: the data set's own, `pair_distance`.
-    stride: frames between the starts of pairs. weight: in a mixture.
+    stride: frames between the starts of pairs. words: whether pairs keep their instructions. weight: in a
+    mixture.
     """
 
     distance: list[int] | None = None
     stride: int = 1
+    words: bool = True
     augmentation: Augmentation | None = None
     weight: float = 1.0
 
@@ -51,6 +53,7 @@ def build_pairs(
             image_size=image_size,
             distance=pairs.distance or [data.pair_distance] * 2,
             stride=pairs.stride,
+            words=pairs.words,
             augmentation=pairs.augmentation if augment and part == "training" else None,
         )
 

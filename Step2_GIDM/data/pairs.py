@@ -36,10 +36,11 @@ class PairDataset(torch.utils.data.Dataset):
         image_size: int,
         distance: Sequence[int],
         stride: int = 1,
+        words: bool = True,
         augmentation: Augmentation | None = None,
     ) -> None:
         self.data, self.cameras, self.fingerprint = data, cameras, data.fingerprint
-        self.image_size, self.distance, self.stride = image_size, distance, stride
+        self.image_size, self.distance, self.stride, self.words = image_size, distance, stride, words
         self.augmentation, self.lengths = augmentation, np.tile(data.lengths, len(cameras))
         if self.lengths.max(initial=0) < 2:
             raise UserError("data: no clip has two frames; give longer videos")
@@ -76,4 +77,4 @@ class PairDataset(torch.utils.data.Dataset):
         frames = resize(stored, self.image_size)
         if rng is not None and self.augmentation is not None:
             frames = augment(frames, self.augmentation.draw(rng))
-        return {"frames": frames, "text": episode.text(now)}
+        return {"frames": frames, "text": episode.text(now) if self.words else ""}

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from defi.archive import COPY_AGAIN, open_files
-from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part
+from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, share_of
 from defi.errors import UserError, reading
 from defi.instructions import read_instruction
 from defi.npy import load_npy, plain_array
@@ -307,23 +307,28 @@ class Settings(DataSettings):
 
     spans: annotated (those with an instruction); recordings (all of them, without words); all (both);
     None: annotated, and recordings where no words are needed (labels, the autoencoder).
+    share: of each task's annotated spans of training; a smaller one lies within a larger one.
     """
 
     spans: str | None = None
+    share: float = 1.0
 
     def open(self, part: Part) -> "CalvinData":
         split = self.held_out or VALIDATION if part == "held_out" else self.split or TRAINING
         spans = self.spans or "annotated"
         if spans not in ("annotated", "recordings", "all"):
             raise UserError(f"data.spans={spans}: choose annotated, recordings or all")
-        return CalvinData(Path(self.root, split), self.places(), spans)
+        if not 0 < self.share <= 1 or (self.share < 1 and spans != "annotated"):
+            raise UserError(f"data.share={self.share}: a number in (0, 1], and 1 but with spans=annotated")
+        share = self.share if part == "training" else 1
+        return CalvinData(Path(self.root, split), self.places(), spans, share)
 
     def holds_out(self) -> bool:
         root = Path(self.root)
         return self.held_out is not None or not root.is_dir() or (root / VALIDATION).is_dir()
 
     def wordless(self) -> "Settings":
-        return replace(self, spans=self.spans or "recordings")
+        return replace(self, spans=self.spans or ("recordings" if self.share == 1 else "annotated"))
 
 
 class CalvinData(Dataset):
@@ -333,9 +338,9 @@ class CalvinData(Dataset):
     known_by_names = False
     action_names, state_names = ACTION_NAMES, STATE_NAMES
 
-    def __init__(self, folder: Path, places: Mapping[str, str], spans: str = "annotated") -> None:
+    def __init__(self, folder: Path, places: Mapping[str, str], spans: str, share: float) -> None:
         self.files = CalvinFolder(folder)
-        self.root, self.fingerprint = folder, self.files.fingerprint
+        self.root, self.fingerprint = folder, self.files.fingerprint + (f"-{share:g}" if share < 1 else "")
         known = set(CAMERAS) | set(CAMERAS.values())
         if unknown := set(places.values()) - known:
             raise UserError(f"data.cameras: {min(unknown)!r} is no camera; choose from {', '.join(CAMERAS)}")
@@ -345,8 +350,8 @@ class CalvinData(Dataset):
         if spans == "annotated" or (spans == "all" and self.files.is_annotated):
             fate = "left out" if spans == "annotated" else "taken without text"
             print_once(self.files.missing_text_note(fate=fate))
-            for number, span in enumerate(self.files.spans):
-                if not span.fault:
+            for number in share_of([span.task for span in self.files.spans], share):
+                if not (span := self.files.spans[number]).fault:
                     length, texts = span.end - span.start + 1, (span.instruction,)
                     self._episodes.append(Episode(f"{number:06d}", span.start, length, texts, span.task))
             if spans == "annotated" and not self._episodes:
@@ -361,6 +366,7 @@ class CalvinData(Dataset):
         self.scope = f"{folder} ({', '.join(self.cameras)}; {what.get(spans, 'all')})"
         self.left_out = [f"the camera {name} (data.cameras)" for name in CAMERAS if name not in self.cameras]
         self.left_out += ["frames without annotation (data.spans)"] if spans == "annotated" else []
+        self.left_out += [f"{1 - share:.0%} of the demonstrations (data.share)"] if share < 1 else []
         others = [s for s in (TRAINING, VALIDATION) if s != folder.name and (folder.parent / s).is_dir()]
         self.left_out += [f"the split {split} (data.split)" for split in others]
 

@@ -1,6 +1,7 @@
 """What a data set is to every stage, whatever its format: numbered frames, and episodes of them."""
 
 import hashlib
+import math
 import os
 import re
 from collections import defaultdict
@@ -194,6 +195,14 @@ def of_part(items: Sequence, part: Part) -> list:
         return list(items)
     every = min(HELD_OUT_EVERY, len(items))
     return [item for number, item in enumerate(items, 1) if (number % every == 0) == (part == "held_out")]
+
+
+def share_of(tasks: Sequence[str], share: float) -> list[int]:
+    """Places, in order, of a share of the episodes of each task, rounded up: the same ones always."""
+    drawn, chosen = np.random.default_rng(0).permutation(len(tasks)), defaultdict[str, list[int]](list)
+    for number in drawn.tolist():
+        chosen[tasks[number]].append(number)
+    return sorted(n for each in chosen.values() for n in each[: math.ceil(share * len(each) - 1e-9)])
 
 
 def file_name(text: str) -> str:

@@ -17,7 +17,8 @@ CHOICES = {
 }
 RULES = (  # settings, a rule, and what to say where it does not hold
     ("global_batch passes log_every keep", lambda n: n >= 1, "must be at least 1"),
-    ("max_steps epochs micro_batch", lambda n: n is None or n >= 1, "must be at least 1, or null"),
+    ("epochs micro_batch", lambda n: n is None or n >= 1, "must be at least 1, or null"),
+    ("max_steps", lambda n: n is None or n >= 0, "must not be negative; 0: the initial weights"),
     ("workers skip_nonfinite weight_decay", lambda n: n >= 0, "must not be negative"),
     ("save_every preview_every rollout_every", lambda n: n >= 0, "must not be negative; 0 means never"),
     ("lr", lambda x: x > 0, "must be positive"),
@@ -41,7 +42,7 @@ class TrainerConfig:
 
     global_batch: int = 8
     micro_batch: int | None = None  # samples per process and forward pass; None: global_batch / processes
-    max_steps: int | None = 1000
+    max_steps: int | None = 1000  # 0: nothing is learned, the checkpoint holds the initial weights
     epochs: int | None = None  # beside max_steps: what is reached first ends the run
     passes: int = 1  # over the data that count as one epoch
 
@@ -94,7 +95,7 @@ class TrainerConfig:
         if self.epochs is None:
             return self
         steps = self.epochs * math.ceil(self.passes * count / self.global_batch)
-        return replace(self, max_steps=min(steps, self.max_steps or steps))
+        return replace(self, max_steps=steps if self.max_steps is None else min(steps, self.max_steps))
 
     def split_batch(self, processes: int) -> tuple[int, int]:
         """(micro-batch, accumulation) such that processes × micro-batch × accumulation = global batch."""

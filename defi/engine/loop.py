@@ -61,6 +61,8 @@ def train(
 def take_steps(run: Run, signals: Preemption, *, preview: Inspect | None, evaluate: Inspect | None) -> Path:
     """All steps that are left, with what is due after each; returns the last checkpoint's folder."""
     trainer = run.trainer
+    if trainer.max_steps == 0:  # to compare with
+        run.save()
     for step in range(run.step + 1, trainer.max_steps + 1):
         batches = run.next_batches()
         lr = learning_rate(step - 1, trainer)
