@@ -232,6 +232,7 @@ def main(cfg: DictConfig) -> None:
     policy, known = None, {"server": config.policy} if config.policy else {}
     if config.agent == "policy" and config.policy:
         policy = ServedPolicy(config.policy, config.policy_keys, benchmark.robot)
+        known["served"] = policy.identity
     elif config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
