@@ -13,17 +13,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from policy_fakes import build_policy, write_stages
 from rollout_fakes import fake_evaluation
 from serving import RowPolicy, ask, client, row_policy, seen, serving
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from defi.config import CONFIG_DIR
 from defi.engine import checkpoint
 from defi.engine.data import seed_of
 from defi.errors import UserError
@@ -33,7 +36,7 @@ from defi.robot.client import RemotePolicy
 from defi.robot.wire import pack, unpack
 from Step3_DeFI.acting import Policy, policy_threads
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.evaluate import run_episodes
+from Step3_DeFI.rollout.evaluate import main, run_episodes
 from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.serve.messages import MAPS, Keys
 
@@ -192,18 +195,27 @@ def test_a_rollout_asks_a_server_as_its_own_policy() -> None:
         assert server.metrics.counts["requests"] == observations > 20
 
 
-def test_a_rollout_goes_on_with_the_policy_that_it_was_begun_with() -> None:
+def test_a_rollout_goes_on_with_the_policy_that_it_was_begun_with(tmp_path: Path) -> None:
     """Not with what a server that was started again serves, whether the rollout was too or not."""
+    pytest.importorskip("pybullet", reason="the simulation needs pybullet")
     policy = row_policy()
+
+    def roll_out(*settings: str) -> None:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            unwrap(main)(compose("step3_rollout", [f"output={tmp_path}/out", *settings]))
+
     with serving(policy, keys="calvin", identity={"fingerprint": "a"}) as (address, server):
+        short = ["tasks=[open_drawer,turn_on_led]", "length=1", "chains=1", "max_steps=[5]", "processes=1"]
+        settings = [f"policy={address}", "videos.chains=0", *short]
+        roll_out(*settings)
         asked = ServedPolicy(address, None, policy.robot)
         server._metadata = pack(unpack(server._metadata) | {"identity": {"fingerprint": "b"}})
-        other = ServedPolicy(address, None, policy.robot)
         asked.client.close()
         with pytest.raises(UserError, match="another policy is served"):
             asked.infer_batch([seen(state=np.zeros(15))], [0])
-    assert asked.identity["fingerprint"] == "a" and asked.identity["margin"] == 0.1
-    assert other.identity == {"fingerprint": "b"}
+        (tmp_path / "out" / "results.json").unlink()
+        with pytest.raises(UserError, match="was begun with served={'fingerprint': 'a', .*'margin': 0.1"):
+            roll_out(*settings, "resume=true")
 
 
 def test_a_rollout_does_not_guess_the_parts_of_a_state() -> None:

@@ -101,12 +101,9 @@ class Server:
         self.policy, self.config, self.metrics = policy, config, Metrics()
         self._wanted = f"Api-Key {api_key}".encode() if api_key else None
         self._most = config.message_mb * 2**20
-        identity = {
-            **(identity or {}),
-            **{key: getattr(config, key) for key in ("batch", "margin", "beyond")},
-        }
+        own = {"batch": config.batch, "margin": config.margin, "beyond": config.beyond}
         self._reader = Reader(policy, keys, self._most)
-        self._metadata = pack(describe(policy, keys, identity))
+        self._metadata = pack(describe(policy, keys, {**(identity or {}), **own}))
         for tower in (policy.model.gfdm.clip, policy.model.t5):  # strangers may never say the same twice
             tower.config.cache = min(tower.config.cache, TEXTS)
         self._batcher = Batcher(policy, config.batch)
@@ -273,15 +270,15 @@ class Server:
             began = time.perf_counter()
             try:
                 actions: Any = await loop.run_in_executor(self._thread, self._batcher.ask, picked)
+                seconds = time.perf_counter() - began
+                for row, question in picked.items():
+                    question.asker.give((actions[row], 1000 * seconds))
             except Exception as error:
                 for question in picked.values():
                     question.asker.give(error)
                 continue
-            seconds = time.perf_counter() - began
             self.metrics.inference.add(seconds)
             self.metrics.batches[len(picked)] += 1
-            for row, question in picked.items():
-                question.asker.give((actions[row], 1000 * seconds))
 
 
 async def _refuse(connection: ServerConnection, error: Exception) -> None:
