@@ -13,7 +13,7 @@ from Step3_DeFI.acting import Observation, Policy
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """An observation of `asker`, who waits for the answer. row: of the batch, always the asker's own."""
+    """An observation of `asker`, who waits for the answer. row: of the batch."""
 
     asker: Any
     observation: Observation
@@ -28,7 +28,8 @@ class Batcher:
 
     A network's floating-point result for a sample may depend on how many samples share the batch and on the
     sample's row, never on what the other rows hold. So that answers do not depend on who else asks, every
-    batch has the same number of rows (empty ones are filled up), and an asker always takes the same row.
+    batch has the same number of rows (empty ones are filled up), and the asker chooses a question's row by
+    what the question is, not by who else is there.
 
     Args:
         policy: or anything else with its `infer_batch`.
@@ -38,19 +39,6 @@ class Batcher:
     def __init__(self, policy: Policy, batch: int) -> None:
         self.policy, self.batch = policy, batch
         self.waiting: list[Question] = []
-        self._call_seconds, self.calls = 0.0, 0
-
-    def patience(self, coming: int) -> float | None:
-        """Seconds to wait for more questions before calling the policy; None if nobody waits.
-
-        A full batch goes at once, and so does one that nobody else can join (`coming` counts those who will
-        ask soon). Otherwise half a call's duration is waited: a call costs the same, however full.
-        """
-        if not self.waiting:
-            return None
-        if not coming or len({question.row for question in self.waiting}) == self.batch:
-            return 0.0
-        return max(0.0, self.waiting[0].since + self._call_seconds / 2 - time.monotonic())
 
     def take(self) -> dict[int, Question]:
         """By rows, the questions of the next call: of each row the one that has waited longest."""
@@ -62,11 +50,9 @@ class Batcher:
 
     def ask(self, picked: dict[int, Question]) -> Float[np.ndarray, "B K A"]:
         """Call the policy once."""
-        filler, began = next(iter(picked.values())), time.monotonic()
+        filler = next(iter(picked.values()))
         batch = [picked.get(row, filler) for row in range(self.batch)]
         observations, seeds = [each.observation for each in batch], [each.seed for each in batch]
         under_way = [each.under_way for each in batch]
         chosen = {"under_way": under_way} if any(under_way) else {}
-        actions = np.asarray(self.policy.infer_batch(observations, seeds, **chosen))
-        self._call_seconds, self.calls = time.monotonic() - began, self.calls + 1
-        return actions
+        return np.asarray(self.policy.infer_batch(observations, seeds, **chosen))

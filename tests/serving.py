@@ -41,9 +41,11 @@ def row_policy(fault: str | None = None, **changes: Any) -> RowPolicy:
 
 
 @contextmanager
-def serving(policy: Policy, *, api_key: str | None = None, **config: Any) -> Iterator[tuple[str, Server]]:
+def serving(
+    policy: Policy, *, api_key: str | None = None, identity: Any = None, **config: Any
+) -> Iterator[tuple[str, Server]]:
     """The address of a server in another thread, and the server; it ends without an error."""
-    server, found = Server(policy, ServeConfig(**config), api_key), queue.Queue()
+    server, found = Server(policy, ServeConfig(**config), api_key, identity), queue.Queue()
     stop, loops = asyncio.Event(), []
 
     async def run() -> None:

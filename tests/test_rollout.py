@@ -22,9 +22,9 @@ from defi.benchmarks.calvin.benchmark import SimConfig
 from defi.benchmarks.calvin.environment import Chain, ChainEnvironment, act_at_random
 from defi.engine.data import seed_of
 from defi.errors import UserError
-from Step3_DeFI.batching import Batcher, Question
+from Step3_DeFI.batching import Question
 from Step3_DeFI.rollout.evaluate import evaluate, run_episodes
-from Step3_DeFI.rollout.fleet import MOST_DEATHS, Fleet
+from Step3_DeFI.rollout.fleet import MOST_DEATHS, Fleet, PatientBatcher
 from Step3_DeFI.rollout.results import EpisodeLog
 from Step3_DeFI.rollout.simulator import Look, attempt, run_episode
 
@@ -197,7 +197,7 @@ def test_dead_simulator_is_replaced_and_its_chain_run_again(tmp_path, kind):
     expected = one_by_one(fake_evaluation(chains=5), 2)
     mishaps = Mishaps(tmp_path / "struck", start_of(1), kind)
     evaluation = fake_evaluation(partial(FakeWorld, mishaps), chains=5, batch=2)
-    batcher = Batcher(FakePolicy(), 2)
+    batcher = PatientBatcher(FakePolicy(), 2)
     with Fleet(evaluation.setup("policy"), 2, batcher, actions=7, silence=3) as fleet:
         results = sorted(fleet.run(evaluation.episodes), key=lambda chain: chain.index)
     assert (tmp_path / "struck").exists() and fleet.replaced == 1
@@ -249,7 +249,7 @@ def test_actions_of_another_space_are_refused(shape):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_to_all_processes_are_left_to_the_evaluation(number):
     evaluation = fake_evaluation(chains=3)
-    batcher = Batcher(FakePolicy(), 1)
+    batcher = PatientBatcher(FakePolicy(), 1)
     with Fleet(evaluation.setup("policy"), 1, batcher, actions=7) as fleet:
         running = fleet.run(evaluation.episodes)
         results = [next(running)]
@@ -309,7 +309,7 @@ def test_killed_run_continues_and_leaves_no_process(tmp_path, end):
 
 def test_the_batcher_waits_for_others_but_not_in_vain():
     evaluation = fake_evaluation(chains=4)
-    batcher = Batcher(FakePolicy(), 2)
+    batcher = PatientBatcher(FakePolicy(), 2)
     seen = {}
     for chain in evaluation.episodes:
         environment = fake_environment()
@@ -342,7 +342,7 @@ def test_the_batcher_waits_for_others_but_not_in_vain():
 
 
 def test_batches_are_filled():
-    batcher = Batcher(FakePolicy(), 4)
+    batcher = PatientBatcher(FakePolicy(), 4)
     evaluation = fake_evaluation(chains=16)
     with Fleet(evaluation.setup("policy"), 4, batcher, actions=7) as fleet:
         observations = sum(chain.observations for chain in fleet.run(evaluation.episodes))
@@ -354,7 +354,7 @@ def test_a_process_stays_in_its_world_where_that_costs_nothing():
         world = property(lambda self: "ab"[self.index % 2])
 
     for rows, expected in ((1, "aaabbb"), (2, "bbbaaa")):  # a free row of the batch comes first
-        fleet = Fleet(None, 0, Batcher(FakePolicy(), rows))
+        fleet = Fleet(None, 0, PatientBatcher(FakePolicy(), rows))
         fleet._pending = [Place(index, (), (), np.zeros(15), np.zeros(24)) for index in range(6)]
         simulator = SimpleNamespace(episode=None, world="a", send=lambda message: None)
         fleet.simulators, begun = [simulator, SimpleNamespace(episode=SimpleNamespace(index=0))], ""

@@ -26,10 +26,9 @@ from defi.errors import UserError, writing
 from defi.files import read_json
 from defi.processes import print_once, processes
 from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
-from Step3_DeFI.batching import Batcher
 from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.config import CommandConfig, RolloutConfig, check_robot, read_settings
-from Step3_DeFI.rollout.fleet import Fleet
+from Step3_DeFI.rollout.fleet import Fleet, PatientBatcher
 from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.rollout.report import result_table, task_table, who, write_clip, write_report
 from Step3_DeFI.rollout.results import (
@@ -129,7 +128,7 @@ def run_episodes(
     mine = missing[len(missing) * rank // ranks : len(missing) * (rank + 1) // ranks]
     size = min(len(mine), config.processes or max(1, len(os.sched_getaffinity(0)) // ranks))
     setup = evaluation.setup(agent, config.videos.chains if output and name is None else 0)
-    batcher = Batcher(policy, config.batch) if policy else None
+    batcher = PatientBatcher(policy, config.batch) if policy else None
     chunk = config.chunk or policy.robot.executed if policy else None
     words = {"actions": len(benchmark.robot.actions), "noun": about.episode}
     total = len(found) + len(mine)
@@ -233,6 +232,7 @@ def main(cfg: DictConfig) -> None:
     policy, known = None, {"server": config.policy} if config.policy else {}
     if config.agent == "policy" and config.policy:
         policy = ServedPolicy(config.policy, config.policy_keys, benchmark.robot)
+        known["served"] = policy.identity
     elif config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}

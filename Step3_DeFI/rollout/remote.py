@@ -1,5 +1,6 @@
 """A policy behind a server, as a rollout asks it."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,17 +34,36 @@ class ServedPolicy:
             raise UserError(
                 f"{url}: sees {', '.join(unknown)}; the simulators have {', '.join(robot.cameras)}"
             )
+        self.identity = _identity(says)
         self.robot = replace(robot, cameras=list(cameras), executed=says.get("executed"))
         self.keys = Keys.read(says.get("keys") or keys, cameras, state=bool(says.get("state", robot.state)))
+        if len(self.keys.state) > 1:
+            parts = ", ".join(self.keys.state)
+            raise UserError(
+                f"{url}: takes the state in parts ({parts}), whose sizes are not known; give one key"
+            )
 
     def infer_batch(
         self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int]
     ) -> Float[np.ndarray, "B K A"]:
-        """One after the other."""
-        return np.stack([self._infer(seen, seed) for seen, seed in zip(observations, seeds)])
+        """One after the other; rows that only fill a batch hold the same observation, which is asked once."""
+        rows = [(id(seen), seed) for seen, seed in zip(observations, seeds)]
+        asked = dict(zip(rows, observations))
+        answers = {row: self._infer(seen, row[1]) for row, seen in asked.items()}
+        return np.stack([answers[row] for row in rows])
 
     def _infer(self, seen: Mapping[str, Any], seed: int) -> Float[np.ndarray, "K A"]:
         message = {key: seen["images"][camera] for camera, key in self.keys.images.items()}
         message |= dict.fromkeys(self.keys.state, seen["state"])
         message[self.keys.instruction] = seen["instruction"]
-        return self.client.infer(message, seed)
+        answer = self.client.infer(message, seed)
+        if _identity(self.client.metadata) != self.identity:  # after a lost connection
+            raise UserError(
+                f"{self.client.url}: another policy is served there now; continue with the first one"
+            )
+        return answer
+
+
+def _identity(says: Mapping[str, Any]) -> Any:
+    """What a server says that its answers depend on, for a record in JSON; None: nothing."""
+    return json.loads(json.dumps(says.get("identity"), default=str, skipkeys=True))

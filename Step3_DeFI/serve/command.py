@@ -5,7 +5,7 @@ import ipaddress
 import os
 import signal
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from defi.config import entry, typed
 from defi.errors import UserError, choose, one_line
-from Step3_DeFI.acting import Policy, policy_threads
+from defi.hub import local_folder
+from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
 from Step3_DeFI.config import PRECISIONS
 from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.serve.server import ServeConfig, Server
@@ -65,7 +66,15 @@ def main(cfg: DictConfig) -> None:
     if not api_key and not _loopback(config.host):
         print(f"host={config.host}: whoever reaches this port can use the policy; set {API_KEY}")
     with policy_threads(config.threads):
-        asyncio.run(_serve(Server(policy, config.serve, api_key), config))
+        asyncio.run(_serve(Server(policy, config.serve, api_key, _identity(policy, config)), config))
+
+
+def _identity(policy: Policy, config: CommandConfig) -> dict[str, Any]:
+    """What the answers depend on, but for where the weights lie, which is no client's business."""
+    local = local_folder(config.checkpoint)
+    found = identify(local) | {"precision": config.precision or trained_precision(local)}
+    found |= {"device": config.device, "diffusion": asdict(policy.model.config.diffusion)}
+    return {key: value for key, value in found.items() if key != "checkpoint"}
 
 
 async def _serve(server: Server, config: CommandConfig) -> None:

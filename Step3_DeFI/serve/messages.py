@@ -1,7 +1,7 @@
 """What clients send, in openpi's and starVLA's protocols, as questions to a policy; what it says of itself.
 
 openpi: {keys of an observation, and our own seed, under_way, delay} → {"actions": [K, A], "server_timing"}.
-starVLA: {"examples": [{"image": [of each camera], "lang", "state"?}, …]} → {"status", "ok", "type",
+starVLA: {"examples": [{"image": [of each camera], "lang", "state"?}, …], "seeds"?} → {"status", "ok", "type",
 "request_id", "data": {"actions": [B, K, A]}}.
 """
 
@@ -20,7 +20,10 @@ from defi.robot.wire import unpack
 from Step3_DeFI.acting import Policy
 
 EXAMPLES = 64  # of a starVLA message
-WORDS = 2000  # characters of an instruction
+INFER = ("infer", "predict_action")  # what starVLA calls messages with examples
+WORDS, WORD = 400, 128  # characters of an instruction, and of one without a space: long ones take seconds
+SIDE = 4096  # pixels: to resize a picture of 1 x 2,000,000 takes ten seconds
+SCANS = 64  # of a JPEG: each goes over the whole picture, however few bytes it has
 MAPS = CONFIG_DIR / "serve" / "keys"
 
 
@@ -64,14 +67,17 @@ class Keys:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A message that was understood: observations that the policy takes; starVLA's ping has none.
+    """A message that was understood: observations that the policy takes; some of starVLA's types have none.
 
     request: starVLA's number of the message, which is echoed; None: openpi's protocol.
+    kind: starVLA's type of the message: infer, ping, or one that is not known here.
+    seeds: one per observation; None: the connection counts.
     """
 
     observations: list[dict[str, Any]]
     request: str | int | None = None
-    seed: int | None = None
+    kind: Any = "infer"
+    seeds: list[int] | None = None
     under_way: UnderWay | None = None
 
 
@@ -87,16 +93,21 @@ class Reader:
         if not isinstance(found, dict):
             raise UserError(f"message: a {type(found).__name__}; send an observation, a dict")
         payload = found.get("payload", found)
-        starvla = isinstance(payload, dict) and "examples" in payload
-        if starvla or found.get("type") == "ping":
-            request = found.get("request_id")
-            request = request if isinstance(request, (str, int)) else "default"
-            asked = Asked(list(self._examples(payload["examples"])) if starvla else [], request)
+        kind, request = found.get("type", "infer"), found.get("request_id")
+        request = request if isinstance(request, (str, int)) else "default"
+        if isinstance(payload, dict) and "examples" in payload:
+            observations = list(self._examples(payload["examples"]))
+            asked = Asked(observations, request, seeds=_seeds(payload, len(observations)))
+        elif isinstance(kind, str) and kind not in INFER:
+            asked = Asked([], request, kind)
         else:
-            asked = Asked([self._observation(found)], seed=_seed(found), under_way=self._under_way(found))
+            seeds = None if found.get("seed") is None else [_seed(found["seed"])]
+            asked = Asked([self._observation(found)], seeds=seeds, under_way=self._under_way(found))
         for observation in asked.observations:
-            if len(observation["instruction"]) > WORDS:
-                raise UserError(f"observation: an instruction of more than {WORDS} characters")
+            words = observation["instruction"]
+            if len(words) > WORDS or max(map(len, words.split()), default=0) > WORD:
+                limits = f"more than {WORDS} characters, or {WORD} without a space"
+                raise UserError(f"observation: an instruction of {limits}")
             self.policy.check(observation)
         return asked
 
@@ -154,9 +165,13 @@ def _picture(value: Any, where: str, left: int) -> tuple[Any, int]:
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
         value = value.tobytes()  # as OpenCV encodes
     if isinstance(value, bytes):
+        if value.startswith(b"\xff\xd8") and value.count(b"\xff\xda") > SCANS:
+            raise UserError(f"{where}: a JPEG of more than {SCANS} scans; send it with fewer, baseline say")
         value = decode_picture(value, where, most=left, fix="encode it again")
     if not isinstance(value, np.ndarray):
         raise UserError(f"{where}: a {type(value).__name__}; give uint8 [H, W, 3], or JPEG or PNG")
+    if max(value.shape, default=0) > SIDE:
+        raise UserError(f"{where}: a side of more than {SIDE} pixels; send it smaller")
     if value.ndim == 3 and value.shape[0] == 3 != value.shape[2]:
         value = value.transpose(1, 2, 0)
     return np.array(value), left - value.nbytes  # which may be written to, as PyTorch wants
@@ -180,10 +195,18 @@ def _numbers(value: Any, where: str) -> np.ndarray:
         return numbers.astype(np.float32).reshape(-1)
 
 
-def _seed(found: dict[str, Any]) -> int | None:
-    seed = found.get("seed")
-    if seed is None:
+def _seeds(payload: dict[str, Any], examples: int) -> list[int] | None:
+    seeds = payload.get("seeds")
+    if seeds is None:
         return None
+    if isinstance(seeds, np.ndarray):
+        seeds = seeds.tolist()
+    if not isinstance(seeds, list) or len(seeds) != examples:
+        raise UserError(f"seeds: give a list of {examples}, one for each example")
+    return [_seed(seed) for seed in seeds]
+
+
+def _seed(seed: Any) -> int:
     if isinstance(seed, np.integer):
         seed = int(seed)
     if type(seed) is not int or not 0 <= seed < 2**63:
@@ -191,12 +214,14 @@ def _seed(found: dict[str, Any]) -> int | None:
     return seed
 
 
-def describe(policy: Policy, keys: Keys) -> dict[str, Any]:
-    """What clients are told on connecting: the robot, and what to send. Plain values."""
+def describe(policy: Policy, keys: Keys, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What clients are told on connecting: the robot, what to send, and what the answers depend on. Plain
+    values."""
     robot, config = policy.robot, policy.model.config
     gripper = None if robot.gripper is None else vars(robot.gripper)
     return {
         "policy": "DeFI",
+        "identity": dict(identity),
         "cameras": robot.cameras,
         "image_size": policy.model.image_size,  # pictures of other sizes are resized
         "actions": robot.actions.names,

@@ -7,8 +7,8 @@ import logging
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable
+from asyncio import FIRST_COMPLETED
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 from websockets.asyncio.server import Request, Response, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError
+from websockets.frames import CloseCode
+from websockets.protocol import State
 
 from defi.engine.data import seed_of
 from defi.errors import UserError, choose
@@ -29,6 +31,7 @@ from Step3_DeFI.serve.metrics import Metrics
 
 SILENT = logging.getLogger("defi.serve.websockets")
 SILENT.setLevel(logging.CRITICAL)  # it reports each stranger's bad handshake with a traceback
+TEXTS = 256  # instructions whose encodings are kept on the device
 ENCODED = (b"\xff\xd8\xff", b"\x89PNG")  # in messages that take milliseconds to decode
 
 
@@ -55,13 +58,28 @@ class ServeConfig:
 
 @dataclass
 class Client:
-    """A connection: its number since the start, its row of the batch, and what it has asked so far."""
+    """A connection: its number since the start, and what it has asked so far."""
 
     number: int
-    row: int
+    connection: ServerConnection
     observations: int = 0
     timing: dict[str, float] = field(default_factory=dict)  # of the answer before
     clipped: bool = False
+
+
+class Answer:
+    """What a question's connection waits for: a chunk, and the milliseconds of the call."""
+
+    def __init__(self, connection: ServerConnection) -> None:
+        self.connection, self.future = connection, asyncio.get_running_loop().create_future()
+
+    def give(self, found: tuple[np.ndarray, float] | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(found, Exception):
+            self.future.set_exception(found)
+        else:
+            self.future.set_result(found)
 
 
 class Server:
@@ -69,14 +87,25 @@ class Server:
 
     Args:
         api_key: what clients must send, `Authorization: Api-Key …`; None: nothing.
+        identity: what answers depend on, as clients are told: weights, sampler.
     """
 
-    def __init__(self, policy: Policy, config: ServeConfig, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: ServeConfig,
+        api_key: str | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
         keys = Keys.read(config.keys, policy.robot.cameras, state=policy.model.config.state)
         self.policy, self.config, self.metrics = policy, config, Metrics()
         self._wanted = f"Api-Key {api_key}".encode() if api_key else None
         self._most = config.message_mb * 2**20
-        self._reader, self._metadata = Reader(policy, keys, self._most), pack(describe(policy, keys))
+        own = {"batch": config.batch, "margin": config.margin, "beyond": config.beyond}
+        self._reader = Reader(policy, keys, self._most)
+        self._metadata = pack(describe(policy, keys, {**(identity or {}), **own}))
+        for tower in (policy.model.gfdm.clip, policy.model.t5):  # strangers may never say the same twice
+            tower.config.cache = min(tower.config.cache, TEXTS)
         self._batcher = Batcher(policy, config.batch)
         self._asked, self._numbers = asyncio.Event(), itertools.count()
         self._clients: list[Client] = []
@@ -98,7 +127,11 @@ class Server:
             async with serve(self._talk, host, port, process_request=self._admit, **how) as server:
                 port = server.sockets[0].getsockname()[1]
                 listening(f"ws://{host}:{port}")
-                await stop.wait()
+                await asyncio.wait({asyncio.create_task(stop.wait()), inferring}, return_when=FIRST_COMPLETED)
+                if inferring.done():  # by a fault of ours
+                    for question in self._batcher.waiting:
+                        question.asker.give(RuntimeError("the server ends"))
+                    inferring.result()
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"host={host} port={port}: cannot listen ({reason}); choose others") from None
@@ -136,17 +169,17 @@ class Server:
 
     async def _talk(self, connection: ServerConnection) -> None:
         """With one client, until it leaves or sends what cannot be answered."""
-        taken = Counter(client.row for client in self._clients)
-        row = min(range(self.config.batch), key=lambda row: taken[row])
-        client = Client(next(self._numbers), row)
+        client = Client(next(self._numbers), connection)
         self._clients.append(client)
         self.metrics.clients = len(self._clients)
         try:
             await connection.send(self._metadata)
             async for message in connection:
                 await connection.send(await self._answer(client, message))
-        except ConnectionClosed:
-            return
+        except ConnectionClosed as error:
+            if error.sent and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+                self.metrics.counts["errors"] += 1
+                print(f"{_who(connection)}: a message of more than {self._most:,} bytes", file=sys.stderr)
         except Exception as error:
             if not isinstance(error, UserError):
                 traceback.print_exc()  # a fault of ours
@@ -165,12 +198,18 @@ class Server:
         else:  # faster than the way to a thread and back
             asked = self._reader.read(message)
         about = {"status": "ok", "ok": True, "request_id": asked.request}
-        if not asked.observations:
+        if asked.kind == "ping":
             return pack(about | {"type": "ping"})
-        chunks = await asyncio.gather(
-            *(self._infer_for(client, asked, i) for i in range(len(asked.observations)))
-        )
-        actions = np.stack([self._checked(client, chunk) for chunk in chunks])
+        if not asked.observations:  # starVLA's clients may go on, as with its own server
+            self.metrics.counts["errors"] += 1
+            wrong = {"message": f"no message of type {asked.kind[:20]!r}; infer or ping"}
+            return pack(about | {"status": "error", "ok": False, "type": "unknown", "error": wrong})
+        chunks, count = [], len(asked.observations)
+        for first in range(0, count, self.config.batch):  # no more at a time: others' turn comes between
+            some = range(first, min(first + self.config.batch, count))
+            chunks += await asyncio.gather(*(self._infer_for(client, asked, i) for i in some))
+        held = asked.under_way.delay if asked.under_way else 0
+        actions = np.stack([self._checked(client, chunk, held) for chunk in chunks])
         self.metrics.counts["requests"] += 1
         total = time.perf_counter() - began
         self.metrics.request.add(total)
@@ -179,10 +218,10 @@ class Server:
         timing, client.timing["prev_total_ms"] = dict(client.timing), 1000 * total
         return pack({"actions": actions[0], "server_timing": timing})
 
-    def _checked(self, client: Client, chunk: np.ndarray) -> np.ndarray:
-        """The actions as they may leave."""
+    def _checked(self, client: Client, chunk: np.ndarray, held: int) -> np.ndarray:
+        """The actions as they may leave; the first `held` are the client's own."""
         try:
-            within, beyond = self.policy.robot.limit(chunk, self.config.margin)
+            within, beyond = self.policy.robot.limit(chunk, self.config.margin, held)
             if beyond and self.config.beyond == "refuse":
                 more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
                 raise UserError(f"actions refused: {beyond[0]}{more}; the training data held none like these")
@@ -202,45 +241,57 @@ class Server:
 
     async def _infer_for(self, client: Client, asked: Asked, i: int) -> np.ndarray:
         """The policy's answer to the i-th observation of a message."""
-        seed = asked.seed
-        if seed is None:
-            seed = seed_of("serve", self.config.seed, client.number, client.observations)
+        counted = client.number, client.observations
         client.observations += 1
-        answer: asyncio.Future = asyncio.get_running_loop().create_future()
-        row = (client.row + i) % self.config.batch
-        self._batcher.waiting.append(Question(answer, asked.observations[i], seed, row, asked.under_way))
+        if asked.seeds is None:
+            seed, row = seed_of("serve", self.config.seed, *counted), sum(counted)
+        else:
+            seed = row = asked.seeds[i]
+        answer = Answer(client.connection)
+        observation, row = asked.observations[i], row % self.config.batch  # whoever else is connected
+        self._batcher.waiting.append(Question(answer, observation, seed, row, asked.under_way))
         self._asked.set()
-        chunk, client.timing["infer_ms"] = await answer
+        chunk, client.timing["infer_ms"] = await answer.future
         return chunk
 
     async def _infer(self) -> None:
         """Call the policy whenever somebody waits, for all who do; who asks meanwhile joins the next call."""
         loop = asyncio.get_running_loop()
         while await self._asked.wait():
+            for question in self._batcher.waiting:
+                if question.asker.connection.state is not State.OPEN:
+                    question.asker.give(ConnectionClosedError(None, None))
+            self._batcher.waiting = [each for each in self._batcher.waiting if not each.asker.future.done()]
             picked = self._batcher.take()
             if not self._batcher.waiting:
                 self._asked.clear()
+            if not picked:
+                continue
             began = time.perf_counter()
             try:
                 actions: Any = await loop.run_in_executor(self._thread, self._batcher.ask, picked)
+                seconds = time.perf_counter() - began
+                for row, question in picked.items():
+                    question.asker.give((actions[row], 1000 * seconds))
             except Exception as error:
                 for question in picked.values():
-                    question.asker.set_exception(error)
+                    question.asker.give(error)
                 continue
-            seconds = time.perf_counter() - began
             self.metrics.inference.add(seconds)
             self.metrics.batches[len(picked)] += 1
-            for row, question in picked.items():
-                question.asker.set_result((actions[row], 1000 * seconds))
 
 
 async def _refuse(connection: ServerConnection, error: Exception) -> None:
     """One line for the client, and for the one who runs the server; then the connection is closed."""
     text = " ".join(f"{type(error).__name__}: {error}".removeprefix("UserError: ").split())[:500]
     line = "".join(c if c.isprintable() else "?" for c in text)  # it may quote what the client sent
-    print(f"{(connection.remote_address or ['a client'])[0]}: {line}", file=sys.stderr, flush=True)
+    print(f"{_who(connection)}: {line}", file=sys.stderr, flush=True)
     try:
         await connection.send(line)
         await connection.close(1011, "refused, see the text before")
     except ConnectionClosed:
         pass
+
+
+def _who(connection: ServerConnection) -> str:
+    return (connection.remote_address or ["a client"])[0]

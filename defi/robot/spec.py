@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NORMALISATIONS = ("none", "mean_std", "bounds")
 RARE = 1e-3  # of the whole range: if 98 % of the frames have less, all of it counts
 NOISE = 1e-6  # of its mean: a dimension that changes less is constant in float32
+ROUNDING = 1e-6  # of a limit, or of 1: so much beyond it is no matter
 Numbers = TypeVar("Numbers", np.ndarray, Any)  # an array or a tensor [..., A]
 
 
@@ -187,11 +188,12 @@ class Robot:
                     ends = f"{vector.low[i]:.4g} … {vector.high[i]:.4g}"
                 yield what, name, change + (vector.units[i] or "unknown unit"), normal, ends
 
-    def limit(self, actions: np.ndarray, margin: float) -> tuple[np.ndarray, list[str]]:
+    def limit(self, actions: np.ndarray, margin: float, held: int = 0) -> tuple[np.ndarray, list[str]]:
         """Actions [K, A] in the robot's units, clipped to what the training data held, low … high, widened by
-        `margin` times that range at both ends; and what of them lay beyond, in words.
+        `margin` times that range at both ends; and what of them lay beyond, by more than rounding, in words.
 
-        The gripper's two values are left alone, and everything where nobody looked for low and high.
+        The gripper's two values are left alone, the first `held` actions, which are under way, and everything
+        where nobody looked for low and high.
 
         Raises:
             UserError: NaN or infinite actions.
@@ -202,13 +204,17 @@ class Robot:
         if not self.actions.low:
             return actions, []
         low, high = np.asarray(self.actions.low), np.asarray(self.actions.high)
-        low, high = low - margin * (high - low), high + margin * (high - low)
+        room = margin * (high - low)
+        low, high = (low - room).astype(np.float32), (high + room).astype(np.float32)
         if self.gripper is not None:
             low[self.gripper.dimension], high[self.gripper.dimension] = -np.inf, np.inf
-        clipped = np.clip(actions, low, high).astype(actions.dtype)
+        rounding = ROUNDING * np.maximum(1, np.maximum(np.abs(low), np.abs(high)))
+        clipped = actions.copy()
+        clipped[held:] = np.clip(actions[held:], low, high)
         beyond = [
             f"{self.actions.names[i]} {actions[k, i]:.4g} in step {k} (at {low[i]:.4g} … {high[i]:.4g})"
-            for k, i in np.argwhere((actions < low) | (actions > high))
+            for k, i in np.argwhere((actions < low - rounding) | (actions > high + rounding))
+            if k >= held
         ]
         return clipped, beyond
 

@@ -19,8 +19,10 @@ from Step3_DeFI.rollout.simulator import run_episode
 
 
 def main(address: str = "ws://127.0.0.1:8000", *settings: str) -> None:
+    given = OmegaConf.from_dotlist(["benchmark=table", *settings])
+    benchmark, config = read_settings(RolloutConfig, given, "play_table")
     client = WebsocketClientPolicy(address, port=None)
-    executed = client.get_server_metadata()["executed"]
+    executed = config.chunk or client.get_server_metadata()["executed"]
 
     def act(environment, seed):
         seen = environment.observe()
@@ -28,8 +30,7 @@ def main(address: str = "ws://127.0.0.1:8000", *settings: str) -> None:
         message = {"rgb_obs": pictures, "robot_obs": seen["state"], "prompt": seen["instruction"]}
         return client.infer(message | {"seed": seed_of("rollout", *seed)})["actions"][:executed]
 
-    given = OmegaConf.from_dotlist(["benchmark=table", *settings])
-    table = Evaluation.prepare(*read_settings(RolloutConfig, given, "play_table"))
+    table = Evaluation.prepare(benchmark, config)
     environment = table.simulation.make()
     for chain in table.episodes:
         (result,) = run_episode(environment, act, chain, table.setup("policy"))
