@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -140,31 +141,40 @@ def test_what_the_policy_says_against_an_observation_reaches_the_loop_and_the_ne
         Runner(Stamps(), executed=0)
 
 
-def test_the_loop_keeps_its_rate_and_counts_what_is_late() -> None:
-    now, slept, acted = [0.0], [], []
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loop_keeps_its_rate_and_counts_what_is_late(mode: str) -> None:
+    """In a world that finishes a command a period after it was sent: a look sees all that lie before it."""
+    now, sent = [0.0], []
 
     def observe() -> dict[str, int]:
+        done = sum(at + 0.1 <= now[0] + 1e-9 for at, _ in sent)
+        assert done == len(sent) == runner.steps, "the arm is where the chunk begins"
         now[0] += 0.25 if runner.answers == 3 else 0.01  # a camera that hangs once
-        return {"place": len(acted)}
+        return {"place": sum(place > 0 for _, place in sent) + bool(sent)}
+
+    def act(action: np.ndarray) -> None:
+        now[0] += 0.02  # a slow bus
+        sent.append((now[0] - 0.02, action[0]))
 
     def sleep(seconds: float) -> None:
-        slept.append(seconds)
+        assert seconds > 0
         now[0] += seconds
 
-    _, _, runner, _ = drive("rtc", [2], steps=1)
+    _, _, runner, _ = drive(mode, [2], steps=1, relative=[True, False])
     runner.reset()
     clock = {"clock": lambda: now[0], "sleep": sleep}
-    runner.run(
-        observe,
-        lambda action: acted.append((now[0], action[0])),
-        rate=10,
-        until=lambda: len(acted) == 40,
-        **clock,
-    )
-    gaps = np.diff([at for at, _ in acted])
-    assert runner.late == 1 and gaps.max() == pytest.approx(0.25) and len(slept) == 38
-    np.testing.assert_allclose(np.delete(gaps, gaps.argmax()), 0.1)
-    assert [place for _, place in acted] == list(range(40))
+    runner.run(observe, act, rate=10, until=lambda: len(sent) == 60, **clock)
+    times = np.array([at for at, _ in sent])
+    hung = np.diff(times).argmax()
+    assert runner.late == 1 and np.diff(times)[hung] == pytest.approx(0.35)
+    for part in (times[: hung + 1], times[hung + 1 :]):  # the camera shifts an action, no other one
+        assert (np.abs((part - part[0] + 0.05) % 0.1 - 0.05) < 0.011).all() and len(part) > 10
+        assert len(part) - 1 == round((part[-1] - part[0]) / 0.1)
+    places = [place for i, (_, place) in enumerate(sent) if i == 0 or place > 0]
+    assert places == list(range(60 - runner.idle))
+    for rate in (None, 0.0, math.nan):
+        with pytest.raises(UserError, match=f"^rate={rate}: give the robot's control steps per second"):
+            runner.run(observe, act, rate=rate, until=lambda: False)
 
 
 def test_in_real_time_with_a_thread() -> None:

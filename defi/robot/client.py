@@ -7,6 +7,7 @@ runner.run(observe, act, rate=policy.metadata["fps"], until=lambda: runner.steps
 Real-time chunking: Black, Galliker and Levine 2025 (arXiv 2506.07339), algorithm 1.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -246,14 +247,24 @@ class Runner:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Step `rate` times a second until it is time to stop; what began too late is not made up for."""
-        due = None
+        """Step `rate` times a second until it is time to stop: look, if it is time for that, and send the
+        action at once, when the one before has had its time. What began too late is not made up for.
+
+        Raises:
+            UserError: as `step`; or no rate.
+        """
+        if rate is None or not 0 < rate < math.inf:
+            raise UserError(f"rate={rate}: give the robot's control steps per second, more than 0")
+        due, sent = None, 0.0
         while not until():
-            action = self.step(observe)
             now = clock()
             if due is not None and now > due:
                 self.late += 1
-            elif due is not None:
+                due = sent + 1 / rate  # an action that was sent late has its time, too
+            if due is not None and now < due:
                 sleep(due - now)
-            due = max(now, due or now) + 1 / rate
+            began = max(now, due or now)
+            action = self.step(observe)
+            sent = clock()
             act(action)
+            due = (sent if due is None else began) + 1 / rate  # the first one was waited for
