@@ -2,7 +2,7 @@
 
 policy = RemotePolicy("ws://127.0.0.1:8000")
 runner = Runner(policy, "rtc")
-runner.run(observe, act, rate=policy.metadata["fps"], until=lambda: runner.steps == 900)
+runner.run(observe, act, rate=30, until=lambda: runner.steps == 900)
 
 Real-time chunking: Black, Galliker and Levine 2025 (arXiv 2506.07339), algorithm 1.
 """
