@@ -104,7 +104,16 @@ class Policy:
         under_way: Sequence[UnderWay | None] | None = None,
     ) -> Float[np.ndarray, "B K A"]:
         """As `infer`, for several at once: what stands beside an observation changes nothing about its
-        actions, the size of the batch their rounding only."""
+        actions, the size of the batch their rounding only.
+
+        Raises:
+            UserError: as `infer`; or there are more or fewer seeds, or chunks under way, than observations.
+        """
+        for name, given in (("seeds", seeds), ("under_way", under_way)):
+            if given is not None and len(given) != len(observations):
+                raise UserError(
+                    f"{name}: {len(given)} for {len(observations)} observations; give one for each"
+                )
         for observation in observations:
             self.check(observation)
         under_way = [each if each and len(each.actions) else None for each in under_way or ()]
@@ -145,7 +154,10 @@ class Policy:
             if "state" not in observation:
                 names = ", ".join(self.robot.state.names)
                 raise UserError(f"observation: no state; give {wanted} numbers: {names}")
-            if state.shape != (wanted,) or state.dtype.kind not in "fiu" or not np.isfinite(state).all():
+            finite = state.dtype.kind in "fiu"
+            with np.errstate(over="ignore"):  # as the policy reads it
+                finite = finite and bool(np.isfinite(state.astype(np.float32)).all())
+            if state.shape != (wanted,) or not finite:
                 names = ", ".join(self.robot.state.names)
                 wrong = f"state is {state.dtype} {list(state.shape)}"
                 raise UserError(f"observation: {wrong}; give {wanted} finite numbers: {names}")

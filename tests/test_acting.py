@@ -225,6 +225,7 @@ def test_the_same_seed_gives_the_same_actions_whatever_is_beside() -> None:
         ({"images": {"wrist": "a.png"}}, r"picture of wrist is str \[\]"),
         ({"state": [1.0]}, r"state is float64 \[1\]; give 2 finite numbers: u, v"),
         ({"state": [1.0, float("nan")]}, "give 2 finite numbers"),
+        ({"state": [1.0, 1e300]}, "give 2 finite numbers"),
         ({"state": ["1", "2"]}, "give 2 finite numbers"),
         ({"state": None}, "give 2 finite numbers"),
         ({"instruction": None}, "no instruction; give a sentence"),

@@ -58,6 +58,9 @@ def test_rows_with_nothing_under_way_stay_as_they_are(guidance: dict[str, Any]) 
     everyone = acting.infer_batch(observations, seeds, [under_way(seed=n) for n in (8, 0, 9, 10)])
     np.testing.assert_array_equal(everyone[1], mixed[1])
     np.testing.assert_allclose(mixed[3], acting.infer(seen(3), 8, under_way(3, 3, 1)), rtol=1e-3, atol=1e-3)
+    for given, message in (([[5], None], "seeds: 1"), ([seeds, [under_way()]], "under_way: 1")):
+        with pytest.raises(UserError, match=f"^{message} for 4 observations; give one for each$"):
+            acting.infer_batch(observations, *given)
 
 
 def test_weights_are_those_of_the_paper() -> None:

@@ -141,6 +141,15 @@ def test_a_batch_of_lerobot_is_one_of_defi(folder: Path, reference: Path) -> Non
     assert loss.item() == own["loss"].item() and parts["action_loss"] == own["action_loss"].item()
     assert loss.requires_grad and len(policy.get_optim_params()) == len(list(policy.defi.trainable()))
 
+    # LeRobot's sampler leaves out the ends of episodes, its evaluation and its streams do not.
+    ends = default_collate([theirs[frame] for frame in (*frames[:3], 11, 51, *frames[3:])])
+    assert ends["action_is_pad"].any(dim=1).nonzero().flatten().tolist() == [3, 4]
+    again, _ = policy.forward(ends)
+    assert again.item() == loss.item()
+    nothing, _ = policy.train().forward(default_collate([theirs[51]] * 2))
+    nothing.backward()
+    assert nothing.item() == 0 and not any(each.grad.any() for each in policy.get_optim_params())
+
 
 def test_train_writes_whole_policies_and_resumes_exactly(folder: Path, trained: Path) -> None:
     wanted = load_file(trained / "000004" / "pretrained_model" / "model.safetensors")
@@ -312,11 +321,21 @@ def test_what_lerobot_fills_up_is_not_under_way() -> None:
     actions = torch.arange(1.0, 13).reshape(6, 2)
     actions[1] = 0  # stands still: a real one
     filled = torch.cat([actions, torch.zeros(4, 2)])
-    found = under_way(filled, 3)
-    np.testing.assert_array_equal(found.actions, actions.numpy())
-    assert found.delay == 3 and under_way(filled, 9).delay == 6
-    assert under_way(None, 3) is None and under_way(torch.zeros(10, 2), 3) is None
-    assert under_way(torch.zeros(0, 2), 0) is None
+    chunk = np.concatenate([np.ones((4, 2)), actions.numpy()])
+    for last in (chunk, np.empty((0, 0))):
+        found = under_way(filled, 3, last)
+        np.testing.assert_array_equal(found.actions, actions.numpy())
+        assert found.delay == 3 and under_way(filled, 9, last).delay == 6
+        assert under_way(None, 3, last) is None and under_way(torch.zeros(10, 2), 3, last) is None
+        assert under_way(torch.zeros(0, 2), 0, last) is None
+    chunk[7:] = 0  # a robot without a gripper stops
+    left = torch.from_numpy(chunk[5:].copy())
+    for last, length, real in ((chunk, 10, 5), (chunk, 4, 4), (chunk[:0], 10, 2)):  # LeRobot's fixed length
+        filled = torch.cat([left, torch.zeros(5, 2)])[:length]
+        np.testing.assert_array_equal(under_way(filled, 3, last).actions, left[:real])
+    still = under_way(torch.zeros(10, 2), 2, chunk)
+    assert still.delay == 2 and still.actions.shape == (2, 2) and not still.actions.any()
+    assert under_way(torch.zeros(10, 2), 9, chunk).delay == 3, "no more than the chunk has"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,10 +48,10 @@ class Late(Future):
 
 
 def drive(
-    mode: str, waits: Sequence[int], steps: int = 300, **given: Any
+    mode: str, waits: Sequence[int], steps: int = 300, policy: Stamps | None = None, **given: Any
 ) -> tuple[list, list, Runner, Stamps]:
     """Actions that were carried out, and those sent in idle steps; answer i takes waits[i] steps, in turn."""
-    policy, waiting, arm, still = Stamps(), itertools.cycle(waits), [], []
+    policy, waiting, arm, still = policy or Stamps(), itertools.cycle(waits), [], []
 
     def submit(function: Callable[[], np.ndarray]) -> Future:
         late = Late()
@@ -134,37 +136,103 @@ def test_what_the_policy_says_against_an_observation_reaches_the_loop_and_the_ne
     with pytest.raises(UserError, match="^observation: no instruction"):
         runner.step(lambda: {"place": 0})
     assert runner.step(lambda: {"place": 3})[0] == 3
+    runner.close()
+    with pytest.raises(RuntimeError):
+        [runner.step(lambda: {"place": 3}) for _ in range(2 * K)]
     with pytest.raises(UserError, match="^mode=fast: choose one of sync, async, rtc$"):
         Runner(Stamps(), "fast")
     with pytest.raises(UserError, match="^executed=0: must be 1 or more$"):
         Runner(Stamps(), executed=0)
 
 
-def test_the_loop_keeps_its_rate_and_counts_what_is_late() -> None:
-    now, slept, acted = [0.0], [], []
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e300])
+def test_no_motor_gets_what_is_no_number(wrong: float) -> None:
+    """The loop hears of it, and the next step asks again."""
+
+    class Breaks(Stamps):
+        def infer(self, observation: Any, seed: int, under_way: UnderWay | None) -> np.ndarray:
+            chunk = super().infer(observation, seed, under_way).astype(float)
+            chunk[8:9] *= wrong if seed == 1 else 1
+            return chunk
+
+    def submit(function: Callable[[], np.ndarray]) -> Future:
+        (done := Future()).set_result(function())
+        return done
+
+    runner, arm = Runner(Breaks(), "async", submit=submit), []
+    for step in range(12):
+        with pytest.raises(UserError, match="NaN or infinite") if step == 5 else contextlib.nullcontext():
+            arm.append(runner.step(lambda: {"place": len(arm)})[0])
+    assert arm == list(range(11)) and runner.answers == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "executed", "horizon"),
+    [
+        ("sync", None, None, 10),
+        ("sync", None, 4, 4),
+        ("rtc", None, 4, 4),
+        ("rtc", None, 8, 5),
+        ("async", None, "many", 5),
+        ("rtc", 7, 4, 7),
+        ("sync", 3, 4, 3),
+    ],
+)
+def test_what_is_not_given_is_as_the_policy_says(
+    mode: str, given: int | None, executed: Any, horizon: int
+) -> None:
+    for near in (True, False):
+        policy = Stamps()
+        if near:
+            actions = SimpleNamespace(relative=[True, False])
+            policy.robot = SimpleNamespace(actions=actions, executed=executed)
+        else:
+            policy.metadata = {"relative": [True, False], "executed": executed, "real_time_chunking": True}
+        _, still, _, policy = drive(mode, [1], 60, policy, executed=given)
+        looks = np.diff([place for place, _, _ in policy.asked])
+        assert (looks == horizon).all() and len(looks) > 4
+        assert all(action.tolist() == [0, 7] for action in still) and (mode == "sync") == bool(still)
+    policy.metadata = {"relative": [True] * 7}
+    with pytest.warns(UserWarning, match="does not say that it knows real-time chunking"):
+        runner = Runner(policy, "rtc")
+    with pytest.raises(UserError, match="^relative: 7 values for actions of 2 numbers$"):
+        runner.step(lambda: {"place": 0})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loop_keeps_its_rate_and_counts_what_is_late(mode: str) -> None:
+    """In a world that finishes a command a period after it was sent: a look sees all that lie before it."""
+    now, sent = [0.0], []
 
     def observe() -> dict[str, int]:
+        done = sum(at + 0.1 <= now[0] + 1e-9 for at, _ in sent)
+        assert done == len(sent) == runner.steps, "the arm is where the chunk begins"
         now[0] += 0.25 if runner.answers == 3 else 0.01  # a camera that hangs once
-        return {"place": len(acted)}
+        return {"place": sum(place > 0 for _, place in sent) + bool(sent)}
+
+    def act(action: np.ndarray) -> None:
+        now[0] += 0.02  # a slow bus
+        sent.append((now[0] - 0.02, action[0]))
 
     def sleep(seconds: float) -> None:
-        slept.append(seconds)
+        assert seconds > 0
         now[0] += seconds
 
-    _, _, runner, _ = drive("rtc", [2], steps=1)
+    _, _, runner, _ = drive(mode, [2], steps=1, relative=[True, False])
     runner.reset()
     clock = {"clock": lambda: now[0], "sleep": sleep}
-    runner.run(
-        observe,
-        lambda action: acted.append((now[0], action[0])),
-        rate=10,
-        until=lambda: len(acted) == 40,
-        **clock,
-    )
-    gaps = np.diff([at for at, _ in acted])
-    assert runner.late == 1 and gaps.max() == pytest.approx(0.25) and len(slept) == 38
-    np.testing.assert_allclose(np.delete(gaps, gaps.argmax()), 0.1)
-    assert [place for _, place in acted] == list(range(40))
+    runner.run(observe, act, rate=10, until=lambda: len(sent) == 60, **clock)
+    times = np.array([at for at, _ in sent])
+    hung = np.diff(times).argmax()
+    assert runner.late == 1 and np.diff(times)[hung] == pytest.approx(0.35)
+    for part in (times[: hung + 1], times[hung + 1 :]):  # the camera shifts an action, no other one
+        assert (np.abs((part - part[0] + 0.05) % 0.1 - 0.05) < 0.011).all() and len(part) > 10
+        assert len(part) - 1 == round((part[-1] - part[0]) / 0.1)
+    places = [place for i, (_, place) in enumerate(sent) if i == 0 or place > 0]
+    assert places == list(range(60 - runner.idle))
+    for rate in (None, 0.0, math.nan):
+        with pytest.raises(UserError, match=f"^rate={rate}: give the robot's control steps per second"):
+            runner.run(observe, act, rate=rate, until=lambda: False)
 
 
 def test_in_real_time_with_a_thread() -> None:
@@ -195,11 +263,11 @@ class Served:
     """A policy server of openpi's protocol for the tests; `says` is what it does with each message."""
 
     def __init__(self, says: Callable[[Any, dict], None], key: str | None = None) -> None:
-        self.says, self.key, self.got, self.connections = says, key, [], 0
+        self.says, self.key, self.got, self.connections, self.full = says, key, [], 0, ""
 
     def __call__(self, connection: Any) -> None:
         self.connections += 1
-        connection.send(pack({"chunk": K, "relative": [True, False]}))
+        connection.send(pack({"chunk": K, "relative": [True, False], "real_time_chunking": True}))
         for message in connection:
             self.got.append(unpack(message))
             self.says(connection, self.got[-1])
@@ -207,7 +275,7 @@ class Served:
     def admit(self, connection: Any, request: Any) -> Any:
         if self.key and request.headers.get("Authorization") != f"Api-Key {self.key}":
             return connection.respond(HTTPStatus.UNAUTHORIZED, "no")
-        return None
+        return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, self.full) if self.full else None
 
 
 @contextlib.contextmanager
@@ -227,7 +295,9 @@ def good(connection: Any, message: dict) -> None:
     connection.send(pack({"actions": actions, "server_timing": {"infer_ms": 1.5}}))
 
 
-def test_a_policy_far_away_answers_like_one_that_is_near() -> None:
+def test_a_policy_far_away_answers_like_one_that_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):  # a laboratory's, which is not there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     served = Served(good, key="secret")
     with serving(served) as url:
         policy = RemotePolicy(url, api_key="secret", timeout=5)
@@ -238,13 +308,16 @@ def test_a_policy_far_away_answers_like_one_that_is_near() -> None:
         policy.infer({"place": 3}, seed=2**62 + 1, under_way=UnderWay(np.ones((4, 2)), 2))
         assert (served.got[1]["seed"], served.got[1]["delay"]) == (2**62 + 1, 2)
         np.testing.assert_array_equal(served.got[1]["under_way"], np.ones((4, 2), np.float32))
-        runner = Runner(policy, "rtc", relative=policy.metadata["relative"])
+        runner = Runner(policy, "rtc")
         assert [runner.step(lambda: {"place": 9})[0] for _ in range(5)] == [9] * 5
         policy.close()
         assert (policy.infer({"place": 4}) == 4).all(), "connects again"
         policy.close()
         with pytest.raises(UserError, match=r"refuses \(HTTP 401\); give the server's api_key$"):
             RemotePolicy(url, api_key="other")
+        served.full = "too many\nclients\n"
+        with pytest.raises(UserError, match=r"refuses \(HTTP 503\); too many clients$"):
+            RemotePolicy(url, api_key="secret")
 
 
 def test_whatever_goes_wrong_is_one_line() -> None:
@@ -264,6 +337,8 @@ def test_whatever_goes_wrong_is_one_line() -> None:
                 connection.close()
             case "other":
                 connection.send(pack({"data": [1, 2]}))
+            case "nan":
+                connection.send(pack({"actions": np.full((K, 2), np.nan)}))
             case "damaged":
                 connection.send(b"\xc1")
             case _:
@@ -277,6 +352,7 @@ def test_whatever_goes_wrong_is_one_line() -> None:
             "hang": "no answer in 0.2 s$",
             "always gone": r"connection lost \(.*\)$",
             "other": r"an answer without actions \[K, A\]; is it a policy server\?$",
+            "nan": "NaN or infinite actions; its weights or its precision are broken$",
             "damaged": "message: cannot be read",
         }.items():
             with pytest.raises(UserError, match=message) as caught:

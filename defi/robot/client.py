@@ -1,14 +1,16 @@
 """Beside a robot's loop: a policy on a server, and actions in time. Nothing here needs PyTorch.
 
 policy = RemotePolicy("ws://127.0.0.1:8000")
-runner = Runner(policy, "rtc", relative=policy.metadata["relative"])
-runner.run(observe, act, rate=policy.metadata["fps"], until=lambda: runner.steps == 900)
+runner = Runner(policy, "rtc")
+runner.run(observe, act, rate=30, until=lambda: runner.steps == 900)
 
 Real-time chunking: Black, Galliker and Levine 2025 (arXiv 2506.07339), algorithm 1.
 """
 
+import math
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,10 +29,20 @@ MODES = {
 RECENT = 10  # answers: the slowest of them is the delay to expect
 
 
+def finite(actions: np.ndarray, source: str) -> np.ndarray:
+    """Actions as float32. Raises UserError at NaN and infinite ones, which no motor may get."""
+    with np.errstate(over="ignore"):
+        actions = np.asarray(actions, np.float32)
+    if not np.isfinite(actions).all():
+        raise UserError(f"{source}: NaN or infinite actions; its weights or its precision are broken")
+    return actions
+
+
 class RemotePolicy:
     """The policy of a server that speaks openpi's protocol, `python -m Step3_DeFI.serve` say.
 
-    One request at a time, from any thread. A connection that is lost is made again, once per request.
+    One request at a time, from any thread. A connection that is lost is made again, once per request. It goes
+    straight to the server, whatever proxy the environment names.
 
     Args:
         url: ws://host:port
@@ -61,7 +73,7 @@ class RemotePolicy:
             under_way: what the answer goes on from.
 
         Raises:
-            UserError: the connection is lost, or what the server says against the observation.
+            UserError: the connection is lost, what the server says against the observation, or NaN actions.
         """
         from defi.robot.wire import pack, unpack
 
@@ -79,7 +91,7 @@ class RemotePolicy:
         if actions.ndim != 2 or not len(actions) or actions.dtype.kind not in "fiu":
             raise UserError(f"{self.url}: an answer without actions [K, A]; is it a policy server?")
         self.timing = found.get("server_timing") or {}
-        return actions.astype(np.float32)
+        return finite(actions, self.url)
 
     def _ask(self, message: bytes) -> bytes | str:
         from websockets.exceptions import ConnectionClosed
@@ -108,7 +120,7 @@ class RemotePolicy:
         from defi.robot.wire import unpack
 
         headers = {"Authorization": f"Api-Key {self._key}"} if self._key else {}
-        how: Any = {"compression": None, "max_size": 2**24, "open_timeout": self._timeout}
+        how: Any = {"compression": None, "max_size": 2**24, "open_timeout": self._timeout, "proxy": None}
         try:
             self._connection = connect(self.url, additional_headers=headers, **how)
             said = self._connection.recv(timeout=self._timeout)
@@ -116,11 +128,14 @@ class RemotePolicy:
             self._drop()
             status = error.response.status_code
             fix = "give the server's api_key" if status in (401, 403) else "is it a policy server?"
+            if status == 503:  # it is one, and says what keeps it
+                fix = one_line(Exception(bytes(error.response.body or b"busy").decode(errors="replace")))
             raise UserError(f"{self.url}: the server refuses (HTTP {status}); {fix}") from None
         except (OSError, WebSocketException, ValueError) as error:  # a timeout is an OSError
             self._drop()
             raise UserError(f"{self.url}: no policy server answers ({one_line(error)})") from None
-        self.metadata = unpack(said) if isinstance(said, bytes) else {}
+        found = unpack(said) if isinstance(said, bytes) else {}
+        self.metadata = found if isinstance(found, Mapping) else {}
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -144,11 +159,15 @@ class Runner:
     Args:
         policy: a `RemotePolicy`, a `Policy` in this process, or anything else with their `infer`.
         mode: see `MODES`.
-        executed: control steps from one look to the next, if answers are that fast. None: all of a chunk in
-            mode sync, half of it in the others, which leaves the policy the other half to answer in.
-        relative: which numbers of an action are changes, such as `robot.actions.relative`; none if not given.
+        executed: control steps from one look to the next, if answers are that fast. None: as the policy says
+            of its robot, else all of a chunk; in modes async and rtc at most half of it, which leaves the
+            policy the other half to answer in.
+        relative: which numbers of an action are changes. None: as the policy says, else none.
         seed: of the first look; each has the next one.
         submit: runs a function and returns its future, as an executor's; tests give their own.
+
+    What the policy says: `metadata` of a `RemotePolicy`, `robot` of a `Policy`. Warns where mode rtc meets a
+    server that does not say that it knows real-time chunking.
 
     Attributes:
         steps: control steps since the start or `reset`. idle: so many of them were.
@@ -171,8 +190,21 @@ class Runner:
             raise UserError(f"mode={mode}: choose one of {', '.join(MODES)}")
         if executed is not None and executed < 1:
             raise UserError(f"executed={executed}: must be 1 or more")
-        self.policy, self.mode, self.executed, self._relative = policy, mode, executed, relative
-        self._submit = submit or ThreadPoolExecutor(1, "policy").submit
+        said: Mapping[str, Any] = {"real_time_chunking": True}
+        if (robot := getattr(policy, "robot", None)) is not None:
+            said = {**said, "relative": robot.actions.relative, "executed": robot.executed}
+        said = getattr(policy, "metadata", said)
+        if mode == "rtc" and not said.get("real_time_chunking"):
+            unknown = "the server does not say that it knows real-time chunking"
+            warnings.warn(f"{unknown}; if it does not, chunks come as in mode async", stacklevel=2)
+        most, known = said.get("executed"), said.get("relative")
+        self._most = most if isinstance(most, int) and most > 0 else None
+        if relative is None and isinstance(known, Sequence):
+            relative = known
+        self._relative = None if relative is None else np.array([bool(each) for each in relative])
+        self.policy, self.mode, self.executed = policy, mode, executed
+        self._pool = None if submit else ThreadPoolExecutor(1, "policy")
+        self._submit = submit or self._pool.submit
         self.delays: deque[int] = deque(maxlen=RECENT)
         self.late = 0
         self.reset(seed)
@@ -186,13 +218,19 @@ class Runner:
         self._pending: Future | None = None
         self._asked = self._consumed = 0  # step of the pending observation, and actions carried out since
 
+    def close(self) -> None:
+        """End the thread that asks. The policy stays open."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
     def step(self, observe: Callable[[], Mapping[str, Any]]) -> np.ndarray:
         """The action [A] of this control step; returns at once, but for the very first.
 
         observe: returns the observation of this moment; called only where a chunk is asked for.
 
         Raises:
-            UserError: what the policy said against the observation, or the connection is lost.
+            UserError: what the policy said against the observation, the connection is lost, or actions that
+                no robot can carry out. Those of the chunk before are still there.
         """
         if self._arrived():
             self._take()
@@ -205,14 +243,15 @@ class Runner:
             self.idle += 1
             still = self._last.copy()
             if self._relative is not None:
-                still[np.asarray(self._relative, bool)] = 0  # a change sent again would be another one
+                still[self._relative] = 0  # a change sent again would be another one
             return still
         self.taken, self._consumed = self.taken + 1, self._consumed + 1
         self._last = self._queue.popleft()
         return self._last.copy()
 
     def _horizon(self) -> int:
-        return self.executed or (self._size if self.mode == "sync" else max(1, self._size // 2))
+        most = self._size if self.mode == "sync" else max(1, self._size // 2)
+        return self.executed or min(self._most or most, most)
 
     def _ask(self, observe: Callable[[], Mapping[str, Any]]) -> None:
         if self.mode == "sync":
@@ -230,10 +269,12 @@ class Runner:
 
     def _take(self) -> None:
         pending, self._pending = self._pending, None
-        chunk = pending.result()
+        chunk = finite(pending.result(), "the policy")
+        if self._relative is not None and len(self._relative) != chunk.shape[1]:
+            raise UserError(f"relative: {len(self._relative)} values for actions of {chunk.shape[1]} numbers")
         if self.answers:
             self.delays.append(self.steps - self._asked)
-        self._queue = deque(np.array(chunk[self._consumed :], np.float32))
+        self._queue = deque(chunk[self._consumed :].copy())
         self._size, self.taken, self.answers = len(chunk), self._consumed, self.answers + 1
 
     def run(
@@ -246,14 +287,24 @@ class Runner:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Step `rate` times a second until it is time to stop; what began too late is not made up for."""
-        due = None
+        """Step `rate` times a second until it is time to stop: look, if it is time for that, and send the
+        action at once, when the one before has had its time. What began too late is not made up for.
+
+        Raises:
+            UserError: as `step`; or no rate.
+        """
+        if rate is None or not 0 < rate < math.inf:
+            raise UserError(f"rate={rate}: give the robot's control steps per second, more than 0")
+        due, sent = None, 0.0
         while not until():
-            action = self.step(observe)
             now = clock()
             if due is not None and now > due:
                 self.late += 1
-            elif due is not None:
+                due = sent + 1 / rate  # an action that was sent late has its time, too
+            if due is not None and now < due:
                 sleep(due - now)
-            due = max(now, due or now) + 1 / rate
+            began = max(now, due or now)
+            action = self.step(observe)
+            sent = clock()
             act(action)
+            due = (sent if due is None else began) + 1 / rate  # the first one was waited for

@@ -97,7 +97,7 @@ class DeFIPolicy(PreTrainedPolicy):
         config.validate_features()
         recorded = None if model else recorded_data(config, dataset_meta)
         self.defi = model or new_model(config, recorded)
-        self._folder, self._looks = folder, 0
+        self._folder, self._looks, self._last = folder, 0, np.empty((0, 0))  # the last chunk [K, A]
         self.steps = read_manifest(folder)["step"] if folder else 0
         own = self.defi.config
         self._check(own.chunk)
@@ -174,8 +174,21 @@ class DeFIPolicy(PreTrainedPolicy):
         self.defi.step_end()
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        """DeFI's loss of a batch: images [B, 3, H, W] in [0, 1], action [B, K, A], task: B strings."""
-        losses = self.defi(self._inputs(batch) | {"actions": batch[ACTION].to(self.defi.device)})
+        """DeFI's loss of a batch: images [B, 3, H, W] in [0, 1], action [B, K, A], task: B strings.
+
+        action_is_pad [B, K]: rows whose chunk ends after the episode are left out, as DeFI's own training has
+        none. Where all of them do, the loss is 0, with gradients of 0.
+        """
+        inputs = self._inputs(batch) | {"actions": batch[ACTION].to(self.defi.device)}
+        if "action_is_pad" in batch:
+            whole = (~batch["action_is_pad"].any(dim=1)).nonzero().flatten().tolist()
+            inputs = {
+                key: [rows[i] for i in whole] if key == "text" else rows[whole]
+                for key, rows in inputs.items()
+            }
+            if not whole:
+                return 0 * torch.stack([each.sum() for each in self.get_optim_params()]).sum(), {}
+        losses = self.defi(inputs)
         return losses["loss"], {key: part.item() for key, part in losses.items() if key != "loss"}
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -224,8 +237,9 @@ class DeFIPolicy(PreTrainedPolicy):
         self._looks += 1
         settings = getattr(self.config, "rtc_config", None)
         goes_on = settings is None or settings.enabled  # if not, LeRobot puts chunks behind each other
-        ahead = under_way(prev_chunk_left_over, inference_delay) if goes_on else None
+        ahead = under_way(prev_chunk_left_over, inference_delay, self._last) if goes_on else None
         actions = self._policy.infer_batch(seen, seeds, None if ahead is None else [ahead])
+        self._last = actions[0]
         return torch.from_numpy(actions)
 
     def supports_rtc(self) -> bool:
@@ -262,10 +276,15 @@ def as_uint8(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def under_way(left_over: Tensor | None, delay: int) -> UnderWay | None:
-    """What lies ahead, from what LeRobot has left over of a chunk, filled up with zeros to a fixed length."""
+def under_way(left_over: Tensor | None, delay: int, last: np.ndarray) -> UnderWay | None:
+    """What lies ahead, from what LeRobot has left over of the chunk `last` [K, A], cut to a fixed length or
+    filled up with zeros. The chunk tells these from its own zeros, those of a robot that stands still."""
     if left_over is None:
         return None
     actions = left_over.float().cpu().numpy()
-    real = int(np.flatnonzero(actions.any(axis=1)).max(initial=-1)) + 1
+    pieces = [last[i : i + len(actions)] for i in range(len(last))]
+    fits = [len(each) for each in pieces if np.array_equal(each, actions[: len(each)])]
+    real = int(np.flatnonzero(actions.any(axis=1)).max(initial=-1)) + 1  # of another chunk
+    if fits and max(fits) >= real:
+        real = max(fits) if real else min(max(fits), delay)  # if all are zeros, nobody knows more than that
     return UnderWay(actions[:real], min(delay, real)) if real else None
