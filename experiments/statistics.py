@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from Step3_DeFI.rollout.results import Results, lengths, paired_difference
+from defi.benchmarks.statistics import paired_difference
+from Step3_DeFI.rollout.results import Results
 
 DRAWS = 5_000
 
@@ -33,9 +34,9 @@ def crossed_interval(values: Float[np.ndarray, "S N"], seed: int = 0) -> tuple[t
     return (float(low), float(high)), min(1.0, 2 * max(float(beyond), 1 / DRAWS))
 
 
-def matrix(found: Mapping[int, Results], limit: int) -> Int[np.ndarray, "S N"]:
+def matrix(found: Mapping[int, Results], limit: int) -> Float[np.ndarray, "S N"]:
     """Length of each chain, a row per seed."""
-    return np.stack([lengths(found[seed].chains, limit) for seed in sorted(found)])
+    return np.array([found[seed].scores[str(limit)]["values"] for seed in sorted(found)])
 
 
 def summarise(found: Mapping[int, Results], limit: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from defi.benchmarks.benchmark import About
+from defi.benchmarks.calvin.benchmark import Calvin
 from defi.config import CONFIG_DIR
 from defi.engine.checkpoint import find_checkpoint
 from defi.errors import UserError
@@ -27,7 +29,7 @@ from experiments.plan import arguments, build_runs, distinct_steps, read_arms
 from experiments.statistics import crossed_interval, difference, summarise
 from experiments.work import STOPPED, Workshop, again
 from Step3_DeFI.rollout.results import Results
-from Step3_DeFI.rollout.simulator import ChainResult
+from Step3_DeFI.rollout.simulator import EpisodeResult
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = sorted(file.stem for file in (CONFIG_DIR / "suite").glob("*.yaml"))
@@ -128,14 +130,20 @@ def test_parts_are_all_of_it() -> None:
 
 def rollout(lengths: np.ndarray) -> Results:
     """A rollout whose chains have these lengths of 5; the tasks of the last one solved took 200 steps."""
-    chains = []
+    benchmark, tasks = Calvin(chains=len(lengths), max_steps=[120, 240]), list("abcde")
+    episodes = []
     for index, length in enumerate(lengths.tolist()):
         steps: list[int | None] = [50] * length + [None] * (length < 5)
         if length:
             steps[length - 1] = 200
-        chains.append(ChainResult(index, tuple("abcde"), tuple(steps), 100, 10, 1.0))
-    protocol = {"max_steps": [120, 240], "length": 5, "chains": len(chains)}
-    return Results({"kind": "policy"}, protocol, {"versions": {"torch": "2"}}, tuple(chains))
+        episodes.append(EpisodeResult(index, {"tasks": tasks, "steps": steps}, 100, 10, 1.0))
+    outcomes = [each.outcome for each in episodes]
+    scores = {score: benchmark.summarise(outcomes, score) for score in benchmark.scores}
+    protocol, how = (
+        {"max_steps": [120, 240], "length": 5, "chains": len(episodes)},
+        {"versions": {"torch": "2"}},
+    )
+    return Results(About("", ""), {"kind": "policy"}, protocol, how, tuple(episodes), scores)
 
 
 def test_intervals_hold_the_chance_of_seeds_and_of_chains(monkeypatch: pytest.MonkeyPatch) -> None:
