@@ -239,7 +239,7 @@ class DeFIPolicy(PreTrainedPolicy):
         goes_on = settings is None or settings.enabled  # if not, LeRobot puts chunks behind each other
         ahead = under_way(prev_chunk_left_over, inference_delay, self._last) if goes_on else None
         actions = self._policy.infer_batch(seen, seeds, None if ahead is None else [ahead])
-        self._last = actions[0]
+        self._last = actions[0].copy()
         return torch.from_numpy(actions)
 
     def supports_rtc(self) -> bool:
