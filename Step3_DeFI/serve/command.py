@@ -32,6 +32,7 @@ class CommandConfig:
     sampler: str | None = None
     sampler_steps: int | None = None
     guidance: float | None = None
+    fade: int | None = None
     precision: str | None = None
     device: str | None = None
     threads: int | None = None
@@ -56,7 +57,7 @@ class CommandConfig:
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_serve")
     wanted: dict[str, Any] = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}
-    wanted |= {"steps": config.sampler_steps, "guidance": config.guidance}
+    wanted |= {"steps": config.sampler_steps, "guidance": config.guidance, "fade": config.fade}
     chosen = {key: value for key, value in wanted.items() if value is not None}
     policy = Policy.load(config.checkpoint, device=config.device, precision=config.precision, **chosen)
     print(f"{config.checkpoint}: {policy.robot.summary(policy.model.config.chunk)}")
