@@ -76,8 +76,8 @@ class WidowXControl:
         if not reached:  # the arm stays, the target does not: it is left when later actions come back
             joints = self.scene.joint_places()
         joints[-2:] = 0.026 + 0.012 * np.clip(action[6], -1, 1)
-        for joint, value in zip(self.scene.joints, joints):
-            joint.set_drive_target(float(value))
+        for joint, value in enumerate(joints):
+            self.scene.drive(joint, value)
 
     def substep(self, index: int) -> None:
         """All targets are set at once."""
@@ -147,10 +147,9 @@ class GoogleControl:
     def substep(self, index: int) -> None:
         places, speeds = self.finger_plan
         for joint, value in zip(self.arm, self.arm_plan[0][index]):
-            self.scene.joints[joint].set_drive_target(value)
+            self.scene.drive(joint, value)
         for joint, value, speed in zip(self.fingers, places[index], speeds[index]):
-            self.scene.joints[joint].set_drive_target(value)
-            self.scene.joints[joint].set_drive_velocity_target(speed)
+            self.scene.drive(joint, value, speed)
         self.sent = places[index]
 
 
