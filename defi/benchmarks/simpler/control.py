@@ -124,6 +124,16 @@ class GoogleControl:
             self.wanted = np.clip(self.sent + change, -0.0001 - 0.01, 1.3 + 0.01)
         start = places[self.fingers]
         speed = np.clip(speeds[self.fingers], -self.FINGERS[0], self.FINGERS[0])
+        m = self.scene.X.get("sv", "meas")
+        if self.finger_plan is not None and m == "prev":
+            speed = self.finger_plan[1][-1]
+        if self.finger_plan is not None and m == "block":
+            off = self.finger_plan[0][-1] - start
+            speed = np.where(abs(off) > 0.03, np.sign(off) * 1.0, speed)
+        if self.finger_plan is not None and m in ("bone", "bprev"):
+            off = self.finger_plan[0][-1] - start
+            to = np.sign(off) if m == "bone" else self.finger_plan[1][-1]
+            speed = np.where((abs(off) > 0.02) & (start < 1.06) & (start>0.01), to, speed)
         self.finger_plan = self._plan(start, speed, self.wanted, self.FINGERS)
 
     def _plan(self, start: np.ndarray, speed: np.ndarray, goal: np.ndarray, limits: tuple[float, float, float]):

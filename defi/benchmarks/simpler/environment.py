@@ -8,6 +8,7 @@ import numpy as np
 from defi.benchmarks.simpler.control import control_of
 from defi.benchmarks.simpler.episodes import Episode, Placed
 from defi.benchmarks.simpler.judge import Info, Judge, Settled, State, judge_of, world_box
+from defi.benchmarks.simpler.picture import Eye
 from defi.benchmarks.simpler.poses import Pose
 from defi.benchmarks.simpler.scene import DROP, FREE, LOCKED, TABLE, UPRIGHT_ONLY, Scene, pose_of, sapien_pose
 
@@ -37,6 +38,7 @@ class Simpler:
             self._built = None
             self.scene = Scene(self.root, episode, drawn=self.drawn)
             self.control = control_of(self.scene)
+            self.eye = Eye(self.scene) if self.drawn else None
             self._built = wanted
         self.episode, self.steps, self.info = episode, 0, {}
         scene = self.scene
@@ -82,6 +84,11 @@ class Simpler:
         self.steps += 1
         self.info = self.judge(self.state())
         return self.info
+
+    def picture(self) -> np.ndarray:
+        """What the robot's camera sees now: uint8 [H, W, 3]. It is drawn at each call."""
+        assert self.eye is not None, "made with drawn=False"
+        return self.eye.picture(self.episode)
 
     def state(self) -> State:
         """What the judge looks at."""

@@ -72,28 +72,32 @@ class Scene:
         task = episode.task
         self.root, self.task, self.drawn = root, task, drawn
         self.robot = ROBOTS[task.robot]
+        import os
+        X = eval(os.environ.get("X", "{}"))
         physx.set_scene_config(
             gravity=[0, 0, -9.81],
             bounce_threshold=2.0,
-            enable_pcm=False,
-            enable_tgs=True,
+            enable_pcm=X.get("pcm",False),
+            enable_tgs=X.get("tgs",True),
             enable_ccd=False,
-            enable_friction_every_iteration=True,
+            enable_friction_every_iteration=X.get("fei",True),
         )
         physx.set_body_config(
-            solver_position_iterations=25, solver_velocity_iterations=1, sleep_threshold=0.005
+            solver_position_iterations=X.get("pi",25), solver_velocity_iterations=1, sleep_threshold=0.005
         )
-        physx.set_shape_config(contact_offset=task.contact_offset, rest_offset=0.0)
+        physx.set_shape_config(contact_offset=X.get("co",task.contact_offset), rest_offset=0.0)
         physx.set_default_material(1.0, 1.0, 0.0)
         self.physics = physx.PhysxCpuSystem()
         systems = [self.physics] + ([sapien().render.RenderSystem()] if drawn else [])
         self.world = sapien().Scene(systems)
         self.rate = self.robot.rate * self.robot.substeps
-        self.world.set_timestep(1 / self.rate)
+        self.world.set_timestep(1 / self.rate / X.get("ns",1))
         self.arm = self._load_robot(episode.colours)
         self.cabinet = None if task.stage else self._load_cabinet()
         if task.stage:
             self._load_stage()
+        elif drawn:
+            self._load_floor()
         self.objects = {placed.model: self._load_object(placed) for placed in episode.objects}
         self.sink = self._load_object(Placed("sink", (0, 0), STILL)) if task.robot == "widowx_sink" else None
 
@@ -132,6 +136,32 @@ class Scene:
             joint.set_friction(0.0)
             joint.set_drive_properties(drive.stiffness, drive.damping, drive.limit, mode="force")
         self.links = {link.name: link for link in arm.links}
+        import os
+        X = eval(os.environ.get("X", "{}"))
+        self.X = X
+        if self.task.robot == "google":
+            for drive, joint in zip(self.robot.drives, self.joints):
+                if "finger" in drive.joint:
+                    a = X.get("a", 1.0)
+                    joint.set_drive_properties(drive.stiffness * a, drive.damping * a, X.get("fl", drive.limit), mode=X.get("mode","force"))
+                    joint.set_armature([X.get("arm", 0.0)])
+                    if X.get("lim"):
+                        joint.set_limits([[-0.0001, X["lim"]]])
+            if X.get("apart", 0):
+                for name, link in self.links.items():
+                    if "finger" in name:
+                        for shape in link.collision_shapes:
+                            g = shape.get_collision_groups(); g[2] |= 1; shape.set_collision_groups(g)
+            for name, link in self.links.items():
+                if "finger" in name and "mu" in X and "nail" not in name:
+                    for shape in link.collision_shapes:
+                        shape.physical_material.static_friction=X["mu"]; shape.physical_material.dynamic_friction=X["mu"]
+                if "finger" in name and "pr" in X:
+                    for shape in link.collision_shapes: shape.patch_radius=X["pr"]; shape.min_patch_radius=X.get("mpr",X["pr"])
+            if "lmdv" in X:
+                for link in self.links.values(): link.max_depenetration_velocity = X["lmdv"]
+            if "vi" in X: arm.set_solver_velocity_iterations(X["vi"])
+            if "pi" in X: arm.set_solver_position_iterations(X["pi"])
         for bit, pair in enumerate(self.robot.apart):
             for link in pair:
                 for shape in self.links[link].collision_shapes:
@@ -148,6 +178,12 @@ class Scene:
             joint.set_friction(0.05)
             joint.set_drive_properties(0.0, 1.0)
         return cabinet
+
+    def _load_floor(self) -> None:
+        """White, to look at only: nothing stands on it."""
+        builder = self.world.create_actor_builder()
+        builder.add_box_visual(half_size=[10, 10, 0.017], material=sapien().render.RenderMaterial())
+        builder.build_kinematic("arena")
 
     def _load_stage(self) -> None:
         file = asset(self.root, f"{DATA}/hab2_bench_assets/stages/{self.task.stage}.glb")
@@ -173,9 +209,13 @@ class Scene:
             found = [folder / f"textured.{kind}" for kind in ("obj", "dae", "glb")]
             visual = next((file for file in found if file.is_file()), found[-1])
             builder.add_visual_from_file(str(asset(self.root, str(visual.relative_to(self.root)))))
+        import os
+        X = eval(os.environ.get("X", "{}"))
         actor = builder.build(placed.model)
         body = actor.find_component_by_type(sapien().physx.PhysxRigidDynamicComponent)
-        body.solver_velocity_iterations = int(__import__("os").environ.get("VI","0"))
+        if "mdv" in X: body.max_depenetration_velocity = X["mdv"]
+        if "odamp" in X: body.linear_damping = body.angular_damping = X["odamp"]
+        body.solver_velocity_iterations = X.get("ovi",0)
         if placed.model != "sink":
             body.linear_damping = body.angular_damping = 0.1
         return body
@@ -203,7 +243,7 @@ class Scene:
     def substep(self) -> None:
         """One step of physics with the arm's weight and its links' own pull taken off."""
         self.arm.set_qf(self.arm.compute_passive_force(gravity=True, coriolis_and_centrifugal=True))
-        self.world.step()
+        for _ in range(self.X.get("ns",1)): self.world.step()
 
     def place(self, body: Any, pose: Any, locked: list[bool]) -> None:
         """An object at rest at a pose, with some of its six axes locked."""
