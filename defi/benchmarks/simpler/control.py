@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from defi.benchmarks.simpler.grip import LAG, TIPS_MEET
 from defi.benchmarks.simpler.poses import Pose, matrix, multiplied, turn_of
 from defi.benchmarks.simpler.scene import Scene, pose_of, sapien_pose
 
@@ -124,19 +125,17 @@ class GoogleControl:
             self.wanted = np.clip(self.sent + change, -0.0001 - 0.01, 1.3 + 0.01)
         start = places[self.fingers]
         speed = np.clip(speeds[self.fingers], -self.FINGERS[0], self.FINGERS[0])
-        m = self.scene.X.get("sv", "meas")
-        if self.finger_plan is not None and m == "prev":
-            speed = self.finger_plan[1][-1]
-        if self.finger_plan is not None and m == "block":
-            off = self.finger_plan[0][-1] - start
-            speed = np.where(abs(off) > 0.03, np.sign(off) * 1.0, speed)
-        if self.finger_plan is not None and m in ("bone", "bprev"):
-            off = self.finger_plan[0][-1] - start
-            to = np.sign(off) if m == "bone" else self.finger_plan[1][-1]
-            speed = np.where((abs(off) > 0.02) & (start < 1.06) & (start>0.01), to, speed)
+        if self.finger_plan is not None:
+            # On SAPIEN 2 a finger that something stops still reports speed, so that its next plan goes on pressing.
+            ends, goes = self.finger_plan[0][-1], self.finger_plan[1][-1]
+            stopped = (abs(ends - start) > LAG) & (start > LAG) & (start < TIPS_MEET - LAG)
+            speed = np.where(stopped, goes, speed)
+            self.scene.gripping = bool(stopped.any()) and bool(self.scene.objects)
         self.finger_plan = self._plan(start, speed, self.wanted, self.FINGERS)
 
-    def _plan(self, start: np.ndarray, speed: np.ndarray, goal: np.ndarray, limits: tuple[float, float, float]):
+    def _plan(
+        self, start: np.ndarray, speed: np.ndarray, goal: np.ndarray, limits: tuple[float, float, float]
+    ):
         """Places and speeds [substeps + 1, joints] of the plan, sampled before and after each sub-step."""
         from ruckig import InputParameter, Ruckig, Trajectory
 

@@ -1,7 +1,6 @@
 """SIMPLER's world for a policy: reset to an episode, look when a picture is needed, act."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ SINK = (-0.16, 0.13, 0.88, 1.0, 0.0, 0.0, 0.0)
 
 
 class Simpler:
-    """One world at a time: it is built anew only where an episode needs other models or colours.
+    """One world at a time. An episode with the same actions ends the same, to the last bit, whatever ran before.
 
     root: the user's clone of SimplerEnv. drawn: whether pictures can be asked for, which needs a Vulkan driver.
     After `reset`, `info` says what the judge said of the last step, and `steps` how many there were.
@@ -25,7 +24,6 @@ class Simpler:
 
     def __init__(self, root: Path, *, drawn: bool = True) -> None:
         self.root, self.drawn = root, drawn
-        self._built: tuple[Any, ...] | None = None
 
     def reset(self, episode: Episode) -> None:
         """Drop the objects, let them settle, put the robot to its start.
@@ -33,13 +31,11 @@ class Simpler:
         Raises:
             UserError: SAPIEN or an asset is missing.
         """
-        wanted = (episode.task, episode.colours, tuple((each.model, each.density) for each in episode.objects))
-        if self._built != wanted:
-            self._built = None
-            self.scene = Scene(self.root, episode, drawn=self.drawn)
-            self.control = control_of(self.scene)
-            self.eye = Eye(self.scene) if self.drawn else None
-            self._built = wanted
+        # A world of its own for each episode: in a used one contacts come out otherwise in the last digits, and an
+        # episode would depend on those before it. Meshes and textures stay loaded.
+        self.scene = Scene(self.root, episode, drawn=self.drawn)
+        self.control = control_of(self.scene)
+        self.eye = Eye(self.scene) if self.drawn else None
         self.episode, self.steps, self.info = episode, 0, {}
         scene = self.scene
         scene.arm.set_root_pose(sapien_pose(AWAY))
@@ -71,7 +67,10 @@ class Simpler:
             objects[self.episode.target].model,
             {name: pose[:3] for name, pose in poses.items()},
             {body.entity.name: np.asarray(body.cmass_local_pose.p, float) for body in bodies},
-            {name: world_box(poses[name], np.subtract(box["max"], box["min"])) for name, box in boxes.items()},
+            {
+                name: world_box(poses[name], np.subtract(box["max"], box["min"]))
+                for name, box in boxes.items()
+            },
             set(scene.links),
         )
 

@@ -3,7 +3,6 @@
 Pictures are drawn when they are asked for and at no other time.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,13 @@ class Eye:
         self.photo: tuple[str, np.ndarray] | None = None
 
     def _light(self) -> None:
-        place = "cabinet" if self.scene.cabinet is not None else "sink" if self.scene.sink is not None else "table"
+        place = (
+            "cabinet"
+            if self.scene.cabinet is not None
+            else "sink"
+            if self.scene.sink is not None
+            else "table"
+        )
         ambient, lights = LIGHTS[place]
         self.scene.world.set_ambient_light([ambient] * 3)
         for direction, strength in lights:
@@ -95,7 +100,10 @@ def _materials(entity: Any) -> list[Any]:
 
 def resized(photo: np.ndarray, width: int, height: int) -> np.ndarray:
     """A photo uint8 [h, w, 3] at another size, bilinear between pixels' centres as OpenCV does it, rounded down."""
-    (above, below, down), (left, right, across) = _between(photo.shape[0], height), _between(photo.shape[1], width)
+    (above, below, down), (left, right, across) = (
+        _between(photo.shape[0], height),
+        _between(photo.shape[1], width),
+    )
     rows = photo[:, left] * (1 - across)[None, :, None] + photo[:, right] * across[None, :, None]
     whole = rows[above] * (1 - down)[:, None, None] + rows[below] * down[:, None, None]
     return whole.astype(np.uint8)

@@ -136,7 +136,10 @@ GOOGLE = Robot(
     ),
     surfaces=(
         Surface(
-            ("link_finger_left", "link_finger_right", "link_finger_tip_left", "link_finger_tip_right"), 2, 2, 0.1
+            ("link_finger_left", "link_finger_right", "link_finger_tip_left", "link_finger_tip_right"),
+            2,
+            2,
+            0.1,
         ),
         Surface(("link_finger_nail_left", "link_finger_nail_right"), 0.1, 0.1, 0.01),
         Surface(("link_base",), 0.1, 0.0, 0.1),

@@ -5,15 +5,17 @@ PhysX 4) needs another setting for the same motion, a comment says so.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from defi.benchmarks.simpler import grip
 from defi.benchmarks.simpler.episodes import STILL, Episode, Placed, yaw
 from defi.benchmarks.simpler.judge import Contact
 from defi.benchmarks.simpler.poses import Pose, multiplied
-from defi.benchmarks.simpler.robots import ROBOTS
+from defi.benchmarks.simpler.robots import GOOGLE, ROBOTS
 from defi.errors import UserError
 
 DATA = "ManiSkill2_real2sim/data"
@@ -72,26 +74,25 @@ class Scene:
         task = episode.task
         self.root, self.task, self.drawn = root, task, drawn
         self.robot = ROBOTS[task.robot]
-        import os
-        X = eval(os.environ.get("X", "{}"))
         physx.set_scene_config(
             gravity=[0, 0, -9.81],
             bounce_threshold=2.0,
-            enable_pcm=X.get("pcm",False),
-            enable_tgs=X.get("tgs",True),
+            enable_pcm=False,
+            enable_tgs=True,
             enable_ccd=False,
-            enable_friction_every_iteration=X.get("fei",True),
+            enable_friction_every_iteration=True,
         )
         physx.set_body_config(
-            solver_position_iterations=X.get("pi",25), solver_velocity_iterations=1, sleep_threshold=0.005
+            solver_position_iterations=25, solver_velocity_iterations=1, sleep_threshold=0.005
         )
-        physx.set_shape_config(contact_offset=X.get("co",task.contact_offset), rest_offset=0.0)
+        physx.set_shape_config(contact_offset=task.contact_offset, rest_offset=0.0)
         physx.set_default_material(1.0, 1.0, 0.0)
         self.physics = physx.PhysxCpuSystem()
         systems = [self.physics] + ([sapien().render.RenderSystem()] if drawn else [])
         self.world = sapien().Scene(systems)
         self.rate = self.robot.rate * self.robot.substeps
-        self.world.set_timestep(1 / self.rate / X.get("ns",1))
+        self.world.set_timestep(1 / self.rate)
+        self.twist, self.gripping = grip.Twist(self), False
         self.arm = self._load_robot(episode.colours)
         self.cabinet = None if task.stage else self._load_cabinet()
         if task.stage:
@@ -136,39 +137,19 @@ class Scene:
             joint.set_friction(0.0)
             joint.set_drive_properties(drive.stiffness, drive.damping, drive.limit, mode="force")
         self.links = {link.name: link for link in arm.links}
-        import os
-        X = eval(os.environ.get("X", "{}"))
-        self.X = X
-        if self.task.robot == "google":
-            for drive, joint in zip(self.robot.drives, self.joints):
-                if "finger" in drive.joint:
-                    a = X.get("a", 1.0)
-                    joint.set_drive_properties(drive.stiffness * a, drive.damping * a, X.get("fl", drive.limit), mode=X.get("mode","force"))
-                    joint.set_armature([X.get("arm", 0.0)])
-                    if X.get("lim"):
-                        joint.set_limits([[-0.0001, X["lim"]]])
-            if X.get("apart", 0):
-                for name, link in self.links.items():
-                    if "finger" in name:
-                        for shape in link.collision_shapes:
-                            g = shape.get_collision_groups(); g[2] |= 1; shape.set_collision_groups(g)
-            for name, link in self.links.items():
-                if "finger" in name and "mu" in X and "nail" not in name:
-                    for shape in link.collision_shapes:
-                        shape.physical_material.static_friction=X["mu"]; shape.physical_material.dynamic_friction=X["mu"]
-                if "finger" in name and "pr" in X:
-                    for shape in link.collision_shapes: shape.patch_radius=X["pr"]; shape.min_patch_radius=X.get("mpr",X["pr"])
-            if "lmdv" in X:
-                for link in self.links.values(): link.max_depenetration_velocity = X["lmdv"]
-            if "vi" in X: arm.set_solver_velocity_iterations(X["vi"])
-            if "pi" in X: arm.set_solver_position_iterations(X["pi"])
         for bit, pair in enumerate(self.robot.apart):
-            for link in pair:
-                for shape in self.links[link].collision_shapes:
-                    groups = shape.get_collision_groups()
-                    groups[2] |= 1 << bit
-                    shape.set_collision_groups(groups)
+            self.keep_apart(pair, bit)
+        if self.robot is GOOGLE:
+            grip.prepare(self)
         return arm
+
+    def keep_apart(self, links: Iterable[str], bit: int) -> None:
+        """These links don't touch each other. bit: of its own for each such group."""
+        for link in links:
+            for shape in self.links[link].collision_shapes:
+                groups = shape.get_collision_groups()
+                groups[2] |= 1 << bit
+                shape.set_collision_groups(groups)
 
     def _load_cabinet(self) -> Any:
         cabinet = self._articulation(asset(self.root, f"{DATA}/custom/mk_station_recolor.urdf"))
@@ -209,13 +190,8 @@ class Scene:
             found = [folder / f"textured.{kind}" for kind in ("obj", "dae", "glb")]
             visual = next((file for file in found if file.is_file()), found[-1])
             builder.add_visual_from_file(str(asset(self.root, str(visual.relative_to(self.root)))))
-        import os
-        X = eval(os.environ.get("X", "{}"))
         actor = builder.build(placed.model)
         body = actor.find_component_by_type(sapien().physx.PhysxRigidDynamicComponent)
-        if "mdv" in X: body.max_depenetration_velocity = X["mdv"]
-        if "odamp" in X: body.linear_damping = body.angular_damping = X["odamp"]
-        body.solver_velocity_iterations = X.get("ovi",0)
         if placed.model != "sink":
             body.linear_damping = body.angular_damping = 0.1
         return body
@@ -241,9 +217,14 @@ class Scene:
         self.joints[joint].set_drive_velocity_target(speed)
 
     def substep(self) -> None:
-        """One step of physics with the arm's weight and its links' own pull taken off."""
+        """One step of physics with the arm's weight and its links' own pull taken off.
+
+        gripping: the Google robot's fingers press on something.
+        """
         self.arm.set_qf(self.arm.compute_passive_force(gravity=True, coriolis_and_centrifugal=True))
-        for _ in range(self.X.get("ns",1)): self.world.step()
+        self.world.step()
+        if self.gripping:
+            self.twist.resist()
 
     def place(self, body: Any, pose: Any, locked: list[bool]) -> None:
         """An object at rest at a pose, with some of its six axes locked."""
@@ -287,7 +268,9 @@ class Scene:
     def contacts(self) -> list[Contact]:
         """Of the last sub-step."""
         return [
-            Contact(*(body.entity.name for body in contact.bodies), np.sum([p.impulse for p in contact.points], 0))
+            Contact(
+                *(body.entity.name for body in contact.bodies), np.sum([p.impulse for p in contact.points], 0)
+            )
             for contact in self.physics.get_contacts()
             if contact.points
         ]
