@@ -44,26 +44,22 @@ class Recording:
 
     @property
     def episode(self) -> Episode:
-        """The episode of the table that starts as this one did; a start of its own where there is none."""
-        objects, robot = (
-            self.meta["reset_options"]["obj_init_options"],
-            self.meta["reset_options"]["robot_init_options"],
-        )
-        found = [each for each in episodes(self.task.name) if each.colours == self.meta["urdf_version"]]
+        """The episode of the table that starts as this one did, with this one's own places."""
+        options = self.meta["reset_options"]
+        robot, objects = options["robot_init_options"], options["obj_init_options"]
+        found = episodes(self.task.name)
         if "episode_id" in objects:
-            found = [
-                each
-                for each in found
-                if each.index % (60 if self.task.kind == "near" else 24) == objects["episode_id"]
-            ]
+            found = found[objects["episode_id"] :]
         if "orientation" in objects:
             found = [each for each in found if each.setting.split()[0] == objects["orientation"]]
-            xy = tuple(objects["init_xy"])
-            found = [replace(each, objects=(replace(each.objects[0], xy=xy),)) for each in found]
-        if self.task.kind in ("open", "close"):
-            found = [each for each in found if each.photo == self.meta["overlay"].removesuffix(".png")]
-        w, z = robot["init_rot_quat"][0], robot["init_rot_quat"][3]
-        return replace(found[0], base=(*robot["init_xy"], 2 * float(np.arctan2(-w, z))), index=found[0].index)
+            found = [replace(found[0], objects=(replace(found[0].objects[0], xy=tuple(objects["init_xy"])),))]
+        w, _, _, z = robot["init_rot_quat"]
+        return replace(
+            found[0],
+            base=(*robot["init_xy"], 2 * float(np.arctan2(-w, z))),
+            colours=self.meta["urdf_version"],
+            photo=self.meta["overlay"].removesuffix(".png"),
+        )
 
 
 def recordings(reference: Path) -> list[Recording]:
@@ -85,7 +81,7 @@ def _numbers(element: Any, key: str) -> list[float]:
 
 
 def link_poses(urdf: Path, base: np.ndarray, joints: dict[str, float]) -> dict[str, np.ndarray]:
-    """Poses of all links in the world, from the robot's description and its joints: enough for these two robots."""
+    """Poses of all links in the world, from the robot's description and joints: what these two need."""
     poses: dict[str, np.ndarray] = {}
     todo = ElementTree.parse(urdf).getroot().findall("joint")
     children = {joint.find("child").get("link") for joint in todo}  # type: ignore[union-attr]

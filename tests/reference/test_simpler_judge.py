@@ -1,4 +1,4 @@
-"""SIMPLER's judge against the official one's answers: made-up states, and every step of the recorded episodes."""
+"""SIMPLER's judge against the official one's answers: made-up states, and all steps of recorded episodes."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""SIMPLER on SAPIEN 3 against episodes recorded from the official environment on SAPIEN 2: their actions, replayed.
+"""SIMPLER on SAPIEN 3 against episodes recorded from the official environment on SAPIEN 2: actions replayed.
 
-What may differ, and by how much: objects that touch nothing but the table hardly at all; the arm in free motion by
-half a millimetre; what a contact decides (where a thing is pushed, or comes to rest) by millimetres.
+What may differ, and by how much: objects that touch nothing but the table hardly at all; the arm in free
+motion by half a millimetre; what a contact decides (where a thing is pushed, or rests) by millimetres.
 """
 
 from collections.abc import Iterator

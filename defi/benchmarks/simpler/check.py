@@ -1,5 +1,7 @@
-"""Whether SIMPLER can run here: the package, a Vulkan driver that draws, the assets. A driver that crashes takes
-only a process of its own along."""
+"""Whether SIMPLER can run here: the package, a Vulkan driver that draws, the assets.
+
+A driver that crashes takes only a process of its own along.
+"""
 
 import signal
 import subprocess
@@ -26,8 +28,8 @@ assert camera.get_picture("Color")[4, 4].sum() > 1, "the picture is black"
 print(sapien.render.get_device_summary())
 """
 MEND = (
-    "on a machine with a GPU install its vendor's driver with Vulkan (in a container: the graphics capability); "
-    'on another run eval "$(scripts/vulkan_cpu.sh)" first'
+    "on a machine with a GPU install its vendor's driver with Vulkan (in a container: the graphics "
+    'capability); on another run eval "$(scripts/vulkan_cpu.sh)" first'
 )
 
 

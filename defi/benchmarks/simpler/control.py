@@ -1,6 +1,6 @@
 """From an action to targets of the joints' drives: the official controllers.
 
-An action is [7]: a move of the tip (m), a turn (rotation vector, rad), both along the axes of the robot's base, and
+An action is [7]: a move of the tip (m), a turn (rotation vector, rad), both along the base's axes, and
 the gripper. WidowX: gripper 1 is open, −1 closed; Google robot: positive closes, a change of the target.
 """
 
@@ -17,6 +17,8 @@ IK_TOLERANCE, IK_ITERATIONS, IK_STEP, IK_DAMPING = 1e-4, 100, 0.1, 1e-6
 
 class Control(Protocol):
     """Of one robot; reset when it stands at its start. A joint's values are in the official order."""
+
+    kinematics: "Kinematics"
 
     def reset(self) -> None: ...
 
@@ -44,7 +46,7 @@ class Kinematics:
         return pose_of(self.model.get_link_pose(self.tip))
 
     def solve(self, pose: Pose) -> tuple[np.ndarray, bool]:
-        """All joints, from the measured ones on, and whether they reach the pose; the limits are not asked."""
+        """Joints, searched from the measured ones, and whether they reach the pose. Limits are ignored."""
         joints, reached, _ = self.model.compute_inverse_kinematics(
             self.tip,
             sapien_pose(pose),
@@ -59,7 +61,7 @@ class Kinematics:
 
 
 class WidowXControl:
-    """The target pose is what actions add to; it turns about where the tip is, not about where it should be."""
+    """Actions add to the target pose; it turns about where the tip is, not about where it should be."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene, self.kinematics = scene, Kinematics(scene)
@@ -85,7 +87,7 @@ class WidowXControl:
 
 
 class GoogleControl:
-    """Targets start at the measured pose. Joints follow the fastest plan whose jerk is bounded, made in each step.
+    """Targets start at the measured pose. Joints follow the fastest plan of bounded jerk, made in each step.
 
     The plans of arm and head begin where the last ones ended; the fingers' begin where the fingers are.
     """
@@ -126,7 +128,7 @@ class GoogleControl:
         start = places[self.fingers]
         speed = np.clip(speeds[self.fingers], -self.FINGERS[0], self.FINGERS[0])
         if self.finger_plan is not None:
-            # On SAPIEN 2 a finger that something stops still reports speed, so that its next plan goes on pressing.
+            # On SAPIEN 2 a stopped finger still reports speed, so that its next plan goes on pressing.
             ends, goes = self.finger_plan[0][-1], self.finger_plan[1][-1]
             stopped = (abs(ends - start) > LAG) & (start > LAG) & (start < TIPS_MEET - LAG)
             speed = np.where(stopped, goes, speed)
@@ -135,7 +137,7 @@ class GoogleControl:
 
     def _plan(
         self, start: np.ndarray, speed: np.ndarray, goal: np.ndarray, limits: tuple[float, float, float]
-    ):
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Places and speeds [substeps + 1, joints] of the plan, sampled before and after each sub-step."""
         from ruckig import InputParameter, Ruckig, Trajectory
 

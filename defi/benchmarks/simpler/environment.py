@@ -1,5 +1,6 @@
 """SIMPLER's world for a policy: reset to an episode, look when a picture is needed, act."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,23 @@ AWAY = (-10.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # where the robot waits while obje
 SINK = (-0.16, 0.13, 0.88, 1.0, 0.0, 0.0, 0.0)
 
 
-class Simpler:
-    """One world at a time. An episode with the same actions ends the same, to the last bit, whatever ran before.
+@dataclass
+class Observation:
+    """images: by camera, uint8 [H, W, 3]; none where they were not asked for. joints, speeds: [J], rad or m and
+    per second, in the official order. base: of the robot in the world; tip: of the gripper in the base's frame."""
 
-    root: the user's clone of SimplerEnv. drawn: whether pictures can be asked for, which needs a Vulkan driver.
+    images: dict[str, np.ndarray]
+    joints: np.ndarray
+    speeds: np.ndarray
+    base: Pose
+    tip: Pose
+    instruction: str
+
+
+class Simpler:
+    """One world at a time. The same episode and actions end the same, to the last bit, whatever ran before.
+
+    root: the user's clone of SimplerEnv. drawn: pictures can be asked for, which needs a Vulkan driver.
     After `reset`, `info` says what the judge said of the last step, and `steps` how many there were.
     """
 
@@ -31,8 +45,8 @@ class Simpler:
         Raises:
             UserError: SAPIEN or an asset is missing.
         """
-        # A world of its own for each episode: in a used one contacts come out otherwise in the last digits, and an
-        # episode would depend on those before it. Meshes and textures stay loaded.
+        # A world of its own for each episode: in a used one contacts come out otherwise in the last digits,
+        # and an episode would depend on those before it. Meshes and textures stay loaded.
         self.scene = Scene(self.root, episode, drawn=self.drawn)
         self.control = control_of(self.scene)
         self.eye = Eye(self.scene) if self.drawn else None
@@ -75,7 +89,7 @@ class Simpler:
         )
 
     def step(self, action: np.ndarray) -> Info:
-        """Act for one step of control: [7], as `control.py` says. What the judge says of it; `success` is in it."""
+        """Act for one step of control: [7], see `control.py`. What the judge says; `success` is in it."""
         self.control.act(np.asarray(action, float))
         for index in range(1, self.scene.robot.substeps + 1):
             self.control.substep(index)
@@ -84,10 +98,16 @@ class Simpler:
         self.info = self.judge(self.state())
         return self.info
 
-    def picture(self) -> np.ndarray:
-        """What the robot's camera sees now: uint8 [H, W, 3]. It is drawn at each call."""
-        assert self.eye is not None, "made with drawn=False"
-        return self.eye.picture(self.episode)
+    def observe(self, pictures: bool = True) -> Observation:
+        """What is seen and felt now. A picture is drawn when it is asked for, and takes longer than a step."""
+        scene, images = self.scene, {}
+        if pictures:
+            assert self.eye is not None, "made with drawn=False"
+            images[self.eye.name] = self.eye.picture(self.episode)
+        base = pose_of(scene.arm.root_pose)
+        return Observation(
+            images, scene.joint_places(), scene.joint_speeds(), base, self.tip, self.episode.instruction
+        )
 
     def state(self) -> State:
         """What the judge looks at."""

@@ -18,7 +18,8 @@ class Task:
 
     kind: put (the source on the target), pick, near, open or close; chooses judge and reset.
     robot: widowx, widowx_sink or google. steps: after so many an episode ends.
-    models: the list of the objects' densities and boxes, in `data/custom`. stage: the mesh that carries the table.
+    models: the list of the objects' densities and boxes, in `data/custom`.
+    stage: the mesh with the table; "" for the cabinet.
     contact_offset: m, of the physics. above: m that the source may float over the target.
     alone: the source must touch nothing but target and robot.
     """
@@ -53,7 +54,7 @@ class Placed:
 class Episode:
     """One start.
 
-    base: the robot's x, y and yaw. photo: pasted behind robot and objects; its name in `data/real_inpainting`.
+    base: the robot's x, y and yaw. photo: its name in `data/real_inpainting`; "" for none.
     source, target: places in `objects`. colours: the version of the robot's URDF, "" for the plain one.
     setting: scores are averaged within it first, then over the settings.
     """

@@ -1,10 +1,10 @@
 """The Google robot's gripper on SAPIEN 3, whose solver (PhysX 5) does not hold things as SAPIEN 2's did.
 
 Measured against recorded grasps of the official environment, three things differ:
-- Torsional friction of a contact patch has no effect (radius 0, 0.1 and 2 m give the same numbers): a can that is
-  held at one point on either side turns about the line between the points and slips out. `Twist` is that friction.
-- A finger that presses on something presses with a fifth of its drive's torque on SAPIEN 2 (the recorded impulses
-  say so), and with all of it on SAPIEN 3: the drives are weakened; free fingers, which are light, follow as before.
+- Torsional friction of a contact patch has no effect (radius 0, 0.1 and 2 m give the same numbers): a can
+  that is held at one point on either side turns about the line between them and slips out. `Twist` is it.
+- A finger presses with a fifth of its drive's torque on SAPIEN 2 (the recorded impulses say so), and with all
+  of it on SAPIEN 3, which moves the arm. The drives are weakened; free fingers are light and follow still.
 - Fingers that press on each other throw the whole arm: they don't touch, and stop where the tips would meet.
 """
 
@@ -39,8 +39,8 @@ def prepare(scene: "Scene") -> None:
 class Twist:
     """Friction against turning about the line between the places where two sides hold an object.
 
-    The torque is summed up from sub-step to sub-step until the object stands still relative to the hand, and is
-    as large as the friction of a patch can be at most.
+    The torque is summed up from sub-step to sub-step until the object stands still relative to the hand,
+    and is at most what the friction of a patch can be.
     """
 
     def __init__(self, scene: "Scene") -> None:
@@ -65,7 +65,7 @@ class Twist:
             frame = matrix(multiplied(body.entity.pose.q, body.cmass_local_pose.q))
             inertia = np.square(axis @ frame) @ body.inertia
             most = FRICTION * PATCH * (push + pull)
-            # Half, as the last sub-step's spin is seen only after the next has begun to answer the one before.
+            # Half: it answers late, and must not swing.
             impulse = float(np.clip(self.impulses[name] - 0.5 * inertia * spin, -most, most))
             self.impulses[name] = impulse
             body.add_force_torque([0, 0, 0], axis * impulse * self.scene.rate)

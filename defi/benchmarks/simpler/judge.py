@@ -1,8 +1,8 @@
 """What the official evaluation says after each step: success, and what it counts on the way. Pure numpy.
 
 A judge is made when an episode's objects have settled and asked exactly once per step: it has a memory. Which
-place of an object counts, its origin or its centre of mass, differs from rule to rule, and a box turned by its
-object's pose may have negative sides: both are as in the official evaluation.
+place of an object counts, its origin or its centre of mass, differs from rule to rule, and a box turned by
+its object's pose may have negative sides: both are as in the official evaluation.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +21,7 @@ Info = dict[str, Any]
 
 
 class Contact(NamedTuple):
-    """Two bodies' names, and the impulse on the first, summed over the points of the last sub-step [3], N s."""
+    """Two bodies' names, and the impulse on the first in the last sub-step [3], N s, of all points."""
 
     first: str
     second: str
@@ -80,7 +80,7 @@ def _touches_other(state: State, name: str, allowed: Collection[str]) -> bool:
 
 
 def _push(state: State, finger: str, name: str, opening: Sequence[float]) -> tuple[float, float]:
-    """Norm of the impulse on a finger from an object, and its angle in degrees to where the finger opens to."""
+    """Norm of an object's impulse on a finger, and its angle in degrees to where the finger opens to."""
     push = sum((each for other, each in _touched(state, name) if other == finger), np.zeros(3))
     norm = float(np.linalg.norm(push))
     if norm == 0:
@@ -101,7 +101,7 @@ def _held(
 
 
 def _moved(distances: Mapping[str, float], source: str) -> tuple[bool, bool]:
-    """Whether the source moved, further than all others; whether another did, and one further than the source."""
+    """Whether the source moved, and furthest; whether another moved, and one further than the source."""
     others = [distance for name, distance in distances.items() if name != source]
     correct = distances[source] > MOVED and all(distance < distances[source] for distance in others)
     wrong = any(distance > MOVED for distance in others)

@@ -1,6 +1,6 @@
-"""Convex parts of a collision mesh, as SAPIEN 2 found them: the connected pieces of each named object of the file.
+"""Convex parts of a collision mesh, as SAPIEN 2 found them: the connected pieces of each object in the file.
 
-SAPIEN 3 takes each named object whole, which makes one lump of a spoon of four pieces, of nearly twice the mass.
+SAPIEN 3 takes each named object whole: of a spoon of four pieces that makes one lump, nearly twice as heavy.
 """
 
 from pathlib import Path

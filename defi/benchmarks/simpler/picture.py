@@ -13,7 +13,7 @@ from defi.benchmarks.simpler.scene import DATA, Scene, asset, sapien, sapien_pos
 from defi.errors import reading
 
 # Direction and strength; white.
-LIGHTS = {
+LIGHTS: dict[str, tuple[float, list[tuple[tuple[float, float, float], float]]]] = {
     "table": (0.3, [((0, 0, -1), 2.2), ((-1, -0.5, -1), 0.7), ((1, 1, -1), 0.7)]),
     "sink": (0.3, [((0, 0, -1), 0.3)]),
     "cabinet": (1.0, [((-np.cos(np.radians(75)), 0, -np.sin(np.radians(75))), 1.0)]),
@@ -57,7 +57,7 @@ class Eye:
             self.scene.world.add_directional_light(direction, [strength] * 3, shadow=False)
 
     def _polish(self) -> None:
-        """The official environment's materials: a shining robot, and matt objects in the second "move near"."""
+        """As officially: a shining robot, and matt objects in the second "move near"."""
         if self.scene.cabinet is None:
             for link in self.scene.arm.links:
                 for material in _materials(link.entity):
@@ -99,7 +99,7 @@ def _materials(entity: Any) -> list[Any]:
 
 
 def resized(photo: np.ndarray, width: int, height: int) -> np.ndarray:
-    """A photo uint8 [h, w, 3] at another size, bilinear between pixels' centres as OpenCV does it, rounded down."""
+    """A photo uint8 [h, w, 3] at another size, bilinear as OpenCV does it, rounded down."""
     (above, below, down), (left, right, across) = (
         _between(photo.shape[0], height),
         _between(photo.shape[1], width),

@@ -49,7 +49,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Robot:
-    """drives: in the official order. height: of its base. rate: of control, Hz; substeps: of physics in one step."""
+    """drives: in the official order. height: of its base. rate: of control, Hz; substeps: of physics."""
 
     urdf: str
     drives: tuple[Drive, ...]

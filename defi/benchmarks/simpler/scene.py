@@ -5,6 +5,7 @@ PhysX 4) needs another setting for the same motion, a comment says so.
 """
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,13 @@ def sapien() -> Any:
         UserError: the package is not there.
     """
     try:
-        import sapien
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing Vulkan: `check.py` tells it where it matters
+            import sapien
     except ImportError as error:
         fix = 'pip install "defi-robot[simpler]", Linux, Python 3.10 to 3.12'
         raise UserError(f"SIMPLER needs SAPIEN 3, which is missing ({error}): {fix}") from None
+    sapien.set_log_level("error")  # it warns of each STL file
     return sapien
 
 
@@ -65,7 +69,7 @@ def sapien_pose(pose: Any) -> Any:
 
 
 class Scene:
-    """Robot, objects and what they stand on. It is built for one episode's models and colours; `reset` places them.
+    """Robot, objects and what they stand on, built for one episode; `environment.py` places them.
 
     drawn: with pictures; without, no Vulkan driver is needed.
     """
@@ -204,7 +208,7 @@ class Scene:
         material = sapien().physx.PhysxMaterial(0.5, 0.5, 0.0)
         whole = hull.load_multiple(str(file), [1, 1, 1], material)
         pieces = convex_parts(file)
-        # An orange rests on one facet or rolls on to another: where the loader's hulls will do, they are taken as they are.
+        # An orange rests on a facet or rolls on, by its last digits: the loader's hulls, where they will do.
         return whole if len(whole) == len(pieces) else [hull(each, [1, 1, 1], material) for each in pieces]
 
     def model(self, name: str) -> dict[str, Any]:
@@ -278,10 +282,11 @@ class Scene:
 
     def contacts(self) -> list[Contact]:
         """Of the last sub-step."""
-        return [
-            Contact(
-                *(body.entity.name for body in contact.bodies), np.sum([p.impulse for p in contact.points], 0)
+        found = []
+        for contact in self.physics.get_contacts():
+            first, second = (body.entity.name for body in contact.bodies)
+            impulse = (
+                np.sum([point.impulse for point in contact.points], 0) if contact.points else np.zeros(3)
             )
-            for contact in self.physics.get_contacts()
-            if contact.points
-        ]
+            found.append(Contact(first, second, impulse))
+        return found
