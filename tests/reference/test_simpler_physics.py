@@ -110,7 +110,7 @@ def test_scripted_episodes_end_as_recorded(reference: Path, world: Simpler) -> N
 
 
 def test_an_episode_does_not_depend_on_those_before(reference: Path, world: Simpler) -> None:
-    recording = next(each for each in recordings(reference) if each.actor_names)
+    recording = recordings(reference)[-1]
     ends = []
     for _ in range(2):
         world.reset(recording.episode)

@@ -18,8 +18,11 @@ SINK = (-0.16, 0.13, 0.88, 1.0, 0.0, 0.0, 0.0)
 
 @dataclass
 class Observation:
-    """images: by camera, uint8 [H, W, 3]; none where they were not asked for. joints, speeds: [J], rad or m and
-    per second, in the official order. base: of the robot in the world; tip: of the gripper in the base's frame."""
+    """What a policy may know of a moment.
+
+    images: by camera, uint8 [H, W, 3]; none where they were not asked for. joints, speeds: [J], rad or m, and
+    per second, in the official order. base: the robot's in the world; tip: the gripper's in the base's frame.
+    """
 
     images: dict[str, np.ndarray]
     joints: np.ndarray
@@ -99,7 +102,7 @@ class Simpler:
         return self.info
 
     def observe(self, pictures: bool = True) -> Observation:
-        """What is seen and felt now. A picture is drawn when it is asked for, and takes longer than a step."""
+        """What is seen and felt now. A picture is drawn when asked for; that takes longer than a step."""
         scene, images = self.scene, {}
         if pictures:
             assert self.eye is not None, "made with drawn=False"
