@@ -7,6 +7,7 @@ PhysX 4) needs another setting for the same motion, a comment says so.
 import json
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ DRAWERS = ("top", "middle", "bottom")
 FREE, UPRIGHT_ONLY, LOCKED = [False] * 6, [False] * 3 + [True, True, False], [True] * 6
 
 
+@cache
 def sapien() -> Any:
     """The simulator.
 
