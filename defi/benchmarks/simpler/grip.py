@@ -2,7 +2,7 @@
 
 Measured against recorded grasps of the official environment, three things differ:
 - Torsional friction of a contact patch has no effect (radius 0, 0.1 and 2 m give the same numbers): a can
-  that is held at one point on either side turns about the line between them and slips out. `Twist` is it.
+  that is held at one point on either side turns about the line between them and slips out. `Twist` does it.
 - A finger presses with a fifth of its drive's torque on SAPIEN 2 (the recorded impulses say so), and with all
   of it on SAPIEN 3, which moves the arm. The drives are weakened; free fingers are light and follow still.
 - Fingers that press on each other throw the whole arm: they don't touch, and stop where the tips would meet.

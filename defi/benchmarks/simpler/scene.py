@@ -26,7 +26,6 @@ TABLE = 0.87  # m, its top
 DROP = 0.5  # m above it objects are let go
 CABINET = (-0.295, 0.0, 0.017)
 OFFSETS = {"google": (-1.6616, -3.0337, 0.0), "widowx": (-2.0634, -2.8313, 0.0)}
-DRAWERS = ("top", "middle", "bottom")
 FREE, UPRIGHT_ONLY, LOCKED = [False] * 6, [False] * 3 + [True, True, False], [True] * 6
 
 
@@ -73,7 +72,8 @@ def sapien_pose(pose: Any) -> Any:
 class Scene:
     """Robot, objects and what they stand on, built for one episode; `environment.py` places them.
 
-    drawn: with pictures; without, no Vulkan driver is needed.
+    drawn: with pictures; without, no Vulkan driver is needed. gripping: the Google robot's fingers press on
+    something; set by its controller.
     """
 
     def __init__(self, root: Path, episode: Episode, *, drawn: bool = True) -> None:
@@ -187,8 +187,9 @@ class Scene:
     def _load_object(self, placed: Placed) -> Any:
         folder = f"{DATA}/custom/models/{placed.model}"
         body = sapien().physx.PhysxRigidDynamicComponent()
+        density = placed.density or self.model(placed.model)["density"]
         for shape in self._convex(asset(self.root, f"{folder}/collision.obj")):
-            shape.density = placed.density or self.model(placed.model)["density"]
+            shape.density = density
             body.attach(shape)
         entity = sapien().Entity()
         entity.name = placed.model
@@ -234,10 +235,7 @@ class Scene:
         self.joints[joint].set_drive_velocity_target(speed)
 
     def substep(self) -> None:
-        """One step of physics with the arm's weight and its links' own pull taken off.
-
-        gripping: the Google robot's fingers press on something.
-        """
+        """One step of physics with the arm's weight and its links' own pull taken off."""
         self.arm.set_qf(self.arm.compute_passive_force(gravity=True, coriolis_and_centrifugal=True))
         self.world.step()
         if self.gripping:
