@@ -12,6 +12,7 @@ from defi.benchmarks.simpler import check
 from defi.benchmarks.simpler.episodes import TASKS, episodes, spoken
 from defi.benchmarks.simpler.mesh import convex_parts
 from defi.benchmarks.simpler.poses import composed, inverse, matrix, multiplied, turn_of
+from defi.benchmarks.simpler.variants import variants
 from defi.errors import UserError
 
 
@@ -95,3 +96,17 @@ def test_neither_torch_nor_sapien_is_needed_to_judge() -> None:
     modules = "defi.benchmarks.simpler.judge, defi.benchmarks.simpler.environment, sys"
     code = f"import {modules}; assert not {{'torch', 'sapien'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_variant_aggregation() -> None:
+    counts = {name: len(variants(name)) for name in TASKS if name.startswith("google") and "_v1" not in name}
+    assert counts.pop("google_robot_pick_coke_can") == 9 * 75
+    assert counts.pop("google_robot_move_near_v0") == 8 * 60
+    assert sum(counts.values()) == 7 * 54
+    assert all(not each.photo for each in variants("google_robot_open_top_drawer"))
+    beside = [each for each in variants("google_robot_pick_coke_can") if len(each.objects) > 1]
+    assert len(beside) == 2 * 75
+    for episode in beside:
+        can, *others = (np.array(each.xy) for each in episode.objects)
+        assert min(np.linalg.norm(other - can) for other in others) > 0.25
+    assert beside == [each for each in variants("google_robot_pick_coke_can") if len(each.objects) > 1]

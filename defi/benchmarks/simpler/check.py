@@ -34,7 +34,7 @@ MEND = (
 
 
 def drawing() -> str:
-    """What draws here, in SAPIEN's words. Seconds: it draws a small picture in a process of its own.
+    """The device that draws here. Takes seconds: it draws a small picture in a process of its own.
 
     Raises:
         UserError: SAPIEN is missing, or cannot draw.
@@ -45,7 +45,7 @@ def drawing() -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"SAPIEN drew nothing within {PATIENCE} s; {MEND}") from None
     if run.returncode == 0:
-        return run.stdout.strip()
+        return run.stdout.strip().splitlines()[0].removeprefix("GPU: ")
     said = (run.stderr.strip() or "nothing").splitlines()[-1]
     if "ModuleNotFoundError" in said or "ImportError" in said:
         raise UserError(f'SAPIEN 3 is missing ({said}): pip install "defi-robot[simpler]"')

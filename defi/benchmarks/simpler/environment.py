@@ -13,6 +13,7 @@ from defi.benchmarks.simpler.poses import Pose
 from defi.benchmarks.simpler.scene import DROP, FREE, LOCKED, TABLE, UPRIGHT_ONLY, Scene, pose_of, sapien_pose
 
 AWAY = (-10.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # where the robot waits while objects are dropped
+SINK_ONLY = [True, True, False, True, True, False]  # distractors beside a can
 SINK = (-0.16, 0.13, 0.88, 1.0, 0.0, 0.0, 0.0)
 
 
@@ -52,7 +53,7 @@ class Simpler:
         # and an episode would depend on those before it. Meshes and textures stay loaded.
         self.scene = Scene(self.root, episode, drawn=self.drawn)
         self.control = control_of(self.scene)
-        self.eye = Eye(self.scene) if self.drawn else None
+        self.eye = Eye(self.scene, episode) if self.drawn else None
         self.episode, self.steps, self.info = episode, 0, {}
         scene = self.scene
         scene.arm.set_root_pose(sapien_pose(AWAY))
@@ -68,7 +69,9 @@ class Simpler:
         if scene.sink is not None:
             scene.place(scene.sink, SINK, LOCKED)
         for body, placed in zip(bodies, objects):
-            scene.place(body, (*placed.xy, TABLE + DROP, *placed.turn), UPRIGHT_ONLY)
+            beside = self.episode.task.kind == "pick" and placed is not objects[0]
+            locked = SINK_ONLY if beside else UPRIGHT_ONLY
+            scene.place(body, (*placed.xy, TABLE + DROP, *placed.turn), locked)
         scene.rest(0.5)
         for body in bodies:
             scene.place(body, pose_of(body.entity.pose), FREE)
@@ -106,7 +109,7 @@ class Simpler:
         scene, images = self.scene, {}
         if pictures:
             assert self.eye is not None, "made with drawn=False"
-            images[self.eye.name] = self.eye.picture(self.episode)
+            images[self.eye.name] = self.eye.picture()
         base = pose_of(scene.arm.root_pose)
         return Observation(
             images, scene.joint_places(), scene.joint_speeds(), base, self.tip, self.episode.instruction

@@ -51,6 +51,16 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What variant aggregation changes. stage, light: "" for the task's own. station: the cabinet's
+    description, in `data/custom`."""
+
+    stage: str = ""
+    light: str = ""
+    station: str = "mk_station_recolor"
+
+
+@dataclass(frozen=True)
 class Episode:
     """One start.
 
@@ -69,6 +79,7 @@ class Episode:
     target: int = 0
     colours: str = ""
     setting: str = ""
+    look: Look = Look()
 
     @property
     def name(self) -> str:

@@ -26,6 +26,10 @@ TABLE = 0.87  # m, its top
 DROP = 0.5  # m above it objects are let go
 CABINET = (-0.295, 0.0, 0.017)
 OFFSETS = {"google": (-1.6616, -3.0337, 0.0), "widowx": (-2.0634, -2.8313, 0.0)}
+ROOMS = {  # where these stages are put, before their offset
+    "modern_bedroom_no_roof": (0.178, -2.235, 1.669, 0.007, 0, 0, -1),
+    "modern_office_no_roof": (-0.192, -1.728, 1.48, 0.709, 0, 0, -0.705),
+}
 FREE, UPRIGHT_ONLY, LOCKED = [False] * 6, [False] * 3 + [True, True, False], [True] * 6
 
 
@@ -101,9 +105,9 @@ class Scene:
         self.world.set_timestep(1 / self.rate)
         self.twist, self.gripping = grip.Twist(self), False
         self.arm = self._load_robot(episode.colours)
-        self.cabinet = None if task.stage else self._load_cabinet()
-        if task.stage:
-            self._load_stage()
+        self.cabinet = None if task.stage else self._load_cabinet(episode.look.station)
+        if stage := episode.look.stage or task.stage:
+            self._load_stage(stage)
         elif drawn:
             self._load_floor()
         self.objects = {placed.model: self._load_object(placed) for placed in episode.objects}
@@ -158,8 +162,8 @@ class Scene:
                 groups[2] |= 1 << bit
                 shape.set_collision_groups(groups)
 
-    def _load_cabinet(self) -> Any:
-        cabinet = self._articulation(asset(self.root, f"{DATA}/custom/mk_station_recolor.urdf"))
+    def _load_cabinet(self, station: str) -> Any:
+        cabinet = self._articulation(asset(self.root, f"{DATA}/custom/{station}.urdf"))
         cabinet.name = "cabinet"
         cabinet.set_root_pose(sapien_pose((*CABINET, 1, 0, 0, 0)))
         for joint in cabinet.active_joints:
@@ -173,16 +177,20 @@ class Scene:
         builder.add_box_visual(half_size=[10, 10, 0.017], material=sapien().render.RenderMaterial())
         builder.build_kinematic("arena")
 
-    def _load_stage(self) -> None:
-        file = asset(self.root, f"{DATA}/hab2_bench_assets/stages/{self.task.stage}.glb")
+    def _load_stage(self, stage: str) -> None:
+        """What the table belongs to; around a cabinet only to look at."""
+        file = asset(self.root, f"{DATA}/hab2_bench_assets/stages/{stage}.glb")
         pose = sapien_pose((0, 0, 0, 0.707, 0.707, 0, 0))
+        if stage in ROOMS:
+            pose = sapien_pose(ROOMS[stage]) * pose
         builder = self.world.create_actor_builder()
-        builder.add_nonconvex_collision_from_file(str(file), pose)
+        if self.task.stage:
+            builder.add_nonconvex_collision_from_file(str(file), pose)
         if self.drawn:
             builder.add_visual_from_file(str(file), pose)
-        stage = builder.build_static("arena")
+        arena = builder.build_static("arena")
         offset = OFFSETS[self.task.robot.split("_")[0]]
-        stage.set_pose(sapien_pose((*(-np.array(offset)), 1, 0, 0, 0)))
+        arena.set_pose(sapien_pose((*(-np.array(offset)), 1, 0, 0, 0)))
 
     def _load_object(self, placed: Placed) -> Any:
         folder = f"{DATA}/custom/models/{placed.model}"
