@@ -6,10 +6,13 @@ A driver that crashes takes only a process of its own along.
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
-from defi.benchmarks.simpler.episodes import RULES, Task
+from defi.benchmarks.simpler.episodes import RULES, Episode, Task
 from defi.benchmarks.simpler.robots import ROBOTS
+from defi.benchmarks.simpler.scene import DATA
 from defi.errors import UserError
 
 PATIENCE = 120  # seconds: a broken driver may never come back
@@ -31,6 +34,15 @@ MEND = (
     "on a machine with a GPU install its vendor's driver with Vulkan (in a container: the graphics "
     'capability); on another run eval "$(scripts/vulkan_cpu.sh)" first'
 )
+
+CLONE = "git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv, and give its folder"
+
+
+def check_packages() -> None:
+    """Raises UserError where one is missing."""
+    if missing := [name for name in ("sapien", "ruckig") if find_spec(name) is None]:
+        fix = 'pip install "defi-robot[simpler]" (Linux, Python 3.10 to 3.12)'
+        raise UserError(f"SIMPLER needs {' and '.join(missing)}, not installed here; {fix}")
 
 
 def drawing() -> str:
@@ -62,8 +74,7 @@ def missing_assets(root: Path, task: Task) -> list[str]:
     """
     real2sim = "ManiSkill2_real2sim"
     if not (root / real2sim / "data").is_dir():
-        fix = "git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv, and give its folder"
-        raise UserError(f"simpler_root={root}: holds no {real2sim}/data; {fix}")
+        raise UserError(f"simpler_root={root}: holds no {real2sim}/data; {CLONE}")
     data, needed = f"{real2sim}/data", {ROBOTS[task.robot].description("")}
     for episode in RULES[task](task):
         needed |= {
@@ -78,3 +89,17 @@ def missing_assets(root: Path, task: Task) -> list[str]:
     if task.robot == "widowx_sink":
         needed.add(f"{data}/custom/models/sink/collision.obj")
     return sorted(name for name in needed if not (root / name).is_file())
+
+
+def check_assets(root: Path, tasks: Iterable[Task], starts: Iterable[Episode] = ()) -> None:
+    """Raises UserError where a file is missing that these tasks, or starts of variant aggregation, need."""
+    custom, stages = f"{DATA}/custom", f"{DATA}/hab2_bench_assets/stages"
+    missing = {name for task in tasks for name in missing_assets(root, task)}
+    needed = {f"{stages}/{each.look.stage}.glb" for each in starts if each.look.stage}
+    needed |= {f"{custom}/{each.look.station}.urdf" for each in starts if not each.task.stage}
+    needed |= {f"{custom}/models/{placed.model}/collision.obj" for each in starts for placed in each.objects}
+    missing |= {name for name in needed if not (root / name).is_file()}
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        fix = f"git -C {root} submodule update --init --recursive"
+        raise UserError(f"simpler_root={root}: no {min(missing)}{others}; {fix}")
