@@ -35,9 +35,9 @@ from defi.benchmarks.statistics import Summary, nested_weights, weighted_rate
 from defi.errors import UserError, choose
 from defi.robot.spec import Gripper, Robot, Vector
 
-# Stopping at the first success counts the same episodes as "ever": what comes later is not looked at.
-EVER, LAST = "ever, first stop", "last step"
-NOT_STATED = "not stated"
+# "ever" and stopping at the first success count the same episodes: what comes later is not looked at.
+EVER, LAST = "any step", "last step"
+NOT_STATED, VISUAL_MATCHING = "not stated", "visual matching"
 COLUMNS = {
     "widowx_spoon_on_towel": "spoon",
     "widowx_carrot_on_plate": "carrot",
@@ -55,8 +55,8 @@ RASTER = (
 )
 NOTE = (
     "Averages are means of the tasks' means, of drawers the mean of open and close, within a task the mean "
-    "of its settings. last step: success at the last step, as officially. ever, first stop: at any step, which "
-    "is what stopping at the first success counts. Intervals are 95 %, Wilson's, with the effective number "
+    "of its settings. Success at the last step is the official figure; at any step is what others call ever, "
+    "and what stopping at the first success counts. Intervals are 95 %, Wilson's, with the effective number "
     "of episodes. Repeats of a start differ by the policy's own noise only: for one without noise they say "
     "nothing new."
 )
@@ -163,7 +163,6 @@ def _vector(names: Sequence[str], units: Sequence[str], relative: Sequence[bool]
 class SimplerBenchmark(Benchmark):
     """What both robots share."""
 
-    agents = {"random": "random actions (±2 cm, ±0.05 rad per step)"}
     name: ClassVar[str]
     official: ClassVar[Sequence[str]]  # tasks
     published: ClassVar[Mapping[str, tuple[Mapping[str, float], str, str]]]  # %, by column; score; source
@@ -171,11 +170,12 @@ class SimplerBenchmark(Benchmark):
     simpler_root: str | None = None
     tasks: list[str] = field(default_factory=list)
     repeats: int = 1
+    starts: int | None = None
     max_steps: int | None = None
     camera: str = "image"
 
     def __post_init__(self) -> None:
-        for key in ("repeats", "max_steps"):
+        for key in ("repeats", "starts", "max_steps"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)}: must be 1 or more")
         known = [name for name, task in TASKS.items() if task.robot.startswith(self.name.lower())]
@@ -184,12 +184,19 @@ class SimplerBenchmark(Benchmark):
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"tasks={self.tasks}: name one or more, none of them twice")
 
-    def starts(self, task: str) -> list[Start]:
+    def table(self, task: str) -> list[Start]:
+        """All starts of a task."""
         return episodes(task)
 
+    def chosen(self) -> list[Start]:
+        """All of the tasks, or of each so many, evenly spread."""
+        tables = [self.table(task) for task in self.tasks]
+        counts = [min(self.starts or len(table), len(table)) for table in tables]
+        return [table[i * len(table) // n] for table, n in zip(tables, counts) for i in range(n)]
+
     def episodes(self, seed: int) -> list[Trial]:
-        """All starts of the tasks, then all again: the same for every seed."""
-        starts = [start for task in self.tasks for start in self.starts(task)]
+        """All starts, then all again: the same for every seed."""
+        starts = self.chosen()
         tried = [(start, repeat) for repeat in range(self.repeats) for start in starts]
         return [Trial(index, *each) for index, each in enumerate(tried)]
 
@@ -201,8 +208,7 @@ class SimplerBenchmark(Benchmark):
         if self.simpler_root is None:
             raise UserError(f"simpler_root=: not given; {check.CLONE}")
         check.check_packages()
-        starts = [start for task in self.tasks for start in self.starts(task)]
-        check.check_assets(Path(self.simpler_root), [TASKS[task] for task in self.tasks], starts)
+        check.check_assets(Path(self.simpler_root), [TASKS[task] for task in self.tasks], self.chosen())
         caveat = RASTER if DRAWERS in map(_column, self.tasks) else None
         return Simulation(self.environment, f"SAPIEN 3, {check.drawing()}, raster", "raster", caveat)
 
@@ -242,25 +248,26 @@ class SimplerBenchmark(Benchmark):
     def protocol(self, episodes: Sequence[Any], seed: int) -> dict[str, Any]:
         return {
             "benchmark": name_of(type(self)),
-            "episode_set": "visual matching",
+            "episode_set": VISUAL_MATCHING,
             "tasks": list(self.tasks),
             "repeats": self.repeats,
+            "starts": self.starts,
             "max_steps": self.max_steps,
             "pictures": "raster",
             "episodes": len(episodes),
         }
 
     def about(self, protocol: Mapping[str, Any], seed: int) -> About:
-        tasks, limit = protocol["tasks"], protocol["max_steps"]
+        tasks, limit, few = protocol["tasks"], protocol["max_steps"], protocol["starts"]
         columns = dict.fromkeys(map(_column, tasks))
-        whole = set(tasks) >= {task for task in self.official if _column(task) in columns}
-        plain = protocol["episode_set"] == "visual matching"
-        beside = {
-            method: (np.mean([figures[column] for column in columns]) / 100, score, source)
+        official = set(tasks) >= {task for task in self.official if _column(task) in columns}
+        official &= protocol["episode_set"] == VISUAL_MATCHING and not (limit or few)
+        beside = [
+            Published(method, float(np.mean([figures[column] for column in columns])) / 100, score, source)
             for method, (figures, score, source) in self.published.items()
-            if whole and plain and limit is None and columns.keys() <= figures.keys()
-        }
-        tried = f"{len(tasks)} tasks, each start {protocol['repeats']} ×"
+            if official and columns.keys() <= figures.keys()
+        ]
+        tried = f"{len(tasks)} tasks, {few or 'all'} starts of each {protocol['repeats']} ×"
         cut = f", cut at {limit} steps" if limit else ""
         return About(
             name_of(type(self)),
@@ -272,10 +279,7 @@ class SimplerBenchmark(Benchmark):
             note=NOTE,
             tasks_note=f"Solved of tried at the last step. Published, %: {self._figures()}.",
             incomparable="" if beside else f"No published average is of these tasks and episodes{cut}.",
-            published=[
-                Published(method, float(figure), score, source)
-                for method, (figure, score, source) in beside.items()
-            ],
+            published=beside,
             published_note="Means of the tasks' published figures, by other simulators' physics and pictures "
             "(SAPIEN 2).",
             agents=dict(self.agents),
@@ -350,7 +354,7 @@ class Google(SimplerBenchmark):
         state = _vector(names, ["m"] * 3 + [""] * 5, [False] * 8)
         return Robot([self.camera], _actions(True), state, fps=3, gripper=Gripper(6, opens=False))
 
-    def starts(self, task: str) -> list[Start]:
+    def table(self, task: str) -> list[Start]:
         return variants_of(task) if self.variants else episodes(task)
 
     def protocol(self, episodes: Sequence[Any], seed: int) -> dict[str, Any]:
