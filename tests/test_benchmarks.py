@@ -176,7 +176,7 @@ def test_adapters_lie_between_policy_and_environment(reach: type[Benchmark]) -> 
     [
         (
             ["benchmark=nowhere"],
-            "benchmark=nowhere: none of calvin, gym, simpler_google, simpler_widowx, table, or package.module:Class",
+            "nowhere: none of calvin, gym, simpler_google, simpler_widowx, table, or package.module:Class",
         ),
         (["benchmark=nowhere:Reach"], "benchmark=nowhere:Reach: cannot be imported .No module named"),
         (["benchmark=reach:Nothing"], "cannot be imported .module 'reach' has no attribute 'Nothing'"),

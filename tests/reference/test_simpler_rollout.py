@@ -47,9 +47,10 @@ def test_what_a_policy_is_shown(root: str) -> None:
             assert np.abs(seen["state"][3:6]).max() < 0.25 and seen["state"][6] == pytest.approx(1, abs=1e-6)
         else:
             assert np.linalg.norm(seen["state"][3:7]) == pytest.approx(1)
-            assert seen["state"][7] == pytest.approx(0, abs=1e-6)
-        environment.step(np.array([0, 0, 0.02, 0, 0, 0, 0]))
-        assert environment.observe()["state"][2] > seen["state"][2] + 0.005
+            assert seen["state"][7] == pytest.approx(0, abs=1e-3)
+        for _ in range(3):
+            environment.step(np.array([0, 0, 0.02, 0, 0, 0, 0]))
+        assert environment.observe()["state"][2] > seen["state"][2] + 0.02
 
 
 def test_a_policy_and_chance_on_two_processes(
