@@ -5,6 +5,7 @@ motion by half a millimetre; what a contact decides (where a thing is pushed, or
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,21 @@ def test_scripted_episodes_end_as_recorded(reference: Path, world: Simpler) -> N
             recording.actor_names, off(objects(world, recording), recording.actors[last]), speeds
         ):
             assert far < (0.01 if speed < 0.05 else 0.03), (where, name)  # or it is falling still
+
+
+def test_a_grasp_holds_where_a_can_touches_at_two_points(reference: Path, world: Simpler) -> None:
+    """A few millimetres beside its recorded place, where the same hand grips it elsewhere."""
+    grasps = [each for each in recordings(reference) if each.scripted and each.task.kind == "pick"]
+    if not grasps:
+        pytest.skip("no recorded grasps")
+    for recording in grasps:
+        (can,) = recording.episode.objects
+        for x, y in ((-0.006, 0.0), (0.006, 0.0), (0.003, -0.007)):
+            moved = replace(can, xy=(can.xy[0] + x, can.xy[1] + y))
+            world.reset(replace(recording.episode, objects=(moved,)))
+            for action in recording.actions:
+                world.step(action)
+            assert world.info["success"] and world.info["is_grasped"], (recording.name, x, y)
 
 
 def test_an_episode_does_not_depend_on_those_before(reference: Path, world: Simpler) -> None:

@@ -1,8 +1,8 @@
 """Variant aggregation: the Google robot's episodes before other tables, in other rooms and light. No photos.
 
-The lists are the official scripts', without the two other cameras, which are not part of the official average.
-Where distractors lie beside the can is left to chance there, and drawn here from the episode's number. Drawers
-are officially ray-traced.
+The lists are the official scripts', without the two other cameras, which are not in the official average.
+Where distractors lie beside the can is left to chance there, and drawn here from the episode's number.
+Drawers are officially ray-traced.
 """
 
 from collections.abc import Iterator
