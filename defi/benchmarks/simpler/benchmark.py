@@ -210,7 +210,10 @@ class SimplerBenchmark(Benchmark):
         check.check_packages()
         check.check_assets(Path(self.simpler_root), [TASKS[task] for task in self.tasks], self.chosen())
         caveat = RASTER if DRAWERS in map(_column, self.tasks) else None
-        return Simulation(self.environment, f"SAPIEN 3, {check.drawing()}, raster", "raster", caveat)
+        # One process per core: threads of Mesa's CPU driver would only be in each other's way.
+        variables = {"LP_NUM_THREADS": "1"}
+        renderer = f"SAPIEN 3, {check.drawing()}, raster"
+        return Simulation(self.environment, renderer, "raster", caveat, variables)
 
     # ------------------------------------------------------------ what comes of it
 
