@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from defi.benchmarks.simpler.check import check_assets, check_packages, drawing
+from defi.benchmarks.simpler.episodes import TASKS
 from defi.config import entry, flatten
 from defi.engine.checkpoint import CHANGED, COPY_AGAIN, MANIFEST, environment, find_checkpoint, read_manifest
 from defi.errors import UserError
@@ -129,6 +131,14 @@ def check_pictures(calvin_root: str, scene: str = "D") -> Iterator[Finding]:
         yield Finding(f"sim.renderer={renderer.kind}", detail, fix if renderer.backend == "cpu" else "")
 
 
+def check_simpler(simpler_root: str) -> Iterator[Finding]:
+    """A clone of SimplerEnv: the files of all visual-matching episodes; SAPIEN, and what draws."""
+    check_assets(Path(simpler_root), TASKS.values())
+    yield Finding("SIMPLER", f"{simpler_root}: the assets of {len(TASKS)} tasks are there")
+    check_packages()
+    yield Finding("SAPIEN", f"{_version('sapien')}, drew a picture with {drawing()}")
+
+
 def check_checkpoint(path: str) -> Iterator[Finding]:
     """A checkpoint: complete, and made in an environment like this one."""
     folder = find_checkpoint(path)
@@ -187,6 +197,7 @@ def main(cfg: DictConfig) -> None:
         *examine("simulation", check_simulation),
         *examine("disk", check_machine, Path(cfg.output)),
         *(examine("CALVIN", check_clone, cfg.calvin_root) if cfg.calvin_root else ()),
+        *(examine("SIMPLER", check_simpler, cfg.simpler_root) if cfg.simpler_root else ()),
         *(examine("checkpoint", check_checkpoint, cfg.checkpoint) if cfg.checkpoint else ()),
     ]
     Console(highlight=False).print(report(found))

@@ -174,7 +174,10 @@ def test_adapters_lie_between_policy_and_environment(reach: type[Benchmark]) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["benchmark=nowhere"], "benchmark=nowhere: none of calvin, gym, table, or package.module:Class"),
+        (
+            ["benchmark=nowhere"],
+            "nowhere: none of calvin, gym, simpler_google, simpler_widowx, table, or package.module:Class",
+        ),
         (["benchmark=nowhere:Reach"], "benchmark=nowhere:Reach: cannot be imported .No module named"),
         (["benchmark=reach:Nothing"], "cannot be imported .module 'reach' has no attribute 'Nothing'"),
         (["benchmark=reach:World"], "benchmark=reach:World: is no subclass"),

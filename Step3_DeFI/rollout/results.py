@@ -21,7 +21,7 @@ from Step3_DeFI.rollout.simulator import EpisodeResult
 
 FORMAT = 1
 IDENTITY, RESULTS = "rollout.json", "results.json"
-PACKAGES = ("defi-robot", "torch", "numpy", "pybullet", "diffusers", "transformers")
+PACKAGES = ("defi-robot", "torch", "numpy", "pybullet", "sapien", "diffusers", "transformers")
 
 # Settings that finished episodes do not depend on.
 HOWEVER_DONE = {"benchmark", "processes", "videos", "baseline", "output", "resume", "overwrite"}

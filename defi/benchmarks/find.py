@@ -19,6 +19,8 @@ KNOWN = {
     "table": "defi.benchmarks.calvin.benchmark:Calvin",
     "calvin": "defi.benchmarks.calvin.benchmark:Calvin",
     "gym": "defi.benchmarks.gym:Gym",
+    "simpler_widowx": "defi.benchmarks.simpler.benchmark:WidowX",
+    "simpler_google": "defi.benchmarks.simpler.benchmark:Google",
 }
 GROUP = "defi.benchmarks"
 FIRST = KNOWN["table"]  # of results that do not say which

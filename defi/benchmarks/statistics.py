@@ -1,12 +1,14 @@
 """Means, rates and differences with what chance alone makes of them."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 DRAWS = 20_000
+Z = 1.959963984540054  # of 95 %
 
 
 class Rate(TypedDict):
@@ -33,6 +35,26 @@ def rate(hits: Sequence[float]) -> Rate:
 
     test = binomtest(sum(map(bool, hits)), len(hits))
     return {"rate": test.statistic, "interval": list(map(float, test.proportion_ci(method="wilson")))}
+
+
+def weighted_rate(hits: Sequence[float] | np.ndarray, weights: Float[np.ndarray, " N"]) -> Rate:
+    """A weighted share, with Wilson's interval for the effective number of trials, (Σw)² / Σw² (Kish)."""
+    n = weights.sum() ** 2 / (weights**2).sum()
+    share = min(float(weights @ np.asarray(hits, np.float64) / weights.sum()), 1.0)
+    middle, half = share + Z**2 / (2 * n), Z * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    interval = [float((middle + side * half) / (1 + Z**2 / n)) for side in (-1, 1)]
+    return {"rate": share, "interval": interval}
+
+
+def nested_weights(groups: Sequence[tuple[Hashable, ...]]) -> Float[np.ndarray, " N"]:
+    """Weights of a mean of means, which sum to 1: over the first entries of the groups, within each of these
+    over the second ones, and so on."""
+    sizes = Counter(groups)
+    weights = 1 / np.array([sizes[group] for group in groups], np.float64)
+    for depth in range(len(groups[0])):
+        kinds = Counter(each[:depth] for each in {group[: depth + 1] for group in groups})
+        weights /= [kinds[group[:depth]] for group in groups]
+    return weights
 
 
 def mean_interval(values: Sequence[float] | Int[np.ndarray, " N"]) -> tuple[float, float]:
