@@ -7,13 +7,15 @@ Actions are normalised (`defi.robot.spec.Vector`), σ in the same units.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from defi.robot.chunk import UnderWay
 
 Actions = Float[Tensor, "*B K A"]
 Denoiser = Callable[[Actions, int], Actions]
@@ -56,6 +58,27 @@ class Ahead:
 
     actions: Float[Tensor, "B K A"]
     weights: Float[Tensor, "B K 1"]
+
+    @classmethod
+    def of(
+        cls,
+        under_way: Sequence[UnderWay | None],
+        normalise: Callable[[Tensor], Tensor],
+        *,
+        shape: tuple[int, ...],
+        fade: int,
+    ) -> "Ahead":
+        """From what is under way, a row each: chunks of `shape` (K, A) that go on from it (`soft_weights`)."""
+        actions, weights = torch.zeros(len(under_way), *shape), torch.zeros(len(under_way), shape[0], 1)
+        for row, each in enumerate(under_way):
+            if each is not None:
+                n, known = len(each.actions), normalise(torch.from_numpy(each.actions))
+                actions[row] = torch.cat([known, known[-1:].expand(shape[0] - n, -1)])
+                weights[row, :, 0] = soft_weights(shape[0], under_way=n, delay=each.delay, fade=fade)
+        return cls(actions, weights)
+
+    def to(self, device: torch.device) -> "Ahead":
+        return Ahead(self.actions.to(device), self.weights.to(device))
 
 
 def soft_weights(chunk: int, *, under_way: int, delay: int, fade: int) -> Float[Tensor, " K"]:

@@ -27,16 +27,7 @@ from Step2_GIDM.latent_action import LatentActionSizes
 from Step2_GIDM.quantizer import Quantized, perplexity
 from Step3_DeFI.action_head import ActionDenoiser, EncoderLayer, Memory
 from Step3_DeFI.config import PolicyConfig, StageSizes, check
-from Step3_DeFI.diffusion import (
-    SAMPLERS,
-    Ahead,
-    Denoiser,
-    denoising_loss,
-    guide,
-    hold,
-    precondition,
-    soft_weights,
-)
+from Step3_DeFI.diffusion import SAMPLERS, Ahead, Denoiser, denoising_loss, guide, hold, precondition
 from Step3_DeFI.features import Standardise, encode_views, idle, imagine, merge_tokens, set_up, video_noise
 from Step3_DeFI.gidm_branch import GIDMBranch
 from Step3_DeFI.stages import Sources, load_stages, read_parts, write_sources
@@ -314,20 +305,11 @@ class DeFI(StageModel):
         sigmas = diffusion.schedule(self.device)
         denoise = self.denoiser(self.context(features.to(self.dtype), texts, state), sigmas)
         if any(each is not None for each in under_way):
-            denoise = hold(denoise, self._ahead(under_way))
+            normalise, shape = self.config.robot.actions.normalise, noise.shape[1:]
+            ahead = Ahead.of(under_way, normalise, shape=shape, fade=diffusion.fade)
+            denoise = hold(denoise, ahead.to(self.device))
         actions = SAMPLERS[diffusion.sampler](denoise, noise * sigmas[0], sigmas).float()
         return self.config.robot.actions.restore(actions)
-
-    def _ahead(self, under_way: Sequence[UnderWay | None]) -> Ahead:
-        shape = len(under_way), self.config.chunk, self.config.action_dim
-        actions, weights = torch.zeros(shape), torch.zeros(*shape[:2], 1)
-        for row, each in enumerate(under_way):
-            if each is not None:
-                n, fade = len(each.actions), self.config.diffusion.fade
-                known = self.config.robot.actions.normalise(torch.from_numpy(each.actions))
-                actions[row] = torch.cat([known, known[-1:].expand(shape[1] - n, -1)])
-                weights[row, :, 0] = soft_weights(shape[1], under_way=n, delay=each.delay, fade=fade)
-        return Ahead(actions.to(self.device), weights.to(self.device))
 
     def denoiser(self, context: Context, sigmas: Float[Tensor, " S1"]) -> Denoiser:
         """D(x, σᵢ) of B chunks; each context is encoded once, or with and without its sentence if guided."""
