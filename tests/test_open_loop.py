@@ -205,12 +205,13 @@ def test_a_sign_that_looks_flipped_is_a_hint_where_looks_are_few() -> None:
         assert loop.warnings() == [] and "y" in loop.judged()["too few looks to tell"]
         assert [line[:37] for line in loop.hints()] == ["y: looks as if the sign were flipped "], seed
         assert lay(truth(seed), skill=0.02, seed=seed, shown=3).hints() == []
-    one_level_each = lay(truth(0), seed=0, skill=0.02, shown=2)
-    for each, level in zip(one_level_each.episodes, (5, -5)):  # opposite between episodes, not within them
-        each.recorded[:, 1] -= level
-        each.chunks[..., 1] += level
-    again = OpenLoop(one_level_each.robot, one_level_each.episodes, one_level_each.usual)
-    assert again.correlations[1, 1] < -0.9 and again.hints() == []
+    loop, level = lay(truth(0), skill=0.02, shown=2), np.array([0, 5, 0, 0, 0, 0])
+    ends = [
+        replace(each, recorded=each.recorded - sign * level, chunks=each.chunks + sign * level)
+        for each, sign in zip(loop.episodes, (1, -1))
+    ]
+    loop = OpenLoop(loop.robot, ends, loop.usual)  # the other way between two episodes, not within them
+    assert loop.correlations[1, 1] < -0.9 and loop.hints() == []
 
 
 def test_what_could_be_judged_is_told_from_what_could_not() -> None:

@@ -161,11 +161,11 @@ def replay(policy: Any, data: Dataset, cfg: DictConfig) -> Replay:
         if sure and share < BETTER:
             what = f"with {' and '.join(pair)} exchanged, {share:.0%} of the squared error is left"
             warnings.append(f"cameras: {what}: are their names swapped?")
-    more = [("episodes=null", len(laid) < np.count_nonzero(data.lengths)), ("every=2", every > 2)]
-    advice = " or ".join(setting for setting, helps in more if helps) or "more episodes"
+    advice = "episodes=null" if len(laid) < np.count_nonzero(data.lengths) else "more episodes"
+    advice += " or every=2" if every > 2 else ""
     parts = [f"{key}: {', '.join(names)}" for key, names in loop.judged().items() if names]
     parts = [f"{p} ({len(places):,} looks; try {advice})" if p.startswith(FEW_LOOKS) else p for p in parts]
-    if robot.fps and data.fps is None:
+    if robot.fps and not data.robot().fps:
         parts.append("the data do not say their rate" + "; give data.fps=" * ("fps" in cfg.get("data", ())))
     facts = {"data": data.scope, "episodes": f"{len(laid)} of {len(data)}"}
     facts |= {"steps": f"{len(loop.recorded):,}", "looks": f"{len(places):,}, every {every} steps"}
