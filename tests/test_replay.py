@@ -93,6 +93,14 @@ def test_each_look_is_asked_once_with_its_own_pictures_state_and_words() -> None
     assert some.numbers == [0, 2] and [len(each.positions) for each in some.loop.episodes] == [9, 10]
 
 
+def test_a_gripper_that_never_switches_is_no_evidence() -> None:
+    switches = {"predicted": 2, "recorded": 0, "found": 0}
+    found = {"agreement": 1.0, "opposite": 0.0, "switches": switches, "late": None, "off": None}
+    share = dict.fromkeys(("policy", "mean_action", "last_action"), 0.1)
+    said = command.summary({"of_range": share, "gripper": found})
+    assert said["gripper"] == "never switched; 2 switches predicted" and "100%" not in said.values()
+
+
 def test_cameras_that_were_swapped_are_named_where_it_is_asked() -> None:
     data = Recorded()
     assert command.replay(Seeing(data), data, settings(swap_cameras=True)).warnings == []

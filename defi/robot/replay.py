@@ -36,13 +36,13 @@ SEEN = 6  # pictures of an episode on the page, per camera
 MOST_POINTS = 3000  # of a dimension, predicted over recorded
 LONGEST = 1000  # steps: of longer episodes the page shows the curves of the first ones
 COLUMNS = {
-    "rmse": "RMSE", "mae": "MAE", "rmse_of_range": "of range", "mean_action_rmse": "RMSE of\nthe mean",
-    "last_action_rmse": "RMSE of\nthe last", "correlation": "correlation", "size": "size",
+    "rmse": "RMSE", "mae": "MAE", "rmse_of_range": "of range", "mean_action_rmse": "RMSE,\nmean",
+    "last_action_rmse": "RMSE,\nlast", "correlation": "correlation", "size": "size",
 }  # fmt: skip
 LEGEND = (
-    "RMSE, MAE: in the robot's units; of range: RMSE over the range of what was recorded; of the mean, of "
-    "the last: RMSE of always the mean action, of the last one before each look; correlation: of predicted "
-    "and recorded; size: how many times as much predictions vary"
+    "RMSE, MAE: in the robot's units; of range: RMSE over the range of what was recorded; mean, last: of "
+    "always the mean action, of the last one before each look; correlation: of predicted and recorded; size: "
+    "how many times as much predictions vary"
 )
 FORMATS = {"rmse_of_range": ".1%", "correlation": ".2f", "size": ".2f"}
 Chunks = dict[tuple[str, ...], np.ndarray]  # () or a pair of cameras that were exchanged → [L, K, A]
@@ -185,7 +185,7 @@ def summary(errors: dict[str, Any]) -> dict[str, str]:
         "the last action repeated": f"{share['last_action']:.1%}",
     }
     if gripper and not gripper["switches"]["recorded"]:
-        found["gripper"] = f"never switched as recorded; {gripper['switches']['predicted']} predicted"
+        found["gripper"] = f"never switched; {gripper['switches']['predicted']} switches predicted"
     elif gripper:
         found["gripper as recorded"] = f"{gripper['agreement']:.0%}"
         found["its switches found"] = "{found} of {recorded} ({predicted} predicted)".format(
