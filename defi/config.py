@@ -28,9 +28,8 @@ TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "va
 TEXTS |= {"push", "data.split", "data.held_out"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
-OPEN = re.compile(
-    r"You must specify '(.*)', e\.g.*\s+Available options:\s+([^$]*)"
-)  # Hydra's, of `data: ???`
+# Of a choice that is left open, `data: ???`.
+OPEN = re.compile(r"(?s)You must specify '(\S+)',.*options:(.*)")
 REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
 Settings = TypeVar("Settings")
 
@@ -91,9 +90,7 @@ def entry(
             try:
                 command()
             except CompactHydraException as error:
-                if OPEN.match(str(error)) and {"--help", "-h"} & set(
-                    sys.argv
-                ):  # Hydra's own needs the choice
+                if OPEN.match(str(error)) and {"--help", "-h"} & set(sys.argv):  # Hydra cannot help yet
                     print((CONFIG_DIR / f"{config_name}.yaml").read_text())
                     return
                 raise UserError(explain(error)) from None
