@@ -28,6 +28,8 @@ TEXTS |= {"checkpoint", "gfdm_checkpoint", "gidm_checkpoint", "first_stage", "va
 TEXTS |= {"push", "data.split", "data.held_out"}
 # What Hydra says of a text that it takes for several values of a sweep.
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
+# Of a choice that is left open, `data: ???`.
+OPEN = re.compile(r"(?s)You must specify '(\S+)',.*options:(.*)")
 REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
 Settings = TypeVar("Settings")
 
@@ -88,6 +90,9 @@ def entry(
             try:
                 command()
             except CompactHydraException as error:
+                if OPEN.match(str(error)) and {"--help", "-h"} & set(sys.argv):  # Hydra cannot help yet
+                    print((CONFIG_DIR / f"{config_name}.yaml").read_text())
+                    return
                 raise UserError(explain(error)) from None
 
         return run
@@ -115,6 +120,9 @@ def explain(error: CompactHydraException) -> str:
         if choice in RETIRED:
             return f"{choice}: no longer a choice; {RETIRED[choice]}"
         return f"{choice}: no such choice; choose from {', '.join(error.options)}"
+    if choice := OPEN.match(str(error)):
+        options = ", ".join(choice[2].split())
+        return f"{choice[1]}=: not given; choose from {options}; --help prints all settings"
     several = SEVERAL.match(str(error))
     if several or isinstance(error, OverrideParseException):
         setting = several[1] if several else error.override

@@ -30,6 +30,13 @@ def test_overwrite_deletes_no_other_run(run: Path) -> None:
     assert check_output(run, overwrite=True) == run
 
 
+def test_resuming_is_offered_where_it_can_be_done(run: Path) -> None:
+    for resume, offered in ((None, False), (False, True)):
+        with pytest.raises(UserError, match="overwrite=true replaces it") as error:
+            check_output(run, resume=resume)
+        assert ("resume=true" in str(error.value)) == offered
+
+
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     script = "import sys; from defi.engine.output import *; check_output(sys.argv[1], resume=True)"
     command = [sys.executable, "-c", script, str(tmp_path)]

@@ -124,7 +124,7 @@ def test_sound_data_pass(kind: dict, absolute: bool) -> None:
     for seed in range(12):
         for every in (CHUNK, 3):
             loop = lay(truth(seed, absolute=absolute), every=every, seed=seed, **kind)
-            assert loop.warnings() == [], (seed, every)
+            assert loop.warnings() == loop.hints() == [], (seed, every)
 
 
 def one(column: int, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
@@ -195,7 +195,32 @@ def test_few_looks_say_nothing_of_time_and_slow_numbers_are_few() -> None:
     """Of one slow series every other one seems to follow; 60 steps of it are worth a handful."""
     for seed in range(20):
         loop = lay(truth(seed, absolute=True), skill=0.02, seed=seed, shown=1)
-        assert loop.warnings() == [], seed
+        assert loop.warnings() == loop.hints() == [], seed
+        assert loop.judged()["too few looks to tell"][-1] == "time", seed
+
+
+def test_a_sign_that_looks_flipped_is_a_hint_where_looks_are_few() -> None:
+    for seed in range(6):
+        loop = lay(truth(seed), one(1, lambda y: -y), skill=0.9, seed=seed, shown=2)
+        assert loop.warnings() == [] and "y" in loop.judged()["too few looks to tell"]
+        assert [line[:37] for line in loop.hints()] == ["y: looks as if the sign were flipped "], seed
+        assert lay(truth(seed), skill=0.02, seed=seed, shown=3).hints() == []
+    loop, level = lay(truth(0), skill=0.02, shown=2), np.array([0, 5, 0, 0, 0, 0])
+    ends = [
+        replace(each, recorded=each.recorded - sign * level, chunks=each.chunks + sign * level)
+        for each, sign in zip(loop.episodes, (1, -1))
+    ]
+    loop = OpenLoop(loop.robot, ends, loop.usual)  # the other way between two episodes, not within them
+    assert loop.correlations[1, 1] < -0.9 and loop.hints() == []
+
+
+def test_what_could_be_judged_is_told_from_what_could_not() -> None:
+    enough = {"judged": ["x", "y", "z", "yaw", "grip", "time"], "never changes": ["still"]}
+    nothing = {"too few looks to tell": [], "not followed by the policy": []}
+    assert lay(truth(0), skill=0.9, every=3).judged() == enough | nothing
+    blind = lay(truth(0), skill=0.02, every=3).judged()
+    assert blind["not followed by the policy"] == ["x", "y", "z", "yaw"] and blind["judged"] == ["grip"]
+    assert lay(truth(0), shown=1).judged()["too few looks to tell"] == ["x", "y", "z", "yaw", "time"]
 
 
 def test_what_lies_outside_the_training_range() -> None:

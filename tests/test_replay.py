@@ -82,11 +82,23 @@ def test_each_look_is_asked_once_with_its_own_pictures_state_and_words() -> None
     policy = Seeing(data)
     found = command.replay(policy, data, settings())
     assert found.warnings == [] and found.loop.errors()["of_range"]["policy"] == 0
+    assert found.facts["data"] == data.scope
     places = [(n, at) for n, length in enumerate(LENGTHS) for at in range(0, length, 5)]
     assert policy.seeds == [seed_of("replay", 3, *place) for place in places]
     assert len(set(policy.seeds)) == len(places) and max(policy.batches) == 4 == max(data.asked)
     some = command.replay(Seeing(data), data, settings(episodes=2, every=8))
+    few = "too few looks to tell: x, y, time"  # these are slow
+    assert found.judged == f"{few} (41 looks; try more episodes or every=2)"
+    assert some.judged == f"{few} (19 looks; try episodes=null or every=2)"
     assert some.numbers == [0, 2] and [len(each.positions) for each in some.loop.episodes] == [9, 10]
+
+
+def test_a_gripper_that_never_switches_is_no_evidence() -> None:
+    switches = {"predicted": 2, "recorded": 0, "found": 0}
+    found = {"agreement": 1.0, "opposite": 0.0, "switches": switches, "late": None, "off": None}
+    share = dict.fromkeys(("policy", "mean_action", "last_action"), 0.1)
+    said = command.summary({"of_range": share, "gripper": found})
+    assert said["gripper"] == "never switched; 2 switches predicted" and "100%" not in said.values()
 
 
 def test_cameras_that_were_swapped_are_named_where_it_is_asked() -> None:
@@ -96,10 +108,9 @@ def test_cameras_that_were_swapped_are_named_where_it_is_asked() -> None:
     assert not any(
         "exchanged" in line for line in command.replay(Seeing(swapped), swapped, settings()).warnings
     )
-    found = command.replay(Seeing(swapped), swapped, settings(swap_cameras=True)).warnings
-    assert (
-        "cameras: with top and wrist exchanged, 0% of the squared error is left: are their names" in found[-1]
-    )
+    found = command.replay(Seeing(swapped), swapped, settings(swap_cameras=True))
+    said = "cameras: with top and wrist exchanged, 0% of the squared error is left: are their names"
+    assert said in found.warnings[-1] and found.exchanged == {"top and wrist": 0}
 
 
 def test_what_differs_is_said_and_what_cannot_go_on_is_refused() -> None:
@@ -113,8 +124,13 @@ def test_what_differs_is_said_and_what_cannot_go_on_is_refused() -> None:
     ]
     for change, said in (
         (
-            {"cameras": ["top", "left"]},
-            "has top, wrist, the policy sees left; name it, 'data.cameras=[left:its",
+            {"cameras": ["static", "gripper"]},
+            "has top, wrist, the policy sees static, gripper; say which is which, "
+            "'data.cameras=[static:top,gripper:wrist]' for example",
+        ),
+        (
+            {"cameras": ["top", "left", "right"]},
+            "'data.cameras=[top,left:wrist,right:its place in the data]'",
         ),
         (
             {"action_names": ("x",)},
@@ -179,7 +195,7 @@ def test_the_command_writes_figures_and_a_page(place: Path, capsys: pytest.Captu
         place / "out",
         [f"checkpoint={place / 'runs/run'}", "data=calvin", f"data.root={place / 'data'}"],
     )
-    run(*given, f"output={output}", "batch=1", "seed=5")
+    run(*given, f"output={output}", "batch=1", "seed=5", "swap_cameras=true")
     said, page = capsys.readouterr().out, parse(output / "index.html")
     record = json.loads((output / "results.json").read_text())
     policy, apart = Policy.load(place / "runs/run"), []
@@ -198,10 +214,14 @@ def test_the_command_writes_figures_and_a_page(place: Path, capsys: pytest.Captu
     assert f"{rmse[0]:.3g}" in said and f"{rmse[0]:.3g}" in page.text
     assert record["facts"]["policy's step"] == 7 and record["settings"]["seed"] == 5
     assert record["warnings"] and all(line in said and line in page.text for line in record["warnings"])
+    assert "no warnings" not in said and "too few looks to tell: " in said and "size: how many" in said
+    share = record["exchanged"]["static and gripper"]
+    for where in (said, page.text):
+        assert f"static and gripper exchanged: {share:.0%} of the squared error" in where
     assert "do thing 0" in page.text and len(page.sources) == 2 + 2 * 2
     with pytest.raises(SystemExit):
         run(*given, f"output={output}")
-    assert "exists and is not empty; overwrite=true replaces it" in capsys.readouterr().err
+    assert "overwrite=true replaces it, or choose another output=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -209,6 +229,7 @@ def test_the_command_writes_figures_and_a_page(place: Path, capsys: pytest.Captu
     [
         (("part=some",), "part=some: choose training, held_out or all"),
         (("batch=0",), "batch=0: must be 1 or more"),
+        (("data=",), "data=: not given; choose from calvin, hdf5, "),
         (("data=mixture",), "data: several data sets; replay one of them"),
         (("checkpoint=none",), "none"),
     ],
@@ -216,9 +237,16 @@ def test_the_command_writes_figures_and_a_page(place: Path, capsys: pytest.Captu
 def test_settings_that_cannot_be(
     given: tuple[str, ...], said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    data = () if given[0].startswith("data=") else ("data=calvin", f"data.root={place / 'data'}")
+    given = () if given == ("data=",) else given
+    data = () if not given or given[0].startswith("data=") else ("data=calvin", f"data.root={place / 'data'}")
     with pytest.raises(SystemExit):
         run(f"checkpoint={place / 'runs/run'}", f"output={tmp_path / 'out'}", *data, *given)
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {said}") and errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_settings_before_data_are_chosen(capsys: pytest.CaptureFixture) -> None:
+    run("--help")
+    said = capsys.readouterr().out
+    assert "part: held_out # training | held_out | all" in said and "checkpoint: ???" in said

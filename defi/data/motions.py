@@ -75,7 +75,7 @@ def index_motions(dataset: "Dataset") -> Motions:
     digest = hashlib.sha256(names.encode() + bounds.tobytes()).hexdigest()[:16]
     place = index_place(dataset.root, f"motions-{digest}", DONE)
     if not (place / DONE).is_file():
-        with take_turn(place), writing(place, "actions and state"):
+        with take_turn(place), writing(place, "actions and state", fix="repeat the command"):
             if not (place / DONE).is_file():
                 _fill(dataset, place, blocks, frames, width)
     found = Motions(*(map_npy(place / f"{name}.npy") for name in ("frames", "actions", "state")))

@@ -15,8 +15,9 @@ LOCK = ".lock"  # held by the process that writes to the folder
 LEFTOVER = ".writing"
 
 
-def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Refuse an output folder that a run may not write to; change nothing on disk.
+def check_output(output: Path | str, *, resume: bool | None = None, overwrite: bool = False) -> Path:
+    """Refuse an output folder that a run may not write to; change nothing on disk. resume: None for commands
+    that cannot.
 
     Raises:
         UserError: `resume` and `overwrite` are both set; the path is a file, a folder another process writes
@@ -37,12 +38,12 @@ def check_output(output: Path | str, *, resume: bool = False, overwrite: bool = 
         lock.close()
     occupied = output.is_dir() and not all(map(is_leftover, output.iterdir()))
     if occupied and not (resume or overwrite):
-        how = "overwrite=true replaces it, resume=true continues it"
+        how = "overwrite=true replaces it" + ("" if resume is None else ", resume=true continues it")
         raise UserError(f"{output}: exists and is not empty; {how}, or {choose}")
     return output
 
 
-def prepare_output(output: Path | str, *, resume: bool = False, overwrite: bool = False) -> Path:
+def prepare_output(output: Path | str, *, resume: bool | None = None, overwrite: bool = False) -> Path:
     """Check an output folder as `check_output` does, empty it if `overwrite`, and create it."""
     output = check_output(output, resume=resume, overwrite=overwrite)
     probe = output / f".probe{LEFTOVER}"

@@ -16,9 +16,11 @@ from defi.data.motions import Statistics
 from defi.robot.spec import NOISE, RARE, Robot, Vector
 
 LEAST, SURE = 0.3, 3.0  # a correlation counts from here on, and from so many of its standard errors
+OPPOSITE = -0.7  # a correlation that is worth a hint before it is sure
 APART = 0.3  # correlations: so much more with another dimension than each of both has with its own
 FACTOR, HUGE = 2.0, 10.0  # of size: where predictions follow what was recorded, and where they do not
 BETTER, CLEARLY = 0.92, 3.0  # another reading's squared error as a share of the first's; standard errors
+FEW_LOOKS = "too few looks to tell"
 FEWEST = 8  # looks, or more, before readings are compared
 MARGIN, RARELY = 0.1, 0.01  # beyond the training data's range, as a share of it; share of steps that may be
 FEW = 3  # of the dimensions outside the training range are described, the others named
@@ -124,16 +126,20 @@ class OpenLoop:
         return self.predicted.std(0) / np.where(np.isnan(self.span), np.nan, self.recorded.std(0))
 
     @cached_property
-    def strong(self) -> Bool[np.ndarray, "A A"]:
-        """Which correlations are no chance. Steps count as so many independent ones as two series are worth
+    def worth(self) -> Float[np.ndarray, "A A"]:
+        """As many independent steps would say as much: of predicted (rows) and recorded (columns), two series
         that change as slowly as these (Bartlett 1935)."""
         kept = np.ones(len(self.recorded) - 1, bool)
         kept[np.cumsum([len(each.recorded) for each in self.episodes])[:-1] - 1] = False
         series = (_standard(self.predicted), _standard(self.recorded))
         both = np.outer(*((each[1:] * each[:-1])[kept].mean(0).clip(0, 0.999) for each in series))
-        steps = len(self.recorded) * (1 - both) / (1 + both)
+        return len(self.recorded) * (1 - both) / (1 + both)
+
+    @cached_property
+    def strong(self) -> Bool[np.ndarray, "A A"]:
+        """Which correlations are no chance."""
         found = np.abs(self.correlations)
-        return (found >= LEAST) & (found * np.sqrt(steps) >= SURE)
+        return (found >= LEAST) & (found * np.sqrt(self.worth) >= SURE)
 
     @cached_property
     def gripper(self) -> dict[str, Any] | None:
@@ -167,6 +173,33 @@ class OpenLoop:
         found = [*self._dimensions(), *self._gripper(), *self._time()]
         found += out_of_range("recorded action", self.robot.actions, self.recorded)
         return found + list(out_of_range("predicted action", self.robot.actions, self.predicted))
+
+    def hints(self) -> list[str]:
+        """Signs that look flipped, though it may be chance: over several episodes, and within them too."""
+        if len(self.episodes) < 2:
+            return []
+        pairs = [(each.predicted, each.recorded) for each in self.episodes]
+        said, true = (np.concatenate([x - x.mean(0) for x in each]) for each in zip(*pairs))
+        own, within = self.correlations.diagonal(), (_standard(said) * _standard(true)).mean(0)
+        found = self.arm & ~self.strong.diagonal() & (own < OPPOSITE) & (within < -LEAST)
+        what = "looks as if the sign were flipped (correlation {:.2f}); more looks would tell"
+        return [f"{self.names[i]}: {what.format(own[i])}" for i in np.flatnonzero(found)]
+
+    def judged(self) -> dict[str, list[str]]:
+        """Of which dimensions, and whether of the time, there was enough to go on; and what of the others."""
+        known, few, idle, still = [], [], [], []
+        for i, name in enumerate(self.names):
+            own, enough = abs(self.correlations[i, i]), self.worth[i, i] >= np.square(SURE / LEAST)
+            if np.isnan(self.span[i]):
+                still.append(name)
+            elif self.strong[i, i] or not self.arm[i]:  # a gripper that switches
+                known.append(name)
+            else:  # a correlation of NaN: the policy says one number
+                (idle if np.isnan(own) or (own < LEAST and enough) else few).append(name)
+        timed = (self.arm & self.strong.diagonal()).any() and len(self.chunks) >= FEWEST
+        (known if timed else few).append("time")
+        sorts = {"judged": known, FEW_LOOKS: few, "not followed by the policy": idle}
+        return sorts | {"never changes": still}
 
     def _dimensions(self) -> Iterator[str]:
         known = np.nan_to_num(self.correlations)
@@ -226,9 +259,9 @@ class OpenLoop:
                 for each in (self.chunks, self.targets)
             )
             other = np.square(predicted[1] - recorded[0])
-            shares = [better(np.square(predicted[i] - recorded[i]), other) for i in range(2)]
-            if max(shares) < BETTER and shares[0] < best:
-                best, said = shares[0], words
+            found = [better(np.square(predicted[i] - recorded[i]), other) for i in range(2)]
+            if all(clear and share < BETTER for share, clear in found) and found[0][0] < best:
+                best, said = found[0][0], words
         if said:
             what = (
                 f"if the recorded actions come {said} the policy's, {best:.0%} of the squared error is left"
@@ -236,18 +269,17 @@ class OpenLoop:
             yield f"time: {what}: are they shifted against the pictures, or is the rate another?"
 
 
-def better(first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]) -> float:
-    """A second reading's squared error as a share of the first's, of the same looks; 1 if that may be chance.
-
-    NaN: nothing to compare there.
-    """
+def better(first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]) -> tuple[float, bool]:
+    """A second reading's squared error as a share of the first's, of the same looks; whether it is less by
+    more than chance. NaN: nothing to compare there."""
     known = ~np.isnan(first + second)
     count = known.reshape(len(known), -1).sum(1)
     sums = [np.where(known, each, 0).reshape(len(known), -1).sum(1) for each in (first, second)]
     one, two = (each[count > 0] / count[count > 0] for each in sums)
     gain = one - two
     sure = len(gain) >= FEWEST and gain.mean() > CLEARLY * gain.std() / np.sqrt(len(gain))
-    return float(two.mean() / one.mean()) if sure else 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):  # a policy without errors
+        return float(two.sum() / one.sum()), bool(sure)
 
 
 def out_of_range(what: str, vector: Vector, values: Float[np.ndarray, "N A"]) -> Iterator[str]:

@@ -30,27 +30,35 @@ from defi.data.motions import Statistics
 from defi.engine.output import check_output, prepare_output, write_file
 from defi.errors import UserError
 from defi.hub import local_folder
-from defi.robot.open_loop import BETTER, Laid, OpenLoop, better, out_of_range
+from defi.robot.open_loop import BETTER, FEW_LOOKS, Laid, OpenLoop, better, out_of_range
 
 SEEN = 6  # pictures of an episode on the page, per camera
 MOST_POINTS = 3000  # of a dimension, predicted over recorded
 LONGEST = 1000  # steps: of longer episodes the page shows the curves of the first ones
 COLUMNS = {
-    "rmse": "RMSE", "mae": "MAE", "rmse_of_range": "of range", "mean_action_rmse": "mean's",
-    "last_action_rmse": "last's", "correlation": "corr.", "size": "size",
+    "rmse": "RMSE", "mae": "MAE", "rmse_of_range": "of range", "mean_action_rmse": "RMSE,\nmean",
+    "last_action_rmse": "RMSE,\nlast", "correlation": "correlation", "size": "size",
 }  # fmt: skip
+LEGEND = (
+    "RMSE, MAE: in the robot's units; of range: RMSE over the range of what was recorded; mean, last: of "
+    "always the mean action, of the last one before each look; correlation: of predicted and recorded; size: "
+    "how many times as much predictions vary"
+)
 FORMATS = {"rmse_of_range": ".1%", "correlation": ".2f", "size": ".2f"}
 Chunks = dict[tuple[str, ...], np.ndarray]  # () or a pair of cameras that were exchanged → [L, K, A]
 
 
 @dataclass
 class Replay:
-    """What was found. numbers: of the episodes in the data; facts: for people."""
+    """What was found. numbers: of the episodes in the data; exchanged: two cameras → the squared error as a
+    share of what it is when they are not; judged: what was, and what could not be; facts: for people."""
 
     data: Dataset
     numbers: list[int]
     loop: OpenLoop
     warnings: list[str]
+    exchanged: dict[str, float]
+    judged: str
     facts: dict[str, Any]
 
 
@@ -62,8 +70,11 @@ def check_robots(policy: Any, data: Dataset) -> list[str]:
     """
     robot, reads, where = policy.robot, policy.model.config.state, f"{data.root}: has"
     if missing := [camera for camera in robot.cameras if camera not in data.cameras]:
-        fix = f"name it, 'data.cameras=[{missing[0]}:its place in the data,…]'"
-        raise UserError(f"{where} {', '.join(data.cameras)}, the policy sees {missing[0]}; {fix}")
+        others = iter([camera for camera in data.cameras if camera not in robot.cameras])
+        named = [f"{c}:{next(others, 'its place in the data')}" if c in missing else c for c in robot.cameras]
+        fix = f"say which is which, 'data.cameras=[{','.join(named)}]' for example"
+        has, sees = ", ".join(data.cameras), ", ".join(robot.cameras)
+        raise UserError(f"{where} {has}, the policy sees {sees}; {fix}")
     wanted = {"actions": (data.action_names, robot.actions)}
     wanted |= {"state": (data.state_names, robot.state)} if reads else {}
     for what, (names, vector) in wanted.items():
@@ -143,14 +154,23 @@ def replay(policy: Any, data: Dataset, cfg: DictConfig) -> Replay:
     squares = {
         pair: np.square((said - loop.targets) / loop.span)[..., loop.arm] for pair, said in chunks.items()
     }
+    exchanged = {}
     for pair in list(chunks)[1:]:
-        if (share := better(squares[()], squares[pair])) < BETTER:
+        share, sure = better(squares[()], squares[pair])
+        exchanged[" and ".join(pair)] = share
+        if sure and share < BETTER:
             what = f"with {' and '.join(pair)} exchanged, {share:.0%} of the squared error is left"
             warnings.append(f"cameras: {what}: are their names swapped?")
-    facts = {"data": f"{data.root}, {data.scope}", "episodes": f"{len(laid)} of {len(data)}"}
+    advice = "episodes=null" if len(laid) < np.count_nonzero(data.lengths) else "more episodes"
+    advice += " or every=2" if every > 2 else ""
+    parts = [f"{key}: {', '.join(names)}" for key, names in loop.judged().items() if names]
+    parts = [f"{p} ({len(places):,} looks; try {advice})" if p.startswith(FEW_LOOKS) else p for p in parts]
+    if robot.fps and not data.robot().fps:
+        parts.append("the data do not say their rate" + "; give data.fps=" * ("fps" in cfg.get("data", ())))
+    facts = {"data": data.scope, "episodes": f"{len(laid)} of {len(data)}"}
     facts |= {"steps": f"{len(loop.recorded):,}", "looks": f"{len(places):,}, every {every} steps"}
     facts["the policy's robot"] = robot.summary(config.chunk)
-    return Replay(data, list(looks), loop, warnings, facts)
+    return Replay(data, list(looks), loop, warnings, exchanged, "; ".join(parts), facts)
 
 
 # ---------------------------------------------------------------- for people
@@ -164,7 +184,9 @@ def summary(errors: dict[str, Any]) -> dict[str, str]:
         "always the mean action": f"{share['mean_action']:.1%}",
         "the last action repeated": f"{share['last_action']:.1%}",
     }
-    if gripper:
+    if gripper and not gripper["switches"]["recorded"]:
+        found["gripper"] = f"never switched; {gripper['switches']['predicted']} switches predicted"
+    elif gripper:
         found["gripper as recorded"] = f"{gripper['agreement']:.0%}"
         found["its switches found"] = "{found} of {recorded} ({predicted} predicted)".format(
             **gripper["switches"]
@@ -252,6 +274,7 @@ def write_page(found: Replay, errors: dict[str, Any], file: Path, shown: int) ->
         })  # fmt: skip
     places = {name.replace("_", " "): (range(len(each)), each) for name, each in errors["places"].items()}
     values: dict[str, Any] = {"warnings": found.warnings, "cards": summary(errors), "facts": found.facts}
+    values |= {"hints": found.loop.hints(), "judged": found.judged, "exchanged": found.exchanged}
     values |= {"head": ("action", *COLUMNS.values()), "rows": table(errors), "episodes": episodes}
     values |= {
         "against": against(found.loop),
@@ -283,11 +306,20 @@ def main(cfg: DictConfig) -> None:
     console, lines = Console(markup=False, highlight=False), Table("action", *COLUMNS.values(), box=SIMPLE)
     for row in table(errors):
         lines.add_row(*row)
-    console.print(lines, *(f"{label}: {value}" for label, value in summary(errors).items()), sep="\n")
+    said = summary(errors) | {
+        f"{pair} exchanged": f"{share:.0%} of the squared error" for pair, share in found.exchanged.items()
+    }
+    console.print(lines, LEGEND, "", *(f"{label}: {value}" for label, value in said.items()), sep="\n")
+    print(found.judged)
     for line in found.warnings:
         console.print(f"warning: {line}", style="yellow", soft_wrap=True)
+    for line in found.loop.hints():
+        console.print(f"perhaps: {line}", style="yellow", soft_wrap=True)
+    if not found.warnings:
+        print("no warnings")
     prepare_output(output, overwrite=cfg.overwrite)
     record = {"facts": found.facts, "settings": OmegaConf.to_container(cfg), "warnings": found.warnings}
+    record |= {"hints": found.loop.hints(), "judged": found.loop.judged(), "exchanged": found.exchanged}
     record = json.loads(json.dumps(record | errors), parse_constant=lambda _: None)  # JSON has no NaN
     write_file(output / "results.json", json.dumps(record, indent=1))
     print(write_page(found, errors, output / "index.html", cfg.shown))

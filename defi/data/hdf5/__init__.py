@@ -144,7 +144,8 @@ class HDF5Data(Dataset):
         digest = hashlib.sha256(json.dumps([VERSION, asked, stats]).encode()).hexdigest()[:16]
         index = index_place(self.root, f"hdf5-{digest}", EPISODES) / EPISODES
         if not index.is_file():
-            with take_turn(index.parent), writing(index.parent, "what the files hold"):
+            what, fix = "what the files hold", "repeat the command"
+            with take_turn(index.parent), writing(index.parent, what, fix=fix):
                 if not index.is_file():
                     found = [_episodes(file, *asked) for file in track(files, "HDF5 files", transient=True)]
                     write_file(index, json.dumps(found))

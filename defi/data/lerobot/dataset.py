@@ -122,7 +122,7 @@ class LeRobotData(Dataset):
         digest = hashlib.sha256(asked.encode() + self._chosen.tobytes()).hexdigest()[:16]
         place = index_place(self.root, f"lerobot-{digest}", DONE)
         if not (place / DONE).is_file():
-            with take_turn(place), writing(place, "instructions"):
+            with take_turn(place), writing(place, "instructions", fix="repeat the command"):
                 if not (place / DONE).is_file():
                     self._check_videos()
                     np.save(place / "tasks.npy", self._check_rows())
