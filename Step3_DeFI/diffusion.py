@@ -68,7 +68,7 @@ class Ahead:
         shape: tuple[int, ...],
         fade: int,
     ) -> "Ahead":
-        """From what is under way, a row each: chunks of `shape` (K, A) that go on from it (`soft_weights`)."""
+        """From what is under way, per row: chunks of `shape` (K, A) that go on from it (`soft_weights`)."""
         actions, weights = torch.zeros(len(under_way), *shape), torch.zeros(len(under_way), shape[0], 1)
         for row, each in enumerate(under_way):
             if each is not None:
