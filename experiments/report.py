@@ -77,6 +77,7 @@ def verdict(values: Mapping[str, Any], limit: str) -> list[str]:
         if found := arm["limits"][limit].get("against"):
             low, high = found["interval"]
             text = f"“{arm['title']}” against “{values[found['arm']]['title']}”: {change(found)}"
+            text += "" if len(found["seeds"]) > 1 else " (one seed: without the chance of training)"
             (beyond if low > 0 or high < 0 else within).append((found["difference"], text))
     said = [f"Beyond chance: {text}." for _, text in sorted(beyond)]
     said += [f"Within chance: {'; '.join(text for _, text in sorted(within))}."] if within else []

@@ -53,7 +53,9 @@ def test_a_sticky_gripper_holds_a_change_and_begins_no_other():
     sticky = StickyGripper(steps=3)
     given = [1, 1, 0, 0, 1, 1, 1, 1, 0.4, 0.0, 0.0]
     #        –  –  closes, held …; the opening at 4 comes too early; 0.4 and 0.0: the first is 0.6 away
-    assert [sticky(openness) for openness in given] == [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert [sticky(openness) for openness in given] == [0, 0, 1, 1, 1, 0, 0, 0, 0.6, 0.6, 0.6]
+    slow = StickyGripper(steps=3)  # changes of half or less are passed on and not held
+    assert np.allclose([slow(openness) for openness in (1, 0.75, 0.5, 0, 0)], [0, 0.25, 0.25, 0.5, 0])
 
 
 def test_slower_policies_hold_places_and_split_changes():

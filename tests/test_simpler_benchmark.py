@@ -13,7 +13,7 @@ from defi.benchmarks.benchmark import Benchmark
 from defi.benchmarks.find import find_benchmark
 from defi.benchmarks.simpler import check
 from defi.benchmarks.simpler.benchmark import EVER, LAST, Google, Trial, WidowX
-from defi.benchmarks.statistics import nested_weights, rate, weighted_rate
+from defi.benchmarks.statistics import nested_weights, paired_difference, rate, weighted_rate
 from defi.config import CONFIG_DIR
 from defi.errors import UserError
 
@@ -25,6 +25,7 @@ def outcomes(benchmark: Benchmark, solved: set[tuple[str, str]]) -> list[dict]:
             "task": trial.start.task.name,
             "setting": trial.start.setting,
             "success": (trial.start.task.name, trial.start.setting) in solved,
+            "start": trial.start.index,
             "first_success": 7 if trial.start.index % 2 else None,
         }
         for trial in benchmark.episodes(0)
@@ -53,6 +54,16 @@ def test_an_average_is_a_mean_of_means() -> None:
         found, wilson = weighted_rate(hits, np.full(24, 1 / 24)), rate(hits)
         assert np.allclose([found["rate"], *found["interval"]], [wilson["rate"], *wilson["interval"]])
     assert weighted_rate([1, 0, 0, 0, 0], nested_weights(groups))["interval"][1] > 0.6  # of few that count
+
+
+def test_repeats_that_end_alike_say_nothing_new() -> None:
+    once, thrice = WidowX(repeats=1), WidowX(repeats=3)
+    solved = {("widowx_stack_cube", "")}
+    one, three = (each.summarise(outcomes(each, solved), LAST) for each in (once, thrice))
+    other = [each.summarise(outcomes(each, set()), LAST) for each in (once, thrice)]
+    assert np.allclose([0.25, *one["interval"]], [three["average"], *three["interval"]])
+    first, again = (paired_difference(b["values"], a["values"]) for a, b in zip((one, three), other))
+    assert first["difference"] == pytest.approx(again["difference"]) and first["p"] == again["p"]
 
 
 def test_scores_of_one_run() -> None:

@@ -37,9 +37,15 @@ def rate(hits: Sequence[float]) -> Rate:
     return {"rate": test.statistic, "interval": list(map(float, test.proportion_ci(method="wilson")))}
 
 
-def weighted_rate(hits: Sequence[float] | np.ndarray, weights: Float[np.ndarray, " N"]) -> Rate:
-    """A weighted share, with Wilson's interval for the effective number of trials, (Σw)² / Σw² (Kish)."""
-    n = weights.sum() ** 2 / (weights**2).sum()
+def weighted_rate(
+    hits: Sequence[float] | np.ndarray, weights: Float[np.ndarray, " N"], units: Sequence[int] | None = None
+) -> Rate:
+    """A weighted share, with Wilson's interval for the effective number of trials, (Σw)² / Σw² (Kish).
+
+    units: which trial each hit is of, where one was repeated: repeats may all end alike, so they count once.
+    """
+    each = weights if units is None else np.bincount(units, weights)
+    n = each.sum() ** 2 / (each**2).sum()
     share = min(float(weights @ np.asarray(hits, np.float64) / weights.sum()), 1.0)
     middle, half = share + Z**2 / (2 * n), Z * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     interval = [float((middle + side * half) / (1 + Z**2 / n)) for side in (-1, 1)]

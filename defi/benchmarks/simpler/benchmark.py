@@ -57,8 +57,7 @@ NOTE = (
     "Averages are means of the tasks' means, of drawers the mean of open and close, within a task the mean "
     "of its settings. Success at the last step is the official figure; at any step is what others call ever, "
     "and what stopping at the first success counts. Intervals are 95 %, Wilson's, with the effective number "
-    "of episodes. Repeats of a start differ by the policy's own noise only: for one without noise they say "
-    "nothing new."
+    "of starts. Repeats of a start differ by the policy's own noise only, and do not narrow the intervals."
 )
 AUTHORS = "SIMPLER (Li et al., 2024), visual matching, last step"
 
@@ -237,15 +236,19 @@ class SimplerBenchmark(Benchmark):
         return list(dict.fromkeys(map(_column, self.tasks)))
 
     def summarise(self, outcomes: Sequence[Outcome], score: str) -> Summary:
-        """Means of means. An episode's value is weighted so that the mean of all values is the average."""
+        """Means of means. The values are weighted so that their mean is the average; that of a start stands
+        at its first repeat: repeats are no trials of their own, neither for intervals nor for comparisons."""
         found = super().summarise(outcomes, score)
         groups = list(map(_group, outcomes))
         hits, weights = np.array(found["values"], float), nested_weights(groups)
-        average = weighted_rate(hits, weights)
+        starts = [(outcome["task"], outcome["start"]) for outcome in outcomes]
+        first = {start: index for index, start in reversed(list(enumerate(starts)))}
+        units = np.array([first[start] for start in starts])
+        average = weighted_rate(hits, weights, units)
         found["average"], found["interval"] = average["rate"], average["interval"]
         places = [np.array([group[0] == column for group in groups]) for column in self.columns]
-        found["success"] = [weighted_rate(hits[place], weights[place]) for place in places]
-        found["values"] = (hits * weights * len(hits)).tolist()
+        found["success"] = [weighted_rate(hits[place], weights[place], units[place]) for place in places]
+        found["values"] = np.bincount(units, hits * weights * len(hits), len(hits)).tolist()
         return found
 
     def protocol(self, episodes: Sequence[Any], seed: int) -> dict[str, Any]:
