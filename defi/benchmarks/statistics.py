@@ -38,7 +38,9 @@ def rate(hits: Sequence[float]) -> Rate:
 
 
 def weighted_rate(
-    hits: Sequence[float] | np.ndarray, weights: Float[np.ndarray, " N"], units: Sequence[int] | None = None
+    hits: Sequence[float] | np.ndarray,
+    weights: Float[np.ndarray, " N"],
+    units: Sequence[int] | np.ndarray | None = None,
 ) -> Rate:
     """A weighted share, with Wilson's interval for the effective number of trials, (Σw)² / Σw² (Kish).
 
