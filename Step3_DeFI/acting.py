@@ -7,7 +7,7 @@ actions = policy.infer({"images": {"static": image, "gripper": image}, "instruct
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import nn
 from defi.config import flatten
 from defi.engine.checkpoint import find_weights, read_manifest, read_run_config
 from defi.engine.weights import fingerprint
-from defi.errors import UserError
+from defi.errors import UserError, choose
 from defi.hub import local_folder
 from defi.robot.chunk import UnderWay
 from defi.robot.spec import Robot
 from Step3_DeFI.config import PRECISIONS
+from Step3_DeFI.diffusion import SAMPLERS
 from Step3_DeFI.observation import observe
 from Step3_DeFI.policy import DeFI
 
@@ -161,6 +162,33 @@ class Policy:
                 names = ", ".join(self.robot.state.names)
                 wrong = f"state is {state.dtype} {list(state.shape)}"
                 raise UserError(f"observation: {wrong}; give {wanted} finite numbers: {names}")
+
+
+@dataclass
+class PolicySettings:
+    """Which checkpoint acts, and how: settings of every command that acts. None: as the checkpoint has it."""
+
+    checkpoint: str | None = None
+    gfdm: str | None = None
+    gidm: str | None = None
+    sampler: str | None = None
+    sampler_steps: int | None = None
+    guidance: float | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        choose("sampler", self.sampler, (None, *SAMPLERS))
+        choose("precision", self.precision, (None, *PRECISIONS))
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not left to the checkpoint."""
+        names = (field.name for field in fields(PolicySettings))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def load(self, device: torch.device | str, **more: Any) -> Policy:
+        """The policy; `more`, and what it raises: as `Policy.load`."""
+        given = {{"sampler_steps": "steps"}.get(name, name): value for name, value in self.given().items()}
+        return Policy.load(device=device, **given, **more)
 
 
 def trained_precision(checkpoint: Path | str) -> str:

@@ -79,7 +79,7 @@ def test_whatever_is_filled_in_is_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", PAGES)
 def test_no_template_switches_escaping_off(template: str) -> None:
     text = (html.ROOT / template).read_text()
-    assert "autoescape" not in text and "safe" not in text and len(PAGES) == 8
+    assert "autoescape" not in text and "safe" not in text and len(PAGES) >= 8
 
 
 def test_a_value_that_is_missing_is_an_error(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from defi.config import typed
 from defi.errors import UserError, choose
 from defi.processes import print_once
 from defi.robot.spec import Robot
-from Step3_DeFI.config import PRECISIONS, PolicyConfig
-from Step3_DeFI.diffusion import SAMPLERS
+from Step3_DeFI.acting import PolicySettings
+from Step3_DeFI.config import PolicyConfig
 
 
 @dataclass
@@ -60,33 +60,24 @@ class RolloutConfig:
 
 
 @dataclass
-class CommandConfig(RolloutConfig):
+class CommandConfig(RolloutConfig, PolicySettings):
     """A rollout as a command: who acts, and where the result goes."""
 
     agent: str = "policy"
-    checkpoint: str | None = None
     policy: str | None = None
     policy_keys: Any = None
-    gfdm: str | None = None
-    gidm: str | None = None
-    sampler: str | None = None
-    sampler_steps: int | None = None
-    guidance: float | None = None
-    precision: str | None = None
     threads: int | None = None
     output: str = "outputs/rollout"
     resume: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        choose("sampler", self.sampler, (None, *SAMPLERS))
-        choose("precision", self.precision, (None, *PRECISIONS))
+        RolloutConfig.__post_init__(self)
+        PolicySettings.__post_init__(self)
         if self.agent == "policy" and self.checkpoint is None and self.policy is None:
             raise UserError("checkpoint=: not given; name a stage-3 run's output folder, or agent=random")
-        its_own = ("checkpoint", "gfdm", "gidm", "sampler", "sampler_steps", "guidance", "precision")
-        if self.policy and (given := [key for key in its_own if getattr(self, key) is not None]):
-            raise UserError(f"policy={self.policy}: leave {given[0]}= to the server")
+        if self.policy and (given := self.given()):
+            raise UserError(f"policy={self.policy}: leave {next(iter(given))}= to the server")
         if self.baseline == self.agent:
             raise UserError(f"baseline={self.baseline}: the same as agent; leave one of them out")
 

@@ -236,10 +236,7 @@ def main(cfg: DictConfig) -> None:
     elif config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
-        wanted = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}
-        wanted |= {"steps": config.sampler_steps, "guidance": config.guidance}
-        chosen = {key: value for key, value in wanted.items() if value is not None}
-        policy = Policy.load(config.checkpoint, device=state.device, precision=config.precision, **chosen)
+        policy = config.load(state.device)
         check_robot(policy.model.config, benchmark.robot, config.checkpoint)
     with policy_threads(config.threads, ranks=state.num_processes) as threads:
         if known.get("device") == "cpu":

@@ -12,28 +12,20 @@ import torch
 from omegaconf import DictConfig
 
 from defi.config import entry, typed
-from defi.errors import UserError, choose, one_line
+from defi.errors import UserError, one_line
 from defi.hub import local_folder
-from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
-from Step3_DeFI.config import PRECISIONS
-from Step3_DeFI.diffusion import SAMPLERS
+from Step3_DeFI.acting import Policy, PolicySettings, identify, policy_threads, trained_precision
 from Step3_DeFI.serve.server import ServeConfig, Server
 
 API_KEY = "DEFI_API_KEY"
 
 
 @dataclass
-class CommandConfig:
+class CommandConfig(PolicySettings):
     """configs/step3_serve.yaml says what each setting is for."""
 
-    checkpoint: str
-    gfdm: str | None = None
-    gidm: str | None = None
-    sampler: str | None = None
-    sampler_steps: int | None = None
-    guidance: float | None = None
+    checkpoint: str = ""  # which the command's configuration asks for
     fade: int | None = None
-    precision: str | None = None
     device: str | None = None
     threads: int | None = None
     seed: int = 0
@@ -42,8 +34,7 @@ class CommandConfig:
     serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:
-        choose("sampler", self.sampler, (None, *SAMPLERS))
-        choose("precision", self.precision, (None, *PRECISIONS))
+        super().__post_init__()
         if not 0 <= self.port < 2**16:
             raise UserError(f"port={self.port}: must lie in 0 … 65535")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,10 +47,7 @@ class CommandConfig:
 @entry("step3_serve")
 def main(cfg: DictConfig) -> None:
     config = typed(CommandConfig, cfg, "step3_serve")
-    wanted: dict[str, Any] = {"gfdm": config.gfdm, "gidm": config.gidm, "sampler": config.sampler}
-    wanted |= {"steps": config.sampler_steps, "guidance": config.guidance, "fade": config.fade}
-    chosen = {key: value for key, value in wanted.items() if value is not None}
-    policy = Policy.load(config.checkpoint, device=config.device, precision=config.precision, **chosen)
+    policy = config.load(config.device, **({} if config.fade is None else {"fade": config.fade}))
     print(f"{config.checkpoint}: {policy.robot.summary(policy.model.config.chunk)}")
     if not policy.robot.actions.low:
         print("the checkpoint does not know the range of its training data: actions are not clipped")

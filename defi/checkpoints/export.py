@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from defi.config import entry
 from defi.engine.checkpoint import (
-    IN_LEROBOT,
     MANIFEST,
+    NESTED,
     RUN_CONFIG,
     find_checkpoint,
     find_weights,
@@ -53,7 +53,7 @@ def export(cfg: DictConfig) -> Path:
     # By name, since this package imports no stage.
     policy = import_module("Step3_DeFI.policy").DeFI.from_pretrained(find_weights(checkpoint), **places)
     with new_folder(output) as folder:
-        own = folder if cfg.format == "folder" else folder / IN_LEROBOT
+        own = folder if cfg.format == "folder" else folder / NESTED
         import_module("Step3_DeFI.stages").write_whole(policy, own)
         run = read_run_config(checkpoint)
         (own / RUN_CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(without_places(run))))

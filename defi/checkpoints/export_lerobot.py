@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from defi.config import flatten
-from defi.engine.checkpoint import IN_LEROBOT
+from defi.engine.checkpoint import NESTED
 from defi.engine.model import CONFIG, WEIGHTS
 
 CARD = "README.md"
@@ -30,7 +30,7 @@ With the plug-in `integrations/lerobot_policy_defi` of DeFI's repository it is a
 
 def write(policy: Any, folder: Path, run: Mapping[str, Any]) -> None:
     """Beside the exported `DeFI` what LeRobot wants. `run`: the settings that it was trained with."""
-    share_files(folder / IN_LEROBOT / WEIGHTS, folder / WEIGHTS)
+    share_files(folder / NESTED / WEIGHTS, folder / WEIGHTS)
     config, size = policy.config, policy.image_size
     robot = config.robot
     inputs = {f"observation.images.{name}": _feature("VISUAL", 3, size, size) for name in robot.cameras}

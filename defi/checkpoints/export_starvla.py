@@ -16,7 +16,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from defi.checkpoints.export_lerobot import share_files
-from defi.engine.checkpoint import IN_LEROBOT, RUN_CONFIG
+from defi.engine.checkpoint import NESTED, RUN_CONFIG
 from defi.engine.model import WEIGHTS
 from defi.engine.output import LEFTOVER
 from defi.robot.spec import Vector
@@ -53,7 +53,7 @@ def write(policy: Any, folder: Path, run: Mapping[str, Any]) -> None:
     found = {"action": statistics(config.robot.actions), "state": statistics(state)}
     (folder / "dataset_statistics.json").write_text(json.dumps({name: found}, indent=1))
     (folder / "checkpoints").mkdir()
-    share_files(folder / IN_LEROBOT / WEIGHTS, folder / "checkpoints" / WEIGHTS)
+    share_files(folder / NESTED / WEIGHTS, folder / "checkpoints" / WEIGHTS)
     with (folder / "README.md").open("a") as card:
         card.write(SECTION)
 

@@ -22,7 +22,7 @@ from defi.checkpoints.convert import ADAPTERS, adapter
 from defi.checkpoints.files import find_index, read_foreign
 from defi.checkpoints.matching import part_of
 from defi.config import compose_preset, entry, presets
-from defi.engine.checkpoint import IN_LEROBOT, MANIFEST, find_checkpoint, list_checkpoints, read_manifest
+from defi.engine.checkpoint import MANIFEST, NESTED, find_checkpoint, list_checkpoints, read_manifest
 from defi.engine.model import CONFIG
 from defi.errors import UserError
 from defi.files import find_files, read_json
@@ -50,7 +50,7 @@ def open_checkpoint(path: Path) -> Found:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a run, a checkpoint folder or a file")
-    ours = any((place / MANIFEST).is_file() for place in (path, path / IN_LEROBOT))
+    ours = any((place / MANIFEST).is_file() for place in (path, path / NESTED))
     if ours or list_checkpoints(path):
         folder = find_checkpoint(path)
         manifest = read_manifest(folder)

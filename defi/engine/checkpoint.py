@@ -36,7 +36,7 @@ from defi.files import read_json, read_yaml
 
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.yaml"
-IN_LEROBOT = "defi"  # where folders of LeRobot and of starVLA hold a policy of ours
+NESTED = "defi"  # where folders of LeRobot and of starVLA hold a policy of ours
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = {"stage": str, "step": int, "data": dict, "metrics": dict, "files": dict}  # of a manifest
 CHANGED = "+changes"  # after the commit of a checkout whose files differ from it
@@ -53,7 +53,7 @@ def find_checkpoint(path: Path | str, stage: str | None = None) -> Path:
     UserError if there is none, or (with `stage`) it belongs to another stage.
     """
     path = Path(path)
-    places = path, path / IN_LEROBOT
+    places = path, path / NESTED
     found = [place for place in places if is_complete(place)][:1] or list_checkpoints(path)
     if not found:
         begun = any((place / MANIFEST).exists() for place in places)

@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from itertools import combinations, groupby
 from pathlib import Path
@@ -294,14 +294,13 @@ def main(cfg: DictConfig) -> None:
     if "sets" in cfg.data or "format" not in cfg.data:
         raise UserError("data: several data sets; replay one of them, data=<format> data.root=…")
     output = check_output(cfg.output, overwrite=cfg.overwrite)
-    data, checkpoint = open_dataset(OmegaConf.to_container(cfg.data), cfg.part), local_folder(cfg.checkpoint)
+    data = open_dataset(OmegaConf.to_container(cfg.data), cfg.part)
     acting = import_module("Step3_DeFI.acting")  # by name, since this package imports no stage
-    given = {"gfdm": cfg.gfdm, "gidm": cfg.gidm, "precision": cfg.precision, "sampler": cfg.sampler}
-    given |= {"steps": cfg.sampler_steps, "guidance": cfg.guidance}
-    given = {key: value for key, value in given.items() if value is not None}
-    device = import_module("defi.processes").processes().device
-    found = replay(acting.Policy.load(checkpoint, device=device, **given), data, cfg)
-    errors, known = found.loop.errors(), acting.identify(checkpoint)
+    names = [field.name for field in fields(acting.PolicySettings)]
+    settings = acting.PolicySettings(**{name: cfg[name] for name in names})
+    settings.checkpoint = str(local_folder(cfg.checkpoint))
+    found = replay(settings.load(import_module("defi.processes").processes().device), data, cfg)
+    errors, known = found.loop.errors(), acting.identify(settings.checkpoint)
     found.facts |= {f"policy's {key}": value for key, value in known.items()}
     console, lines = Console(markup=False, highlight=False), Table("action", *COLUMNS.values(), box=SIMPLE)
     for row in table(errors):

@@ -41,7 +41,7 @@ CLONE = "git clone --recurse-submodules https://github.com/simpler-env/SimplerEn
 def check_packages() -> None:
     """Raises UserError where one is missing."""
     if missing := [name for name in ("sapien", "ruckig") if find_spec(name) is None]:
-        fix = 'pip install "defi-robot[simpler]" (Linux, Python 3.10 to 3.12)'
+        fix = 'pip install -e ".[simpler]" (Linux, Python 3.10 to 3.12)'
         raise UserError(f"SIMPLER needs {' and '.join(missing)}, not installed here; {fix}")
 
 
@@ -60,7 +60,7 @@ def drawing() -> str:
         return run.stdout.strip().splitlines()[0].removeprefix("GPU: ")
     said = (run.stderr.strip() or "nothing").splitlines()[-1]
     if "ModuleNotFoundError" in said or "ImportError" in said:
-        raise UserError(f'SAPIEN 3 is missing ({said}): pip install "defi-robot[simpler]"')
+        raise UserError(f'SAPIEN 3 is missing ({said}): pip install -e ".[simpler]"')
     if run.returncode < 0:
         said = f"it ended with {signal.Signals(-run.returncode).name}"
     raise UserError(f"SAPIEN cannot draw ({said}): no working Vulkan driver; {MEND}")

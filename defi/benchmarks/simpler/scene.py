@@ -45,7 +45,7 @@ def sapien() -> Any:
             warnings.simplefilter("ignore")  # of missing Vulkan: `check.py` tells it where it matters
             import sapien
     except ImportError as error:
-        fix = 'pip install "defi-robot[simpler]", Linux, Python 3.10 to 3.12'
+        fix = 'pip install -e ".[simpler]", Linux, Python 3.10 to 3.12'
         raise UserError(f"SIMPLER needs SAPIEN 3, which is missing ({error}): {fix}") from None
     sapien.set_log_level("error")  # it warns of each STL file
     return sapien

@@ -25,7 +25,7 @@ from defi.checkpoints.export_lerobot import share_files
 from defi.data import Dataset
 from defi.data.lerobot.meta import Meta
 from defi.data.motions import Motions
-from defi.engine.checkpoint import IN_LEROBOT, RUN_CONFIG, environment, read_manifest, write_manifest
+from defi.engine.checkpoint import NESTED, RUN_CONFIG, environment, read_manifest, write_manifest
 from defi.engine.data import seed_of
 from defi.engine.model import WEIGHTS, StageModel
 from defi.errors import UserError
@@ -138,7 +138,7 @@ class DeFIPolicy(PreTrainedPolicy):
         folder = local_folder(pretrained_name_or_path, given.get("revision"))
         if config is None:
             config = PreTrainedConfig.from_pretrained(folder)
-        inside = folder / IN_LEROBOT
+        inside = folder / NESTED
         model, precision = DeFI.from_pretrained(inside).to(config.device), config.acting()["precision"]
         if precision != "no" and "dataset_meta" not in given:  # to act, as `Policy.load` does
             torch.nn.Module.to(model.gfdm.unet, PRECISIONS[precision])
@@ -149,7 +149,7 @@ class DeFIPolicy(PreTrainedPolicy):
         if state_dict is not None:
             raise UserError("defi: LeRobot's FSDP is not supported; DeFI's own training has it (docs)")
         self.config._save_pretrained(save_directory)
-        (inside := save_directory / IN_LEROBOT).mkdir(parents=True, exist_ok=True)
+        (inside := save_directory / NESTED).mkdir(parents=True, exist_ok=True)
         if self._folder is None:
             write_whole(self.defi, inside)
         else:
