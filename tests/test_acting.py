@@ -254,5 +254,6 @@ def test_a_robot_survives_its_checkpoint_and_meets_the_simulator(
     check_robot(policy_config(), calvin_robot(), "fits")
     assert not capsys.readouterr().out
     slower = replace(calvin_robot(["static"]), fps=10.0)
-    check_robot(policy_config(robot=asdict(slower)), calvin_robot(), "slower")
+    differ = check_robot(policy_config(robot=asdict(slower)), calvin_robot(), "slower")
+    assert differ == ["10 steps per second, not 30"]
     assert "slower: its robot is not quite the simulators': 10 steps per second" in capsys.readouterr().out

@@ -109,8 +109,12 @@ def read_settings(cls: type[Config], settings: DictConfig, where: str) -> tuple[
     return benchmark, config
 
 
-def check_robot(policy: PolicyConfig, simulated: Robot, source: str) -> None:
-    """Raises UserError if a policy's robot is not the benchmark's; other names or units are only printed."""
+def check_robot(policy: PolicyConfig, simulated: Robot, source: str) -> list[str]:
+    """In what a policy's robot is not quite the benchmark's (names, units, rates), which is also printed.
+
+    Raises:
+        UserError: it cannot act there: a camera is missing, or its actions or state have another size.
+    """
     robot, state = policy.robot, simulated.state
     differ = [f"no camera {camera}" for camera in robot.cameras if camera not in simulated.cameras]
     sizes = {"actions": (policy.action_dim, len(simulated.actions))}
@@ -122,3 +126,4 @@ def check_robot(policy: PolicyConfig, simulated: Robot, source: str) -> None:
         raise UserError(f"{source}: {have}; {fix}")
     other = robot.differences(replace(simulated, cameras=robot.cameras))
     print_once(f"{source}: its robot is not quite the simulators': {'; '.join(other)}" if other else "")
+    return other

@@ -237,7 +237,8 @@ def main(cfg: DictConfig) -> None:
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
         policy = config.load(state.device)
-        check_robot(policy.model.config, benchmark.robot, config.checkpoint)
+        differ = check_robot(policy.model.config, benchmark.robot, config.checkpoint)
+        known |= {"robot_differs": differ} if differ else {}  # whether adapters mend it or not
     with policy_threads(config.threads, ranks=state.num_processes) as threads:
         if known.get("device") == "cpu":
             known["threads"] = threads  # rounding depends on it
