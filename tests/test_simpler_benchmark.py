@@ -143,7 +143,7 @@ def test_what_is_missing_is_said_before_anything_runs(
         WidowX().prepare(0)
     with monkeypatch.context() as patch:
         patch.setattr(check, "find_spec", lambda name: None if name == "sapien" else importlib.util)
-        with pytest.raises(UserError, match=r'needs sapien, .*; pip install "defi-robot\[simpler\]"'):
+        with pytest.raises(UserError, match=r'needs sapien, .*; pip install -e "\.\[simpler\]"'):
             WidowX(simpler_root=str(tmp_path)).prepare(0)
     monkeypatch.setattr(check, "find_spec", lambda name: importlib.util)
     with pytest.raises(UserError, match="holds no ManiSkill2_real2sim/data; git clone"):
