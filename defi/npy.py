@@ -8,6 +8,7 @@ by `numpy.frombuffer` from checked types and sizes.
 import io
 import math
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ FIX = "copy or write it again"
 NUMERIC = frozenset("biufcSU")
 GLOBALS = re.compile(r"numpy\.(ndarray|dtype|_?core\.multiarray\.(_reconstruct|scalar))|_codecs\.encode")
 SPARE_VALUES = 100_000  # that a pickle may repeat, besides one for each of its bytes
+PARSER = threading.Lock()  # NumPy parses headers with `ast`, whose depth count Python 3.11 shares among threads
 
 
 class _Recorded:
@@ -130,17 +132,19 @@ def map_npy(path: Path) -> np.ndarray:
     """The array of numbers in a `.npy` file, mapped into memory, read-only."""
     with reading(path, FIX):
         with path.open("rb") as file:
-            _, _, dtype = _header(file)
+            shape, fortran, dtype = _header(file)
+            start = file.tell()
         if dtype.kind not in NUMERIC or dtype.itemsize == 0:  # of none NumPy's mapping would divide by zero
             raise ValueError(f"arrays of type {dtype}")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and type of the array that follows in the file."""
     version = npy_format.read_magic(file)
     reader = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}[version]
-    shape, fortran, dtype = reader(file)
+    with PARSER:
+        shape, fortran, dtype = reader(file)
     if any(n < 0 for n in shape):
         raise ValueError(f"shape {shape}")
     return shape, fortran, dtype
