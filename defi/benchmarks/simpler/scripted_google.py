@@ -188,8 +188,11 @@ def front(simpler: Simpler) -> np.ndarray:
 def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
     """Closed fingers before the plate, then into it."""
     simpler = hand.simpler
-    turn = turned(ALONG_X, random.uniform(0.3, 0.4))
     aside, low = random.uniform(-0.05, 0.05), random.uniform(-0.05, -0.03)
+    shut = front(simpler) - (simpler.state().drawer, -aside, -low)
+    tilts = np.arange(random.uniform(0.3, 0.4), 1.0, 0.1)  # what is far is reached with a tilted hand only
+    turns = [turned(ALONG_X, tilt) for tilt in tilts]
+    turn = next((each for each in turns if hand.can_reach(np.concatenate([shut, each]))), turns[-1])
 
     def before(by: float) -> Pose:
         return np.concatenate([front(simpler) + (by, aside, low), turn])
@@ -199,19 +202,23 @@ def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
 
 
 def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
-    """Closed fingers over the plate's upper edge, down behind it, pull."""
+    """Closed fingers over the plate's upper edge, down behind it, pull; again, until it is open."""
     simpler = hand.simpler
-    turn = turned(ALONG_Y, random.uniform(0.75, 0.9))
+    turn = turned(ALONG_Y, random.uniform(0.9, 1.05))
     aside = random.uniform(-0.05, 0.05)
 
     def at(x: float, z: float) -> Pose:
         """From the middle of the plate's upper edge."""
         return np.concatenate([front(simpler) + (x, aside, HALF_PLATE + z), turn])
 
-    yield from hand.reach(lambda: at(0.08, 0.12), CLOSED, within=0.02)
-    yield from hand.reach(lambda: at(-0.04, 0.02), CLOSED)
-    yield from hand.reach(lambda: at(-0.04, -0.025), CLOSED)
-    yield from hand.reach(lambda: at(0.08, -0.025), CLOSED, unless=lambda: simpler.state().drawer > FAR_OPEN)
+    def opened() -> bool:
+        return simpler.state().drawer > FAR_OPEN
+
+    while not opened():
+        yield from hand.reach(lambda: at(0.07, 0.1), CLOSED, within=0.02)
+        yield from hand.reach(lambda: at(-0.04, 0.038), CLOSED, within=0.01, most=20)
+        yield from hand.reach(lambda: at(-0.04, -0.01), CLOSED, within=0.01, most=4)
+        yield from hand.reach(lambda: at(0.06, -0.01), CLOSED, unless=opened, most=25)
 
 
 SCRIPTS = {"pick": pick, "near": move_near, "close": close_drawer, "open": open_drawer}
