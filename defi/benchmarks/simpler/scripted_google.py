@@ -25,7 +25,7 @@ ALONG_X, ALONG_Y = np.pi / 2, np.pi  # the hand's spin, with fingers apart along
 FRONT, HALF_PLATE, THICK = 0.3125, 0.07, 0.015  # m, of a drawer's plate: from its origin along x; z; x
 DEEP = 0.05  # m, from the top of what is grasped to the tip
 FAR_OPEN = 0.19  # m; 0.15 is asked for
-PUSHED_IN = 0.02  # m; 0.05 is asked for
+PUSHED_IN = 0.035  # m; 0.05 is asked for
 
 
 def turned(spin: float, tilt: float) -> np.ndarray:
@@ -198,27 +198,30 @@ def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
         return np.concatenate([front(simpler) + (by, aside, low), turn])
 
     yield from hand.reach(lambda: before(0.08), CLOSED, within=0.02)
-    yield from hand.reach(lambda: before(-0.1), CLOSED, unless=lambda: simpler.state().drawer < PUSHED_IN)
+    yield from hand.reach(lambda: before(-0.1), CLOSED, most=40, unless=lambda: simpler.state().drawer < PUSHED_IN)
 
 
 def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
-    """Closed fingers over the plate's upper edge, down behind it, pull; again, until it is open."""
-    simpler = hand.simpler
-    turn = turned(ALONG_Y, random.uniform(0.9, 1.05))
-    aside = random.uniform(-0.05, 0.05)
+    """Closed fingers over the plate's upper edge, down behind it, pull; again, until it is open.
 
-    def at(x: float, z: float) -> Pose:
+    The hand comes in flat, to clear what is above, and hooks with the fingers as steep as there is room for.
+    """
+    simpler = hand.simpler
+    tilt, aside = random.uniform(0.9, 1.0), random.uniform(-0.05, 0.05)
+
+    def at(x: float, z: float, steeper: float = 0.0) -> Pose:
         """From the middle of the plate's upper edge."""
-        return np.concatenate([front(simpler) + (x, aside, HALF_PLATE + z), turn])
+        place = front(simpler) + (x, aside, HALF_PLATE + z)
+        return np.concatenate([place, turned(ALONG_Y, tilt - steeper)])
 
     def opened() -> bool:
         return simpler.state().drawer > FAR_OPEN
 
     while not opened():
         yield from hand.reach(lambda: at(0.07, 0.1), CLOSED, within=0.02)
-        yield from hand.reach(lambda: at(-0.04, 0.038), CLOSED, within=0.01, most=20)
-        yield from hand.reach(lambda: at(-0.04, -0.01), CLOSED, within=0.01, most=4)
-        yield from hand.reach(lambda: at(0.06, -0.01), CLOSED, unless=opened, most=25)
+        yield from hand.reach(lambda: at(-0.045, 0.038), CLOSED, within=0.01, most=20)
+        yield from hand.reach(lambda: at(-0.05, -0.02, 0.2), CLOSED, within=0.01, most=5)
+        yield from hand.reach(lambda: at(0.05, -0.03, 0.2), CLOSED, unless=opened, most=20)
 
 
 SCRIPTS = {"pick": pick, "near": move_near, "close": close_drawer, "open": open_drawer}
