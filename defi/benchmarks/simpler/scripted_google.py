@@ -14,7 +14,7 @@ from jaxtyping import Float
 from defi.benchmarks.simpler.environment import Simpler
 from defi.benchmarks.simpler.episodes import yaw
 from defi.benchmarks.simpler.poses import Pose, composed, inverse, matrix, multiplied, turn_of, vector_of
-from defi.benchmarks.simpler.scene import TABLE, pose_of
+from defi.benchmarks.simpler.scene import pose_of
 
 Action = Float[np.ndarray, "7"]
 Actions = Iterator[Action]
@@ -22,7 +22,7 @@ OPEN, CLOSED = -1.0, 1.0  # said in every step, so that noise in one of them doe
 TURN = 0.25  # rad, the most of one action
 FINGERS_STEPS = 4  # to close or open
 ALONG_X, ALONG_Y = np.pi / 2, np.pi  # the hand's spin, with fingers apart along x or y
-FRONT, HALF_PLATE, THICK = 0.3125, 0.07, 0.015  # m, of a drawer's plate: from its origin along x; z; x
+FRONT, HALF_PLATE = 0.3125, 0.07  # m, of a drawer's front plate: its face from its origin, along z
 DEEP = 0.05  # m, from the top of what is grasped to the tip
 BESIDE = 0.13  # m, from the target's middle
 FAR_OPEN = 0.18  # m; 0.15 is asked for
@@ -90,99 +90,97 @@ class Hand:
             yield self.toward(pose, fingers)
 
 
-class Held:
-    """An object of the scene as something to be grasped from above."""
+class Grasp:
+    """An object of the scene, grasped from above. tilt: rad, the least; height: m, of the tip over it."""
 
-    def __init__(self, hand: Hand, name: str, tilt: float, height: float) -> None:
-        self.hand, self.name, self.tilt, self.height = hand, name, tilt, height
-        box = hand.simpler.scene.model(name)["bbox"]
+    def __init__(self, hand: Hand, index: int, random: np.random.Generator) -> None:
+        scene = hand.simpler.scene
+        self.hand, self.name = hand, hand.simpler.episode.objects[index].model
+        self.tilt, self.height = random.uniform(0.15, 0.25), random.uniform(0.004, 0.012)
+        box = scene.model(self.name)["bbox"]
         self.size = np.subtract(box["max"], box["min"])
 
     @property
-    def place(self) -> np.ndarray:
-        return self.hand.simpler.state().objects[self.name][:3]
+    def pose(self) -> Pose:
+        return pose_of(self.hand.simpler.scene.objects[self.name].entity.pose)
 
     @property
     def half(self) -> float:
-        """Of its height as it lies."""
-        return float(np.abs(matrix(self.hand.simpler.state().objects[self.name][3:])[2]) @ self.size / 2)
+        """Of its height as it lies, m."""
+        return float(np.abs(matrix(self.pose[3:])[2]) @ self.size / 2)
 
-    def spin(self) -> float:
+    def lost(self) -> bool:
+        """Not between the fingers."""
+        return bool(np.linalg.norm(self.pose[:3] - self.hand.tip[:3]) > max(0.05, self.half + 0.02))
+
+    def _spin(self) -> float:
         """Fingers on its narrow sides; of several ways the one nearest to how the hand starts."""
-        axes = matrix(self.hand.simpler.state().objects[self.name][3:]).T
+        axes = matrix(self.pose[3:]).T
         flat = [each for each in range(3) if abs(axes[each][2]) < 0.6]
         narrow = min(self.size[each] for each in flat) + 0.012
         spins = [np.arctan2(axes[each][0], -axes[each][1]) for each in flat if self.size[each] < narrow]
         turns = [(spin - ALONG_X + np.pi / 2) % np.pi - np.pi / 2 for spin in spins]
         return ALONG_X + float(min(turns, key=abs))
 
-    def grasp(self, back: float, tilt: float) -> Pose:
-        """The tip's pose to close the fingers at, or so many m back along the hand."""
-        turn = turned(self.spin(), tilt)
-        place = self.place + (0, 0, max(0.0, self.half - DEEP) + self.height)
+    def _at(self, turn: np.ndarray, back: float) -> Pose:
+        """The tip's pose to close the fingers at, and so many m back along the hand."""
+        place = self.pose[:3] + (0, 0, max(0.0, self.half - DEEP) + self.height)
         return np.concatenate([place - back * matrix(turn)[:, 2], turn])
 
-    def lost(self) -> bool:
-        """Not between the fingers."""
-        offset = self.place - self.hand.tip[:3]
-        return bool(np.linalg.norm(offset) > max(0.05, self.half + 0.02))
-
     def take(self, rise: float) -> Actions:
-        """Along the hand's own axis, and back; again, until it is lifted."""
-        hand = self.hand
-        while True:
-            for tilt in np.arange(self.tilt, 0.7, 0.08):  # what is far is reached with a tilted hand only
-                poses = [self.grasp(back, tilt) for back in (self.half + 0.03, 0.0, rise)]
-                if all(map(hand.can_reach, poses)):
-                    break
-            before, at, after = poses
-            yield from hand.reach(lambda: before, OPEN, within=0.03)
-            yield from hand.reach(lambda: at, OPEN, within=0.007)
-            yield from hand.stay(CLOSED)
-            yield from hand.reach(lambda: after, CLOSED, within=0.03, unless=self.lost)
-            if not self.lost():
-                return
-            yield from hand.stay(OPEN)
+        """Until the object has risen with the hand, by about so many m."""
+        yield from self._try(rise)
+        while self.lost():
+            yield from self.hand.stay(OPEN)
+            yield from self._try(rise)
+
+    def _try(self, rise: float) -> Actions:
+        """Along the hand's own axis, and back."""
+        hand, spin, before = self.hand, self._spin(), self.half + 0.03
+        for tilt in np.arange(self.tilt, 0.7, 0.08):  # what is far is reached with a tilted hand only
+            turn = turned(spin, tilt)
+            if all(hand.can_reach(self._at(turn, back)) for back in (before, 0.0, rise)):
+                break
+        yield from hand.reach(lambda: self._at(turn, before), OPEN, within=0.03)
+        yield from hand.reach(lambda: self._at(turn, 0.0), OPEN, within=0.007)
+        risen = self._at(turn, rise)
+        yield from hand.stay(CLOSED)
+        yield from hand.reach(lambda: risen, CLOSED, within=0.03, unless=self.lost)
 
 
 def pick(hand: Hand, random: np.random.Generator) -> Actions:
     """Grasp, lift, hold."""
-    simpler = hand.simpler
-    name = simpler.episode.objects[simpler.episode.source].model
-    held = Held(hand, name, random.uniform(0.15, 0.25), random.uniform(0.004, 0.012))
-    yield from held.take(random.uniform(0.08, 0.12))
+    can = Grasp(hand, hand.simpler.episode.source, random)
+    yield from can.take(random.uniform(0.08, 0.12))
 
 
 def move_near(hand: Hand, random: np.random.Generator) -> Actions:
-    """Grasp, lift, carry to beside the target, set down, let go, rise."""
-    simpler = hand.simpler
-    objects = simpler.episode.objects
-    source, target = (objects[each].model for each in (simpler.episode.source, simpler.episode.target))
-    held = Held(hand, source, random.uniform(0.15, 0.25), random.uniform(0.004, 0.012))
-    floor = held.place[2]
-    while True:
-        yield from held.take(random.uniform(0.05, 0.07))
-        goal = simpler.state().objects[target][:3]
-        apart = held.place[:2] - goal[:2]
-        goal = np.array([*(goal[:2] + apart * BESIDE / np.linalg.norm(apart)), floor])
-        for height in (0.05, 0.006):
+    """Grasp, lift, carry to beside the target, set down, let go, rise; again, until it is there."""
+    episode = hand.simpler.episode
+    source, target = (Grasp(hand, index, random) for index in (episode.source, episode.target))
+    floor, rise = source.pose[2], random.uniform(0.05, 0.07)
 
-            def carried(height: float = height) -> Pose:
-                tip = hand.tip
-                return np.concatenate([tip[:3] + goal + (0, 0, height) - held.place, turn])
+    def carried(height: float) -> Pose:
+        """The tip's pose with the source so high over the table, beside the target."""
+        apart = source.pose[:2] - target.pose[:2]
+        beside = target.pose[:2] + apart * BESIDE / np.linalg.norm(apart)
+        place = hand.tip[:3] - source.pose[:3] + (*beside, floor + height)
+        return np.concatenate([place, turn])
 
-            turn = hand.tip[3:]
-            yield from hand.reach(carried, CLOSED, unless=held.lost)
-        if not held.lost():
-            break
-    yield from hand.stay(OPEN)
+    while np.linalg.norm(source.pose[:2] - target.pose[:2]) > BESIDE + 0.03:
+        yield from source.take(rise)
+        turn = hand.tip[3:]
+        yield from hand.reach(lambda: carried(0.05), CLOSED, unless=source.lost)
+        yield from hand.reach(lambda: carried(0.006), CLOSED, unless=source.lost)
+        yield from hand.stay(OPEN)
     up = hand.tip + (0, 0, 0.08, 0, 0, 0, 0)
-    yield from hand.reach(lambda: up, OPEN)
+    yield from hand.reach(lambda: up, OPEN, within=0.02)
 
 
 def front(simpler: Simpler) -> np.ndarray:
     """Middle of the front plate's outer face."""
-    link = next(each for each in simpler.scene.cabinet.links if each.name == f"{simpler.episode.task.drawer}_drawer")
+    name = f"{simpler.episode.task.drawer}_drawer"
+    link = next(each for each in simpler.scene.cabinet.links if each.name == name)
     return pose_of(link.entity.pose)[:3] + (FRONT, 0, 0)
 
 
@@ -199,7 +197,9 @@ def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
         return np.concatenate([front(simpler) + (by, aside, low), turn])
 
     yield from hand.reach(lambda: before(0.08), CLOSED, within=0.02)
-    yield from hand.reach(lambda: before(-0.1), CLOSED, most=40, unless=lambda: simpler.state().drawer < PUSHED_IN)
+    yield from hand.reach(
+        lambda: before(-0.1), CLOSED, most=40, unless=lambda: simpler.state().drawer < PUSHED_IN
+    )
 
 
 def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
@@ -228,7 +228,7 @@ def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
 SCRIPTS = {"pick": pick, "near": move_near, "close": close_drawer, "open": open_drawer}
 
 
-class Scripted:
+class GoogleScripted:
     """One episode's policy; made after the reset. done: it has finished; the hand stays from then on."""
 
     def __init__(self, simpler: Simpler, random: np.random.Generator) -> None:
@@ -247,6 +247,6 @@ class Scripted:
         return action
 
 
-def google(simpler: Simpler, random: np.random.Generator) -> Scripted:
+def google(simpler: Simpler, random: np.random.Generator) -> GoogleScripted:
     """The scripted policy for an episode of the Google robot, after its reset."""
-    return Scripted(simpler, random)
+    return GoogleScripted(simpler, random)
