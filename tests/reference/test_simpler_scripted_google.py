@@ -1,4 +1,4 @@
-"""Scripted policies of the Google robot, by the official judge: disturbed, and where the arm reaches just so."""
+"""Scripted policies of the Google robot, by the official judge: disturbed, from the farthest places."""
 
 from pathlib import Path
 
