@@ -49,7 +49,7 @@ def random_start(task: str, random: np.random.Generator, index: int = -1) -> Epi
 def _within(spots: np.ndarray, random: np.random.Generator) -> Place:
     """In the rectangle around the spots [n, 2] and a little beyond; the only spot there is stays."""
     low, high = spots.min(0), spots.max(0)
-    margin = BEYOND * (high > low)
+    margin = BEYOND * (high > low).any()
     x, y = random.uniform(low - margin, high + margin).tolist()
     return x, y
 
