@@ -52,7 +52,7 @@ class Put:
     grasp: the tip over the source. carry, release: the source over the target on the way, and when it is let
     go. near: how far beside the target it may be then; on: how far when it is let go and stays there. along:
     how far from its middle it may be grasped. low: the hand turns to between this and `low + symmetry`, by
-    which the source can be turned and is grasped alike.
+    which the source can be turned and is grasped alike, and by `most` at most.
     """
 
     grasp: float
@@ -63,6 +63,7 @@ class Put:
     along: float = 0.012
     low: float = -0.75 * np.pi
     symmetry: float = np.pi
+    most: float = np.pi
 
 
 SKILLS = {
@@ -79,7 +80,7 @@ SKILLS = {
         symmetry=np.pi / 2,
     ),
     "widowx_put_eggplant_in_basket": Put(
-        grasp=-0.002, carry=0.165, release=0.09, near=0.02, on=0.07, low=-np.pi / 2
+        grasp=-0.002, carry=0.165, release=0.09, near=0.02, on=0.07, low=-np.pi / 2, most=0.9
     ),
 }
 
@@ -144,6 +145,7 @@ class PutOn:
         """Over the source with open fingers, turned across it, down, close."""
         skill = self.skill
         turn = skill.low + (view.source_yaw - skill.low) % skill.symmetry
+        turn = float(np.clip(turn, -skill.most, skill.most))
         along = np.array([np.cos(turn), np.sin(turn), 0])
         goal = view.source + (0, 0, skill.grasp)
         goal += np.clip((view.tip - goal) @ along, -skill.along, skill.along) * along
