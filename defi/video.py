@@ -345,8 +345,8 @@ def to_uint8(images: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]
 
 
 def resize(images: Float[Tensor, "N C H W"], size: int | tuple[int, int]) -> Float[Tensor, "N C H2 W2"]:
-    """Images of another size, in pixels: height and width, or square. Bilinear with antialiasing; other shapes
-    are squeezed, not cropped."""
+    """Images of another size, in pixels: height and width, or square. Bilinear with antialiasing; other
+    shapes are squeezed, not cropped."""
     shape = (size, size) if isinstance(size, int) else size
     if images.shape[-2:] == shape:
         return images

@@ -40,8 +40,8 @@ FIX = "delete this file, then continue with resume=true"
 
 @dataclass
 class CollectConfig:
-    """Settings of `python -m defi.benchmarks.simpler.collect`, checked; configs/collect_simpler.yaml says what
-    each one is."""
+    """Settings of `python -m defi.benchmarks.simpler.collect`, checked; configs/collect_simpler.yaml says
+    what each one is."""
 
     seed: int
     output: str
@@ -112,7 +112,7 @@ class Demonstration:
         return f"{self.task}-{self.number:05d}"
 
     def file(self, output: Path) -> Path:
-        """With arrays `record` (JSON: every attempt) and, of a recorded one, `instruction`, `actions`, `state`,
+        """With arrays `attempts` (JSON: every one) and, of what was recorded, `instruction`, `actions`, `state`,
         `pictures` (PNG, one after the other) and `ends` of these."""
         return output / FOLDER / f"{self.name}.npz"
 
@@ -132,8 +132,8 @@ def plan(config: CollectConfig) -> list[Demonstration]:
 
 @dataclass
 class Played:
-    """What one attempt was: moment, state and action of each step; after how many steps it was solved for good
-    (None: never), and whether it was disturbed."""
+    """What one attempt was: moment, state and action of each step; after how many steps it was solved for
+    good (None: never), and whether it was disturbed."""
 
     moments: list[Moment]
     states: list[Float64[np.ndarray, " S"]]
@@ -209,7 +209,7 @@ def recorded(simpler: Simpler, played: Played, image_size: Sequence[int] | None)
 def shrunk(
     picture: UInt8[np.ndarray, "H W 3"], size: Sequence[int] | None
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """At another size, [width, height], as policies resize what they see: bilinear with antialiasing, rounded."""
+    """At another size, [width, height], as policies resize what they see: bilinear with antialiasing."""
     if size is None:
         return picture
     import torch

@@ -130,8 +130,8 @@ class Simpler:
         return Moment([np.array(each.qpos) for each in moving], [body.entity.pose for body in objects])
 
     def picture(self, moment: Moment) -> np.ndarray:
-        """What was seen at a moment of this episode, to the last bit: uint8 [H, W, 3]. The episode cannot go on
-        after that, for nothing is as fast as it was."""
+        """What was seen at a moment of this episode, to the last bit: uint8 [H, W, 3]. The episode cannot go
+        on after that, for nothing is as fast as it was."""
         assert self.eye is not None, "made with drawn=False"
         for each, joints in zip(self._moving(), moment.joints):
             each.set_qpos(joints)
