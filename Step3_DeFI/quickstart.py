@@ -23,13 +23,13 @@ from Step3_DeFI.rollout.results import RESULTS, read_results
 
 LOSSES = {"vae": "Video autoencoder", "gfdm": "GFDM", "gidm": "GIDM", "policy": "DeFI policy"}
 MOST_FUTURES = 8
-SMOKE = "size=smoke: this run only shows that everything runs; it learns nothing, so expect 0.00."
+SMOKE = "size=smoke: this run only shows that everything runs; it learns nothing, so expect no success."
 
 
 def remark(folder: Path) -> str:
     """What to know of the run's size before its numbers; the script wrote it to `size`."""
     file = folder / "size"
-    return SMOKE if file.is_file() and file.read_text().strip() == "smoke" else ""
+    return SMOKE if file.is_file() and file.read_text().strip().endswith("smoke") else ""
 
 
 def loss_chart(run: Path) -> Figure:

@@ -43,6 +43,14 @@ def decode_picture(
         return np.asarray(picture.convert("RGB"))
 
 
+def encode_picture(picture: UInt8[np.ndarray, "H W 3"], form: str) -> bytes:
+    """A picture as one of `FORMATS`: PNG exactly and soon, JPEG lossily (quality 95, as TFDS writes it)."""
+    buffer = io.BytesIO()
+    how = {"quality": 95} if form == "JPEG" else {"compress_level": 1}
+    Image.fromarray(picture).save(buffer, form, **how)
+    return buffer.getvalue()
+
+
 def stack_frames(
     frames: Sequence[UInt8[np.ndarray, "H W 3"]], places: Sequence[object]
 ) -> UInt8[np.ndarray, "F H W 3"]:

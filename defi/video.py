@@ -344,11 +344,13 @@ def to_uint8(images: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
-def resize(images: Float[Tensor, "N C H W"], size: int) -> Float[Tensor, "N C S S"]:
-    """Square images of `size` pixels: bilinear with antialiasing; other shapes are squeezed, not cropped."""
-    if images.shape[-2:] == (size, size):
+def resize(images: Float[Tensor, "N C H W"], size: int | tuple[int, int]) -> Float[Tensor, "N C H2 W2"]:
+    """Images of another size, in pixels: height and width, or square. Bilinear with antialiasing; other
+    shapes are squeezed, not cropped."""
+    shape = (size, size) if isinstance(size, int) else size
+    if images.shape[-2:] == shape:
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(images, shape, mode="bilinear", antialias=True, align_corners=False)
 
 
 def prepare_frames(frames: UInt8[np.ndarray, "F H W 3"], size: int) -> Float[Tensor, "F 3 S S"]:

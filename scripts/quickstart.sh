@@ -1,37 +1,68 @@
 #!/usr/bin/env bash
-# From nothing to a policy that solves tasks in a scene it has never seen: demonstrations, all stages, rollout, report.
-#   scripts/quickstart.sh              about a quarter of an hour on two CPU cores
-#   scripts/quickstart.sh size=long    the same with more of everything
-#   scripts/quickstart.sh size=smoke   two minutes: does everything run? (learns nothing)
-#   scripts/quickstart.sh output=DIR   elsewhere than outputs/quickstart
+# From nothing to a policy that solves tasks it was not shown like this: demonstrations, all stages, rollout, report.
+#   scripts/quickstart.sh               the play table, in a scene it has never seen: a quarter of an hour on two CPU cores
+#   scripts/quickstart.sh world=simpler SIMPLER's WidowX, from the official starts: an hour; fetches its assets, once
+#   scripts/quickstart.sh size=long     the same with more of everything
+#   scripts/quickstart.sh size=smoke    two minutes: does everything run? (learns nothing)
+#   scripts/quickstart.sh output=DIR    elsewhere than outputs/quickstart
+#   scripts/quickstart.sh world=simpler simpler_root=DIR   a clone of SimplerEnv elsewhere than data/SimplerEnv
 # What a killed run has finished is kept: the same command continues from there. To start over, delete the folder.
 . "$(dirname "$0")/setup.sh"
 
-size=short output=
+world=table size=short output= simpler_root=data/SimplerEnv
 for setting in "$@"; do
     case $setting in
+        world=table | world=simpler) world=${setting#world=} ;;
         size=short | size=long | size=smoke) size=${setting#size=} ;;
         output=*) output=${setting#output=} ;;
-        *) echo "error: $setting: unknown; settings are size=short, size=long, size=smoke, output=DIR" >&2; exit 2 ;;
+        simpler_root=*) simpler_root=${setting#simpler_root=} ;;
+        *) echo "error: $setting: unknown; settings are world=table, world=simpler, size=short, size=long, size=smoke, output=DIR," \
+            "simpler_root=DIR" >&2; exit 2 ;;
     esac
 done
-output=${output:-outputs/quickstart$([ $size = short ] || echo -$size)}
-
-tasks=open_drawer,close_drawer,move_slider_left,move_slider_right
-tasks+=,turn_on_lightbulb,turn_off_lightbulb,turn_on_led,turn_off_led
-case $size in
-    smoke) demos=1 vae=2 gfdm=2 gidm=4 policy=4 chains=2 ;;
-    short) demos=60 vae=300 gfdm=150 gidm=400 policy=1000 chains=60 ;;
-    long) demos=150 vae=500 gfdm=600 gidm=1000 policy=3500 chains=100 ;;
-esac
+run=$([ $world = table ] && echo $size || echo $world-$size)
+output=${output:-outputs/quickstart$([ $world = table ] || echo -$world)$([ $size = short ] || echo -$size)}
+data=$output/data ckpts=$output/ckpts
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 
+# What differs between the worlds: the data, how far apart its frames are, and the evaluation.
+case $world in
+    table)
+        case $size in
+            smoke) demos=1 vae=2 gfdm=2 gidm=4 steps=4 chains=2 ;;
+            short) demos=60 vae=300 gfdm=150 gidm=400 steps=1000 chains=60 ;;
+            long) demos=150 vae=500 gfdm=600 gidm=1000 steps=3500 chains=100 ;;
+        esac
+        tasks=open_drawer,close_drawer,move_slider_left,move_slider_right
+        tasks+=,turn_on_lightbulb,turn_off_lightbulb,turn_on_led,turn_off_led
+        shown="scenes A, B and C" tried="starts in the unseen scene D"
+        collect=(defi.sim.collect static_size=128)
+        data_of=(data.root=$data) latents=(data.every=5) model=() pairs=()
+        samples=(data.min_remaining=9 data.stride=3) policy=()
+        rollout=(chains=$chains "tasks=[$tasks]" max_steps=[120,240] sim.static_size=128)
+        ;;
+    simpler)
+        case $size in
+            smoke) demos=2 vae=2 gfdm=2 gidm=4 steps=4 starts=1 ;;
+            short) demos=150 vae=300 gfdm=200 gidm=400 steps=1500 starts=null ;;
+            long) demos=400 vae=500 gfdm=600 gidm=1000 steps=5000 starts=null ;;
+        esac
+        tasks=widowx_put_eggplant_in_basket,widowx_spoon_on_towel
+        shown="random starts" tried="the official starts"
+        collect=(defi.benchmarks.simpler.collect simpler_root=$simpler_root image_size=[128,96])
+        # Five steps per second: neighbouring frames are as far apart as six of the table's.
+        data_of=(data=lerobot data.root=$data) latents=() model=(gfdm.frame_step=1 gfdm.image_size=96)
+        pairs=(data.distance=[3,3]) policy=(policy.merge=12 policy.chunk=8 policy.robot.executed=4) samples=(policy.chunk=8)
+        rollout=(benchmark=simpler_widowx simpler_root=$simpler_root "tasks=[$tasks]" starts=$starts)
+        ;;
+esac
+
 mkdir -p "$output/done"
-if [ "$(cat "$output/size" 2>/dev/null || echo $size)" != $size ]; then
-    echo "error: $output: holds a quickstart of size=$(cat "$output/size"); choose another output=, or delete it" >&2
+if [ "$(cat "$output/size" 2>/dev/null || echo $run)" != $run ]; then
+    echo "error: $output: holds a quickstart of $(cat "$output/size"); choose another output=, or delete it" >&2
     exit 2
 fi
-echo $size > "$output/size"
+echo $run > "$output/size"
 step() { # name, what it does, command …: runs once, its time goes to done/<name>
     local name=$1 title=$2 start=$SECONDS
     shift 2
@@ -43,31 +74,26 @@ step() { # name, what it does, command …: runs once, its time goes to done/<na
 again() { [ -d "$1" ] && echo resume=true || echo resume=false; } # continue what a killed step left
 train_again() { compgen -G "$1/checkpoints/step_*" > /dev/null && echo resume=true || echo overwrite=true; }
 
-data=$output/data ckpts=$output/ckpts
-step 01_collect "Demonstrations in scenes A, B, C" \
-    python -m defi.sim.collect output=$data "tasks=[$tasks]" demos_per_task=$demos static_size=128 \
-    workers=$cores $(again $data)
+step 01_collect "Demonstrations in $shown" \
+    python -m "${collect[@]}" output=$data "tasks=[$tasks]" demos_per_task=$demos workers=$cores $(again $data)
 step 02_vae "Stage 1: train the video autoencoder" \
-    python -m Step1_GFDM.train_vae data.root=$data output=$ckpts/vae trainer.max_steps=$vae $(train_again $ckpts/vae)
+    python -m Step1_GFDM.train_vae "${data_of[@]}" output=$ckpts/vae "${model[@]}" trainer.max_steps=$vae $(train_again $ckpts/vae)
 step 03_latents "Stage 1: demonstrations to latents" \
-    python -m Step1_GFDM.prepare data.root=$data data.every=5 vae=$ckpts/vae output=$output/latents $(again $output/latents)
+    python -m Step1_GFDM.prepare "${data_of[@]}" "${latents[@]}" vae=$ckpts/vae output=$output/latents $(again $output/latents)
 step 04_gfdm "Stage 1: train the forward dynamics model (GFDM)" \
-    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm trainer.max_steps=$gfdm trainer.preview_every=0 \
-    $(train_again $ckpts/gfdm)
-step 05_imagine "Stage 1: imagine scene D" \
+    python -m Step1_GFDM.train data.root=$output/latents vae=$ckpts/vae output=$ckpts/gfdm "${model[@]}" trainer.max_steps=$gfdm \
+    trainer.preview_every=0 $(train_again $ckpts/gfdm)
+step 05_imagine "Stage 1: imagine what was held out" \
     python -m Step1_GFDM.eval checkpoint=$ckpts/gfdm data.root=$output/latents output=$output/imagined overwrite=true
 step 06_gidm "Stage 2: train the inverse dynamics model (GIDM), without looking at actions" \
-    python -m Step2_GIDM.train data.root=$data output=$ckpts/gidm trainer.max_steps=$gidm \
-    $(train_again $ckpts/gidm)
+    python -m Step2_GIDM.train "${data_of[@]}" "${pairs[@]}" output=$ckpts/gidm trainer.max_steps=$gidm $(train_again $ckpts/gidm)
 step 07_codes "Stage 2: which latent action moves what" \
-    python -m Step2_GIDM.health checkpoint=$ckpts/gidm data.root=$data output=$output/codes overwrite=true
+    python -m Step2_GIDM.health checkpoint=$ckpts/gidm "${data_of[@]}" output=$output/codes overwrite=true
 step 08_features "Stage 3: features of the imagined future" \
-    python -m Step3_DeFI.prepare data.root=$data output=$output/features gfdm_checkpoint=$ckpts/gfdm data.min_remaining=9 data.stride=3 \
-    $(again $output/features)
+    python -m Step3_DeFI.prepare "${data_of[@]}" "${samples[@]}" output=$output/features gfdm_checkpoint=$ckpts/gfdm $(again $output/features)
 step 09_policy "Stage 3: train the policy (DeFI)" \
-    python -m Step3_DeFI.train data.store=$output/features output=$ckpts/policy gfdm_checkpoint=$ckpts/gfdm \
-    gidm_checkpoint=$ckpts/gidm trainer.max_steps=$policy $(train_again $ckpts/policy)
-step 10_rollout "Rollout in the unseen scene D" \
-    python -m Step3_DeFI.rollout checkpoint=$ckpts/policy chains=$chains "tasks=[$tasks]" max_steps=[120,240] baseline=random sim.static_size=128 \
-    output=$output/rollout $(again $output/rollout)
+    python -m Step3_DeFI.train data.store=$output/features "${policy[@]}" output=$ckpts/policy gfdm_checkpoint=$ckpts/gfdm \
+    gidm_checkpoint=$ckpts/gidm trainer.max_steps=$steps $(train_again $ckpts/policy)
+step 10_rollout "Rollout from $tried" \
+    python -m Step3_DeFI.rollout checkpoint=$ckpts/policy "${rollout[@]}" baseline=random output=$output/rollout $(again $output/rollout)
 python -m Step3_DeFI.quickstart output=$output

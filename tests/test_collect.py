@@ -15,12 +15,13 @@ from rich.console import Console
 
 pytest.importorskip("pybullet")
 
+from defi.collecting import smooth_noise, start_folder
 from defi.config import CONFIG_DIR, typed
 from defi.data.calvin import CalvinFolder, frame_name
 from defi.errors import UserError
 from defi.sim import sessions
-from defi.sim.collect import collect, start_folder
-from defi.sim.play import REST, PlayConfig, observe_situation, smooth_noise
+from defi.sim.collect import collect
+from defi.sim.play import REST, PlayConfig, observe_situation
 from defi.sim.scenes import FAMILIES, builtin
 from defi.sim.sequences import initial_states, shortest_path, start_state
 from defi.sim.sessions import SESSIONS, CollectConfig

@@ -7,6 +7,7 @@ numbered anew; scene state and absolute actions, which this project does not rea
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -18,15 +19,26 @@ from defi.data.calvin import FRAME, RELATIVE, Span, check_gripper, encode_frame,
 from defi.engine.output import check_output, new_folder
 from defi.errors import UserError
 
+if TYPE_CHECKING:
+    from defi.data.lerobot.write import LeRobotWriter
 
-def write_lerobot(dataset: Dataset, folder: Path, cfg: DictConfig) -> None:
-    """All episodes of a data set; errors as `LeRobotWriter`."""
+
+def writer_of(to: str, dataset: Dataset, folder: Path, pictures: str, **options) -> "LeRobotWriter":
+    """Of the episodes of a data set: `add` each, then `close`.
+
+    Raises:
+        UserError: a package is missing, or what the writer refuses.
+    """
     try:
         from defi.data.lerobot.write import LeRobotWriter
     except ImportError:
         raise UserError("to=lerobot: needs the package pyarrow; pip install pyarrow") from None
-    most = int(cfg.data_mb * 2**20), int(cfg.video_mb * 2**20)
-    writer = LeRobotWriter(dataset, folder, cfg.pictures, *most, cfg.robot_type)
+    return LeRobotWriter(dataset, folder, pictures, **options)
+
+
+def write_lerobot(dataset: Dataset, folder: Path, cfg: DictConfig) -> None:
+    most = {"data_most": int(cfg.data_mb * 2**20), "video_most": int(cfg.video_mb * 2**20)}
+    writer = writer_of("lerobot", dataset, folder, cfg.pictures, **most, robot_type=cfg.robot_type)
     for number in track(range(len(dataset)), "episodes", transient=True):
         writer.add(dataset.episode(number))
     writer.close()

@@ -3,48 +3,31 @@
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from defi import __version__
+from defi.collecting import MANIFEST, in_processes, start_folder, success_rates, success_table
 from defi.config import entry, typed
 from defi.data.calvin import CalvinFolder
-from defi.engine.output import check_output, prepare_output, write_file
-from defi.errors import UserError, writing
-from defi.files import read_json
+from defi.engine.output import write_file
+from defi.errors import writing
 from defi.sim.scenes import builtin
-from defi.sim.sessions import SESSIONS, CollectConfig, Record, Session, assemble, collect_sessions, plan
+from defi.sim.sessions import SESSIONS, CollectConfig, Record, Session, assemble, collect_session, plan
 from defi.sim.tasks import TASKS
-
-SETTINGS, MANIFEST = "settings.json", "manifest.json"
-
-
-def start_folder(config: CollectConfig) -> Path:
-    """The output folder, checked before anything is written, with the settings it is collected under."""
-    output = check_output(config.output, resume=config.resume, overwrite=config.overwrite)
-    written = output / SETTINGS
-    if config.resume and output.is_dir() and any(output.iterdir()):
-        before = read_json(written, "choose another output=, or overwrite=true")
-        changed = [key for key, value in config.identity().items() if before.get(key) != value]
-        if changed:
-            problem = f"this collection was started with other settings ({', '.join(changed)})"
-            raise UserError(f"{written}: {problem}; give the same ones, or overwrite=true")
-    prepare_output(output, resume=config.resume, overwrite=config.overwrite)
-    write_file(written, json.dumps(config.identity(), indent=1))
-    return output
 
 
 def collect(config: CollectConfig, output: Path, console: Console) -> dict[Session, Record]:
     """Collect what is missing, number the frames, write the index files."""
     sessions = plan(config)
     with writing(output, "the demonstrations"):
-        finished = collect_sessions(sessions, config, output)
+        work = partial(collect_session, config=config, output=output)
+        finished = in_processes(work, sessions, config.workers, output)
         records = dict(track(finished, "sessions", total=len(sessions), console=console))
         for name, split in config.splits.items() if config.record else ():
             assemble([session for session in sessions if session.split == name], output)
@@ -76,18 +59,8 @@ def simulator_config(scene_name: str, config: CollectConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
-def success_rates(records: Iterable[Record]) -> dict[str, dict[str, float | int | None]]:
-    """Per task that was tried: attempts, how many were solved, and the steps that took."""
-    attempts = [attempt for record in records for attempt in record.attempts]
-    rates = {}
-    for task in TASKS:
-        steps = [attempt["solved_after"] for attempt in attempts if attempt["task"] == task]
-        solved = [count for count in steps if count is not None]
-        if steps:
-            median, longest = (float(np.median(solved)), max(solved)) if solved else (None, None)
-            rates[task] = {"attempts": len(steps), "solved": len(solved), "rate": len(solved) / len(steps)}
-            rates[task] |= {"median_steps": median, "max_steps": longest}
-    return rates
+def rates_of(records: Mapping[Session, Record]) -> dict[str, dict[str, float | int | None]]:
+    return success_rates([attempt for record in records.values() for attempt in record.attempts], TASKS)
 
 
 def write_manifest(output: Path, config: CollectConfig, records: Mapping[Session, Record]) -> None:
@@ -103,7 +76,7 @@ def write_manifest(output: Path, config: CollectConfig, records: Mapping[Session
         for session, record in records.items()
     ]
     manifest = {"version": __version__, "settings": config.identity(), "splits": splits}
-    manifest |= {"success": success_rates(records.values()), "sessions": sessions}
+    manifest |= {"success": rates_of(records), "sessions": sessions}
     write_file(output / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -121,12 +94,7 @@ def main(cfg: DictConfig) -> None:
     seconds = time.perf_counter() - start
     write_manifest(output, config, records)
     shutil.rmtree(output / SESSIONS)
-    columns = "task", "attempts", "solved", "rate", "median steps", "most"
-    table = Table(*columns, title="Success of the policies")
-    for task, numbers in success_rates(records.values()).items():
-        shown = (f"{number:.2f}" if isinstance(number, float) else number for number in numbers.values())
-        table.add_row(task, *("–" if number is None else str(number) for number in shown))
-    console.print(table)
+    console.print(success_table(rates_of(records)))
     attempts = sum(len(record.attempts) for record in records.values())
     frames = sum(record.frames for record in records.values())
     console.print(f"{output}: {attempts} attempts, {frames} frames recorded in {seconds:.0f} s")

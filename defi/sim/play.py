@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
 
+from defi.collecting import smooth_noise
 from defi.sim.arm import POSITION_STEP, ROTATION_STEP
 from defi.sim.judge import BlockState, JudgeState, solved
 from defi.sim.scene import BLOCKS
@@ -127,17 +127,6 @@ class Player:
             if solved_after is None and solved(task, before, world.state()):
                 solved_after, left = len(frames), hold
         return Attempt(task, solved_after, disturbed, self._continues, frames)
-
-
-def smooth_noise(config: PlayConfig, rng: np.random.Generator) -> Iterator[Float64[np.ndarray, "7"]]:
-    """First-order autoregressive noise on the pose, of a random size; the gripper is left alone."""
-    sigma = np.array([config.noise_position] * 3 + [config.noise_rotation] * 3 + [0.0])
-    sigma *= rng.uniform()
-    kept = config.noise_correlation
-    noise = sigma * rng.normal(size=7)
-    while True:
-        yield noise
-        noise = kept * noise + np.sqrt(1 - kept**2) * sigma * rng.normal(size=7)
 
 
 def observe_situation(state: JudgeState) -> Situation:

@@ -9,14 +9,8 @@ import itertools
 import json
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -173,32 +167,6 @@ def collect_session(session: Session, config: CollectConfig, output: Path) -> Re
     write_file(part / RECORD, json.dumps(asdict(record)))
     os.replace(part, folder)
     return record
-
-
-def collect_sessions(
-    sessions: Sequence[Session], config: CollectConfig, output: Path
-) -> Iterator[tuple[Session, Record]]:
-    """Collect over `config.workers` processes; yields each session as it is finished."""
-    work = partial(collect_session, config=config, output=output)
-    if config.workers == 1:
-        yield from ((session, work(session)) for session in sessions)
-        return
-    pool = ProcessPoolExecutor(config.workers, get_context("spawn"), initializer=_end_with_parent)
-    try:
-        futures = {pool.submit(work, session): session for session in sessions}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        fix = "continue with resume=true and fewer workers"
-        raise UserError(f"{output}: a worker died (out of memory?); {fix}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Make this worker end when the main process is killed: a run that resumes must find nobody writing."""
-    killed = parent_process().sentinel
-    threading.Thread(target=lambda: wait([killed]) and os._exit(1), daemon=True).start()
 
 
 def assemble(sessions: Sequence[Session], output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,14 @@ class Observation:
     base: Pose
     tip: Pose
     instruction: str
+
+
+@dataclass
+class Moment:
+    """Where everything is: joints, one list for the arm, one for a cabinet, and the objects' poses."""
+
+    joints: list[np.ndarray]
+    poses: list[Any]
 
 
 class Simpler:
@@ -114,6 +123,24 @@ class Simpler:
         return Observation(
             images, scene.joint_places(), scene.joint_speeds(), base, self.tip, self.episode.instruction
         )
+
+    def moment(self) -> Moment:
+        """Now, to be drawn later."""
+        moving, objects = self._moving(), self.scene.objects.values()
+        return Moment([np.array(each.qpos) for each in moving], [body.entity.pose for body in objects])
+
+    def picture(self, moment: Moment) -> np.ndarray:
+        """What was seen at a moment of this episode, to the last bit: uint8 [H, W, 3]. The episode cannot go
+        on after that, for nothing is as fast as it was."""
+        assert self.eye is not None, "made with drawn=False"
+        for each, joints in zip(self._moving(), moment.joints):
+            each.set_qpos(joints)
+        for body, pose in zip(self.scene.objects.values(), moment.poses):
+            body.entity.set_pose(pose)
+        return self.eye.picture()
+
+    def _moving(self) -> list[Any]:
+        return [each for each in (self.scene.arm, self.scene.cabinet) if each is not None]
 
     def state(self) -> State:
         """What the judge looks at."""

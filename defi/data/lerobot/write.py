@@ -1,6 +1,5 @@
 """A data set of any format, written in LeRobot's format v3.0."""
 
-import io
 import json
 import os
 from collections import defaultdict
@@ -14,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
-from PIL import Image
 
 from defi.data.episode import Dataset, Episode, Frames
 from defi.data.lerobot.meta import TASK
 from defi.errors import UserError
+from defi.picture import encode_picture
 
 os.environ.setdefault("SVT_LOG", "1")  # the encoder's errors alone
 CODECS = {  # as LeRobot's, a key frame every other frame
@@ -124,7 +123,13 @@ class LeRobotWriter:
     """
 
     def __init__(
-        self, dataset: Dataset, folder: Path, pictures: str, data_most: int, video_most: int, robot_type: str
+        self,
+        dataset: Dataset,
+        folder: Path,
+        pictures: str = "images",
+        data_most: int = 100 * 2**20,
+        video_most: int = 200 * 2**20,
+        robot_type: str = "unknown",
     ) -> None:
         if pictures not in ("images", *CODECS):
             raise UserError(f"pictures={pictures}: choose from images, {', '.join(CODECS)}")
@@ -176,7 +181,9 @@ class LeRobotWriter:
                     files.open = files.open or Video(files.path(), self.pictures, self.fps, stack.shape[1:])
                     files.open.write(stack)
                 else:
-                    part[key] = pa.array([{"bytes": _png(each), "path": None} for each in stack], IMAGE)
+                    part[key] = pa.array(
+                        [{"bytes": encode_picture(each, "PNG"), "path": None} for each in stack], IMAGE
+                    )
             self.data.open = self.data.open or pq.ParquetWriter(self.data.path(), self.schema)
             self.data.open.write_table(pa.table(part, self.schema))
         stats = {name: _statistics(column) for name, column in values.items()}
@@ -226,8 +233,8 @@ class LeRobotWriter:
             before = self.features[key]["shape"][:2]
             raise UserError(f"{key}: pictures of {before} and of {[height, width]}; bring them to one size")
 
-    def close(self) -> None:
-        """End all files and write what lies in meta/."""
+    def close(self, held_out: int = 0) -> None:
+        """End all files and write what lies in meta/. held_out: so many of the last episodes are `val`."""
         for files in (self.data, *self.videos.values()):
             files.close()
         meta = self.folder / "meta"
@@ -251,6 +258,8 @@ class LeRobotWriter:
         for name in COUNTERS:
             kind = "float32" if name == "timestamp" else "int64"
             self.features[name] = {"dtype": kind, "shape": [1], "names": None}
+        splits = {"train": f"0:{len(self.rows) - held_out}"}
+        splits |= {"val": f"{len(self.rows) - held_out}:{len(self.rows)}"} if held_out else {}
         info = {
             "codebase_version": "v3.0",
             "robot_type": self.robot_type,
@@ -261,7 +270,7 @@ class LeRobotWriter:
             "data_files_size_in_mb": max(1, self.data.most // 2**20),
             "video_files_size_in_mb": max([1, *(files.most // 2**20 for files in self.videos.values())]),
             "fps": int(self.fps) if self.fps == int(self.fps) else self.fps,
-            "splits": {"train": f"0:{len(self.rows)}"},
+            "splits": splits,
             "data_path": DATA,
             "video_path": VIDEOS if self.videos else None,
             "features": self.features,
@@ -276,9 +285,3 @@ def _arrow(values: np.ndarray) -> pa.Array:
     if values.ndim == 1 or values.shape[1] == 1:
         return pa.array(values.reshape(-1))
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-
-def _png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
