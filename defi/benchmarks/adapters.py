@@ -158,6 +158,7 @@ WAYS = (  # from any gripper's numbers to any other's, the shortest first
     ("gripper_flipped",),
     ("gripper_signed", "gripper_flipped"),
     ("gripper_flipped", "gripper_unsigned"),
+    ("gripper_signed", "gripper_flipped", "gripper_unsigned"),
     (STICKY,),
     ("gripper_unsigned", STICKY),
     ("gripper_flipped", "gripper_unsigned", STICKY),
