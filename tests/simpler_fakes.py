@@ -1,6 +1,7 @@
 """Bridge and fractal as they are published, but small; and SIMPLER without physics, which keeps actions."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def bridge_motions(rng: np.random.Generator, steps: int) -> tuple[np.ndarray, np
 
 
 def fractal_motions(rng: np.random.Generator, steps: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
-    """Actions [N, 7], the gripper's change last; state [N, 8]. kind: 0 closes, 1 opens and closes, 2 neither."""
+    """Actions [N, 7], the gripper's change last; state [N, 8]. kind: 0 closes, 1 opens and closes."""
     actions = rng.normal(0, 0.05, (steps, 7))
     actions[:, 6] = 0
     first, second = steps // 3, steps // 3 + 3
@@ -224,6 +225,7 @@ def seen(camera: str, state: int, step: int) -> Observation:
     return {"images": {camera: picture}, "instruction": "put it there", "state": np.zeros(state)}
 
 
+@dataclass
 class FakeWidowX(WidowX):
     def prepare(self, share: int = 0) -> Simulation:
         return Simulation(self.environment)
@@ -232,6 +234,7 @@ class FakeWidowX(WidowX):
         return Kept(self.camera, 7, self.max_steps)
 
 
+@dataclass
 class FakeGoogle(Google):
     def prepare(self, share: int = 0) -> Simulation:
         return Simulation(self.environment)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simpler_fakes
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from policy_fakes import policy_config
@@ -19,7 +20,7 @@ from scipy.spatial.transform import Rotation
 
 from defi.benchmarks.adapters import adapt, adapters_between
 from defi.benchmarks.simpler.benchmark import Google, WidowX
-from defi.config import CONFIG_DIR
+from defi.config import CONFIG_DIR, compose_preset
 from defi.data import Dataset, open_dataset
 from defi.data.calvin import calvin_robot
 from defi.data.motions import Statistics
@@ -27,12 +28,17 @@ from defi.data.rlds.standardise import accumulated, binarised, movements
 from defi.engine.data import seed_of
 from defi.errors import UserError
 from defi.robot.spec import Gripper, Robot
+from Step1_GFDM import adapter as gfdm_adapter
+from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.build import build_pairs
 from Step3_DeFI.acting import Policy
+from Step3_DeFI.config import PolicyConfig
+from Step3_DeFI.policy import DeFI
 from Step3_DeFI.rollout.config import check_robot
 from Step3_DeFI.rollout.remote import _robot
 from Step3_DeFI.rollout.results import read_results
 from Step3_DeFI.samples import fit_robot
+from Step3_DeFI.stages import language_of
 
 WRITERS = {"bridge": simpler_fakes.write_bridge, "fractal": simpler_fakes.write_fractal}
 
@@ -191,6 +197,20 @@ def test_data_without_the_state_that_is_named_are_a_robot_without(
     assert "has no observation/pose (data.state): a robot without state" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("preset", ["tiny", "released"])
+def test_a_policy_of_one_camera_has_the_weights_of_one_of_two(preset: str) -> None:
+    cfg = compose_preset(preset, "weights=random")
+    with torch.device("meta"):
+        gfdm, gidm = gfdm_adapter.build(cfg), gidm_adapter.build(cfg)
+        one, two = (
+            DeFI(PolicyConfig.from_preset(cfg, calvin_robot(cameras)), gfdm=gfdm, **language_of(gidm))
+            for cameras in (["image_0"], ["static", "gripper"])
+        )
+    assert (one.config.views, two.config.views) == (1, 2)
+    shapes, others = ({n: p.shape for n, p in policy.named_parameters()} for policy in (one, two))
+    assert shapes == others
+
+
 # ------------------------------------------------------------ what lies between
 
 
@@ -296,35 +316,33 @@ def trained(roots: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return train
 
 
+ROLLOUT = "Step3_DeFI.rollout.evaluate"
+WIDOWX = ["benchmark=simpler_fakes:FakeWidowX", "tasks=[widowx_stack_cube]"]
+GOOGLE = ["benchmark=simpler_fakes:FakeGoogle", "tasks=[google_robot_pick_coke_can]"]
+FEW = ("starts=1", "repeats=1", "processes=1", "videos.chains=0")
+
+
 def turned(euler: np.ndarray) -> np.ndarray:
     return Rotation.from_euler("xyz", euler).as_rotvec()
 
 
-@pytest.mark.parametrize("name", ["bridge", "fractal"])
+@pytest.mark.parametrize(
+    ("name", "camera", "executed", "ahead", "evaluated", "gripper"),
+    [
+        ("bridge", "image_0", 5, "+9 steps of the recording (0, 1.8 s)", WIDOWX, "gripper_binary"),
+        ("fractal", "image", 3, "+3 steps of the recording (0, 1 s)", GOOGLE, "sticky_gripper"),
+    ],
+)
 def test_simpler_gets_the_actions_of_a_policy_of_these_data(
-    trained: Callable[[str], Path], name: str, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    policy, camera, executed = (
-        Policy.load(trained(name) / "policy"),
-        *{"bridge": ("image_0", 5), "fractal": ("image", 3)}[name],
-    )
-    assert (policy.robot.cameras, policy.robot.executed, policy.model.config.chunk) == (
-        [camera],
-        executed,
-        10,
-    )
-    assert f"+{3 * TIMES[name]} steps" in capfd.readouterr().out
-    kind, task = {
-        "bridge": ("WidowX", "widowx_stack_cube"),
-        "fractal": ("Google", "google_robot_pick_coke_can"),
-    }[name]
-    run(
-        "Step3_DeFI.rollout.evaluate", f"benchmark=simpler_fakes:Fake{kind}", f"checkpoint={trained(name) / 'policy'}",
-        f"tasks=[{task}]", "starts=1", "repeats=1", "max_steps=7", "processes=1", "videos.chains=0",
-        f"output={tmp_path / 'out'}",
-    )  # fmt: skip
-    results = read_results(tmp_path / "out")
-    gripper = {"bridge": "gripper_binary", "fractal": "sticky_gripper"}[name]
+    trained: Callable[[str], Path], name: str, camera: str, executed: int, ahead: str, evaluated: list[str],
+    gripper: str, tmp_path: Path, capfd: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    checkpoint, output = trained(name) / "policy", tmp_path / "out"
+    policy, told = Policy.load(checkpoint), capfd.readouterr().out
+    assert (policy.robot.cameras, policy.robot.executed) == ([camera], executed)
+    assert ahead in told and "stage 2 learned from" not in told
+    run(ROLLOUT, *evaluated, *FEW, "max_steps=7", f"checkpoint={checkpoint}", f"output={output}")
+    results = read_results(output)
     assert results.run["settings"]["adapters"] == ["euler_to_rotation_vector", gripper]
     told = capfd.readouterr().out
     assert f"adapters=[euler_to_rotation_vector,{gripper}]: from the policy's" in told
@@ -344,9 +362,7 @@ def test_simpler_gets_the_actions_of_a_policy_of_these_data(
         assert sent[:, 6].tolist() == [0] * change + [held] * (7 - change)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("sapien") is None, reason="SAPIEN 3 is not installed: pip install .[simpler]"
-)
+@pytest.mark.skipif(not importlib.util.find_spec("sapien"), reason="SAPIEN 3 is not installed")
 def test_simpler_itself_runs_a_policy_of_bridge(
     trained: Callable[[str], Path], reference: Path, tmp_path: Path
 ) -> None:
@@ -359,11 +375,8 @@ def test_simpler_itself_runs_a_policy_of_bridge(
         check.check_packages()
     except UserError as error:
         pytest.skip(str(error))
-    run(
-        "Step3_DeFI.rollout.evaluate", "benchmark=simpler_widowx", f"simpler_root={root}", "tasks=[widowx_stack_cube]",
-        "starts=1", "repeats=1", "max_steps=6", "videos.chains=0",
-        f"checkpoint={trained('bridge') / 'policy'}",
-        f"output={tmp_path / 'out'}",
-    )  # fmt: skip
-    (episode,) = read_results(tmp_path / "out").episodes
+    evaluated = ["benchmark=simpler_widowx", f"simpler_root={root}", "tasks=[widowx_stack_cube]", *FEW]
+    checkpoint, output = trained("bridge") / "policy", tmp_path / "out"
+    run(ROLLOUT, *evaluated, "max_steps=6", f"checkpoint={checkpoint}", f"output={output}")
+    (episode,) = read_results(output).episodes
     assert (episode.control_steps, episode.observations) == (6, 2)
