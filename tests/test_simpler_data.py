@@ -175,6 +175,7 @@ def test_pairs_of_stage_2_are_as_far_apart_as_published(roots: dict[str, Path]) 
     [
         ({"gripper": "sticky"}, "data.gripper=sticky: must be one of null, binarised, accumulated"),
         ({"movement": "wanted"}, "data.movement=wanted: must be one of null, reached"),
+        ({"pair_distance": [9, 2]}, r"data.pair_distance=\[9, 2\]: must be \[low, high\]"),
         ({"trim": [1, 0]}, r"data.movement=reached: an episode's last step reaches nothing; .*trim=\[0,1\]"),
         ({"state": []}, "data.movement=reached: takes 6 or more of both; here .* the state 0"),
         ({"robot": {"hands": 2}}, "data.robot.hands=2: Key 'hands' not in 'Robot'"),

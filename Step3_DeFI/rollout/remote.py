@@ -67,7 +67,8 @@ class ServedPolicy:
 
 def _robot(says: Mapping[str, Any], simulated: Robot) -> Robot:
     """The policy's robot as far as a server of ours says; of others it counts as the simulators'."""
-    if not {"actions", "units", "relative", "gripper", "fps"} <= says.keys():
+    ours = {"actions", "units", "relative", "gripper", "fps"} <= says.keys()
+    if not ours or not isinstance(says["actions"], list):
         return simulated
     known = asdict(simulated) | {"fps": says["fps"], "gripper": says["gripper"]}
     named = {"names": says["actions"], "units": says["units"], "relative": says["relative"]}

@@ -55,6 +55,9 @@ class Settings(DataSettings):
             raise UserError(f"data.trim={self.trim}: must be [steps at the start, steps at the end]")
         if self.fps is not None and not 0 < self.fps < 1000:
             raise UserError(f"data.fps={self.fps}: must be a rate above 0 and below 1000")
+        apart = [1, 1] if self.pair_distance is None else self.pair_distance
+        if len(apart) != 2 or not 1 <= apart[0] <= apart[1] <= LONGEST_TRIM:
+            raise UserError(f"data.pair_distance={self.pair_distance}: must be [low, high], [9,9] say")
         choose("data.gripper", self.gripper, (None, *GRIPPERS))
         choose("data.movement", self.movement, (None, "reached"))
         if self.movement and not self.trim[1]:

@@ -1,7 +1,7 @@
-"""Actions of Open X-Embodiment's data sets as policies are trained on them: one meaning for the gripper's number,
-and movements that the robot really made.
+"""Actions of Open X-Embodiment's data sets as policies learn them: one meaning for the gripper's number, and
+movements that the robot really made.
 
-The rules are Octo's (octo/data/utils/data_utils.py of github.com/octo-models/octo: `binarize_gripper_actions`,
+The rules are Octo's (github.com/octo-models/octo, octo/data/utils/data_utils.py: `binarize_gripper_actions`,
 `rel2abs_gripper_actions`, `relabel_actions`), which OpenVLA, UniVLA and DeFI share. All of them are of whole
 episodes, before any step is left out.
 """
