@@ -373,7 +373,7 @@ def test_simpler_itself_runs_a_policy_of_bridge(
     from defi.benchmarks.simpler import check
 
     try:
-        check.check_packages()
+        check.drawing()
     except UserError as error:
         pytest.skip(str(error))
     evaluated = ["benchmark=simpler_widowx", f"simpler_root={root}", "tasks=[widowx_stack_cube]", *FEW]
