@@ -74,12 +74,13 @@ def rollouts(cfg: DictConfig, policy: PolicyConfig) -> Inspect:
     Raises:
         UserError: the policy's robot is not the simulators', or a setting does not fit.
     """
-    from Step3_DeFI.rollout.config import RolloutConfig, check_robot, read_settings
+    from Step3_DeFI.rollout.config import RolloutConfig, check_robot, read_settings, settle_adapters
     from Step3_DeFI.rollout.evaluate import Evaluation, evaluate_policy
 
     beside = {"sim": cfg.sim} if "sim" in cfg else {}  # of the play table, where its group puts it
     benchmark, config = read_settings(RolloutConfig, OmegaConf.create({**cfg.rollout, **beside}), "rollout")
-    check_robot(policy, benchmark.robot, "trainer.rollout_every")
+    adapters = settle_adapters(config, policy.robot, benchmark.robot)
+    check_robot(policy, benchmark.robot, "trainer.rollout_every", adapters)
     evaluation = Evaluation.prepare(benchmark, config)
     how = {"precision": cfg.trainer.precision}
     return lambda policy, step, folder: evaluate_policy(policy, evaluation, output=folder, **how)

@@ -7,18 +7,21 @@ Runs under `accelerate launch` unchanged. Settings: configs/step3_train.yaml.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from defi.benchmarks.find import offer
-from defi.config import entry
-from defi.engine.checkpoint import continues, find_weights
+from defi.config import entry, flatten
+from defi.engine.checkpoint import continues, find_weights, read_run_config
 from defi.engine.config import TrainerConfig, run_settings
 from defi.engine.loop import train
 from defi.engine.model import CONFIG
 from defi.engine.output import check_output
+from defi.errors import UserError
 from defi.processes import print_once
 from defi.robot.spec import Robot
 from Step3_DeFI.config import PolicyConfig, check
@@ -26,6 +29,8 @@ from Step3_DeFI.policy import DeFI
 from Step3_DeFI.preview import action_previews, rollouts
 from Step3_DeFI.samples import as_read, check_same_robot, fit_robot, spread
 from Step3_DeFI.store import Source, build_samples, members, open_sources
+
+FAR = 1.5  # so many times as far is not worth a line
 
 
 def robot_of(cfg: DictConfig, sources: Mapping[str, Mapping[str, Source]]) -> Robot:
@@ -49,6 +54,23 @@ def robot_of(cfg: DictConfig, sources: Mapping[str, Mapping[str, Source]]) -> Ro
     return robot
 
 
+def tell_reach(config: PolicyConfig, frame_step: int, gidm: str) -> None:
+    """Print how far ahead the latent action looks; and if the pairs that stage 2 learned from, as far as its
+    run says, were much closer or farther."""
+    frames, fps = config.latent_action_frames, config.robot.fps
+    ahead = [frame * frame_step for frame in frames]
+    seconds = f" ({', '.join(f'{steps / fps:.2g}' for steps in ahead)} s)" if fps else ""
+    steps = ", ".join(f"+{each}" for each in ahead)
+    print_once(f"latent actions come from imagined frames {frames}: {steps} steps of the recording{seconds}")
+    trained: dict[str, Any] = {}
+    with suppress(UserError):  # of weights alone nothing is known
+        trained = flatten(read_run_config(gidm))
+    match trained.get("data.distance") or trained.get("data.pair_distance"):
+        case [int(low), int(high)] if not low / FAR <= ahead[1] - ahead[0] <= high * FAR:
+            fix = "gfdm.frame_step (stage 1) and policy.latent_action_frames bring them together"
+            print_once(f"stage 2 learned from frames that are {low} to {high} steps apart; {fix}")
+
+
 def train_policy(cfg: DictConfig) -> Path:
     """Check everything, then train; returns the last checkpoint's folder."""
     check_output(cfg.output, resume=cfg.resume, overwrite=cfg.overwrite)
@@ -60,9 +82,8 @@ def train_policy(cfg: DictConfig) -> Path:
     evaluate = rollouts(cfg, config) if trainer.rollout_every else None
     torch.manual_seed(cfg.seed)
     policy = DeFI.from_stages(config, gfdm=cfg.gfdm_checkpoint, gidm=cfg.gidm_checkpoint)
-    frames, video = config.latent_action_frames, policy.gfdm.config
-    ahead = ", ".join(f"+{frame * video.frame_step}" for frame in frames)
-    print_once(f"latent actions come from imagined frames {frames}: {ahead} steps of the recording")
+    video = policy.gfdm.config
+    tell_reach(config, video.frame_step, cfg.gidm_checkpoint)
     # For the video loss the frames that follow a sample, of what is trained on.
     clips = {"training": video.clip_frames if config.finetune.video_loss else None}
     samples = {part: build_samples(sets, policy, clips.get(part)) for part, sets in sources.items()}

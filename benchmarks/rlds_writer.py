@@ -86,15 +86,16 @@ def write_set(
     splits: Mapping[str, Sequence[Iterable[Mapping[str, Any]]]],
     *,
     name: str = "toy",
+    beside: Mapping[str, Any] | None = None,
 ) -> Path:
     """A data set root/name/1.0.0. step_features: its specification. splits: the examples of each shard.
 
-    Returns root/name.
+    beside: features of an episode beside its steps; None: its file_path. Returns root/name.
     """
     folder = root / name / "1.0.0"
     folder.mkdir(parents=True)
-    metadata = features_dict(file_path=text())
-    described = features_dict(episode_metadata=metadata, steps=steps(**step_features))
+    beside = beside or {"episode_metadata": features_dict(file_path=text())}
+    described = features_dict(**beside, steps=steps(**step_features))
     (folder / "features.json").write_text(json.dumps(described))
     listed = []
     for split, shards in splits.items():

@@ -3,12 +3,13 @@
 configs/step3_rollout.yaml says what each setting is for.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from defi.benchmarks.adapters import adapt
+from defi.benchmarks.adapters import adapt, adapted, adapters_between
 from defi.benchmarks.benchmark import Benchmark
 from defi.benchmarks.find import find_benchmark
 from defi.config import typed
@@ -34,7 +35,10 @@ class VideoConfig:
 
 @dataclass
 class RolloutConfig:
-    """How a benchmark is run. Everything that changes a result is recorded in results.json."""
+    """How a benchmark is run. Everything that changes a result is recorded in results.json.
+
+    adapters: None until the policy is known: then as its robot and the benchmark's say (`settle_adapters`).
+    """
 
     benchmark: str = "table"
     seed: int = 0
@@ -42,7 +46,7 @@ class RolloutConfig:
     batch: int = 1
     processes: int | None = None
     baseline: str | None = None
-    adapters: list[str] = field(default_factory=list)
+    adapters: list[str] | None = None
     videos: VideoConfig = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:
@@ -50,7 +54,7 @@ class RolloutConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key}={value}: must be 1 or more")
-        adapt(self.adapters)  # are there such ones?
+        adapt(self.adapters or ())  # are there such ones?
 
     def check_agents(self, benchmark: Benchmark) -> None:
         """Raises UserError for agents that the benchmark does not have."""
@@ -109,8 +113,20 @@ def read_settings(cls: type[Config], settings: DictConfig, where: str) -> tuple[
     return benchmark, config
 
 
-def check_robot(policy: PolicyConfig, simulated: Robot, source: str) -> list[str]:
-    """In what a policy's robot is not quite the benchmark's (names, units, rates), which is also printed.
+def settle_adapters(config: RolloutConfig, robot: Robot, simulated: Robot) -> list[str]:
+    """The adapters between a policy's robot and the benchmark's: as the settings say, else as the robots do,
+    which is printed."""
+    if config.adapters is None:
+        config.adapters = adapters_between(robot, simulated)
+        names = ",".join(config.adapters)
+        print_once(f"adapters=[{names}]: from the policy's actions to the simulators'" if names else "")
+    return config.adapters
+
+
+def check_robot(
+    policy: PolicyConfig, simulated: Robot, source: str, adapters: Sequence[str] = ()
+) -> list[str]:
+    """As `compare_robots`, of a checkpoint's policy.
 
     Raises:
         UserError: it cannot act there: a camera is missing, or its actions or state have another size.
@@ -124,6 +140,14 @@ def check_robot(policy: PolicyConfig, simulated: Robot, source: str) -> list[str
         fix = "give a policy of the benchmark's robot"
         have = f"is of another robot than the simulators', which have {'; '.join(differ)}"
         raise UserError(f"{source}: {have}; {fix}")
-    other = robot.differences(replace(simulated, cameras=robot.cameras))
-    print_once(f"{source}: its robot is not quite the simulators': {'; '.join(other)}" if other else "")
+    return compare_robots(robot, simulated, source, adapters)
+
+
+def compare_robots(robot: Robot, simulated: Robot, source: str, adapters: Sequence[str]) -> list[str]:
+    """In what a policy's robot, behind adapters, is not quite the benchmark's (names, units, rates, gripper);
+    it is also printed, with the adapters that would mend it."""
+    other = adapted(robot, adapters).differences(replace(simulated, cameras=robot.cameras))
+    needed = adapters_between(robot, simulated)
+    fix = f"; adapters=[{','.join(needed)}] lie between them" if needed != list(adapters) else ""
+    print_once(f"{source}: its robot is not quite the simulators': {'; '.join(other)}{fix}" if other else "")
     return other

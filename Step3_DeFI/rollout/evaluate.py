@@ -27,7 +27,14 @@ from defi.files import read_json
 from defi.processes import print_once, processes
 from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
 from Step3_DeFI.policy import DeFI
-from Step3_DeFI.rollout.config import CommandConfig, RolloutConfig, check_robot, read_settings
+from Step3_DeFI.rollout.config import (
+    CommandConfig,
+    RolloutConfig,
+    check_robot,
+    compare_robots,
+    read_settings,
+    settle_adapters,
+)
 from Step3_DeFI.rollout.fleet import Fleet, PatientBatcher
 from Step3_DeFI.rollout.remote import ServedPolicy
 from Step3_DeFI.rollout.report import result_table, task_table, who, write_clip, write_report
@@ -83,7 +90,7 @@ class Evaluation:
             self.simulation.make,
             self.config.seed,
             agent=None if agent == "policy" else self.benchmark.agent(agent),
-            adapters=self.config.adapters if agent == "policy" else (),
+            adapters=(self.config.adapters or ()) if agent == "policy" else (),
             filmed=filmed,
             film_every=self.config.videos.every,
             variables=self.simulation.variables,
@@ -206,7 +213,9 @@ def evaluate_policy(
             earlier.unlink()
     if evaluation.simulation.caveat:
         print(evaluation.simulation.caveat)
-    check_robot(model.config, evaluation.benchmark.robot, "the policy")
+    simulated = evaluation.benchmark.robot
+    adapters = settle_adapters(evaluation.config, model.config.robot, simulated)
+    check_robot(model.config, simulated, "the policy", adapters)
     policy = Policy(model, precision=precision)
     with policy_threads():
         results = evaluate(evaluation, "policy", policy, output=output, show=False)
@@ -233,12 +242,17 @@ def main(cfg: DictConfig) -> None:
     if config.agent == "policy" and config.policy:
         policy = ServedPolicy(config.policy, config.policy_keys, benchmark.robot)
         known["served"] = policy.identity
+        adapters = settle_adapters(config, policy.robot, benchmark.robot)
+        differ = compare_robots(policy.robot, benchmark.robot, config.policy, adapters)
     elif config.agent == "policy":
         config.precision = config.precision or trained_precision(config.checkpoint)
         known = identify(config.checkpoint) | {"device": state.device.type}
         policy = config.load(state.device)
-        differ = check_robot(policy.model.config, benchmark.robot, config.checkpoint)
-        known |= {"robot_differs": differ} if differ else {}  # whether adapters mend it or not
+        adapters = settle_adapters(config, policy.robot, benchmark.robot)
+        differ = check_robot(policy.model.config, benchmark.robot, config.checkpoint, adapters)
+    else:
+        config.adapters, differ = config.adapters or [], []
+    known |= {"robot_differs": differ} if differ else {}
     with policy_threads(config.threads, ranks=state.num_processes) as threads:
         if known.get("device") == "cpu":
             known["threads"] = threads  # rounding depends on it

@@ -3,15 +3,16 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from defi.config import typed
 from defi.errors import UserError
 from defi.robot.client import RemotePolicy
-from defi.robot.spec import Robot
+from defi.robot.spec import Robot, Vector
 from Step3_DeFI.serve.messages import Keys
 
 
@@ -35,7 +36,7 @@ class ServedPolicy:
                 f"{url}: sees {', '.join(unknown)}; the simulators have {', '.join(robot.cameras)}"
             )
         self.identity = _identity(says)
-        self.robot = replace(robot, cameras=list(cameras), executed=says.get("executed"))
+        self.robot = replace(_robot(says, robot), cameras=list(cameras), executed=says.get("executed"))
         self.keys = Keys.read(says.get("keys") or keys, cameras, state=bool(says.get("state", robot.state)))
         if len(self.keys.state) > 1:
             parts = ", ".join(self.keys.state)
@@ -62,6 +63,20 @@ class ServedPolicy:
                 f"{self.client.url}: another policy is served there now; continue with the first one"
             )
         return answer
+
+
+def _robot(says: Mapping[str, Any], simulated: Robot) -> Robot:
+    """The policy's robot as far as a server of ours says; of others it counts as the simulators'."""
+    ours = {"actions", "units", "relative", "gripper", "fps"} <= says.keys()
+    if not ours or not isinstance(says["actions"], list):
+        return simulated
+    known = asdict(simulated) | {"fps": says["fps"], "gripper": says["gripper"]}
+    named = {"names": says["actions"], "units": says["units"], "relative": says["relative"]}
+    robot = typed(Robot, known | {"actions": asdict(Vector.plain(says["actions"])) | named}, "the server")
+    if len(robot.actions) != len(simulated.actions):
+        have = f"{len(robot.actions)} numbers, the simulators' {len(simulated.actions)}"
+        raise UserError(f"the server's actions have {have}; give a policy of the benchmark's robot")
+    return robot
 
 
 def _identity(says: Mapping[str, Any]) -> Any:

@@ -68,7 +68,8 @@ class Dataset:
     action_names, state_names: of the numbers in an action and in the robot's state; none where it has none.
     normalisation: of actions and state, unless a setting says otherwise (`defi.robot.spec`).
     min_remaining: frames that follow where a sample of stage 3 starts, if the data set's benchmark says so.
-    pair_distance: frames between the two of a pair of stage 2, unless a setting says otherwise.
+    pair_distance: lowest and highest number of frames between the two of a pair of stage 2, unless a setting
+    says otherwise.
     lengths, starts: frames of each episode, and the number of its first, as `episode` says: there may be
     millions of episodes, each made when asked for.
     """
@@ -82,7 +83,7 @@ class Dataset:
     stored_step: int = 1
     normalisation: str = "bounds"
     min_remaining: int = 0
-    pair_distance: int = 15
+    pair_distance: Sequence[int] = (15, 15)
     scope: str
     left_out: Sequence[str] = ()
     faults: Mapping[str, str] = {}

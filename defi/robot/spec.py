@@ -228,6 +228,15 @@ class Robot:
             parts.append(f"{name} {above}, else {found.below:g}")
         return "; ".join(parts)
 
+    def grip(self) -> str | None:
+        """What the gripper's number means, in words; None: nobody says."""
+        if (found := self.gripper) is None:
+            return None
+        kind = "change by action" if self.actions.relative[found.dimension] else "action"
+        effects = ("opens", "closes") if found.opens else ("closes", "opens")
+        meaning = f"{found.above:g} {effects[0]}, {found.below:g} {effects[1]}"
+        return f"{kind} {found.dimension}: {meaning}"
+
     def differences(self, other: "Robot") -> list[str]:
         """What this robot sees or does otherwise than another, in words; none where they can be exchanged.
 
@@ -241,7 +250,7 @@ class Robot:
             found += [f"state: {each}" for each in self.state.differences(other.state)]
         if self.fps and other.fps and self.fps != other.fps:
             found.append(f"{self.fps:g} steps per second, not {other.fps:g}")
-        mine, its = self.gripper, other.gripper
-        if mine and its and (mine.dimension, mine.opens) != (its.dimension, its.opens):
-            found.append(f"gripper {mine}, not {its}")
+        mine, its = self.grip(), other.grip()
+        if mine and its and mine != its:
+            found.append(f"gripper ({mine}), not ({its})")
         return found

@@ -4,18 +4,23 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
+from omegaconf import OmegaConf
 
+from defi.config import typed
 from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part
 from defi.data.rlds.dataset import RLDSDataset, default_splits
 from defi.data.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_splits
-from defi.errors import UserError
+from defi.data.rlds.standardise import GRIPPERS, POSE, movements
+from defi.errors import UserError, choose
 from defi.processes import print_once
+from defi.robot.spec import Robot
 
 # Where data sets keep what a robot does: one of `ACTION`, or what there is of `ACTIONS` (Open X-Embodiment's
 # names), else all that lies below `action`; and the robot's state, the first of `STATES`.
@@ -27,12 +32,20 @@ LONGEST_TRIM = 10**6  # steps
 
 @dataclass(kw_only=True)
 class Settings(DataSettings):
-    """See configs/data/rlds.yaml. trim: steps left out at the start and the end of every episode."""
+    """See configs/data/rlds.yaml. trim: steps left out at the start and the end of every episode.
+
+    gripper, movement, robot: what Open X-Embodiment's sets do not say or say each in its own way
+    (`defi.data.rlds.standardise`, `defi.robot.spec`).
+    """
 
     fps: float | None = None
     language: str | None = None
     actions: list[str] | None = None
     state: list[str] | None = None
+    gripper: str | None = None
+    movement: str | None = None
+    robot: dict[str, Any] | None = None
+    pair_distance: list[int] | None = None
     trim: list[int] = field(default_factory=lambda: [0, 0])
     drop_unlabelled: bool = False
     index: str | None = None
@@ -42,6 +55,14 @@ class Settings(DataSettings):
             raise UserError(f"data.trim={self.trim}: must be [steps at the start, steps at the end]")
         if self.fps is not None and not 0 < self.fps < 1000:
             raise UserError(f"data.fps={self.fps}: must be a rate above 0 and below 1000")
+        apart = [1, 1] if self.pair_distance is None else self.pair_distance
+        if len(apart) != 2 or not 1 <= apart[0] <= apart[1] <= LONGEST_TRIM:
+            raise UserError(f"data.pair_distance={self.pair_distance}: must be [low, high], [9,9] say")
+        choose("data.gripper", self.gripper, (None, *GRIPPERS))
+        choose("data.movement", self.movement, (None, "reached"))
+        if self.movement and not self.trim[1]:
+            fix = "leave it out, as data.trim=[0,1] does"
+            raise UserError(f"data.movement={self.movement}: an episode's last step reaches nothing; {fix}")
 
     def open(self, part: Part) -> "RLDSData":
         split, other = (self.held_out, self.split) if part == "held_out" else (self.split, self.held_out)
@@ -84,14 +105,17 @@ class RLDSData(Dataset):
     """
 
     known_by_names = False
-    pair_distance = 9  # of most sets of the published mixtures
 
     def __init__(self, settings: Settings, split: str) -> None:
         self.settings, self.data = settings, (data := settings.data(split))
         self.root, self.fingerprint, self.fps = data.folder, data.fingerprint, settings.fps
         self.stamp = data.stamp
-        if settings.actions or settings.state:  # else features.json decides, which the fingerprint is of
-            chosen = json.dumps([settings.actions, settings.state])
+        self.pair_distance = settings.pair_distance or [9, 9]  # of most sets of the published mixtures
+        chosen = [settings.actions, settings.state]
+        if settings.gripper or settings.movement:
+            chosen += [settings.gripper, settings.movement]
+        if any(chosen):  # else features.json decides, which the fingerprint is of
+            chosen = json.dumps(chosen)
             self.fingerprint += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
         short = {path.removeprefix("observation/").replace("/", "_"): path for path in data.pictures}
         order = sorted(short, key=lambda name: (any(word in name for word in ON_HAND), name))
@@ -101,8 +125,18 @@ class RLDSData(Dataset):
         self.cameras = tuple(self._pictures)
         self.language, self.trim = data.language(settings.language), settings.trim
         self._actions = self._paths("actions", settings.actions, self._usual_actions())
-        self._state = self._paths("state", settings.state, [s for s in STATES if self._is_vector(s)][:1])
+        state, usual = settings.state, [s for s in STATES if self._is_vector(s)][:1]
+        if state and not any(STEPS + path in data.spec for path in state):  # few policies read it
+            print_once(f"{data.folder}: has no {', '.join(state)} (data.state): a robot without state")
+            state = []
+        self._state = self._paths("state", state, usual)
         self.action_names, self.state_names = self._names(self._actions), self._names(self._state)
+        self._robot = self._described(settings.robot or {})
+        for vector, name in ((self._robot.actions, "action_names"), (self._robot.state, "state_names")):
+            setattr(self, name, tuple(vector.names) if vector else ())
+        if settings.movement and min(len(self.action_names), len(self.state_names)) < POSE:
+            have = f"actions have {len(self.action_names)} numbers, the state {len(self.state_names)}"
+            raise UserError(f"data.movement={settings.movement}: takes {POSE} or more of both; here {have}")
         kept = (
             data.labelled(self.language, self.trim) if settings.drop_unlabelled else np.ones(len(data), bool)
         )
@@ -154,7 +188,31 @@ class RLDSData(Dataset):
     def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:
         which = self.numbers[np.searchsorted(self.starts, frames.start, side="right") - 1]
         first = frames.start - int(self.data.firsts[which])
-        return self.data.vectors(int(which), [*self._actions, *self._state])[first : first + len(frames)]
+        found, width = self.data.vectors(int(which), [*self._actions, *self._state]), len(self.action_names)
+        if np.isfinite(found).all():  # else the index says what is not
+            if self.settings.gripper:
+                found[:, width - 1] = GRIPPERS[self.settings.gripper](found[:, width - 1])
+            if self.settings.movement:
+                found[:, :POSE] = movements(found[:, width:])
+        return found[first : first + len(frames)]
+
+    def robot(self) -> Robot:
+        return self._robot
+
+    def _described(self, given: Mapping[str, Any]) -> Robot:
+        """As the data say, and beside them the setting `robot`."""
+        robot = super().robot()
+        if robot.state is None:
+            given = {key: value for key, value in given.items() if key != "state"}
+        found = typed(Robot, OmegaConf.merge(asdict(robot), given), "data.robot")
+        for name in ("actions", "state"):
+            its, own = (len(getattr(each, name) or ()) for each in (found, robot))
+            if its != own:
+                has = f"the data have {own} (data.{name})"
+                raise UserError(f"data.robot.{name}: names {its} numbers, {has}")
+        if found.cameras != robot.cameras:
+            raise UserError("data.robot.cameras: name them with data.cameras=[name:place in the data]")
+        return found
 
     def _is_vector(self, path: str) -> bool:
         feature = self.data.spec.get(STEPS + path)
