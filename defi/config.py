@@ -30,7 +30,6 @@ TEXTS |= {"push", "data.split", "data.held_out"}
 SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'")
 # Of a choice that is left open, `data: ???`.
 OPEN = re.compile(r"(?s)You must specify '(\S+)',.*options:(.*)")
-NAMED = ("bridge", "fractal")  # choices that are data sets: they are listed behind the formats
 REFERENCE = re.compile(r"\$\{[^'\"]*")  # OmegaConf's; those of configurations are resolved by Hydra
 Settings = TypeVar("Settings")
 
@@ -120,9 +119,9 @@ def explain(error: CompactHydraException) -> str:
         choice = error.missing_cfg_file.replace("/", "=")
         if choice in RETIRED:
             return f"{choice}: no longer a choice; {RETIRED[choice]}"
-        return f"{choice}: no such choice; choose from {', '.join(sorted(error.options, key=NAMED.count))}"
+        return f"{choice}: no such choice; choose from {', '.join(error.options)}"
     if choice := OPEN.match(str(error)):
-        options = ", ".join(sorted(choice[2].split(), key=NAMED.count))
+        options = ", ".join(choice[2].split())
         return f"{choice[1]}=: not given; choose from {options}; --help prints all settings"
     several = SEVERAL.match(str(error))
     if several or isinstance(error, OverrideParseException):

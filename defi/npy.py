@@ -23,7 +23,7 @@ FIX = "copy or write it again"
 NUMERIC = frozenset("biufcSU")
 GLOBALS = re.compile(r"numpy\.(ndarray|dtype|_?core\.multiarray\.(_reconstruct|scalar))|_codecs\.encode")
 SPARE_VALUES = 100_000  # that a pickle may repeat, besides one for each of its bytes
-PARSER = threading.Lock()  # NumPy parses headers with `ast`, whose depth count Python 3.11 shares among threads
+PARSER = threading.Lock()  # of headers: with `ast`, whose depth count Python 3.11 shares among threads
 
 
 class _Recorded:

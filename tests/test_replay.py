@@ -229,7 +229,7 @@ def test_the_command_writes_figures_and_a_page(place: Path, capsys: pytest.Captu
     [
         (("part=some",), "part=some: choose training, held_out or all"),
         (("batch=0",), "batch=0: must be 1 or more"),
-        (("data=",), "data=: not given; choose from calvin, hdf5, "),
+        (("data=",), "data=: not given; choose from bridge, calvin, "),
         (("data=mixture",), "data: several data sets; replay one of them"),
         (("checkpoint=none",), "none"),
     ],
