@@ -4,7 +4,7 @@ They steer by the true state alone, never by a clock: a picture determines the a
 returns. Lengths in metres, angles in radians, in the frame of the robot's base.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
