@@ -46,10 +46,10 @@ def write_videos(
         frames = np.zeros((length, size, size, 3), np.uint8)
         frames[..., 0], frames[..., 1] = 10 * number, 8 * np.arange(length)[:, None, None]
         return {
-            "episode_metadata/file_path": [f"/{number}".encode_picture()],
+            "episode_metadata/file_path": [f"/{number}".encode()],
             "steps/observation/image": [encode_picture(frame, "PNG") for frame in frames],
             "steps/observation/depth": [encode_picture(frame[..., 0], "PNG") for frame in frames],
-            "steps/language_instruction": [f"do thing {number}".encode_picture()] * length,
+            "steps/language_instruction": [f"do thing {number}".encode()] * length,
             "steps/action": np.arange(length * 7, dtype=np.float32) - number,
             "steps/is_last": [int(i == length - 1) for i in range(length)],
             "steps/reward": np.zeros(length, np.float32),
