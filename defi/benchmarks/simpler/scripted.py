@@ -17,7 +17,9 @@ from defi.benchmarks.simpler.scene import pose_of
 Point = Float[np.ndarray, "3"]
 
 OPEN, CLOSED = 1.0, -1.0
-GAIN = 0.4  # of the remaining way, per step
+
+GAIN = 0.6  # of the remaining way, per step
+BRAKE = 0.5  # of the way that the tip will still go by itself: it lags behind its target
 STEP, TURN = 0.025, 0.15  # of one action, at most
 LEAD = 0.045  # how far the target may be ahead of the tip when something holds it
 WIDE, EMPTY = 0.033, 0.0165  # a finger's joint: more is open, less holds nothing
@@ -50,13 +52,14 @@ class Put:
     low: float = -0.75 * np.pi
     clear: float = 0.06
     near: float = 0.012
+    along: float = 0.012
 
 
 SKILLS = {
     "widowx_carrot_on_plate": Put(grasp=-0.002, carry=0.07, release=0.03),
-    "widowx_spoon_on_towel": Put(grasp=0.009, carry=0.06, release=0.025),
+    "widowx_spoon_on_towel": Put(grasp=0.006, carry=0.06, release=0.025),
     "widowx_stack_cube": Put(
-        grasp=0.004, carry=0.075, release=0.033, symmetry=np.pi / 2, low=-np.pi / 4, near=0.006
+        grasp=0.004, carry=0.075, release=0.033, symmetry=np.pi / 2, low=-np.pi / 4, near=0.006, along=0.004
     ),
     "widowx_put_eggplant_in_basket": Put(grasp=-0.002, carry=0.165, release=0.09, low=-np.pi / 2, near=0.02),
 }
@@ -77,6 +80,7 @@ class PutOn:
         simpler, scene = self.simpler, self.simpler.scene
         self.tip = simpler.tip
         self.width = float(scene.joint_places()[-2:].mean())
+        self.closing = bool(scene.joint_speeds()[-2:].mean() < -0.005)
         world = inverse(pose_of(scene.arm.root_pose))
         poses, middles = [], []
         for place in (simpler.episode.source, simpler.episode.target):
@@ -106,6 +110,8 @@ class PutOn:
             if not fingers_open:
                 return self._move(tip, OPEN)
             return self._move(np.array([*tip[:2], self.source[2] + RISEN + 0.05]), OPEN)
+        if between and self.closing and self.width < WIDE:
+            return self._move(tip, CLOSED)
         if between and EMPTY < self.width < WIDE:
             goal = self.target + (0, 0, skill.release - 0.01)
             return self._move(
@@ -115,11 +121,13 @@ class PutOn:
         middle = skill.low + skill.symmetry / 2
         yaw = middle + (self.source_yaw - middle + skill.symmetry / 2) % skill.symmetry - skill.symmetry / 2
         goal = self.source + (0, 0, skill.grasp)
+        along = np.array([np.cos(yaw), np.sin(yaw), 0])  # the fingers open across
+        goal += np.clip((tip - goal) @ along, -skill.along, skill.along) * along
         off, turn = np.abs(tip - goal), abs(yaw - self._yaw())
         slack = 1.0 if fingers_open else 2.5
-        if np.hypot(*off[:2]) < 0.009 * slack and off[2] < 0.007 * slack and turn < 0.15 * slack:
+        if np.hypot(*off[:2]) < 0.01 * slack and off[2] < 0.009 * slack and turn < 0.15 * slack:
             return self._move(tip, CLOSED)
-        return self._move(self._over(tip, goal, self.clear, 0.006, turn), OPEN, yaw)
+        return self._move(self._over(tip, goal, self.clear, 0.008, turn), OPEN, yaw)
 
     def _yaw(self) -> float:
         """0: the fingers open along y."""
@@ -139,7 +147,7 @@ class PutOn:
         """The action towards a place of the tip, with the hand pointing down."""
         from scipy.spatial.transform import Rotation  # takes a while
 
-        step = GAIN * (goal - self.tip[:3])
+        step = GAIN * (goal - self.tip[:3] - BRAKE * (self.simpler.control.target[:3] - self.tip[:3]))
         step *= min(1.0, self.step / max(np.linalg.norm(step), 1e-9))
         lead = self.simpler.control.target[:3] - self.tip[:3]
         step = np.clip(lead + step, -LEAD, LEAD) - lead

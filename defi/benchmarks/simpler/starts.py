@@ -24,9 +24,9 @@ APART = {  # m between two objects' middles, for both and for a hand around one 
 def random_start(task: str, random: np.random.Generator, index: int = -1) -> Episode:
     """A start of a task of `TASKS`: an official one, drawn with equal chance, changed a little.
 
-    Objects stand anywhere in the rectangle that the official places span (the basket stays where it is), turned
-    from one of the official turns by up to `TURNED`. Before the cabinet the robot stands near one of its nine
-    places, and the photo is that place's. index: what the episode says of itself.
+    Objects stand anywhere in the rectangle that the official places span (the basket stays where it is),
+    turned from one of the official turns by up to `TURNED`. Before the cabinet the robot stands near one of
+    its nine places, and the photo is that place's. index: what the episode says of itself.
     """
     official = episodes(task)
     start = official[random.integers(len(official))]
