@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from defi.benchmarks.simpler import check
 from defi.benchmarks.simpler.episodes import TASKS, episodes, spoken
 from defi.benchmarks.simpler.mesh import convex_parts
-from defi.benchmarks.simpler.poses import composed, inverse, matrix, multiplied, turn_of
+from defi.benchmarks.simpler.poses import composed, inverse, matrix, multiplied, turn_of, vector_of
 from defi.benchmarks.simpler.variants import variants
 from defi.errors import UserError
 
@@ -39,7 +39,8 @@ def test_poses_are_scipys() -> None:
     assert np.allclose(multiplied(one[3:], other[3:])[[1, 2, 3, 0]], (turns[0] * turns[1]).as_quat())
     assert np.allclose(composed(one, inverse(one)), [0, 0, 0, 1, 0, 0, 0])
     assert np.allclose(composed(one, other)[:3], one[:3] + turns[0].apply(other[:3]))
-    assert np.allclose(turn_of([0, 0, 0]), [1, 0, 0, 0])
+    assert np.allclose(turn_of([0, 0, 0]), [1, 0, 0, 0]) and np.allclose(vector_of([-1, 0, 0, 0]), 0)
+    assert np.allclose(vector_of(-one[3:]), turns[0].as_rotvec())
 
 
 def test_pieces_are_connected_by_places_not_by_corners(tmp_path: Path) -> None:

@@ -49,3 +49,12 @@ def inverse(pose: ArrayLike) -> Pose:
     pose = np.asarray(pose, float)
     turn = pose[3:] * (1, -1, -1, -1) / np.dot(pose[3:], pose[3:])
     return np.concatenate([-(matrix(turn) @ pose[:3]), turn])
+
+
+def vector_of(quaternion: ArrayLike) -> np.ndarray:
+    """The rotation vector [3] of a unit quaternion, in radians, of length π at most."""
+    w, *rest = np.asarray(quaternion, float)
+    length = float(np.linalg.norm(rest))
+    if length < 1e-12:
+        return np.zeros(3)
+    return np.array(rest) * (2 * np.arctan2(np.copysign(length, w), abs(w)) / length)

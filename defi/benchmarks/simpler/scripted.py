@@ -22,8 +22,9 @@ GAIN = 0.6  # of the remaining way, per step
 BRAKE = 0.5  # of the way that the tip will still go by itself: it lags behind its target
 STEP, TURN = 0.025, 0.15  # of one action, at most
 LEAD = 0.045  # how far the target may be ahead of the tip when something holds it
-WIDE, EMPTY = 0.033, 0.0165  # a finger's joint: more is open, less holds nothing
+WIDE, EMPTY = 0.033, 0.0158  # a finger's joint: more is open, less holds nothing
 REACH = 0.03  # from the tip to an object between the fingers, at most
+CLEAR = 0.06  # the tip over where it grasps, before it comes down
 RISEN = 0.06  # the tip over the source when all is done
 
 
@@ -38,30 +39,40 @@ class Scripted(Protocol):
 
 @dataclass(frozen=True)
 class Put:
-    """How a source is put on a target; heights are of middles (centres of mass) or the tip over others.
+    """How a source is put on a target. Heights are between middles (centres of mass), or from one to the tip.
 
-    grasp: the tip over the source. clear: the tip over that before it comes down. carry, release: the source
-    over the target on the way, and when it is let go. symmetry: turns of the source by so much look the same
-    to the hand, which turns to between `low` and `low + symmetry`.
+    grasp: the tip over the source. carry, release: the source over the target on the way, and when it is let
+    go. near: how far beside the target it may be then; on: how far when it is let go and stays there. along:
+    how far from its middle it may be grasped. low: the hand turns to between this and `low + symmetry`, by
+    which the source can be turned and is grasped alike.
     """
 
     grasp: float
     carry: float
     release: float
-    symmetry: float = np.pi
-    low: float = -0.75 * np.pi
-    clear: float = 0.06
-    near: float = 0.012
+    near: float
+    on: float
     along: float = 0.012
+    low: float = -0.75 * np.pi
+    symmetry: float = np.pi
 
 
 SKILLS = {
-    "widowx_carrot_on_plate": Put(grasp=-0.002, carry=0.07, release=0.03),
-    "widowx_spoon_on_towel": Put(grasp=0.006, carry=0.06, release=0.025),
+    "widowx_carrot_on_plate": Put(grasp=-0.002, carry=0.07, release=0.03, near=0.012, on=0.05),
+    "widowx_spoon_on_towel": Put(grasp=0.008, carry=0.06, release=0.025, near=0.012, on=0.05),
     "widowx_stack_cube": Put(
-        grasp=0.004, carry=0.075, release=0.033, symmetry=np.pi / 2, low=-np.pi / 4, near=0.006, along=0.004
+        grasp=0.004,
+        carry=0.075,
+        release=0.033,
+        near=0.006,
+        on=0.02,
+        along=0.004,
+        low=-np.pi / 4,
+        symmetry=np.pi / 2,
     ),
-    "widowx_put_eggplant_in_basket": Put(grasp=-0.002, carry=0.165, release=0.09, low=-np.pi / 2, near=0.02),
+    "widowx_put_eggplant_in_basket": Put(
+        grasp=-0.002, carry=0.165, release=0.09, near=0.02, on=0.07, low=-np.pi / 2
+    ),
 }
 
 
@@ -70,7 +81,7 @@ class PutOn:
 
     def __init__(self, simpler: Simpler, random: np.random.Generator) -> None:
         self.simpler, self.skill = simpler, SKILLS[simpler.episode.task.name]
-        self.clear = self.skill.clear + random.uniform(0, 0.015)
+        self.clear = CLEAR + random.uniform(0, 0.015)
         self.carry = self.skill.carry + random.uniform(0, 0.015)
         self.step = STEP * random.uniform(0.85, 1.0)
         self._look()
@@ -98,7 +109,7 @@ class PutOn:
     @property
     def done(self) -> bool:
         self._look()
-        return self._placed(0.04) and self.width > WIDE and self.tip[2] - self.source[2] > RISEN
+        return self._placed(self.skill.on) and self.width > WIDE and self.tip[2] - self.source[2] > RISEN
 
     def action(self) -> Float[np.ndarray, "7"]:
         self._look()
@@ -106,7 +117,7 @@ class PutOn:
         gap = tip - self.source
         between = np.linalg.norm(gap) < REACH
         fingers_open = self.width > WIDE
-        if self._placed(0.04 if fingers_open else skill.near):
+        if self._placed(skill.on if fingers_open else skill.near):
             if not fingers_open:
                 return self._move(tip, OPEN)
             return self._move(np.array([*tip[:2], self.source[2] + RISEN + 0.05]), OPEN)
