@@ -124,8 +124,8 @@ class Simpler:
         return [body.entity.pose for body in self._bodies()]
 
     def picture(self, moment: Moment) -> np.ndarray:
-        """What was seen at a moment of this episode: uint8 [H, W, 3]. Poses come back to the last digit or so,
-        which can show in a few pixels at edges. The episode cannot go on after that."""
+        """What was seen at a moment of this episode: uint8 [H, W, 3]. Where the camera moves, a few pixels at
+        edges may differ: poses come back to the last digit or so. The episode cannot go on after that."""
         assert self.eye is not None, "made with drawn=False"
         for body, pose in zip(self._bodies(), moment):
             body.entity.set_pose(pose)

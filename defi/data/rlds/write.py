@@ -180,11 +180,11 @@ class RLDSWriter:
         self.dataset, self.form = dataset, FORMS[pictures]
         self.folder, self.name = folder / VERSION, re.sub(r"\W+", "_", name).strip("_").lower() or "data"
         self.most = most
-        self.folder.mkdir(parents=True)
         self.splits: dict[str, Shards] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}  # of each camera's pictures
         if "state" in dataset.cameras and dataset.state_names:
             raise UserError("a camera is called state, as is the robot's state; data.cameras=[name:state]")
+        self.folder.mkdir(parents=True)
 
     def add(self, episode: Episode, split: str = "train") -> None:
         length, last = episode.length, np.arange(episode.length) == episode.length - 1
