@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from benchmarks.rlds_writer import encode, features_dict, image, tensor, text, write_set
+from benchmarks.rlds_writer import write_set
 from defi.config import CONFIG_DIR
+from defi.data.rlds.write import features_dict, image, tensor, text
+from defi.picture import encode_picture
 
 SIDE, STEPS, PER_SHARD = 256, 30, 50
 TENSORFLOW_PAIRS = 4000  # enough for its rate
@@ -50,7 +52,7 @@ def episodes(numbers: range) -> Iterator[dict[str, Any]]:
         for step in range(STEPS):
             frame = ground.copy()
             frame[100:140, 6 * step : 6 * step + 40] = (220, 40, 40)
-            coded.append(encode(frame, "JPEG"))
+            coded.append(encode_picture(frame, "JPEG"))
         yield {
             "episode_metadata/file_path": [b"made up"],
             "steps/observation/image": coded,

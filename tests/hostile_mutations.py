@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rlds_writer import record
 from defi.data.rlds.tfrecord import masked_crc
+from defi.data.rlds.write import record
 
 
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:

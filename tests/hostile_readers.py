@@ -28,7 +28,7 @@ from rollout_fakes import fake_evaluation
 from safetensors.torch import save_file
 from stages import build_vae
 
-from benchmarks.rlds_writer import encode, write_videos
+from benchmarks.rlds_writer import write_videos
 from defi import doctor
 from defi.benchmarks.calvin.benchmark import SimConfig, read_instructions
 from defi.checkpoints.inspect import open_checkpoint
@@ -40,6 +40,7 @@ from defi.engine.loop import train
 from defi.engine.optimizer import build_optimizer, optimizer_tensors
 from defi.engine.plot import curves
 from defi.engine.weights import load_strict, read_tensors
+from defi.picture import encode_picture
 from defi.sim.tasks import INSTRUCTIONS
 from defi.video import frame_count, read_frames, write_mp4
 from Step1_GFDM.data import read_episodes, read_latents
@@ -274,7 +275,7 @@ def make_hdf5(folder: Path) -> None:
     import h5py  # needed by this source alone
 
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    coded = [np.frombuffer(encode(frame, "JPEG"), np.uint8) for frame in frames]
+    coded = [np.frombuffer(encode_picture(frame, "JPEG"), np.uint8) for frame in frames]
     with h5py.File(folder / "episode.hdf5", "w") as file:
         file.create_dataset("data/demo/raw", data=frames, compression="gzip")
         rows = file.create_dataset("data/demo/jpeg", (3,), h5py.vlen_dtype(np.uint8))

@@ -14,13 +14,15 @@ from hydra.core.global_hydra import GlobalHydra
 from policy_fakes import write_demonstrations
 from preparations import run, write_inputs
 
-from benchmarks.rlds_writer import encode, features_dict, image, text, write_set, write_videos
+from benchmarks.rlds_writer import write_set, write_videos
 from defi.data import open_dataset
 from defi.data.calvin import ANNOTATIONS, encode_frame, frame_name
 from defi.data.rlds import RLDSDataset, dataset
 from defi.data.rlds.tfrecord import read_records
+from defi.data.rlds.write import features_dict, image, text
 from defi.engine.data import readable
 from defi.errors import UserError, reading
+from defi.picture import encode_picture
 from defi.video import write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.data import read_episodes
@@ -159,7 +161,7 @@ def vpp_without_words(root: Path) -> str:
 
 
 def rlds_without_words(root: Path) -> str:
-    picture = encode(np.zeros((32, 32, 3), np.uint8), "PNG")
+    picture = encode_picture(np.zeros((32, 32, 3), np.uint8), "PNG")
     features = {"observation": features_dict(image=image(32, 32, "png")), "language_instruction": text()}
     said, silent = (
         {"steps/observation/image": [picture] * 3, "steps/language_instruction": [words] * 3}
@@ -227,7 +229,7 @@ def test_an_episode_without_caption_is_left_out(
 
 
 def rlds_of_two_sizes(root: Path) -> str:
-    small, large = (encode(np.zeros((n, 32, 3), np.uint8), "PNG") for n in (32, 48))
+    small, large = (encode_picture(np.zeros((n, 32, 3), np.uint8), "PNG") for n in (32, 48))
     features = {"observation": features_dict(image=image(32, 32, "png")), "language_instruction": text()}
     good, bad = (
         {"steps/observation/image": pictures, "steps/language_instruction": [b"lift"] * 3}
@@ -244,7 +246,8 @@ def hdf5_of_two_sizes(root: Path) -> str:
     root.mkdir()
     for name in ("0", "1", "2"):
         pictures = [
-            encode(np.zeros((48 if name == "1" and i else 32, 32, 3), np.uint8), "PNG") for i in range(3)
+            encode_picture(np.zeros((48 if name == "1" and i else 32, 32, 3), np.uint8), "PNG")
+            for i in range(3)
         ]
         with h5py.File(root / f"{name}.h5", "w") as file:
             file.attrs["language_instruction"] = "lift"

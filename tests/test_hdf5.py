@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from benchmarks.rlds_writer import encode
 from defi.data import Dataset, hdf5, open_dataset
 from defi.data.hdf5 import reader
 from defi.data.hdf5.reader import READER, ask
 from defi.errors import UserError
-from defi.picture import decode_picture
+from defi.picture import decode_picture, encode_picture
 
 h5py = pytest.importorskip("h5py")
 
@@ -42,7 +41,7 @@ def write_aloha(root: Path, lengths: tuple[int, ...] = (5, 6, 7)) -> None:
     for number, length in zip((0, 2, 10), lengths):
         with h5py.File(root / f"episode_{number}.hdf5", "w") as file:
             for camera in ("cam_right_wrist", "cam_high", "cam_left_wrist"):
-                coded = [np.frombuffer(encode(frame, "PNG"), np.uint8) for frame in shades(length)]
+                coded = [np.frombuffer(encode_picture(frame, "PNG"), np.uint8) for frame in shades(length)]
                 padded = np.zeros((length, max(map(len, coded)) + 5), np.uint8)
                 for row, code in zip(padded, coded):
                     row[: len(code)] = code
@@ -118,7 +117,7 @@ def test_hdf5_of_robomimic(tmp_path: Path) -> None:
 
 def test_hdf5_pictures_in_jpeg_are_what_the_decoder_makes_of_them(tmp_path: Path) -> None:
     """In rows of one length with zeros behind, as ALOHA keeps them, and in rows of their own lengths."""
-    coded = [encode(np.roll(shades(6, 24, 32), n, 2)[n], "JPEG") for n in range(6)]
+    coded = [encode_picture(np.roll(shades(6, 24, 32), n, 2)[n], "JPEG") for n in range(6)]
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         padded = file.create_dataset("observations/images/padded", (6, max(map(len, coded)) + 9), np.uint8)
         rows = file.create_dataset("observations/images/rows", (6,), h5py.vlen_dtype(np.uint8))

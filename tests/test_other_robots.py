@@ -14,13 +14,15 @@ from made_data import MadeData
 from policy_fakes import PRESET
 from test_train_from_every_source import run, write_calvin
 
-from benchmarks.rlds_writer import encode, features_dict, image, tensor, text, write_set
+from benchmarks.rlds_writer import write_set
 from defi.config import flatten
 from defi.data import open_dataset
+from defi.data.rlds.write import features_dict, image, tensor, text
 from defi.engine import checkpoint
 from defi.engine.checkpoint import read_manifest
 from defi.engine.log import METRICS, read_metrics
 from defi.errors import UserError
+from defi.picture import encode_picture
 from defi.robot.spec import Vector
 from defi.video import write_mp4
 from Step1_GFDM.config import VAESizes
@@ -109,7 +111,7 @@ def write_as_rlds(folder: Path) -> list[str]:
     def episode(number: int, shown: dict[str, Any]) -> dict[str, Any]:
         return {
             "episode_metadata/file_path": [f"/{number}".encode()],
-            "steps/observation/wrist": [encode(frame, "PNG") for frame in shown["wrist"]],
+            "steps/observation/wrist": [encode_picture(frame, "PNG") for frame in shown["wrist"]],
             "steps/observation/state": shown["state"],
             "steps/language_instruction": [shown["text"].encode()] * LENGTH,
             "steps/action": shown["actions"],
@@ -260,7 +262,7 @@ def test_corrected_actions_are_read_again(tmp_path: Path) -> None:
     for number in (1, 2):
         described = {"observation": features_dict(eye=image(8, 8, "png")), "action": tensor("float32", 1)}
         one = {
-            "steps/observation/eye": [encode(np.zeros((8, 8, 3), np.uint8), "PNG")] * 3,
+            "steps/observation/eye": [encode_picture(np.zeros((8, 8, 3), np.uint8), "PNG")] * 3,
             "steps/action": np.full(3, number, np.float32),
         }
         shutil.rmtree(tmp_path / "toy", ignore_errors=True)

@@ -11,20 +11,19 @@ import pytest
 from hostile_mutations import damage_bytes
 from PIL import Image
 
-from benchmarks.rlds_writer import encode
 from defi.errors import UserError
-from defi.picture import decode_picture
+from defi.picture import decode_picture, encode_picture
 
 FRAME = np.random.default_rng(0).integers(0, 256, (40, 33, 3), dtype=np.uint8)
 
 
 def test_jpeg_and_png_in_colour() -> None:
-    assert np.array_equal(decode_picture(encode(FRAME, "PNG"), "a.png"), FRAME)
+    assert np.array_equal(decode_picture(encode_picture(FRAME, "PNG"), "a.png"), FRAME)
     smooth = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
-    coded = encode(smooth, "JPEG")
+    coded = encode_picture(smooth, "JPEG")
     found = decode_picture(coded + b"\0" * 99, "a.jpg")  # padded, as HDF5 files keep them
     assert found.shape == smooth.shape and np.abs(found.astype(int) - smooth).max() < 40
-    grey = decode_picture(encode(smooth[..., 0], "PNG"), "a.png")
+    grey = decode_picture(encode_picture(smooth[..., 0], "PNG"), "a.png")
     assert np.array_equal(grey, np.repeat(smooth[..., :1], 3, axis=2))
 
 
@@ -32,16 +31,16 @@ def test_jpeg_and_png_in_colour() -> None:
 def test_other_formats_are_refused(form: str) -> None:
     """An EPS file, say, is drawn by a program."""
     with pytest.raises(UserError, match=r"a\.png: .*neither JPEG nor PNG"):
-        decode_picture(encode(FRAME, form), "a.png")
+        decode_picture(encode_picture(FRAME, form), "a.png")
 
 
 def test_small_files_may_not_become_large_pictures() -> None:
-    jpeg = bytearray(encode(FRAME, "JPEG"))
+    jpeg = bytearray(encode_picture(FRAME, "JPEG"))
     start = jpeg.index(b"\xff\xc0")
     jpeg[start + 5 : start + 9] = (65_000).to_bytes(2, "big") * 2
     with pytest.raises(UserError, match="4225000000 pixels"):
         decode_picture(bytes(jpeg), "a.jpg")
-    png = bytearray(encode(FRAME, "PNG"))
+    png = bytearray(encode_picture(FRAME, "PNG"))
     png[16:24] = (65_000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     with pytest.raises(UserError, match="4225000000 pixels"):
@@ -49,7 +48,11 @@ def test_small_files_may_not_become_large_pictures() -> None:
 
 
 def _decode_damaged(count: int, done: Path) -> None:
-    valid = [encode(FRAME, "JPEG"), encode(FRAME, "PNG"), encode(FRAME[..., 0], "PNG")]
+    valid = [
+        encode_picture(FRAME, "JPEG"),
+        encode_picture(FRAME, "PNG"),
+        encode_picture(FRAME[..., 0], "PNG"),
+    ]
     progressive = io.BytesIO()
     Image.fromarray(FRAME).save(progressive, "JPEG", progressive=True)
     outcomes = []

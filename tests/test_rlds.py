@@ -9,25 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import rlds_writer
-from benchmarks.rlds_writer import (
-    encode,
-    example,
-    features_dict,
-    image,
-    record,
-    tensor,
-    text,
-    write_set,
-    write_videos,
-)
+from benchmarks.rlds_writer import write_set, write_videos
 from defi.data import open_dataset
-from defi.data.rlds import RLDSDataset, default_splits
+from defi.data.rlds import RLDSDataset, default_splits, write
 from defi.data.rlds.dataset import _scan
 from defi.data.rlds.spec import Split, choose_split
 from defi.data.rlds.tfrecord import masked_crc, parse_example, read_records
+from defi.data.rlds.write import example, features_dict, image, record, tensor, text
 from defi.engine.data import SeededDataset
 from defi.errors import UserError
+from defi.picture import encode_picture
 from Step2_GIDM.data.build import build_pairs
 from Step2_GIDM.data.pairs import PairDataset, later
 
@@ -98,7 +89,7 @@ def test_any_frame_of_any_episode(toy: Path) -> None:
 
 def test_language_as_an_array_of_character_codes(tmp_path: Path) -> None:
     codes = [[ord(c) for c in "push left"] + [0] * 7, [ord(c) for c in "push left"] + [0] * 7]
-    picture = encode(np.full((20, 24, 3), 90, np.uint8), "JPEG")
+    picture = encode_picture(np.full((20, 24, 3), 90, np.uint8), "JPEG")
     features = {"observation": features_dict(rgb=image(20, 24, "jpeg"), instruction=tensor("int32", 16))}
     episode = {"steps/observation/rgb": [picture] * 2, "steps/observation/instruction": codes}
     data = opened(write_set(tmp_path, features, {"train": [[episode]]}))
@@ -204,7 +195,7 @@ def test_damaged_files_are_named_with_the_position(toy: Path) -> None:
 
 def test_data_that_are_not_what_the_specification_says(tmp_path: Path) -> None:
     features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
-    picture = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    picture = encode_picture(np.zeros((8, 8, 3), np.uint8), "PNG")
     good = {"steps/observation/image": [picture] * 2, "steps/language_instruction": [b"go"] * 2}
     for number, (change, message) in enumerate(
         (
@@ -230,7 +221,7 @@ def test_a_record_that_is_no_example(toy: Path) -> None:
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     features = {"observation": features_dict(image=image(8, 8, "png"))}
-    pictures = [encode(np.zeros((8, 8, 3), np.uint8), "PNG"), b"no picture"]
+    pictures = [encode_picture(np.zeros((8, 8, 3), np.uint8), "PNG"), b"no picture"]
     folder = write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]]})
     data = opened(folder)
     assert data.language(None) is None and data.text(0, None) == ""
@@ -321,7 +312,7 @@ def test_compressed_files_are_named(toy: Path, compress) -> None:
 def test_texts_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The episode counts as one without words; nothing that its bytes do not say reaches a model."""
     features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
-    picture = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    picture = encode_picture(np.zeros((8, 8, 3), np.uint8), "PNG")
     episodes = [
         {"steps/observation/image": [picture] * 2, "steps/language_instruction": [words] * 2}
         for words in ("Tür".encode(), "Tür".encode("latin-1"))
@@ -337,7 +328,7 @@ def test_pictures_of_16_bits(tmp_path: Path) -> None:
     """Their upper eight bits, as TensorFlow takes them, of grey ones too, not white wherever above 255."""
     grey = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
     features = {"observation": features_dict(image=image(8, 8, "png"))}
-    pictures = [encode(grey, "PNG"), encode(np.full((8, 8, 3), 7, np.uint8), "PNG")]
+    pictures = [encode_picture(grey, "PNG"), encode_picture(np.full((8, 8, 3), 7, np.uint8), "PNG")]
     data = opened(write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]]}))
     found = data.frames(0, [0, 1], "observation/image")
     assert np.array_equal(found[0], np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2))
@@ -347,7 +338,7 @@ def test_pictures_of_16_bits(tmp_path: Path) -> None:
 def test_pictures_that_change_their_size(tmp_path: Path) -> None:
     """Stage 2 reads pairs within one size; others are errors that trainer.bad_samples replaces."""
     features = {"observation": features_dict(image=image(8, 8, "png"))}
-    pictures = [encode(np.full((n, 8, 3), n, np.uint8), "PNG") for n in (8, 8, 8, 12, 12, 12)]
+    pictures = [encode_picture(np.full((n, 8, 3), n, np.uint8), "PNG") for n in (8, 8, 8, 12, 12, 12)]
     folder = write_set(tmp_path, features, {"train": [[{"steps/observation/image": pictures}]], "val": [[]]})
     pairs = build_pairs(section(folder, split="train"), 48)
     with pytest.raises(UserError, match=r"episode 0, step 3: .* from 8 x 8 to 12 x 8 \(height x width\)"):
@@ -380,7 +371,8 @@ def write_robot(root: Path, *, action: dict, state: dict, lengths: list[int], na
         }
         for camera, size in (("front", 8), ("an_arm_wrist", 6)):
             shades = [
-                encode(np.full((size, size, 3), 10 * number + i, np.uint8), "PNG") for i in range(length)
+                encode_picture(np.full((size, size, 3), 10 * number + i, np.uint8), "PNG")
+                for i in range(length)
             ]
             found[f"steps/observation/{camera}"] = shades
         return found | {"steps/language_instruction": [b"go"] * length}
@@ -507,7 +499,7 @@ def write_texts(root: Path, *episodes: list[str], name: str = "said") -> Path:
     features = {"observation": features_dict(image=image(8, 8, "png")), "language_instruction": text()}
 
     def picture(number: int, step: int) -> bytes:
-        return encode(np.full((8, 8, 3), 16 * number + step, np.uint8), "PNG")
+        return encode_picture(np.full((8, 8, 3), 16 * number + step, np.uint8), "PNG")
 
     written = [
         {
@@ -619,11 +611,11 @@ def test_mistakes_in_the_section_are_named(toy: Path, change: dict, message: str
         build_pairs(section(toy, **change), 48)
 
 
-@pytest.mark.parametrize("empty", [b"", rlds_writer.field(1, b"")], ids=["no_kind", "empty_list"])
+@pytest.mark.parametrize("empty", [b"", write.message(1, b"")], ids=["no_kind", "empty_list"])
 def test_episodes_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bytes) -> None:
     """They have no pairs, and those of the others stay where they are. TensorFlow writes both forms."""
-    feature = rlds_writer.feature
-    monkeypatch.setattr(rlds_writer, "feature", lambda values: feature(values) if len(values) else empty)
+    feature = write.feature
+    monkeypatch.setattr(write, "feature", lambda values: feature(values) if len(values) else empty)
     folder = write_videos(tmp_path, {"train": [[3, 0], [0, 2], [0]], "val": [[2]]})
     data = opened(folder)
     assert data.lengths.tolist() == [3, 0, 0, 2, 0] and data.values(1, "language_instruction") == []

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from benchmarks.rlds_writer import encode, write_videos
+from benchmarks.rlds_writer import write_videos
 from defi.data import open_dataset
 from defi.data.episode import Episode, distinct, file_name, of_part
 from defi.data.videos import VideoData, read_captions
 from defi.errors import UserError
+from defi.picture import encode_picture
 from defi.video import number_video, read_frames, write_mp4
 from Step1_GFDM import prepare
 from Step1_GFDM.config import GFDMConfig, VAESizes
@@ -337,7 +338,7 @@ def test_hdf5_with_raw_and_with_encoded_pictures(tmp_path: Path, vae: Path) -> N
     frames = np.zeros((5, 20, 30, 3), np.uint8)
     frames[...] = (20 * np.arange(5))[:, None, None, None]
     frames[:, :, :10] = 250  # to be cropped away
-    coded = [encode(frame, "JPEG") for frame in frames]
+    coded = [encode_picture(frame, "JPEG") for frame in frames]
     for name in ("one", "two"):
         with h5py.File(root / f"{name}.hdf5", "w") as file:
             file["observations/images/raw"] = frames

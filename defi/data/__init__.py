@@ -4,7 +4,7 @@ episode.py   what a data set is: numbered frames, episodes of them, pictures of 
 mixture.py   several as one, with weights
 motions.py   actions and state of all frames, read once and kept in an index; their statistics
 calvin.py, hdf5/, lerobot/, rlds/, videos.py, vpp.py   one format each
-convert.py   any of them → LeRobot or CALVIN
+convert.py   any of them → LeRobot, RLDS or CALVIN
 look.py      what a data set holds, and what looks wrong with it
 
 `data.format=calvin` is the module `calvin` here. To add a format takes two files: a module with a

@@ -1,4 +1,4 @@
-"""Any data set as one in LeRobot's format v3.0, or in CALVIN's.
+"""Any data set as one in LeRobot's format v3.0, in RLDS, or in CALVIN's.
 
 Actions and state are written as `Dataset.motions` has them, in float32 (CALVIN keeps float64). Each episode
 is written by itself: annotated spans of CALVIN that share frames become episodes that share none, the name of
@@ -16,29 +16,39 @@ from rich.progress import track
 from defi.config import entry
 from defi.data import Dataset, open_dataset
 from defi.data.calvin import FRAME, RELATIVE, Span, check_gripper, encode_frame, frame_name, index_files
+from defi.data.rlds.write import RLDSWriter
 from defi.engine.output import check_output, new_folder
-from defi.errors import UserError
+from defi.errors import UserError, choose
 
 if TYPE_CHECKING:
     from defi.data.lerobot.write import LeRobotWriter
 
 
-def writer_of(to: str, dataset: Dataset, folder: Path, pictures: str, **options) -> "LeRobotWriter":
-    """Of the episodes of a data set: `add` each, then `close`.
+def writer_of(
+    to: str, dataset: Dataset, folder: Path, pictures: str, *, name: str, data_mb: float = 100, **options
+) -> "LeRobotWriter | RLDSWriter":
+    """What writes the episodes of a data set to a folder, as lerobot or rlds: `add` each, then `close`.
+
+    name: of the data set, which RLDS keeps. options: of `LeRobotWriter` alone.
 
     Raises:
         UserError: a package is missing, or what the writer refuses.
     """
+    most = int(data_mb * 2**20)
+    if to == "rlds":
+        return RLDSWriter(dataset, folder, name, pictures, most)
     try:
         from defi.data.lerobot.write import LeRobotWriter
     except ImportError:
         raise UserError("to=lerobot: needs the package pyarrow; pip install pyarrow") from None
-    return LeRobotWriter(dataset, folder, pictures, **options)
+    return LeRobotWriter(dataset, folder, pictures, most, **options)
 
 
-def write_lerobot(dataset: Dataset, folder: Path, cfg: DictConfig) -> None:
-    most = {"data_most": int(cfg.data_mb * 2**20), "video_most": int(cfg.video_mb * 2**20)}
-    writer = writer_of("lerobot", dataset, folder, cfg.pictures, **most, robot_type=cfg.robot_type)
+def write_episodes(dataset: Dataset, folder: Path, name: str, cfg: DictConfig) -> None:
+    """All of a data set, as one split."""
+    options = {"video_most": int(cfg.video_mb * 2**20), "robot_type": cfg.robot_type}
+    own = options if cfg.to == "lerobot" else {}
+    writer = writer_of(cfg.to, dataset, folder, cfg.pictures, name=name, data_mb=cfg.data_mb, **own)
     for number in track(range(len(dataset)), "episodes", transient=True):
         writer.add(dataset.episode(number))
     writer.close()
@@ -82,12 +92,14 @@ def write_calvin(dataset: Dataset, folder: Path) -> None:
 
 @entry("convert_data")
 def main(cfg: DictConfig) -> None:
-    if cfg.to not in ("lerobot", "calvin"):
-        raise UserError(f"to={cfg.to}: choose lerobot or calvin")
+    choose("to", cfg.to, ("lerobot", "rlds", "calvin"))
     output = check_output(cfg.output, overwrite=cfg.overwrite)
     dataset = open_dataset(OmegaConf.to_container(cfg.data), cfg.part)
     with new_folder(output) as folder:
-        write_calvin(dataset, folder) if cfg.to == "calvin" else write_lerobot(dataset, folder, cfg)
+        if cfg.to == "calvin":
+            write_calvin(dataset, folder)
+        else:
+            write_episodes(dataset, folder, output.name, cfg)
     print(f"{output}: {len(dataset)} episodes, {int(dataset.lengths.sum())} frames of {dataset.scope}")
     print("actions and state as float32", *(f"left out: {each}" for each in dataset.left_out), sep="\n")
 

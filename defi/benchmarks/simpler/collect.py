@@ -69,10 +69,10 @@ def write_data(config: CollectConfig, output: Path, records: Records, console: C
         shutil.rmtree(left)
     training, held_out = split(config, records)
     data = Demonstrations(output, [*training, *held_out], config.robot)
-    writer = writer_of(config.format, data, output, config.pictures)
+    writer = writer_of(config.format, data, output, config.pictures, name=Path(config.output).name)
     for number in track(range(len(data)), f"writing {config.format}", console=console):
-        writer.add(data.episode(number))
-    writer.close(len(held_out))
+        writer.add(data.episode(number), "train" if number < len(training) else "val")
+    writer.close()
 
 
 def write_manifest(output: Path, config: CollectConfig, records: Records) -> None:

@@ -112,8 +112,8 @@ class Demonstration:
         return f"{self.task}-{self.number:05d}"
 
     def file(self, output: Path) -> Path:
-        """With arrays `attempts` (JSON: every one) and, of what was recorded, `instruction`, `actions`, `state`,
-        `pictures` (PNG, one after the other) and `ends` of these."""
+        """With arrays `attempts` (JSON: every one) and, of what was recorded, `instruction`, `actions`,
+        `state`, `pictures` (PNG, one after the other) and `ends` of these."""
         return output / FOLDER / f"{self.name}.npz"
 
     def start(self, config: CollectConfig, random: np.random.Generator) -> Start:

@@ -152,8 +152,10 @@ class LeRobotWriter:
         self.values: dict[str, list[np.ndarray]] = defaultdict(list)  # of all frames, without pictures
         self.counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((3, 256), np.int64))
         self.frames = 0
+        self.splits: dict[str, tuple[int, int]] = {}  # of each the first episode, and the one after the last
 
-    def add(self, episode: Episode) -> None:
+    def add(self, episode: Episode, split: str = "train") -> None:
+        """The next one; episodes of a split follow each other."""
         if (rate := self.dataset.rate(episode)) != self.fps:
             fix = "convert those of one rate (data.fps, data.split)"
             raise UserError(f"episode {episode.name}: {rate:g} frames per second, others {self.fps:g}; {fix}")
@@ -195,6 +197,8 @@ class LeRobotWriter:
         for key, each in counts.items():
             self.counts[key] += each
         self.frames += length
+        first, _ = self.splits.get(split, (len(self.rows) - 1, 0))
+        self.splits[split] = first, len(self.rows)
 
     def _columns(self, episode: Episode) -> dict[str, np.ndarray]:
         """What an episode's rows hold beside pictures."""
@@ -233,8 +237,8 @@ class LeRobotWriter:
             before = self.features[key]["shape"][:2]
             raise UserError(f"{key}: pictures of {before} and of {[height, width]}; bring them to one size")
 
-    def close(self, held_out: int = 0) -> None:
-        """End all files and write what lies in meta/. held_out: so many of the last episodes are `val`."""
+    def close(self) -> None:
+        """End all files and write what lies in meta/."""
         for files in (self.data, *self.videos.values()):
             files.close()
         meta = self.folder / "meta"
@@ -258,8 +262,6 @@ class LeRobotWriter:
         for name in COUNTERS:
             kind = "float32" if name == "timestamp" else "int64"
             self.features[name] = {"dtype": kind, "shape": [1], "names": None}
-        splits = {"train": f"0:{len(self.rows) - held_out}"}
-        splits |= {"val": f"{len(self.rows) - held_out}:{len(self.rows)}"} if held_out else {}
         info = {
             "codebase_version": "v3.0",
             "robot_type": self.robot_type,
@@ -270,7 +272,7 @@ class LeRobotWriter:
             "data_files_size_in_mb": max(1, self.data.most // 2**20),
             "video_files_size_in_mb": max([1, *(files.most // 2**20 for files in self.videos.values())]),
             "fps": int(self.fps) if self.fps == int(self.fps) else self.fps,
-            "splits": splits,
+            "splits": {name: f"{first}:{end}" for name, (first, end) in self.splits.items()},
             "data_path": DATA,
             "video_path": VIDEOS if self.videos else None,
             "features": self.features,

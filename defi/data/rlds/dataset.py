@@ -36,6 +36,7 @@ from defi.data.rlds.spec import (
     choose_split,
     files_of,
     find_version,
+    read_metadata,
     read_spec,
     read_splits,
 )
@@ -89,7 +90,7 @@ class RLDSDataset:
     def __init__(self, folder: str | Path, split: str = "train", *, index: str | Path | None = None) -> None:
         self.folder = find_version(Path(folder))
         self.name = self.folder.resolve().parent.name
-        self.spec = read_spec(self.folder)
+        self.spec, self.metadata = read_spec(self.folder), read_metadata(self.folder)
         features = {path: f for path, f in self.spec.items() if path.startswith(STEPS)}
         pictures = [path for path, feature in features.items() if feature.is_picture]
         texts = {path: feature for path, feature in features.items() if feature.is_instruction(path)}

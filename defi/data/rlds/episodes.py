@@ -108,7 +108,8 @@ class RLDSData(Dataset):
 
     def __init__(self, settings: Settings, split: str) -> None:
         self.settings, self.data = settings, (data := settings.data(split))
-        self.root, self.fingerprint, self.fps = data.folder, data.fingerprint, settings.fps
+        self.root, self.fingerprint = data.folder, data.fingerprint
+        self.fps = settings.fps or data.metadata.fps
         self.stamp = data.stamp
         self.pair_distance = settings.pair_distance or [9, 9]  # of most sets of the published mixtures
         chosen = [settings.actions, settings.state]
@@ -119,6 +120,8 @@ class RLDSData(Dataset):
             self.fingerprint += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
         short = {path.removeprefix("observation/").replace("/", "_"): path for path in data.pictures}
         order = sorted(short, key=lambda name: (any(word in name for word in ON_HAND), name))
+        known = data.metadata.cameras
+        order.sort(key=lambda name: known.index(name) if name in known else len(known))
         everything = {name: short[name] for name in order}
         named = {name: data.picture(place) for name, place in settings.places().items()}
         self._pictures = named or everything
@@ -241,5 +244,7 @@ class RLDSData(Dataset):
         for path in paths:
             short, shape = path.rpartition("/")[2], self.data.spec[STEPS + path].shape
             name, size = short if last[short] == 1 else path.replace("/", "_"), int(np.prod(shape))
-            names += [name] if size == 1 else [f"{name}_{number}" for number in range(size)]
+            plain = [name] if size == 1 else [f"{name}_{number}" for number in range(size)]
+            own = self.data.metadata.names.get(path, [])
+            names += own if len(own) == size else plain
         return tuple(names)

@@ -2,20 +2,22 @@
 
 <data set>/<version>/features.json        names, types and shapes, nested: an episode's metadata and steps
                      dataset_info.json    splits: their files and how many episodes each holds
+                     metadata.json        free to the writer; of ours, what the others have no place for
                      <name>-<split>.tfrecord-00000-of-00003
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from defi.config import typed
 from defi.errors import UserError, reading
 from defi.files import read_json
 
 STEPS = "steps/"
-FEATURES, INFO = "features.json", "dataset_info.json"
+FEATURES, INFO, METADATA = "features.json", "dataset_info.json", "metadata.json"
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 NUMBERS = ("bool", *INTEGERS, "float16", "float32", "float64")
 FIX = "copy the data set again"
@@ -42,6 +44,18 @@ class Feature:
         """Whether it can hold what a step is about: text, or Language Table's array of character codes."""
         codes = self.kind == "tensor" and self.dtype in INTEGERS and len(self.shape) == 1
         return (self.kind == "text" and self.shape == ()) or (codes and path.endswith("/instruction"))
+
+
+@dataclass
+class Metadata:
+    """What a data set written here says besides. fps: frames per second; None: unknown, or recordings differ.
+
+    cameras: in order. names: of the numbers in a feature, by its path below `steps/`.
+    """
+
+    fps: float | None = None
+    cameras: list[str] = field(default_factory=list)
+    names: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,19 @@ def read_spec(folder: Path) -> dict[str, Feature]:
     file = folder / FEATURES
     with reading(file, FIX):
         return dict(_leaves(read_json(file, FIX), ""))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Of another writer, who may mean anything by it, nothing is taken."""
+    if not (file := folder / METADATA).is_file():
+        return Metadata()
+    said = read_json(file, FIX)
+    if not isinstance(said, dict) or set(said) != {each.name for each in fields(Metadata)}:
+        return Metadata()
+    found = typed(Metadata, said, str(file))
+    if found.fps is not None and not 0 < found.fps < 1000:
+        raise UserError(f"{file}: fps={found.fps}: must be a rate above 0 and below 1000; {FIX}")
+    return found
 
 
 def _leaves(node: Mapping[str, Any], path: str, *, sequences: int = 0) -> Iterator[tuple[str, Feature]]:
