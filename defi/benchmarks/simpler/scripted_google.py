@@ -45,22 +45,26 @@ class Hand:
     def tip(self) -> Pose:
         return composed(self.base, self.simpler.tip)
 
+    def off(self, goal: Pose) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+        """The move (m) and the turn (rad) that are left, along the base's axes as in actions."""
+        here, there = self.simpler.tip, composed(inverse(self.base), goal)
+        return there[:3] - here[:3], vector_of(multiplied(there[3:], here[3:] * (1, -1, -1, -1)))
+
     def toward(self, goal: Pose, fingers: float) -> Action:
         """Straight there, or a part of it. The arm lags: it moves by about a third of an action's move."""
-        here, there = self.simpler.tip, composed(inverse(self.base), goal)
-        move = there[:3] - here[:3]
-        turn = vector_of(multiplied(there[3:], here[3:] * (1, -1, -1, -1)))
+        move, turn = self.off(goal)
         move *= min(1.0, self.stride / max(float(np.linalg.norm(move)), 1e-9))
         turn *= min(1.0, TURN / max(float(np.linalg.norm(turn)), 1e-9))
+        tip = self.simpler.tip
         for _ in range(3):  # the robot ignores what it cannot reach: less of it, then
-            pose = np.concatenate([here[:3] + move, multiplied(turn_of(turn), here[3:])])
+            pose = np.concatenate([tip[:3] + move, multiplied(turn_of(turn), tip[3:])])
             if self.simpler.control.kinematics.solve(pose)[1]:
                 break
             move, turn = move / 2, turn / 2
         return np.array([*move, *turn, fingers])
 
     def can_reach(self, goal: Pose) -> bool:
-        """Within the joints' limits."""
+        """Within the limits of the arm's seven joints."""
         joints, reached = self.simpler.control.kinematics.solve(composed(inverse(self.base), goal))
         low, high = np.array(self.simpler.scene.limits).T
         return reached and bool(np.all(((joints > low + 0.03) & (joints < high - 0.03))[:7]))
@@ -76,17 +80,15 @@ class Hand:
     ) -> Actions:
         """Until the tip is there, to `within` m and ten times as many rad, or something has happened."""
         for _ in range(most):
-            wanted, tip = goal(), self.tip
-            apart = vector_of(multiplied(wanted[3:], tip[3:] * (1, -1, -1, -1)))
-            there = np.linalg.norm(wanted[:3] - tip[:3]) < within and np.linalg.norm(apart) < 10 * within
-            if there or unless():
+            move, turn = self.off(goal())
+            if unless() or (np.linalg.norm(move) < within and np.linalg.norm(turn) < 10 * within):
                 return
-            yield self.toward(wanted, fingers)
+            yield self.toward(goal(), fingers)
 
-    def stay(self, fingers: float, steps: int = FINGERS_STEPS) -> Actions:
-        """Where it is; the fingers close or open meanwhile."""
+    def stay(self, fingers: float) -> Actions:
+        """Where it is, until the fingers have closed or opened."""
         pose = self.tip
-        for _ in range(steps):
+        for _ in range(FINGERS_STEPS):
             yield self.toward(pose, fingers)
 
 
