@@ -23,7 +23,7 @@ TURN = 0.25  # rad, the most of one action
 FINGERS_STEPS = 4  # to close or open
 ALONG_X, ALONG_Y = np.pi / 2, np.pi  # the hand's spin, with fingers apart along x or y
 FRONT, HALF_PLATE = 0.3125, 0.07  # m, of a drawer's front plate: its face from its origin, along z
-DEEP = 0.05  # m, from the top of what is grasped to the tip
+DEEP = 0.045  # m, from the top of what is grasped to the tip
 BESIDE = 0.13  # m, from the target's middle
 FAR_OPEN = 0.18  # m; 0.15 is asked for
 PUSHED_IN = 0.035  # m; 0.05 is asked for
@@ -93,12 +93,12 @@ class Hand:
 
 
 class Grasp:
-    """An object of the scene, grasped from above. tilt: rad, the least; height: m, of the tip over it."""
+    """An object of the scene, grasped from above."""
 
     def __init__(self, hand: Hand, index: int, random: np.random.Generator) -> None:
         scene = hand.simpler.scene
         self.hand, self.name = hand, hand.simpler.episode.objects[index].model
-        self.tilt, self.height = random.uniform(0.15, 0.25), random.uniform(0.004, 0.012)
+        self.random = random
         box = scene.model(self.name)["bbox"]
         self.size = np.subtract(box["max"], box["min"])
 
@@ -137,9 +137,12 @@ class Grasp:
             yield from self._try(rise)
 
     def _try(self, rise: float) -> Actions:
-        """Along the hand's own axis, and back."""
+        """Along the hand's own axis, and back. A little otherwise each time."""
         hand, spin, before = self.hand, self._spin(), self.half + 0.03
-        for tilt in np.arange(self.tilt, 0.7, 0.08):  # what is far is reached with a tilted hand only
+        self.height = self.random.uniform(-0.004, 0.004)
+        for tilt in np.arange(
+            self.random.uniform(0.15, 0.25), 0.7, 0.08
+        ):  # what is far is reached with a tilted hand only
             turn = turned(spin, tilt)
             if all(hand.can_reach(self._at(turn, back)) for back in (before, 0.0, rise)):
                 break
