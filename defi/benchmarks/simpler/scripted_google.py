@@ -98,7 +98,7 @@ class Grasp:
     def __init__(self, hand: Hand, index: int, random: np.random.Generator) -> None:
         scene = hand.simpler.scene
         self.hand, self.name = hand, hand.simpler.episode.objects[index].model
-        self.random = random
+        self.random, self.height = random, 0.0  # m, of the tip over the middle, drawn for each try
         box = scene.model(self.name)["bbox"]
         self.size = np.subtract(box["max"], box["min"])
 
@@ -140,9 +140,8 @@ class Grasp:
         """Along the hand's own axis, and back. A little otherwise each time."""
         hand, spin, before = self.hand, self._spin(), self.half + 0.03
         self.height = self.random.uniform(-0.004, 0.004)
-        for tilt in np.arange(
-            self.random.uniform(0.15, 0.25), 0.7, 0.08
-        ):  # what is far is reached with a tilted hand only
+        # What is far is reached with a tilted hand only.
+        for tilt in np.arange(self.random.uniform(0.15, 0.25), 0.7, 0.08):
             turn = turned(spin, tilt)
             if all(hand.can_reach(self._at(turn, back)) for back in (before, 0.0, rise)):
                 break
