@@ -189,7 +189,7 @@ def front(simpler: Simpler) -> np.ndarray:
 
 
 def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
-    """Closed fingers before the plate, then into it."""
+    """Closed fingers before the plate, then into it; again, until it is closed."""
     simpler = hand.simpler
     aside, low = random.uniform(-0.05, 0.05), random.uniform(-0.05, -0.03)
     shut = front(simpler) - (simpler.state().drawer, -aside, -low)
@@ -200,10 +200,12 @@ def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
     def before(by: float) -> Pose:
         return np.concatenate([front(simpler) + (by, aside, low), turn])
 
-    yield from hand.reach(lambda: before(0.08), CLOSED, within=0.02)
-    yield from hand.reach(
-        lambda: before(-0.1), CLOSED, most=40, unless=lambda: simpler.state().drawer < PUSHED_IN
-    )
+    def closed() -> bool:
+        return simpler.state().drawer < PUSHED_IN
+
+    while not closed():
+        yield from hand.reach(lambda: before(0.08), CLOSED, within=0.02)
+        yield from hand.reach(lambda: before(-0.1), CLOSED, unless=closed, most=40)
 
 
 def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
