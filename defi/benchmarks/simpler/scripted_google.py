@@ -3,7 +3,8 @@
 They steer by the true state alone, as feedback: where noise moves the hand, the next action corrects it; an
 object or a drawer that is lost is taken again. World frame, metres; the cabinet's front is towards +x.
 Handles of the drawers have no collision: a drawer is closed by its front plate, and opened by the plate's
-upper edge, which stands free: between two plates, and under the table top, there are 10 cm of open space.
+upper edge, which stands free: between two plates, and under the table top, there are 10 cm of open space. A
+fingertip that reaches in there and presses down (about 20 N) pulls the drawer along by friction.
 """
 
 from collections.abc import Callable, Iterator
@@ -209,9 +210,9 @@ def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
 
 
 def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
-    """Closed fingers over the plate's upper edge, down behind it, pull; again, until it is open.
+    """Closed fingers over the plate's upper edge, down on it, pull; again, until it is open.
 
-    The hand comes in flat, to clear what is above, and hooks with the fingers as steep as there is room for.
+    The hand comes in flat, to clear what is above, then presses with the fingers as steep as there is room for.
     """
     simpler = hand.simpler
     tilt, aside = random.uniform(0.9, 1.0), random.uniform(-0.05, 0.05)
