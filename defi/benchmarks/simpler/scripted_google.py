@@ -212,7 +212,7 @@ def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
 def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
     """Closed fingers over the plate's upper edge, down on it, pull; again, until it is open.
 
-    The hand comes in flat, to clear what is above, then presses with the fingers as steep as there is room for.
+    It comes in flat, to clear what is above, then presses with the fingers as steep as there is room for.
     """
     simpler = hand.simpler
     tilt, aside = random.uniform(0.9, 1.0), random.uniform(-0.05, 0.05)
