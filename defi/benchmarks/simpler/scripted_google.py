@@ -3,7 +3,8 @@
 They steer by the true state alone, as feedback: where noise moves the hand, the next action corrects it; an
 object or a drawer that is lost is taken again. World frame, metres; the cabinet's front is towards +x.
 Handles of the drawers have no collision: a drawer is closed by its front plate, and opened by the plate's
-upper edge, which stands free: between two plates, and under the table top, there are 10 cm of open space.
+upper edge, which stands free: between two plates, and under the table top, there are 10 cm of open space. A
+fingertip that reaches in there and presses down (about 20 N) pulls the drawer along by friction.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ TURN = 0.25  # rad, the most of one action
 FINGERS_STEPS = 4  # to close or open
 ALONG_X, ALONG_Y = np.pi / 2, np.pi  # the hand's spin, with fingers apart along x or y
 FRONT, HALF_PLATE = 0.3125, 0.07  # m, of a drawer's front plate: its face from its origin, along z
-DEEP = 0.05  # m, from the top of what is grasped to the tip
+DEEP = 0.045  # m, from the top of what is grasped to the tip
 BESIDE = 0.13  # m, from the target's middle
 FAR_OPEN = 0.18  # m; 0.15 is asked for
 PUSHED_IN = 0.035  # m; 0.05 is asked for
@@ -45,22 +46,26 @@ class Hand:
     def tip(self) -> Pose:
         return composed(self.base, self.simpler.tip)
 
+    def off(self, goal: Pose) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+        """The move (m) and the turn (rad) that are left, along the base's axes as in actions."""
+        here, there = self.simpler.tip, composed(inverse(self.base), goal)
+        return there[:3] - here[:3], vector_of(multiplied(there[3:], here[3:] * (1, -1, -1, -1)))
+
     def toward(self, goal: Pose, fingers: float) -> Action:
         """Straight there, or a part of it. The arm lags: it moves by about a third of an action's move."""
-        here, there = self.simpler.tip, composed(inverse(self.base), goal)
-        move = there[:3] - here[:3]
-        turn = vector_of(multiplied(there[3:], here[3:] * (1, -1, -1, -1)))
+        move, turn = self.off(goal)
         move *= min(1.0, self.stride / max(float(np.linalg.norm(move)), 1e-9))
         turn *= min(1.0, TURN / max(float(np.linalg.norm(turn)), 1e-9))
+        tip = self.simpler.tip
         for _ in range(3):  # the robot ignores what it cannot reach: less of it, then
-            pose = np.concatenate([here[:3] + move, multiplied(turn_of(turn), here[3:])])
+            pose = np.concatenate([tip[:3] + move, multiplied(turn_of(turn), tip[3:])])
             if self.simpler.control.kinematics.solve(pose)[1]:
                 break
             move, turn = move / 2, turn / 2
         return np.array([*move, *turn, fingers])
 
     def can_reach(self, goal: Pose) -> bool:
-        """Within the joints' limits."""
+        """Within the limits of the arm's seven joints."""
         joints, reached = self.simpler.control.kinematics.solve(composed(inverse(self.base), goal))
         low, high = np.array(self.simpler.scene.limits).T
         return reached and bool(np.all(((joints > low + 0.03) & (joints < high - 0.03))[:7]))
@@ -76,27 +81,25 @@ class Hand:
     ) -> Actions:
         """Until the tip is there, to `within` m and ten times as many rad, or something has happened."""
         for _ in range(most):
-            wanted, tip = goal(), self.tip
-            apart = vector_of(multiplied(wanted[3:], tip[3:] * (1, -1, -1, -1)))
-            there = np.linalg.norm(wanted[:3] - tip[:3]) < within and np.linalg.norm(apart) < 10 * within
-            if there or unless():
+            move, turn = self.off(goal())
+            if unless() or (np.linalg.norm(move) < within and np.linalg.norm(turn) < 10 * within):
                 return
-            yield self.toward(wanted, fingers)
+            yield self.toward(goal(), fingers)
 
-    def stay(self, fingers: float, steps: int = FINGERS_STEPS) -> Actions:
-        """Where it is; the fingers close or open meanwhile."""
+    def stay(self, fingers: float) -> Actions:
+        """Where it is, until the fingers have closed or opened."""
         pose = self.tip
-        for _ in range(steps):
+        for _ in range(FINGERS_STEPS):
             yield self.toward(pose, fingers)
 
 
 class Grasp:
-    """An object of the scene, grasped from above. tilt: rad, the least; height: m, of the tip over it."""
+    """An object of the scene, grasped from above."""
 
     def __init__(self, hand: Hand, index: int, random: np.random.Generator) -> None:
         scene = hand.simpler.scene
         self.hand, self.name = hand, hand.simpler.episode.objects[index].model
-        self.tilt, self.height = random.uniform(0.15, 0.25), random.uniform(0.004, 0.012)
+        self.random, self.height = random, 0.0  # m, of the tip over the middle, drawn for each try
         box = scene.model(self.name)["bbox"]
         self.size = np.subtract(box["max"], box["min"])
 
@@ -135,9 +138,11 @@ class Grasp:
             yield from self._try(rise)
 
     def _try(self, rise: float) -> Actions:
-        """Along the hand's own axis, and back."""
+        """Along the hand's own axis, and back. A little otherwise each time."""
         hand, spin, before = self.hand, self._spin(), self.half + 0.03
-        for tilt in np.arange(self.tilt, 0.7, 0.08):  # what is far is reached with a tilted hand only
+        self.height = self.random.uniform(-0.004, 0.004)
+        # What is far is reached with a tilted hand only.
+        for tilt in np.arange(self.random.uniform(0.15, 0.25), 0.7, 0.08):
             turn = turned(spin, tilt)
             if all(hand.can_reach(self._at(turn, back)) for back in (before, 0.0, rise)):
                 break
@@ -185,7 +190,7 @@ def front(simpler: Simpler) -> np.ndarray:
 
 
 def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
-    """Closed fingers before the plate, then into it."""
+    """Closed fingers before the plate, then into it; again, until it is closed."""
     simpler = hand.simpler
     aside, low = random.uniform(-0.05, 0.05), random.uniform(-0.05, -0.03)
     shut = front(simpler) - (simpler.state().drawer, -aside, -low)
@@ -196,16 +201,18 @@ def close_drawer(hand: Hand, random: np.random.Generator) -> Actions:
     def before(by: float) -> Pose:
         return np.concatenate([front(simpler) + (by, aside, low), turn])
 
-    yield from hand.reach(lambda: before(0.08), CLOSED, within=0.02)
-    yield from hand.reach(
-        lambda: before(-0.1), CLOSED, most=40, unless=lambda: simpler.state().drawer < PUSHED_IN
-    )
+    def closed() -> bool:
+        return simpler.state().drawer < PUSHED_IN
+
+    while not closed():
+        yield from hand.reach(lambda: before(0.08), CLOSED, within=0.02)
+        yield from hand.reach(lambda: before(-0.1), CLOSED, unless=closed, most=40)
 
 
 def open_drawer(hand: Hand, random: np.random.Generator) -> Actions:
-    """Closed fingers over the plate's upper edge, down behind it, pull; again, until it is open.
+    """Closed fingers over the plate's upper edge, down on it, pull; again, until it is open.
 
-    The hand comes in flat, to clear what is above, and hooks with the fingers as steep as there is room for.
+    It comes in flat, to clear what is above, then presses with the fingers as steep as there is room for.
     """
     simpler = hand.simpler
     tilt, aside = random.uniform(0.9, 1.0), random.uniform(-0.05, 0.05)
