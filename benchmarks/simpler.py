@@ -1,6 +1,6 @@
-"""SIMPLER's control steps per second on one core and its memory, and the official loop's where that is installed.
+"""SIMPLER's control steps per second on one core and its memory, beside the official loop's.
 
-    python -m benchmarks.simpler --root ../SimplerEnv [--look 5] [--steps 60] [--official ../official/bin/python]
+    python -m benchmarks.simpler --root ../SimplerEnv [--look 5] [--steps 60] [--official bin/python]
 
 The arm makes small random moves. A policy looks every so many steps, as many as it carries out of a chunk;
 the official environment draws in every step. Times are of the processor, so that company on the machine
