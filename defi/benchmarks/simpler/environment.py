@@ -37,11 +37,12 @@ class Simpler:
     """One world at a time. The same episode and actions end the same, to the last bit, whatever ran before.
 
     root: the user's clone of SimplerEnv. drawn: pictures can be asked for, which needs a Vulkan driver.
+    traced: the drawers' are ray-traced, as officially; others never are.
     After `reset`, `info` says what the judge said of the last step, and `steps` how many there were.
     """
 
-    def __init__(self, root: Path, *, drawn: bool = True) -> None:
-        self.root, self.drawn = root, drawn
+    def __init__(self, root: Path, *, drawn: bool = True, traced: bool = False) -> None:
+        self.root, self.drawn, self.traced = root, drawn, traced
 
     def reset(self, episode: Episode) -> None:
         """Drop the objects, let them settle, put the robot to its start.
@@ -53,7 +54,8 @@ class Simpler:
         # and an episode would depend on those before it. Meshes and textures stay loaded.
         self.scene = Scene(self.root, episode, drawn=self.drawn)
         self.control = control_of(self.scene)
-        self.eye = Eye(self.scene, episode) if self.drawn else None
+        traced = self.traced and self.scene.cabinet is not None
+        self.eye = Eye(self.scene, episode, traced=traced) if self.drawn else None
         self.episode, self.steps, self.info = episode, 0, {}
         scene = self.scene
         scene.arm.set_root_pose(sapien_pose(AWAY))
