@@ -30,12 +30,7 @@ camera.take_picture()
 assert camera.get_picture("Color")[4, 4].sum() > 1, "the picture is black"
 print(sapien.render.get_device_summary())
 """
-TRACE = """
-import sapien
-from defi.benchmarks.simpler.picture import trace_rays
-trace_rays()
-sapien.render.set_camera_shader_dir("rt")
-"""
+TRACE = "from defi.benchmarks.simpler.picture import trace_rays; trace_rays()\n"
 MEND = (
     "on a machine with a GPU install its vendor's driver with Vulkan (in a container: the graphics "
     'capability); on another run eval "$(scripts/vulkan_cpu.sh)" first'
@@ -67,9 +62,7 @@ def drawing(*, traced: bool = False) -> str:
     if run.returncode == 0:
         device = run.stdout.strip().splitlines()[0].removeprefix("GPU: ")
         if traced and "NVIDIA" not in device:  # others leave the noise in, and say nothing
-            raise UserError(
-                f"shader=rt: {device} draws here, but the denoiser is NVIDIA's; give shader=raster"
-            )
+            raise UserError(f"shader=rt: {device} draws here, the denoiser is NVIDIA's; give shader=raster")
         return device
     said = (run.stderr.strip() or "nothing").splitlines()[-1]
     if "ModuleNotFoundError" in said or "ImportError" in said:
