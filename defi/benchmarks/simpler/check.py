@@ -15,7 +15,7 @@ from defi.benchmarks.simpler.robots import ROBOTS
 from defi.benchmarks.simpler.scene import DATA
 from defi.errors import UserError
 
-PATIENCE = 120  # seconds: a broken driver may never come back
+PATIENCE = 300  # seconds: a broken driver may never come back, and a busy machine takes its time
 DRAW = """
 import sapien
 scene = sapien.Scene()
