@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A Vulkan driver that draws on the CPU (Mesa 25's lavapipe), for SIMPLER's pictures where there is no GPU. Debian 12's
 # own Mesa is too old for SAPIEN 3: this unpacks a newer one into a folder of its own and leaves the system as it is
-# (installed, it would also replace the GL drivers). Needs apt's mirrors, no root. Done before, it only prints:
+# (installed, it would also replace the GL drivers). Needs no root. DEBIAN_MIRROR names a mirror; else those that apt is
+# set up with are tried, then Debian's own. Done before, it only prints:
 #
 #   eval "$(scripts/vulkan_cpu.sh)"           # or scripts/vulkan_cpu.sh FOLDER; default ~/.cache/defi/vulkan
 set -euo pipefail
@@ -24,13 +25,21 @@ if [ ! -e "$driver" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work/lists/partial" "$work/archives/partial" "$prefix"
-    for suite in bookworm bookworm-backports; do
-        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${DEBIAN_MIRROR:-http://deb.debian.org/debian} $suite main"
-    done > "$work/sources.list"
     apt=(apt-get -q -o Dir::Etc::SourceList="$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
         -o Dir::State::Lists="$work/lists" -o Dir::Cache="$work/cache" -o Dir::Cache::Archives="$work/archives"
-        -o APT::Sandbox::User="$(id -un)" -o Debug::NoLocking=1)
-    "${apt[@]}" update >&2
+        -o APT::Sandbox::User="$(id -un)" -o Debug::NoLocking=1 -o APT::Update::Error-Mode=any
+        -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20)
+    own=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' | awk '/ bookworm main$/ { print $1 }')
+    for mirror in $(printf '%s\n' ${DEBIAN_MIRROR:-$own http://deb.debian.org/debian/} | awk '!seen[$1]++') ""; do
+        if [ -z "$mirror" ]; then
+            echo "vulkan_cpu.sh: no mirror has bookworm-backports; DEBIAN_MIRROR=… names another" >&2
+            exit 1
+        fi
+        for suite in bookworm bookworm-backports; do
+            echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
+        done > "$work/sources.list"
+        "${apt[@]}" update >&2 && break
+    done
     (cd "$work/archives" && "${apt[@]}" download "${packages[@]}" >&2)
     for package in "$work"/archives/*.deb; do
         dpkg -x "$package" "$prefix"

@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files that take longest, in order: begun first, so that no processor waits for the last of them.
 LONGEST = ("scripts", "experiments", "evaluation", "collect", "rollout_policy", "processes")
-LONGEST += ("step2_commands", "sharding")
+LONGEST += ("step2_commands", "sharding", "simpler_physics")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

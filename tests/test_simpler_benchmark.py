@@ -129,11 +129,12 @@ def test_the_files_have_the_classes_own_settings(name: str) -> None:
         ({"tasks": ["widowx_stack_cube"] * 2}, "none of them twice"),
         ({"tasks": []}, "name one or more"),
         ({"repeats": 0}, "repeats=0: must be 1 or more"),
+        ({"shader": "ibl"}, "shader=ibl: must be one of raster, rt"),
     ],
 )
 def test_wrong_settings(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        WidowX(**settings)
+        (Google if "shader" in settings else WidowX)(**settings)
 
 
 def test_what_is_missing_is_said_before_anything_runs(
@@ -160,6 +161,19 @@ def test_what_is_missing_is_said_before_anything_runs(
     assert (simulation.renderer, simulation.kind) == ("SAPIEN 3, a GPU, raster", "raster")
     assert simulation.caveat is None
     assert "ray-traced" in str(Google(simpler_root=str(tmp_path)).prepare(0).caveat)
+
+    monkeypatch.setattr(check, "TRACE", "")
+    traced = Google(simpler_root=str(tmp_path), shader="rt")
+    with pytest.raises(UserError, match="shader=rt: a GPU draws here"):
+        traced.prepare(0)
+    cans = Google(simpler_root=str(tmp_path), shader="rt", tasks=["google_robot_pick_coke_can"]).prepare(0)
+    assert cans.kind == "raster"
+    monkeypatch.setattr(check, "DRAW", "print('GPU: NVIDIA H200')")
+    simulation = traced.prepare(0)
+    assert simulation.renderer == "SAPIEN 3, NVIDIA H200, raster, drawers ray-traced"
+    assert simulation.caveat is None and traced.protocol([], 0)["pictures"] == simulation.kind
     monkeypatch.setattr(check, "DRAW", "import os; os.abort()")
     with pytest.raises(UserError, match="SIGABRT.*vulkan_cpu"):
         WidowX(simpler_root=str(tmp_path)).prepare(0)
+    with pytest.raises(UserError, match=r"cannot ray-trace here .*SIGABRT"):
+        traced.prepare(0)

@@ -14,7 +14,8 @@ from simpler_recordings import Recording, recordings, simpler_root
 
 pytest.importorskip("sapien", reason="SAPIEN 3 is not installed: pip install .[simpler]")
 from defi.benchmarks.simpler.environment import Simpler
-from defi.benchmarks.simpler.scene import pose_of
+from defi.benchmarks.simpler.episodes import Placed, episodes
+from defi.benchmarks.simpler.scene import TABLE, pose_of
 
 ROLLS = ("can", "apple", "orange")  # about its axis, or at all, where nobody looks
 LOOSE = {"bottle": (0.002, 10), "plane": (0.008, 10)}  # m and degrees; else:
@@ -123,6 +124,20 @@ def test_a_grasp_holds_where_a_can_touches_at_two_points(reference: Path, world:
             for action in recording.actions:
                 world.step(action)
             assert world.info["success"] and world.info["is_grasped"], (recording.name, x, y)
+
+
+def test_distractors_come_down_one_after_another(world: Simpler) -> None:
+    """At the same place, after the can: they stay on the table, and its height is as without them."""
+    alone = episodes("google_robot_pick_coke_can")[30]
+    (can,) = alone.objects
+    others = tuple(Placed(model, (-0.45, 0.3), can.turn) for model in ("orange", "blue_plastic_bottle"))
+    settled = []
+    for episode in (alone, replace(alone, objects=(can, *others))):
+        world.reset(episode)
+        settled.append(world.judge.settled.places)
+    assert list(settled[1]) == [can.model]
+    assert np.allclose(settled[0][can.model], settled[1][can.model], atol=1e-3)
+    assert all(pose[2] > TABLE for pose in world.state().objects.values())
 
 
 def test_an_episode_does_not_depend_on_those_before(reference: Path, world: Simpler) -> None:

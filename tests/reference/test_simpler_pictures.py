@@ -1,5 +1,6 @@
 """SIMPLER's pictures against those recorded from the official environment, which SAPIEN 2 drew."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ from PIL import Image
 from simpler_recordings import recordings, simpler_root
 
 pytest.importorskip("sapien", reason="SAPIEN 3 is not installed: pip install .[simpler]")
+from defi.benchmarks.simpler import picture
 from defi.benchmarks.simpler.check import drawing
 from defi.benchmarks.simpler.environment import Simpler
+from defi.benchmarks.simpler.episodes import episodes
 from defi.benchmarks.simpler.picture import resized
 from defi.errors import UserError
 
@@ -70,6 +73,26 @@ def test_later_pictures(reference: Path, world: Simpler) -> None:
             world.step(action)
         its = np.asarray(Image.open(file).convert("RGB")).astype(int)
         assert np.abs(seen(world) - its).mean() < 0.2, recording.name
+
+
+def test_drawers_can_be_ray_traced(reference: Path, world: Simpler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little of the official quality, which takes minutes on a CPU and a denoiser that is NVIDIA's."""
+    for name, value in (("SAMPLES", 1), ("DEPTH", 1), ("DENOISER", "none")):
+        monkeypatch.setattr(picture, name, value)
+    traced, drawer, can = (
+        Simpler(world.root, traced=True),
+        episodes("google_robot_open_top_drawer")[0],
+        episodes("google_robot_pick_coke_can")[0],
+    )
+    pictures = {}
+    for each, simpler in product((drawer, can), (world, traced)):
+        simpler.reset(each)
+        pictures[each, simpler] = seen(simpler)
+        if each is drawer:
+            shown = np.isin(simpler.eye.camera.get_picture("Segmentation")[..., 1], simpler.eye.shown)
+    differs = np.abs(pictures[drawer, world] - pictures[drawer, traced])
+    assert (differs[~grown(shown)] == 0).all() and differs[shown].mean() > 5
+    assert np.abs(pictures[can, world] - pictures[can, traced]).max() <= 1
 
 
 def test_photos_are_made_larger_as_opencv_does(tmp_path: Path) -> None:

@@ -77,10 +77,10 @@ class Trial(Episode):
 
 class SimplerEnvironment(Environment):
     """The world of `environment.py`. camera: what its picture is called. limit: control steps, if fewer than
-    the task's own."""
+    the task's own. traced: the drawers' pictures."""
 
-    def __init__(self, root: Path, camera: str, limit: int | None = None) -> None:
-        self.simpler, self.camera, self.limit = Simpler(root), camera, limit
+    def __init__(self, root: Path, camera: str, limit: int | None = None, traced: bool = False) -> None:
+        self.simpler, self.camera, self.limit = Simpler(root, traced=traced), camera, limit
 
     def reset(self, episode: Trial) -> None:
         self.trial, self.task = episode, episode.start.task.name
@@ -201,18 +201,28 @@ class SimplerBenchmark(Benchmark):
 
     def environment(self) -> SimplerEnvironment:
         assert self.simpler_root is not None  # `prepare` asks for it
-        return SimplerEnvironment(Path(self.simpler_root), self.camera, self.max_steps)
+        return SimplerEnvironment(Path(self.simpler_root), self.camera, self.max_steps, self.traced)
+
+    @property
+    def traced(self) -> bool:
+        """Some pictures are ray-traced."""
+        return False
+
+    @property
+    def pictures(self) -> str:
+        """How they are drawn, for the record."""
+        return "raster, drawers ray-traced" if self.traced else "raster"
 
     def prepare(self, share: int = 0) -> Simulation:
         if self.simpler_root is None:
             raise UserError(f"simpler_root=: not given; {check.CLONE}")
         check.check_packages()
         check.check_assets(Path(self.simpler_root), [TASKS[task] for task in self.tasks], self.chosen())
-        caveat = RASTER if DRAWERS in map(_column, self.tasks) else None
+        caveat = RASTER if DRAWERS in self.columns and not self.traced else None
         # One process per core: threads of Mesa's CPU driver would only be in each other's way.
         variables = {"LP_NUM_THREADS": "1"}
-        renderer = f"SAPIEN 3, {check.drawing()}, raster"
-        return Simulation(self.environment, renderer, "raster", caveat, variables)
+        renderer = f"SAPIEN 3, {check.drawing(traced=self.traced)}, {self.pictures}"
+        return Simulation(self.environment, renderer, self.pictures, caveat, variables)
 
     # ------------------------------------------------------------ what comes of it
 
@@ -259,7 +269,7 @@ class SimplerBenchmark(Benchmark):
             "repeats": self.repeats,
             "starts": self.starts,
             "max_steps": self.max_steps,
-            "pictures": "raster",
+            "pictures": self.pictures,
             "episodes": len(episodes),
         }
 
@@ -353,6 +363,15 @@ class Google(SimplerBenchmark):
         default_factory=lambda: [each for each in Google.official if not each.endswith("near_v1")]
     )
     variants: bool = False
+    shader: str = "raster"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("shader", self.shader, ("raster", "rt"))
+
+    @property
+    def traced(self) -> bool:
+        return self.shader == "rt" and DRAWERS in self.columns
 
     @property
     def robot(self) -> Robot:

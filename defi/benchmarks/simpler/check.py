@@ -15,7 +15,7 @@ from defi.benchmarks.simpler.robots import ROBOTS
 from defi.benchmarks.simpler.scene import DATA
 from defi.errors import UserError
 
-PATIENCE = 120  # seconds: a broken driver may never come back
+PATIENCE = 300  # seconds: a broken driver may never come back, and a busy machine takes its time
 DRAW = """
 import sapien
 scene = sapien.Scene()
@@ -30,6 +30,7 @@ camera.take_picture()
 assert camera.get_picture("Color")[4, 4].sum() > 1, "the picture is black"
 print(sapien.render.get_device_summary())
 """
+TRACE = "from defi.benchmarks.simpler.picture import trace_rays; trace_rays()\n"
 MEND = (
     "on a machine with a GPU install its vendor's driver with Vulkan (in a container: the graphics "
     'capability); on another run eval "$(scripts/vulkan_cpu.sh)" first'
@@ -45,24 +46,31 @@ def check_packages() -> None:
         raise UserError(f"SIMPLER needs {' and '.join(missing)}, not installed here; {fix}")
 
 
-def drawing() -> str:
+def drawing(*, traced: bool = False) -> str:
     """The device that draws here. Takes seconds: it draws a small picture in a process of its own.
+
+    traced: with rays, as officially.
 
     Raises:
         UserError: SAPIEN is missing, or cannot draw.
     """
     try:
-        command = [sys.executable, "-W", "ignore", "-c", DRAW]
+        command = [sys.executable, "-W", "ignore", "-c", TRACE * traced + DRAW]
         run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise UserError(f"SAPIEN drew nothing within {PATIENCE} s; {MEND}") from None
     if run.returncode == 0:
-        return run.stdout.strip().splitlines()[0].removeprefix("GPU: ")
+        device = run.stdout.strip().splitlines()[0].removeprefix("GPU: ")
+        if traced and "NVIDIA" not in device:  # others leave the noise in, and say nothing
+            raise UserError(f"shader=rt: {device} draws here, the denoiser is NVIDIA's; give shader=raster")
+        return device
     said = (run.stderr.strip() or "nothing").splitlines()[-1]
     if "ModuleNotFoundError" in said or "ImportError" in said:
         raise UserError(f'SAPIEN 3 is missing ({said}): pip install -e ".[simpler]"')
     if run.returncode < 0:
         said = f"it ended with {signal.Signals(-run.returncode).name}"
+    if traced:
+        raise UserError(f"shader=rt: SAPIEN cannot ray-trace here ({said}); give shader=raster")
     raise UserError(f"SAPIEN cannot draw ({said}): no working Vulkan driver; {MEND}")
 
 

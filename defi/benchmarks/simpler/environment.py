@@ -14,7 +14,7 @@ from defi.benchmarks.simpler.poses import Pose
 from defi.benchmarks.simpler.scene import DROP, FREE, LOCKED, TABLE, UPRIGHT_ONLY, Scene, pose_of, sapien_pose
 
 AWAY = (-10.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # where the robot waits while objects are dropped
-SINK_ONLY = [True, True, False, True, True, False]  # distractors beside a can
+SINK_ONLY = [True, True, False, True, True, False]
 SINK = (-0.16, 0.13, 0.88, 1.0, 0.0, 0.0, 0.0)
 
 
@@ -41,11 +41,12 @@ class Simpler:
     """One world at a time. The same episode and actions end the same, to the last bit, whatever ran before.
 
     root: the user's clone of SimplerEnv. drawn: pictures can be asked for, which needs a Vulkan driver.
+    traced: the drawers' are ray-traced, as officially; others never are.
     After `reset`, `info` says what the judge said of the last step, and `steps` how many there were.
     """
 
-    def __init__(self, root: Path, *, drawn: bool = True) -> None:
-        self.root, self.drawn = root, drawn
+    def __init__(self, root: Path, *, drawn: bool = True, traced: bool = False) -> None:
+        self.root, self.drawn, self.traced = root, drawn, traced
 
     def reset(self, episode: Episode) -> None:
         """Drop the objects, let them settle, put the robot to its start.
@@ -57,7 +58,8 @@ class Simpler:
         # and an episode would depend on those before it. Meshes and textures stay loaded.
         self.scene = Scene(self.root, episode, drawn=self.drawn)
         self.control = control_of(self.scene)
-        self.eye = Eye(self.scene, episode) if self.drawn else None
+        traced = self.traced and self.scene.cabinet is not None
+        self.eye = Eye(self.scene, episode, traced=traced) if self.drawn else None
         self.episode, self.steps, self.info = episode, 0, {}
         scene = self.scene
         scene.arm.set_root_pose(sapien_pose(AWAY))
@@ -69,24 +71,23 @@ class Simpler:
         self.judge: Judge = judge_of(episode.task, settled)
 
     def _settle(self, objects: tuple[Placed, ...]) -> Settled:
-        scene, bodies = self.scene, [self.scene.objects[placed.model] for placed in objects]
+        scene = self.scene
         if scene.sink is not None:
             scene.place(scene.sink, SINK, LOCKED)
+        beside = objects[1:] if self.episode.task.kind == "pick" else ()
+        bodies = [scene.objects[placed.model] for placed in objects if placed not in beside]
+        for number, placed in enumerate(beside, start=1):
+            scene.place(scene.objects[placed.model], (10, number, 0, *placed.turn), LOCKED)
         for body, placed in zip(bodies, objects):
-            beside = self.episode.task.kind == "pick" and placed is not objects[0]
-            locked = SINK_ONLY if beside else UPRIGHT_ONLY
-            scene.place(body, (*placed.xy, TABLE + DROP, *placed.turn), locked)
+            scene.place(body, (*placed.xy, TABLE + DROP, *placed.turn), UPRIGHT_ONLY)
         scene.rest(0.5)
         for body in bodies:
             scene.place(body, pose_of(body.entity.pose), FREE)
         scene.rest(0.5)
-        moving = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
-        turning = sum(np.linalg.norm(body.angular_velocity) for body in bodies)
-        if moving > 1e-3 or turning > 1e-2:
-            scene.rest(1.5)
+        self._calm(bodies)
         poses = {body.entity.name: pose_of(body.entity.pose) for body in bodies}
         boxes = {name: scene.model(name)["bbox"] for name in poses}
-        return Settled(
+        settled = Settled(
             objects[self.episode.source].model,
             objects[self.episode.target].model,
             {name: pose[:3] for name, pose in poses.items()},
@@ -97,6 +98,26 @@ class Simpler:
             },
             set(scene.links),
         )
+        self._settle_beside(beside)
+        return settled
+
+    def _settle_beside(self, objects: tuple[Placed, ...]) -> None:
+        """Distractors, one after another: two may come down at the same place."""
+        scene, bodies = self.scene, [self.scene.objects[placed.model] for placed in objects]
+        for body, placed in zip(bodies, objects):
+            scene.place(body, (*placed.xy, TABLE + DROP, *placed.turn), SINK_ONLY)
+            scene.rest(0.5)
+        for body in bodies:
+            scene.place(body, pose_of(body.entity.pose), FREE)
+            scene.rest(0.5)
+        self._calm(bodies)
+
+    def _calm(self, bodies: list[Any]) -> None:
+        """More time, where something moves still."""
+        moving = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
+        turning = sum(np.linalg.norm(body.angular_velocity) for body in bodies)
+        if moving > 1e-3 or turning > 1e-2:
+            self.scene.rest(1.5)
 
     def step(self, action: np.ndarray) -> Info:
         """Act for one step of control: [7], see `control.py`. What the judge says; `success` is in it."""

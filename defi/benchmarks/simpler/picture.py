@@ -27,19 +27,32 @@ LIGHTS: dict[str, tuple[float, list[Light]]] = {
     "room, darker": (0.3, [((-0.2, 0.0, -1.0), 0.5), *BESIDE]),
 }
 
+SAMPLES, DEPTH, DENOISER = 32, 8, "optix"  # of ray tracing, as officially; the denoiser is NVIDIA's
+
+
+def trace_rays() -> None:
+    """Cameras made from here on trace rays."""
+    render = sapien().render
+    render.set_camera_shader_dir("rt")
+    render.set_ray_tracing_samples_per_pixel(SAMPLES)
+    render.set_ray_tracing_path_depth(DEPTH)
+    render.set_ray_tracing_denoiser(DENOISER)
+
 
 class Eye:
-    """The camera of a scene, its light, and the photo behind.
+    """The camera of a scene, its light, and the photo behind. traced: by rays, else rasterised.
 
     Raises:
         UserError: the photo is missing or damaged.
     """
 
-    def __init__(self, scene: Scene, episode: Episode) -> None:
+    def __init__(self, scene: Scene, episode: Episode, *, traced: bool = False) -> None:
         self.scene = scene
         camera = scene.robot.camera
         self.name = camera.name
-        self.camera = sapien().render.RenderCameraComponent(camera.width, camera.height)
+        render = sapien().render
+        trace_rays() if traced else render.set_camera_shader_dir("default")
+        self.camera = render.RenderCameraComponent(camera.width, camera.height)
         self.camera.set_perspective_parameters(
             camera.near, camera.far, camera.focal, camera.focal, *camera.centre, 0.0
         )
