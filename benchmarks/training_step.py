@@ -316,8 +316,8 @@ def extra_memory(run: Callable[[], Any], device: str) -> int:
 
 
 def resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").open() if line.startswith(name))
-    return 1024 * int(line.split()[1])
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:

@@ -52,7 +52,7 @@ def test_a_command_takes_the_settings_of_every_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """`--cfg job` composes and prints them; a setting that there is not would end it."""
-    suites = [*((name, "size=cpu") for name in SUITES), ("ablation", "size=gpu")]
+    suites = [(name, size) for name in SUITES for size in ("size=cpu", "size=gpu")]
     steps = [step for each in suites for step in distinct_steps(run.plan(suite(*each))[1]).values()]
     kinds = {(step.run, step.settings.get("preset"), frozenset(step.settings)): step for step in steps}
     for step in kinds.values():
@@ -170,13 +170,13 @@ def test_an_arm_differs_in_what_it_says() -> None:
     assert all(settings == few["all_100"] for settings in few.values())
     assert stores("ablation")["latents_frozen"] == stores("ablation")["end_to_end"]
     assert read_arms(suite("ablation")["arms"])["end_to_end"].against == "latents_frozen"
-    video = suite("video")
-    numbers = video["numbers"]
-    for each in run.plan(video)[1]:
-        for step in (step for step in each.last.all() if step.name == "play_latents"):
-            per_task = math.ceil(step.settings["data.share"] * numbers["play"])
-            times = per_task * numbers["play_kinds"] / (numbers["demos"] * numbers["kinds"])
-            assert times == video["arms"][each.arm]["at"]
+    for video in (suite("video", "seeds=[0]"), suite("video", "seeds=[0]", "size=gpu")):
+        numbers = video["numbers"]
+        for each in run.plan(video)[1]:
+            for step in (step for step in each.last.all() if step.name == "play_latents"):
+                per_task = math.ceil(step.settings["data.share"] * numbers["play"])
+                times = per_task * numbers["play_kinds"] / (numbers["demos"] * numbers["kinds"])
+                assert times == video["arms"][each.arm]["at"]
 
 
 @pytest.mark.parametrize(
