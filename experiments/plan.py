@@ -1,8 +1,8 @@
 """A suite's arms as steps: commands with settings, each known by all that decides what it makes.
 
 configs/experiments.yaml names the steps of all arms, a suite's file what its arms do otherwise. A step is
-known by its command, this package's version, and all that the command reads, defaults of configs/ included: where
-these are those of another step it is that step, and runs once.
+known by its command, this package's version, and all that the command reads, defaults of configs/ included:
+where these are those of another step it is that step, and runs once.
 """
 
 import functools
