@@ -66,7 +66,8 @@ def entry(
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: make `main(cfg)` a command that reads `configs/<config_name>.yaml` and `key=value` settings.
 
-    `before` sees the settings as they were written, before anything is read.
+    `before` sees the settings as they were written, before anything is read. The command's attribute
+    `config_name` is the file's.
 
     A `UserError` or a setting that does not exist ends the command with one line on stderr and exit code 2,
     Ctrl-C with 130; anything else is a bug and keeps its traceback.
@@ -95,6 +96,7 @@ def entry(
                     return
                 raise UserError(explain(error)) from None
 
+        vars(run)["config_name"] = config_name
         return run
 
     return decorate
@@ -198,14 +200,19 @@ def presets() -> list[str]:
     return sorted(file.stem for file in (CONFIG_DIR / "preset").glob("*.yaml"))
 
 
+def compose(config_name: str | None, *settings: str) -> DictConfig:
+    """What a command with these settings reads, resolved; of no command, the settings alone."""
+    started = GlobalHydra.instance().is_initialized()  # inside a command
+    with nullcontext() if started else hydra.initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        cfg = hydra.compose(config_name, overrides=list(settings))
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
 def compose_preset(name: str, *settings: str) -> DictConfig:
     """A preset's sections, every network at random weights: for its sizes, without anything downloaded."""
     random = [f"++{section}.pretrained=null" for section in ("text.clip", "text.t5", "gfdm", "gidm.dino")]
-    started = GlobalHydra.instance().is_initialized()  # inside a command
-    with nullcontext() if started else hydra.initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        cfg = hydra.compose(overrides=[f"+preset={name}", *random, *settings])
-    OmegaConf.resolve(cfg)
-    return cfg
+    return compose(None, f"+preset={name}", *random, *settings)
 
 
 def typed(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:

@@ -1,21 +1,25 @@
 """A suite's arms as steps: commands with settings, each known by all that decides what it makes.
 
-configs/experiments.yaml names the steps of all arms, a suite's file what its arms do otherwise. A step whose
-command, settings and inputs are those of another step is that step: it runs once.
+configs/experiments.yaml names the steps of all arms, a suite's file what its arms do otherwise. A step is
+known by its command, this package's version, and all that the command reads, defaults of configs/ included:
+where these are those of another step it is that step, and runs once.
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from importlib import import_module
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from defi.config import flatten, typed
+import defi
+from defi.config import compose, flatten, typed
 from defi.errors import UserError
 
 END = "rollout"  # the step whose results are compared
@@ -101,7 +105,8 @@ def build(name: str, steps: Mapping[str, Any], seed: int, above: tuple[str, ...]
         raise UserError(f"steps.{name}: {'needs itself' if name in above else 'no such step'} ({way})")
     section = dict(steps[name])
     run, seconds, how = section.pop("run"), section.pop("seconds"), section.pop("how", {})
-    settings, inputs = {**section.pop("choose", {}), **flatten(section)}, {}
+    choices = section.pop("choose", {})
+    settings, inputs = {**choices, **flatten(section)}, {}
     for setting, value in settings.items():
         if value == "@seed":
             settings[setting] = seed
@@ -109,11 +114,27 @@ def build(name: str, steps: Mapping[str, Any], seed: int, above: tuple[str, ...]
             needed = value[1:]
             inputs[needed] = inputs.get(needed) or build(needed, steps, seed, (*above, name))
             settings[setting] = f"@{inputs[needed].key}"
-    digest = hashlib.sha256(json.dumps([run, settings], sort_keys=True).encode()).hexdigest()
+    said = {key.lstrip("+"): value for key, value in settings.items() if key not in choices}
+    decides = [run, defi.__version__, defaults(run, tuple(arguments(choices, {}))) | said]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     start, *factors = (float(Fraction(str(each))) for each in seconds)
     share, trains = float(settings.get("data.share", 1)), settings.get("trainer.max_steps") != 0
     expected = start + math.prod(factors) * share * trains
-    return Step(name, run, settings, how, tuple(inputs.values()), expected, f"{name}-{digest[:12]}")
+    return Step(name, run, settings, how, tuple(inputs.values()), expected, f"{name}-{digest}")
+
+
+def entry_point(run: str) -> Callable[[], None]:
+    """The function of `python -m <run>`."""
+    module = import_module(run)
+    return getattr(module, "main", None) or import_module(f"{run}.__main__").main
+
+
+@functools.cache
+def defaults(run: str, choices: tuple[str, ...]) -> dict[str, Any]:
+    """What a command reads where it is told nothing but these files of configs/: one that changes there is a
+    setting that changes."""
+    cfg = compose(vars(entry_point(run))["config_name"], *choices)
+    return flatten(OmegaConf.to_container(cfg))
 
 
 def arguments(settings: Mapping[str, Any], places: Mapping[str, str]) -> list[str]:

@@ -52,14 +52,22 @@ def read_training(workshop: Workshop, runs: list[Run]) -> Training:
     return found
 
 
-def summary(arms: Mapping[str, ArmConfig], found: Mapping[str, Mapping[int, Results]]) -> dict[str, Any]:
-    """Arm → limit → mean, interval, seeds, and the difference to the arm that it is compared with."""
+def summary(
+    arms: Mapping[str, ArmConfig],
+    found: Mapping[str, Mapping[int, Results]],
+    made: Mapping[str, Mapping[str, list[str]]],
+) -> dict[str, Any]:
+    """Arm → limit → mean, interval, seeds, and the difference to the arm that it is compared with.
+
+    made: as from `made_by`.
+    """
     first, values = next(iter(arms)), {}
     for name, arm in arms.items():
         if name not in found:
             continue
         against, limits = arm.against or first, next(iter(found[name].values())).protocol["max_steps"]
-        values[name] = {"title": arm.title, "published": arm.published, "limits": {}}
+        values[name] = {"title": arm.title, "published": arm.published, "made_by": made.get(name, {})}
+        values[name]["limits"] = {}
         for limit in limits:
             values[name]["limits"][str(limit)] = here = summarise(found[name], limit)
             if name != against and against in found:
@@ -68,22 +76,47 @@ def summary(arms: Mapping[str, ArmConfig], found: Mapping[str, Mapping[int, Resu
     return values
 
 
+def made_by(workshop: Workshop, runs: list[Run]) -> dict[str, dict[str, list[str]]]:
+    """Arm → kind of step → the code and packages that made those that are done."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for step in run.last.all():
+            if (record := workshop.record(step.key)).get("done"):
+                kinds = found.setdefault(run.arm, {})
+                kinds[step.name] = sorted({*kinds.get(step.name, ()), *record.get("made_by", ())})
+    return found
+
+
+def mismatch(arm: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """A sentence if other code or packages made some steps of one arm than of the other."""
+    kinds = arm["made_by"].keys() & other["made_by"].keys()
+    differ = {kind: set(arm["made_by"][kind]) ^ set(other["made_by"][kind]) for kind in sorted(kinds)}
+    if not any(differ.values()):
+        return []
+    what = ", ".join(kind for kind, found in differ.items() if found)
+    found = " | ".join(sorted(set[str]().union(*differ.values())))
+    return [f"Not made by the same code: “{arm['title']}” and “{other['title']}” ({what}: {found})."]
+
+
 def verdict(values: Mapping[str, Any], limit: str) -> list[str]:
-    """What the comparisons say, in sentences, the largest loss first; and how far seeds alone go."""
-    beyond, within, apart = [], [], []
+    """What the comparisons say, in sentences, the largest loss first; how far seeds alone go; and what else
+    than the arms themselves differs."""
+    beyond, within, apart, mixed = [], [], [], []
     for arm in values.values():
         seeds = arm["limits"][limit]["seeds"].values()
         apart += [(max(seeds) - min(seeds), arm["title"])] if len(seeds) > 1 else []
         if found := arm["limits"][limit].get("against"):
             low, high = found["interval"]
+            mixed += mismatch(arm, values[found["arm"]])
             text = f"“{arm['title']}” against “{values[found['arm']]['title']}”: {change(found)}"
             text += "" if len(found["seeds"]) > 1 else " (one seed: without the chance of training)"
             (beyond if low > 0 or high < 0 else within).append((found["difference"], text))
     said = [f"Beyond chance: {text}." for _, text in sorted(beyond)]
     said += [f"Within chance: {'; '.join(text for _, text in sorted(within))}."] if within else []
+    seeds = "One seed: the intervals hold the chance of the chains, not that of training."
     if apart:
-        return [*said, "Seeds alone move an arm by up to {:.2f} (“{}”).".format(*max(apart))]
-    return [*said, "One seed: the intervals hold the chance of the chains, not that of training."]
+        seeds = "Seeds alone move an arm by up to {:.2f} (“{}”).".format(*max(apart))
+    return [*said, seeds, *mixed]
 
 
 def change(found: Mapping[str, Any]) -> str:
@@ -195,7 +228,7 @@ def write(
     results = next(iter(next(iter(found.values())).values()))
     record = {"format": FORMAT, "suite": suite["name"], "size": suite["size_name"]}
     record |= {"done": f"{sum(map(len, found.values()))} of {len(runs)}", "protocol": results.protocol}
-    record |= {"versions": results.run["versions"], "arms": summary(arms, found)}
+    record |= {"versions": results.run["versions"], "arms": summary(arms, found, made_by(workshop, runs))}
     record |= {"training": read_training(workshop, runs)}
     record["steps"] = {key: workshop.record(key) for key in workshop.steps}
     folder.mkdir(parents=True, exist_ok=True)

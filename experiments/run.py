@@ -50,9 +50,6 @@ def steps_table(workshop: Workshop) -> Table:
 @entry("experiments")
 def main(cfg: DictConfig) -> None:
     suite = OmegaConf.to_container(cfg, resolve=True)
-    if suite["size_name"] == "gpu" and suite["name"] not in ("ablation", "few"):
-        fix = "leave size=gpu out and set numbers.preset and its other numbers, in proportion"
-        raise UserError(f"size=gpu: its numbers are not those of suite={suite['name']}; {fix}")
     runs, (arms, whole) = plan(suite)[1], plan(suite | {"task": None, "only": None})
     name = suite["name"] if suite["size_name"] == "cpu" else f"{suite['name']}-{suite['size_name']}"
     output, console = Path(suite["output"]), Console(highlight=False)

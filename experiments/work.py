@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -27,10 +26,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
+from defi.engine.checkpoint import environment
 from defi.engine.output import claim, write_file
 from defi.errors import UserError
 from defi.files import read_json
-from experiments.plan import Step, arguments
+from experiments.plan import Step, arguments, entry_point
 
 RECORD, OUT, LOG = "step.json", "out", "log.txt"
 STOPPED = 75  # of a command that a signal ended: the same one continues
@@ -48,9 +48,7 @@ def perform(run: str, settings: list[str], log: str) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.argv = [run, *settings]
-    module = import_module(run)
-    main = getattr(module, "main", None) or import_module(f"{run}.__main__").main
-    main()
+    entry_point(run)()
 
 
 class Workshop:
@@ -162,6 +160,7 @@ class Workshop:
 
         def note(seconds: float, done: bool) -> None:
             record = {"name": step.name, "command": command, "seconds": known.get("seconds", 0.0) + seconds}
+            record["made_by"] = sorted({*known.get("made_by", ()), *code()})
             write_file(folder / RECORD, json.dumps(record | {"done": done}, indent=1))
 
         note(0.0, False)
@@ -192,6 +191,13 @@ class Workshop:
         self._stopped = True
         if self._process is not None and self._process.is_alive():
             self._process.terminate()
+
+
+def code() -> list[str]:
+    """What this process makes steps with: this package, its commit where there is one, others' packages."""
+    known = environment()
+    packages = {"defi": known["version"], "commit": known["git_commit"], **known["packages"]}
+    return [f"{name} {version}" for name, version in packages.items()]
 
 
 def again(out: Path, step: Step) -> list[str]:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +21,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import defi
+from defi import config
 from defi.benchmarks.benchmark import About
 from defi.benchmarks.calvin.benchmark import Calvin
 from defi.config import CONFIG_DIR
 from defi.engine.checkpoint import find_checkpoint
 from defi.errors import UserError
-from experiments import probe, report, run, statistics
+from experiments import plan, probe, report, run, statistics
 from experiments.plan import arguments, build_runs, distinct_steps, read_arms
 from experiments.statistics import crossed_interval, difference, summarise
 from experiments.work import STOPPED, Workshop, again
@@ -48,7 +52,7 @@ def test_a_command_takes_the_settings_of_every_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """`--cfg job` composes and prints them; a setting that there is not would end it."""
-    suites = [*((name, "size=cpu") for name in SUITES), ("ablation", "size=gpu")]
+    suites = [(name, size) for name in SUITES for size in ("size=cpu", "size=gpu")]
     steps = [step for each in suites for step in distinct_steps(run.plan(suite(*each))[1]).values()]
     kinds = {(step.run, step.settings.get("preset"), frozenset(step.settings)): step for step in steps}
     for step in kinds.values():
@@ -81,15 +85,22 @@ def test_what_two_arms_share_is_one_step() -> None:
     ):
         assert {name for name in full if full[name] != steps[arm, 0][name]} == own
     counts = [step.name for step in distinct_steps(runs).values()]
-    assert (counts.count("vae"), counts.count("gfdm"), counts.count("policy")) == (1, 4, 18)
+    assert (counts.count("vae"), counts.count("gfdm"), counts.count("policy")) == (1, 4, 20)
     few = {step.key for step in distinct_steps(run.plan(suite("few"))[1]).values()}
     assert {full["data"], full["gfdm"], full["policy"]} <= few  # suites share, too
 
 
-def test_a_step_is_known_by_all_that_decides_it() -> None:
+def test_a_step_is_known_by_all_that_decides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the suite says and what configs/ say, however it is written; neither places nor how it is done."""
     steps: dict[str, Any] = {
-        "data": {"run": "a", "seconds": [1, 2], "how": {"workers": 2}, "size": 3},
-        "rollout": {"run": "b", "seconds": [1], "root": "@data", "seed": "@seed", "sim": {"size": None}},
+        "data": {"run": "defi.sim.collect", "seconds": [1, 2], "how": {"workers": 2}, "static_size": 64},
+        "rollout": {
+            "run": "Step3_DeFI.rollout",
+            "seconds": [1],
+            "checkpoint": "@data",
+            "seed": "@seed",
+            "sim": {"static_size": None},
+        },
     }
 
     def key(changes: dict[str, Any], seed: int = 0) -> str:
@@ -97,17 +108,75 @@ def test_a_step_is_known_by_all_that_decides_it() -> None:
         return build_runs(steps, arms, [seed])[0].last.key
 
     others = [
-        {"data": {"size": 4}},
-        {"data": {"run": "c", "seconds": [1]}},
-        {"rollout": {"sim": {"size": 1}}},
+        {"data": {"static_size": 4}},
+        {"data": {"run": "Step1_GFDM.train_vae", "seconds": [1], "data": {"root": "some/data"}}},
+        {"rollout": {"sim": {"static_size": 1}}},
     ]
     keys = [key({}), key({}, 1), *map(key, others)]
     assert len(set(keys)) == 5
-    same = [{"data": {"how": {"workers": 5}}}, {"data": {"seconds": [9]}}, {"rollout": {"root": "@data"}}]
+    same = [
+        {"data": {"how": {"workers": 5}}},
+        {"data": {"seconds": [9]}},
+        {"rollout": {"checkpoint": "@data"}},
+    ]
+    same += [{"data": {"scenes": ["A", "B", "C"]}}]  # the default
     assert {*map(key, same)} == {keys[0]}
     for wrong, message in (("@nothing", "no such step"), ("@rollout", "needs itself")):
         with pytest.raises(UserError, match=message):
-            key({"rollout": {"root": wrong}})
+            key({"rollout": {"checkpoint": wrong}})
+
+    def changed(file: str, old: str, new: str) -> str:
+        text = (tmp_path / file).read_text()
+        assert old in text
+        (tmp_path / file).write_text(text.replace(old, new))
+        plan.defaults.cache_clear()
+        return key({})
+
+    shutil.copytree(CONFIG_DIR, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
+    try:
+        found = [changed("collect.yaml", "# ", "#  ")]
+        assert found == keys[:1]
+        found.append(changed("collect.yaml", "demos_per_task: ", "demos_per_task: 9"))
+        monkeypatch.setattr(defi, "__version__", "0.0")
+        found.append(changed("collect.yaml", "# ", "#  "))
+        assert len(set(found)) == 3
+    finally:
+        plan.defaults.cache_clear()
+
+
+def test_suites_share_what_is_equal() -> None:
+    """An arm that says a default is the arm that leaves it out."""
+    ends = {
+        name: {each.arm: each.last.key for each in run.plan(suite(name, "seeds=[0]"))[1]}
+        for name in ("ablation", "few", "floor")
+    }
+    assert ends["ablation"]["full"] == ends["few"]["all_100"] == ends["floor"]["all"]
+    assert ends["few"]["all_10"] == ends["floor"]["base"] != ends["floor"]["every_frame"]
+
+
+def test_an_arm_differs_in_what_it_says() -> None:
+    """Few demonstrations: in the share alone. Finetuned: in that alone. Play: as much as its label says."""
+
+    def stores(name: str) -> dict[str, dict[str, Any]]:
+        found = {each.arm: each.last.inputs[0].inputs for each in run.plan(suite(name, "seeds=[0]"))[1]}
+        return {
+            arm: dict(next(each.settings for each in needs if each.name == "features"))
+            for arm, needs in found.items()
+        }
+
+    for settings in (few := stores("few")).values():
+        settings.pop("data.share", None), settings.pop("data.root"), settings.pop("gfdm_checkpoint")
+    assert all(settings == few["all_100"] for settings in few.values())
+    assert stores("ablation")["latents_frozen"] == stores("ablation")["end_to_end"]
+    assert read_arms(suite("ablation")["arms"])["end_to_end"].against == "latents_frozen"
+    for video in (suite("video", "seeds=[0]"), suite("video", "seeds=[0]", "size=gpu")):
+        numbers = video["numbers"]
+        for each in run.plan(video)[1]:
+            for step in (step for step in each.last.all() if step.name == "play_latents"):
+                per_task = math.ceil(step.settings["data.share"] * numbers["play"])
+                times = per_task * numbers["play_kinds"] / (numbers["demos"] * numbers["kinds"])
+                assert times == video["arms"][each.arm]["at"]
 
 
 @pytest.mark.parametrize(
@@ -193,16 +262,20 @@ def test_the_page_says_which_part_carries_the_result(tmp_path: Path) -> None:
         "versions": {},
         "steps": {"data-1": {}},
     }
-    record |= {"arms": report.summary(arms, found), "training": {"full": {0: errors}}}
+    made = {name: {"policy": ["commit a", "torch 2"]} for name in found}
+    made["frames_near"] = {"policy": ["commit a", "commit b", "torch 2"]}
+    record |= {"arms": report.summary(arms, found, made), "training": {"full": {0: errors}}}
     said = report.verdict(record["arms"], "240")
     assert said[0] == "Beyond chance: “GIDM from random weights” against “DeFI”: -1.00 [-1.00, -1.00]."
     assert said[1].startswith("Within chance: “latent actions of frames 0 and 1” against “DeFI”: ")
     assert said[2].startswith("Seeds alone move an arm by up to ")
+    mixed = "“latent actions of frames 0 and 1” and “DeFI” (policy: commit b)"
+    assert said[3:] == [f"Not made by the same code: {mixed}."]
     page = report.write_page(tmp_path / "report.html", settings, arms, record).read_text()
     assert page.count("data:image/svg+xml") == 2 and "3.28" in page and "0.170" in page and said[0] in page
     curves = suite("few")
     arms = run.plan(curves)[0]
-    record["arms"] = report.summary(arms, dict.fromkeys(arms, found["full"]))
+    record["arms"] = report.summary(arms, dict.fromkeys(arms, found["full"]), {})
     record["training"] = {}
     page = report.write_page(tmp_path / "few.html", curves, arms, record).read_text()
     assert page.count("data:image/svg+xml") == 1 and "Error on held-out" not in page
