@@ -63,6 +63,10 @@ if [ "$(cat "$output/size" 2>/dev/null || echo $run)" != $run ]; then
     exit 2
 fi
 echo $run > "$output/size"
+if [ $world = simpler ]; then
+    [ -d "$simpler_root" ] || git clone --quiet --recurse-submodules https://github.com/simpler-env/SimplerEnv "$simpler_root"
+    can_draw_simpler || { python -m defi.doctor "simpler_root=$simpler_root"; exit 1; }
+fi
 step() { # name, what it does, command …: runs once, its time goes to done/<name>
     local name=$1 title=$2 start=$SECONDS
     shift 2

@@ -42,6 +42,12 @@ if [ ! -e "$stamp" ]; then
 fi
 . "$venv/bin/activate"
 
+can_draw_simpler() { # SIMPLER needs a Vulkan driver; where none works, one that draws on the CPU is set up and used
+    python -c 'from defi.benchmarks.simpler.check import drawing; drawing()' 2> /dev/null && return
+    local variables
+    variables=$(bash scripts/vulkan_cpu.sh 2> >(tail -n 1 >&2)) && eval "$variables"
+}
+
 launch() { # module, settings …: `accelerate launch` with the user's configuration; without one, on all visible GPUs
     local options=(--quiet)
     if [ ! -e "${HF_HOME:-$HOME/.cache/huggingface}/accelerate/default_config.yaml" ]; then
