@@ -216,7 +216,7 @@ def shrunk(
 
     from defi.video import resize
 
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
     return resize(pixels, (size[1], size[0]))[0].round().byte().permute(1, 2, 0).numpy()
 
 

@@ -18,7 +18,12 @@ SINK_ONLY = [True, True, False, True, True, False]
 SINK = (-0.16, 0.13, 0.88, 1.0, 0.0, 0.0, 0.0)
 
 
-Moment = list[Any]  # poses of all that moves
+@dataclass
+class Moment:
+    """Where everything is: joints, one list for the arm, one for a cabinet, and the objects' poses."""
+
+    joints: list[np.ndarray]
+    poses: list[Any]
 
 
 @dataclass
@@ -142,20 +147,21 @@ class Simpler:
 
     def moment(self) -> Moment:
         """Where everything is now, to be drawn later."""
-        return [body.entity.pose for body in self._bodies()]
+        moving, objects = self._moving(), self.scene.objects.values()
+        return Moment([np.array(each.qpos) for each in moving], [body.entity.pose for body in objects])
 
     def picture(self, moment: Moment) -> np.ndarray:
         """What was seen at a moment of this episode: uint8 [H, W, 3]. Where the camera moves, a few pixels at
         edges may differ: poses come back to the last digit or so. The episode cannot go on after that."""
         assert self.eye is not None, "made with drawn=False"
-        for body, pose in zip(self._bodies(), moment):
+        for each, joints in zip(self._moving(), moment.joints):
+            each.set_qpos(joints)
+        for body, pose in zip(self.scene.objects.values(), moment.poses):
             body.entity.set_pose(pose)
         return self.eye.picture()
 
-    def _bodies(self) -> list[Any]:
-        scene = self.scene
-        cabinet = scene.cabinet.links if scene.cabinet is not None else []
-        return [*scene.arm.links, *cabinet, *scene.objects.values()]
+    def _moving(self) -> list[Any]:
+        return [each for each in (self.scene.arm, self.scene.cabinet) if each is not None]
 
     def state(self) -> State:
         """What the judge looks at."""
