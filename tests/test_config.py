@@ -45,7 +45,7 @@ GIVEN = ("data.store=a", "gfdm_checkpoint=b", "gidm_checkpoint=c", "output=d")
             "error: trainer.sample_every=: no longer a setting; write trainer.preview_every",
         ),
         ("data.video_stride=2", "error: data.video_stride=: no longer a setting; frames are as far apart"),
-        ("data=nope", "error: data=nope: no such choice; choose from calvin, "),
+        ("data=nope", "error: data=nope: no such choice; choose from bridge, calvin, "),
         ("data=pairs_rlds", "error: data=pairs_rlds: no longer a choice; write data=rlds\n"),
         ("preset=huge", "error: preset=huge: no such choice; choose from paper, "),
         ("trainer.lr=[1", "error: trainer.lr=[1: cannot be read; close its brackets, or quote a text"),
