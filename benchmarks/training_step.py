@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -74,11 +74,11 @@ class Side:
 Pair = tuple[str, Side, Side]  # what it is; the published, ours
 
 
-def size_of(module: nn.Module) -> int:
-    """Bytes of weights, and of AdamW's two moments of those that learn."""
-    weights = [*module.parameters(), *module.buffers()]
-    moments = sum(2 * 4 * p.numel() for p in module.parameters() if p.requires_grad)
-    return sum(each.numel() * each.element_size() for each in weights) + moments
+def size_of(*modules: nn.Module) -> int:
+    """Bytes of weights, and of AdamW's two moments of those that learn; what several share counts once."""
+    weights = {id(each): each for module in modules for each in (*module.parameters(), *module.buffers())}
+    moments = sum(2 * 4 * each.numel() for each in weights.values() if each.requires_grad)
+    return sum(each.numel() * each.element_size() for each in weights.values()) + moments
 
 
 def training(module: nn.Module, loss: Callable[[], Tensor], optimizer: Any, device: str) -> Side:
@@ -98,14 +98,15 @@ def ours(model: StageModel, batch: dict[str, Any], device: str) -> Side:
     return training(model, lambda: model(batch)["loss"], optimizer, device)
 
 
-def theirs(module: nn.Module, loss: Callable[[], Tensor], device: str) -> Side:
+def theirs(module: nn.Module, loss: Callable[[], Tensor], device: str, *frozen: nn.Module) -> Side:
+    """frozen: what it works with besides its own weights."""
     optimizer = AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-5)
-    return training(module, loss, optimizer, device)
+    return replace(training(module, loss, optimizer, device), held=size_of(module, *frozen))
 
 
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Modules of a folder, whose names are too general to stay importable; and no GPU where there is none."""
+    """Modules of a folder, whose names are too general to stay importable."""
     if not folder.is_dir():
         raise UserError(f"{folder}: missing; give a clone of the published code as --published")
     sys.path.insert(0, str(folder))
@@ -143,7 +144,7 @@ def stage_1(published: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair
     own = {"latents": latents, "text": texts, "seed": seeds}
     yield (
         f"stage 1, {batch} clips of {sizes.frames} latents",
-        theirs(unet, lambda: script.finetune_unet(given, *rest), device),
+        theirs(unet, lambda: script.finetune_unet(given, *rest), device, model.vae, model.clip),
         ours(model, own, device),
     )
 
@@ -285,7 +286,7 @@ def stage_3(published: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair
     own = {"images": pictures, "text": texts, "actions": actions, "seed": seeds}
     yield (
         f"stage 3, {batch} samples of two views of {side}²",
-        theirs(other.train(), lambda: other(step), device),
+        theirs(other.train(), lambda: other(step), device, gfdm.unet, gfdm.vae),
         ours(policy, own, device),
     )
     one = {"rgb_obs": {name: each[:1] for name, each in given.items()}}
@@ -298,7 +299,7 @@ def stage_3(published: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair
     def own_look() -> Tensor:
         return policy.act(pictures[:1], texts[:1], noise=policy.noise(seeds[:1]))
 
-    yield "one look", Side(look, size_of(other)), Side(own_look, size_of(policy))
+    yield "one look", Side(look, size_of(other, gfdm.unet, gfdm.vae)), Side(own_look, size_of(policy))
 
 
 # ---------------------------------------------------------------- measuring
