@@ -49,9 +49,9 @@ case $world in
         esac
         tasks=widowx_put_eggplant_in_basket,widowx_spoon_on_towel
         shown="random starts" tried="the official starts"
-        collect=(defi.benchmarks.simpler.collect simpler_root=$simpler_root image_size=[128,96])
+        collect=(defi.benchmarks.simpler.collect simpler_root=$simpler_root image_size=[96,96])
         # Five steps per second: neighbouring frames are as far apart as six of the table's.
-        data_of=(data=lerobot data.root=$data) latents=() model=(gfdm.frame_step=1 gfdm.image_size=96)
+        data_of=(data=lerobot data.root=$data data.split=train data.held_out=val) latents=() model=(gfdm.frame_step=1 gfdm.image_size=96)
         pairs=(data.distance=[3,3]) policy=(policy.merge=12 policy.chunk=8 policy.robot.executed=4) samples=(policy.chunk=8)
         rollout=(benchmark=simpler_widowx simpler_root=$simpler_root "tasks=[$tasks]" starts=$starts)
         ;;

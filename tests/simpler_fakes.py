@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rlds_writer import encode, features_dict, image, tensor, text, write_set
+from benchmarks.rlds_writer import write_set
 from defi.benchmarks.benchmark import Environment, Observation, Outcome, Simulation, Step
 from defi.benchmarks.simpler.benchmark import Google, Trial, WidowX
+from defi.data.rlds.write import features_dict, image, tensor, text
+from defi.picture import encode_picture
 
 # ------------------------------------------------------------ the data, with all of their features
 
@@ -22,7 +24,7 @@ def _pictures(rng: np.random.Generator, steps: int, height: int, width: int) -> 
         picture = np.broadcast_to(ground, (height, width, 3)).astype(np.uint8)
         left = (step * 9) % (width - side)
         picture[side : 2 * side, left : left + side] = 255 - ground
-        found.append(encode(picture, "JPEG"))
+        found.append(encode_picture(picture, "JPEG"))
     return found
 
 
@@ -71,7 +73,7 @@ def write_bridge(root: Path) -> Path:
     def episode(steps: int, said: str) -> dict[str, Any]:
         rng = np.random.default_rng(number := next(seed))
         actions, state = bridge_motions(rng, steps)
-        black = [encode(np.zeros((256, 256, 3), np.uint8), "JPEG")] * steps
+        black = [encode_picture(np.zeros((256, 256, 3), np.uint8), "JPEG")] * steps
         pictures = {f"steps/observation/{name}": black for name in names}
         pictures["steps/observation/image_0"] = _pictures(rng, steps, 256, 256)
         return {
