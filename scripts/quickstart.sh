@@ -44,15 +44,18 @@ case $world in
     simpler)
         case $size in
             smoke) demos=2 vae=2 gfdm=2 gidm=4 steps=4 starts=1 ;;
-            short) demos=150 vae=300 gfdm=200 gidm=400 steps=1500 starts=null ;;
-            long) demos=400 vae=500 gfdm=600 gidm=1000 steps=5000 starts=null ;;
+            short) demos=150 vae=300 gfdm=200 gidm=400 steps=4000 starts=null ;;
+            long) demos=500 vae=500 gfdm=600 gidm=1000 steps=15000 starts=null ;;
         esac
         tasks=widowx_put_eggplant_in_basket,widowx_spoon_on_towel
         shown="random starts" tried="the official starts"
         collect=(defi.benchmarks.simpler.collect simpler_root=$simpler_root image_size=[96,96])
         # Five steps per second: neighbouring frames are as far apart as six of the table's.
         data_of=(data=lerobot data.root=$data data.split=train data.held_out=val) latents=() model=(gfdm.frame_step=1 gfdm.image_size=96)
-        pairs=(data.distance=[3,3]) policy=(policy.merge=12 policy.chunk=8 policy.robot.executed=4) samples=(policy.chunk=8)
+        pairs=(data.distance=[3,3]) samples=(policy.chunk=6 data.stride=2)
+        # Without the state a small policy learns much more slowly where the hand is and whether it holds something.
+        policy=(policy.chunk=6 policy.robot.executed=3 policy.state=true policy.merge=12)
+        policy+=('policy.robot.gripper={dimension:6}')
         rollout=(benchmark=simpler_widowx simpler_root=$simpler_root "tasks=[$tasks]" starts=$starts)
         ;;
 esac

@@ -40,8 +40,8 @@ def random_start(task: str, random: np.random.Generator, index: int = -1) -> Epi
         if all(dist(one, other) >= apart for one, other in combinations(places, 2)):
             break
     objects = tuple(
-        replace(placed, xy=place, turn=_turned(placed.turn, random))
-        for placed, place in zip(start.objects, places)
+        replace(placed, xy=place, turn=_turned(placed.turn, random) if np.ptp(each, 0).any() else placed.turn)
+        for placed, place, each in zip(start.objects, places, spots)
     )
     return replace(start, index=index, setting="", objects=objects)
 
