@@ -76,7 +76,7 @@ class CollectConfig:
         if self.record and self.starts == "official":
             why = "these are what policies are tried on, not trained"
             raise UserError(f"starts=official: {why}; only success rates are had from them: record=false")
-        if self.record and len({TASKS[task].robot.split("_")[0] for task in self.tasks}) > 1:
+        if self.record and len({TASKS[task].robot_kind for task in self.tasks}) > 1:
             raise UserError("tasks: of two robots, with other cameras and state; collect a data set of each")
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise UserError(f"image_size={self.image_size}: must be [width, height], or null for all pixels")
@@ -92,7 +92,7 @@ class CollectConfig:
 
     @property
     def robot(self) -> Robot:
-        return BENCHMARKS[TASKS[self.tasks[0]].robot.split("_")[0]]().robot
+        return BENCHMARKS[TASKS[self.tasks[0]].robot_kind]().robot
 
     def identity(self) -> dict[str, Any]:
         """The settings that the data depend on."""
@@ -152,7 +152,7 @@ def play(simpler: Simpler, start: Start, config: CollectConfig, random: np.rando
     policy, noise = scripted(simpler, random), smooth_noise(config, random)
     played = Played([], [], [], None, bool(random.random() < config.noise_probability))
     limit, idle = config.max_steps or start.task.steps, 0
-    observed = STATES[start.task.robot.split("_")[0]]
+    observed = STATES[start.task.robot_kind]
     while True:
         played.moments.append(simpler.moment())
         played.states.append(observed(simpler.observe(pictures=False), simpler.scene))
