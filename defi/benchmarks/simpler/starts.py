@@ -25,8 +25,9 @@ def random_start(task: str, random: np.random.Generator, index: int = -1) -> Epi
     """A start of a task of `TASKS`: an official one, drawn with equal chance, changed a little.
 
     Objects stand anywhere in the rectangle that the official places span, turned from one of the official
-    turns by up to `TURNED`; what has one official place (the basket, by which is judged) stays as it is. Before the cabinet the robot stands near one of
-    its nine places, and the photo is that place's. index: what the episode says of itself.
+    turns by up to `TURNED`; what has one official place (the basket, by which is judged) stays as it is.
+    Before the cabinet the robot stands near one of its nine places, and the photo is that place's. index:
+    what the episode says of itself.
     """
     official = episodes(task)
     start = official[random.integers(len(official))]
