@@ -269,6 +269,7 @@ def test_converted_data_are_of_the_same_robot(to: str, roots: dict[str, Path], t
         with pytest.raises(UserError, match=fault) as caught:
             open_dataset(section, "all")
         assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    file.write_text(json.dumps(kept))
     # Of other numbers it says nothing, nor where it is missing.
     chosen = {"lerobot": {"actions": "observation.state"}, "rlds": {"actions": ["observation/state"]}}[to]
     assert (

@@ -154,8 +154,8 @@ class Dataset:
 
 
 def completed(robot: Robot, said: Mapping[str, Any], file: Path, parts: Iterable[str]) -> Robot:
-    """A robot as data name its numbers, completed by a description beside them (`Robot`, as JSON): units, what
-    is relative, the gripper, steps executed. parts: of actions and state, those that it is of.
+    """A robot as data name its numbers, completed by a description beside them (`Robot`, as JSON): units,
+    what is relative, the gripper, steps executed. parts: of actions and state, those that it is of.
 
     Raises:
         UserError: it is none, or of other numbers.

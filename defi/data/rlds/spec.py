@@ -50,8 +50,8 @@ class Feature:
 class Metadata:
     """What a data set written here says besides. fps: frames per second; None: unknown, or recordings differ.
 
-    cameras: in order. names: of the numbers in a feature, by its path below `steps/`. robot: whose `action` and
-    `observation/state` they are (`defi.robot.spec`); None: nobody says.
+    cameras: in order. names: of the numbers in a feature, by its path below `steps/`. robot: whose
+    `action` and `observation/state` they are (`defi.robot.spec`); None: nobody says.
     """
 
     fps: float | None = None
