@@ -1,6 +1,7 @@
 """What every collection of demonstrations needs, whatever the simulator: folder, processes, noise."""
 
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +24,9 @@ from defi.files import read_json
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Rates = dict[str, dict[str, float | int | None]]  # of each task
+POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (0, math.inf), (0, 1)
+NOISE = {"noise_probability": SHARE, "noise_position": NOT_NEGATIVE, "noise_rotation": NOT_NEGATIVE}
+NOISE |= {"noise_correlation": SHARE}
 
 
 class Collection(Protocol):
@@ -44,19 +49,33 @@ class Noise(Protocol):
     noise_correlation: float
 
 
+def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises UserError if a setting, `play.hold` say, is neither null nor in its range (low, high)."""
+    for key, (low, high) in ranges.items():
+        value = attrgetter(key)(config)
+        if value is not None and not (low <= value <= high and value < math.inf):
+            fit = f"be {low} or more" if high == math.inf else f"lie in {low} … {high}"
+            raise UserError(f"{key}={value}: must {fit}")
+
+
 def start_folder(config: Collection) -> Path:
     """The output folder, checked before anything is written, with the settings it is collected under."""
     output = check_output(config.output, resume=config.resume, overwrite=config.overwrite)
     written = output / SETTINGS
     if config.resume and output.is_dir() and any(output.iterdir()):
-        before = read_json(written, "choose another output=, or overwrite=true")
-        changed = [key for key, value in config.identity().items() if before.get(key) != value]
-        if changed:
-            problem = f"this collection was started with other settings ({', '.join(changed)})"
-            raise UserError(f"{written}: {problem}; give the same ones, or overwrite=true")
+        check_same(
+            written, read_json(written, "choose another output=, or overwrite=true"), config.identity()
+        )
     prepare_output(output, resume=config.resume, overwrite=config.overwrite)
     write_file(written, json.dumps(config.identity(), indent=1))
     return output
+
+
+def check_same(file: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises UserError if the settings that a file keeps of a collection were others."""
+    if changed := [key for key, value in settings.items() if before.get(key) != value]:
+        problem = f"this collection was started with other settings ({', '.join(changed)})"
+        raise UserError(f"{file}: {problem}; give the same ones, or overwrite=true")
 
 
 def in_processes(

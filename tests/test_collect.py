@@ -234,6 +234,12 @@ def test_an_existing_output_is_left_alone(collected: Path) -> None:
         ("demos_per_task=0", "demos_per_task=0: must be 1 or more"),
         ("workers=two", "workers=two: .* could not be converted to Integer"),
         ("play.hold=0", "play.hold=0: must be 1 or more"),
+        ("play.attempts=0", "play.attempts=0: must be 1 or more"),
+        ("seed=-1", "seed=-1: must be 0 or more"),
+        ("play.noise_correlation=1.5", "play.noise_correlation=1.5: must lie in 0 … 1"),
+        ("play.noise_rotation=-0.1", "play.noise_rotation=-0.1: must be 0 or more"),
+        ("play.noise_position=inf", "play.noise_position=inf: must be 0 or more"),
+        ("play.reset=2", "play.reset=2.0: must lie in 0 … 1"),
         ("play.reset=often", "play.reset=often: .* could not be converted to Float"),
     ],
 )

@@ -19,7 +19,7 @@ from defi.errors import UserError
 def run(**values: Any) -> None:
     """The command."""
     GlobalHydra.instance().clear()
-    sys.argv = ["convert", *(f"{key}={value}" for key, value in values.items()), "to=rlds"]
+    sys.argv = ["convert", *(f"{key}={value}" for key, value in ({"to": "rlds"} | values).items())]
     convert.main()
 
 
@@ -89,6 +89,24 @@ def values_of(values: Any, data: bytes) -> list:
     if values.kind == 1:
         return [data[slice(*place)] for place in values.places]
     return values.numbers(data).tolist()
+
+
+@pytest.mark.parametrize("to", ["rlds", "lerobot"])
+def test_episodes_that_trimming_leaves_nothing_of_are_counted(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if to == "lerobot":
+        pytest.importorskip("pyarrow")
+    short = write_videos(tmp_path, {"train": [[2, 5, 1]]}, name="short")
+    given = {"data.root": short, "data.split": "train", "data.trim": "[1,1]", "data.fps": 5}
+    run(data="rlds", **given, output=tmp_path / "out", to=to)
+    assert "1 episodes, 3 frames" in (said := capsys.readouterr().out)
+    assert "left out: 2 episodes without a frame" in said
+    after = open_dataset({"format": to, "root": str(tmp_path / "out")}, "all")
+    assert after.lengths.tolist() == [3]
+    with pytest.raises(SystemExit):
+        run(data="rlds", **given | {"data.trim": "[9,1]"}, output=tmp_path / "none", to=to)
+    assert "no episode has a frame" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_rlds_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from defi.benchmarks.simpler import check, demonstrations
-from defi.benchmarks.simpler.collect import Records, collect, split, write_manifest
+from defi.benchmarks.simpler.collect import Records, collect, split, write_data, write_manifest
 from defi.benchmarks.simpler.demonstrations import (
     FOLDER,
     UNITS,
@@ -27,10 +27,11 @@ from defi.benchmarks.simpler.demonstrations import (
     shrunk,
 )
 from defi.benchmarks.simpler.environment import Simpler
-from defi.collecting import start_folder
+from defi.collecting import check_same, start_folder
 from defi.config import CONFIG_DIR, typed
 from defi.data import Dataset, open_dataset
 from defi.errors import UserError
+from defi.picture import encode_picture
 
 QUIET = Console(quiet=True)
 CARROT = "widowx_carrot_on_plate"
@@ -94,11 +95,111 @@ def opened(folder: str, form: str, split: str) -> Dataset:
         ("held_out=1", "held_out=1.0: must be a share"),
         ("attempts=0", "attempts=0: must be 1 or more"),
         ("workers=0", "workers=0: must be 1 or more"),
+        ("seed=-1", "seed=-1: must be 0 or more"),
+        ("noise_correlation=1.5", "noise_correlation=1.5: must lie in 0 … 1"),
+        ("noise_position=-1", "noise_position=-1.0: must be 0 or more"),
+        ("noise_probability=2", "noise_probability=2.0: must lie in 0 … 1"),
+        ("held_out=0.6", "held_out=0.6: of demos_per_task=2 none are left to train on"),
     ],
 )
 def test_simpler_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_config(tmp_path / "data", tmp_path, override)
+
+
+def test_simpler_what_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"image_size=\[65, 48\]: videos need even sizes"):
+        read_config(tmp_path, tmp_path, "pictures=h264", "image_size=[65,48]")
+    monkeypatch.setitem(sys.modules, "defi.data.lerobot.write", None)  # as without pyarrow
+    with pytest.raises(UserError, match="^LeRobot's format needs the package pyarrow; pip install pyarrow$"):
+        read_config(tmp_path, tmp_path)
+    read_config(tmp_path, tmp_path, "format=rlds")
+    read_config(tmp_path, tmp_path, "record=false")
+
+
+def test_simpler_official_starts_are_not_disturbed_unless_asked_for(tmp_path: Path) -> None:
+    official = "record=false", "starts=official"
+    for given, probability in (("null", 0), ("0.5", 0.5)):
+        config = read_config(tmp_path, tmp_path, *official, f"noise_probability={given}")
+        assert config.noise_probability == probability
+    config = read_config(tmp_path, tmp_path, "noise_probability=null")
+    assert config.noise_probability == demonstrations.DISTURBED > 0
+
+
+def made_demonstration(config: CollectConfig, output: Path, number: int, steps: int = 3) -> Demonstration:
+    """A file of one that is made up, each picture of another colour."""
+    demo = Demonstration(CARROT, number)
+    told = [{"task": CARROT, "solved_after": 1, "disturbed": False, "steps": steps}]
+    coded = [encode_picture(np.full((48, 64, 3), 9 * number + k, np.uint8), "PNG") for k in range(steps)]
+    demo.file(output).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        demo.file(output),
+        attempts=json.dumps(told),
+        instruction="put carrot on plate",
+        actions=np.full((steps, 7), number, np.float32),
+        state=np.zeros((steps, 7), np.float32),
+        pictures=np.frombuffer(b"".join(coded), np.uint8),
+        ends=np.cumsum([len(each) for each in coded]),
+    )
+    return demo
+
+
+def test_simpler_finished_demonstrations_are_written_in_another_format(tmp_path: Path) -> None:
+    """What they do not depend on can change until the data set is complete; strangers' folders stay."""
+    output, given = tmp_path / "data", ["noise_probability=null", "workers=1", "resume=true"]
+    config = read_config(output, tmp_path, *given)
+    start_folder(config)
+    for number in range(3):
+        made_demonstration(config, output, number)
+    (output / "notes").mkdir()
+    (output / "notes/mine.txt").write_text("mine")
+    (output / FOLDER / "written/data").mkdir(parents=True)  # of a run that was killed
+    given += ["demos_per_task=3", "held_out=0.3"]
+    for form in ("lerobot", "rlds"):
+        config = read_config(output, tmp_path, *given, f"format={form}")
+        records = collect(config, start_folder(config), QUIET)
+        data = opened(str(output), form, "train")
+        assert data.lengths.tolist() == [3, 3] and data.robot().gripper == config.robot.gripper
+        for number in range(2):
+            episode = data.episode(number)
+            pictures = data.read(episode, [2, 0], data.cameras)["image_0"]
+            step = int(data.motions.actions[3 * number, 0])
+            assert pictures[:, 0, 0, 0].tolist() == [9 * step + 2, 9 * step]
+        assert (output / "notes/mine.txt").read_text() == "mine" and not list(
+            output.glob(f"{FOLDER}/written/*")
+        )
+    with pytest.raises(UserError, match=r"started with other settings \(hold\)"):
+        start_folder(read_config(output, tmp_path, *given, "hold=4"))
+    # Nothing to train on ends before anything is deleted.
+    failed = dict.fromkeys(records, [{"solved_after": None}])
+    with pytest.raises(UserError, match="none of them to train on"):
+        write_data(config, output, failed, QUIET)
+    assert (output / "data").is_dir() and (output / "1.0.0").is_dir()
+    # What is complete has no demonstrations left to write otherwise.
+    write_manifest(output, config, records)
+    settings = json.loads((output / "manifest.json").read_text())["settings"]
+    with pytest.raises(UserError, match=r"started with other settings \(format\)"):
+        check_same(output, settings, read_config(output, tmp_path, *given, "format=lerobot").settings())
+
+
+def test_simpler_pictures_are_read_when_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, item = [], np.lib.npyio.NpzFile.__getitem__
+    config = read_config(tmp_path, tmp_path)
+    demos = [made_demonstration(config, tmp_path, number) for number in range(6)]
+    monkeypatch.setattr(
+        np.lib.npyio.NpzFile, "__getitem__", lambda self, name: read.append(name) or item(self, name)
+    )
+    data = demonstrations.Demonstrations(tmp_path, demos, config.robot)
+    assert data.motions.actions[::3, 0].tolist() == [*range(6)] and "pictures" not in read
+    for number in range(6):
+        episode = data.episode(number)
+        for _, seen in data.blocks(episode, 2):
+            assert (seen["image_0"] // 9 == number).all()
+    assert read.count("pictures") == 6
 
 
 def test_simpler_what_is_kept_and_held_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import io
+import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -21,13 +22,13 @@ from scipy.spatial.transform import Rotation
 from defi.benchmarks.adapters import adapt, adapters_between
 from defi.benchmarks.simpler.benchmark import Google, WidowX
 from defi.config import CONFIG_DIR, compose_preset
-from defi.data import Dataset, open_dataset
+from defi.data import Dataset, convert, open_dataset
 from defi.data.calvin import calvin_robot
 from defi.data.motions import Statistics
 from defi.data.rlds.standardise import accumulated, binarised, movements
 from defi.engine.data import seed_of
 from defi.errors import UserError
-from defi.robot.spec import Gripper, Robot
+from defi.robot.spec import Gripper, Robot, Vector
 from Step1_GFDM import adapter as gfdm_adapter
 from Step2_GIDM import adapter as gidm_adapter
 from Step2_GIDM.data.build import build_pairs
@@ -228,6 +229,58 @@ def test_adapters_follow_from_the_two_robots(roots: dict[str, Path]) -> None:
     assert adapters_between(calvin_robot(), calvin_robot()) == []
     assert adapters_between(widowx, widowx) == [] == adapters_between(google, google)
     assert adapters_between(calvin_robot(), widowx) == [], "its turns have other names and units"
+
+
+@pytest.mark.parametrize("to", ["lerobot", "rlds"])
+def test_converted_data_are_of_the_same_robot(to: str, roots: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever is kept beside the data is a stranger's: checked, and settings come before it."""
+    if to == "lerobot":
+        pytest.importorskip("pyarrow")
+    bridge, widowx, google = opened("bridge", roots["bridge"]), WidowX().robot, Google().robot
+    writer = convert.writer_of(to, bridge, tmp_path, "images", name="converted")
+    for number in range(len(bridge)):
+        writer.add(bridge.episode(number))
+    writer.close()
+    section = {"format": to, "root": str(tmp_path)}
+    robot = open_dataset(section, "all").robot()
+    assert robot == bridge.robot() and robot.gripper and robot.executed == 5
+    for simulated in (widowx, google):
+        assert adapters_between(robot, simulated) == adapters_between(bridge.robot(), simulated) != []
+    file = tmp_path / {"lerobot": "meta/robot.json", "rlds": "1.0.0/metadata.json"}[to]
+    kept = json.loads(file.read_text())
+    said = kept if to == "lerobot" else kept["robot"]
+    if to == "rlds":
+        own = open_dataset(section | {"robot": {"gripper": {"opens": False}, "executed": 2}}, "all").robot()
+        assert (own.gripper.opens, own.gripper.threshold, own.executed) == (False, 0.5, 2)
+        assert own.actions.units == robot.actions.units
+    for key, value, fault in (
+        ("executed", 0, "robot.executed=0: must be 1 or more"),
+        ("hands", 2, "robot.hands=2: Key 'hands' not in 'Robot'"),
+        ("gripper", {"dimension": 7}, "robot.gripper.dimension=7: must lie in 0 … 6"),
+        (
+            "actions",
+            said["state"] | {"names": [*"abcdefg"]},
+            r"robot.actions: names \['a', .*the data have \['x'",
+        ),
+        ("cameras", "${oc.env:HOME}", "refers to something outside"),
+    ):
+        changed = said | {key: value}
+        file.write_text(json.dumps(changed if to == "lerobot" else kept | {"robot": changed}))
+        with pytest.raises(UserError, match=fault) as caught:
+            open_dataset(section, "all")
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    file.write_text(json.dumps(kept))
+    # Of other numbers it says nothing, nor where it is missing.
+    chosen = {"lerobot": {"actions": "observation.state"}, "rlds": {"actions": ["observation/state"]}}[to]
+    assert (
+        open_dataset(section | chosen | {"state": None if to == "lerobot" else []}, "all").robot().gripper
+        is None
+    )
+    if to == "rlds":
+        file.write_text(json.dumps({key: kept[key] for key in ("fps", "cameras", "names")}))
+    else:
+        file.unlink()
+    assert open_dataset(section, "all").robot().actions == Vector.plain(robot.actions.names)
 
 
 def test_any_gripper_s_numbers_become_any_other_s() -> None:

@@ -1,11 +1,13 @@
 """Any data set as one in LeRobot's format v3.0, in RLDS, or in CALVIN's.
 
 Actions and state are written as `Dataset.motions` has them, in float32 (CALVIN keeps float64). Each episode
-is written by itself: annotated spans of CALVIN that share frames become episodes that share none, the name of
-the task is kept (`lerobot.TASK`). Back in CALVIN's format each episode is a recording and a span, its frames
-numbered anew; scene state and absolute actions, which this project does not read, are zeros there.
+with frames is written by itself: annotated spans of CALVIN that share frames become episodes that share none;
+LeRobot's format keeps the name of the task (`lerobot.meta.TASK`). Back in CALVIN's format each episode is a
+recording and a span, its frames numbered anew; scene state and absolute actions, which this project does not
+read, are zeros there.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from defi.config import entry
-from defi.data import Dataset, open_dataset
+from defi.data import Dataset, Episode, open_dataset
 from defi.data.calvin import FRAME, RELATIVE, Span, check_gripper, encode_frame, frame_name, index_files
 from defi.data.rlds.write import RLDSWriter
 from defi.engine.output import check_output, new_folder
@@ -22,6 +24,21 @@ from defi.errors import UserError, choose
 
 if TYPE_CHECKING:
     from defi.data.lerobot.write import LeRobotWriter
+
+
+def writer_class(to: str) -> "type[LeRobotWriter] | type[RLDSWriter]":
+    """What writes lerobot or rlds; its `forms` are those that pictures can have.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if to == "rlds":
+        return RLDSWriter
+    try:
+        from defi.data.lerobot.write import LeRobotWriter
+    except ImportError:
+        raise UserError("LeRobot's format needs the package pyarrow; pip install pyarrow") from None
+    return LeRobotWriter
 
 
 def writer_of(
@@ -34,14 +51,18 @@ def writer_of(
     Raises:
         UserError: a package is missing, or what the writer refuses.
     """
-    most = int(data_mb * 2**20)
-    if to == "rlds":
+    kind, most = writer_class(to), int(data_mb * 2**20)
+    if kind is RLDSWriter:
         return RLDSWriter(dataset, folder, name, pictures, most)
-    try:
-        from defi.data.lerobot.write import LeRobotWriter
-    except ImportError:
-        raise UserError("to=lerobot: needs the package pyarrow; pip install pyarrow") from None
-    return LeRobotWriter(dataset, folder, pictures, most, **options)
+    return kind(dataset, folder, pictures, most, **options)
+
+
+def filled(dataset: Dataset) -> Iterator[Episode]:
+    """All episodes that have frames, behind a progress bar: trimming leaves some none."""
+    numbers = np.flatnonzero(dataset.lengths).tolist()
+    if not numbers:
+        raise UserError(f"{dataset.root}: no episode has a frame; give other data")
+    yield from (dataset.episode(number) for number in track(numbers, "episodes", transient=True))
 
 
 def write_episodes(dataset: Dataset, folder: Path, name: str, cfg: DictConfig) -> None:
@@ -49,8 +70,8 @@ def write_episodes(dataset: Dataset, folder: Path, name: str, cfg: DictConfig) -
     options = {"video_most": int(cfg.video_mb * 2**20), "robot_type": cfg.robot_type}
     own = options if cfg.to == "lerobot" else {}
     writer = writer_of(cfg.to, dataset, folder, cfg.pictures, name=name, data_mb=cfg.data_mb, **own)
-    for number in track(range(len(dataset)), "episodes", transient=True):
-        writer.add(dataset.episode(number))
+    for episode in filled(dataset):
+        writer.add(episode)
     writer.close()
 
 
@@ -67,8 +88,7 @@ def write_calvin(dataset: Dataset, folder: Path) -> None:
     recordings, spans, first = [], [], 0
     zeros = {key: np.zeros(shape) for key, (kind, shape) in FRAME.items() if kind is not np.uint8}
     limit, unit = RELATIVE
-    for number in track(range(len(dataset)), "episodes", transient=True):
-        episode = dataset.episode(number)
+    for episode in filled(dataset):
         where = f"{dataset.root}: episode {episode.name}"
         rows = dataset.motions.rows(np.arange(episode.start, episode.start + episode.length))
         actions, state = dataset.motions.actions[rows], dataset.motions.state[rows]
@@ -100,8 +120,11 @@ def main(cfg: DictConfig) -> None:
             write_calvin(dataset, folder)
         else:
             write_episodes(dataset, folder, output.name, cfg)
-    print(f"{output}: {len(dataset)} episodes, {int(dataset.lengths.sum())} frames of {dataset.scope}")
-    print("actions and state as float32", *(f"left out: {each}" for each in dataset.left_out), sep="\n")
+    written, left = int((dataset.lengths > 0).sum()), list(dataset.left_out)
+    if written < len(dataset):
+        left.append(f"{len(dataset) - written} episodes without a frame")
+    print(f"{output}: {written} episodes, {int(dataset.lengths.sum())} frames of {dataset.scope}")
+    print("actions and state as float32", *(f"left out: {each}" for each in left), sep="\n")
 
 
 if __name__ == "__main__":

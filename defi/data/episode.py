@@ -6,15 +6,16 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, groupby
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
+from defi.config import typed
 from defi.data.motions import Motions, index_motions
 from defi.errors import UserError, reading
 from defi.robot.spec import Robot, Vector
@@ -150,6 +151,30 @@ class Dataset:
         """What the data say of their robot; what they do not say is left open (`defi.robot.spec`)."""
         state = Vector.plain(self.state_names) if self.state_names else None
         return Robot(list(self.cameras), Vector.plain(self.action_names), state, self.fps)
+
+
+def completed(robot: Robot, said: Mapping[str, Any], file: Path, parts: Iterable[str]) -> Robot:
+    """A robot as data name its numbers, completed by a description beside them (`Robot`, as JSON): units,
+    what is relative, the gripper, steps executed. parts: of actions and state, those that it is of.
+
+    Raises:
+        UserError: it is none, or of other numbers.
+    """
+    fix = "correct the robot there, or take it out"
+    try:
+        found = typed(Robot, said, "robot")
+    except UserError as error:
+        raise UserError(f"{file}: {error}; {fix}") from None
+    for part in parts:
+        if not (own := getattr(robot, part)):
+            continue
+        its = getattr(found, part) or Vector.plain(())
+        if its.names != own.names:
+            raise UserError(f"{file}: robot.{part}: names {its.names}, the data have {own.names}; {fix}")
+        robot = replace(robot, **{part: replace(own, units=its.units, relative=its.relative)})
+        if part == "actions":
+            robot = replace(robot, gripper=found.gripper, executed=found.executed)
+    return robot
 
 
 @dataclass(kw_only=True)

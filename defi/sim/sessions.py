@@ -11,12 +11,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from defi.collecting import NOISE, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
 from defi.data.calvin import TRAINING, VALIDATION, Span, encode_frame, frame_name, index_files
 from defi.engine.output import write_file
 from defi.errors import UserError
@@ -29,7 +29,11 @@ from defi.sim.world import World
 SESSIONS, RECORD = ".sessions", "record.json"
 UNSEEN = "D"
 AT_LEAST_1 = ("workers", "demos_per_task", "demos_per_session", "static_size", "gripper_size", "play.hold")
-AT_LEAST_0 = ("variations", "validation.demos_per_task")
+AT_LEAST_1 += ("play.max_steps", "play.attempts")
+RANGES = dict.fromkeys(AT_LEAST_1, POSITIVE)
+RANGES |= dict.fromkeys(("seed", "variations", "validation.demos_per_task"), NOT_NEGATIVE)
+RANGES |= {f"play.{key}": limits for key, limits in NOISE.items()}
+RANGES |= dict.fromkeys(("play.reset", "play.random_arm", "play.at_once"), SHARE)
 
 
 @dataclass
@@ -73,10 +77,7 @@ class CollectConfig:
         self.tasks = list(TASKS if self.tasks == ["all"] else check_tasks(self.tasks))
         if self.variations and UNSEEN in self.scenes:
             raise UserError(f"scenes: {UNSEEN} has no variations to train on; set variations=0")
-        for least, keys in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
-            for key in keys:
-                if (value := attrgetter(key)(self)) < least:
-                    raise UserError(f"{key}={value}: must be {least} or more")
+        check_ranges(self, RANGES)
 
     @property
     def splits(self) -> dict[str, SplitConfig]:

@@ -116,7 +116,7 @@ def test_every_step_of_the_recorded_episodes(reference: Path) -> None:
                 state = State(drawer=float(recording.cabinet_qpos[row, joint]))
             else:
                 joints = dict(zip(recording.joint_names, recording.qpos[row]))
-                fingers = link_poses(urdfs[task.robot.split("_")[0]], base, joints)
+                fingers = link_poses(urdfs[task.robot_kind], base, joints)
                 objects = dict(zip(recording.actor_names, recording.actors[row].astype(float)))
                 state = State(objects, recording.contacts_of(row), fingers)
             expected = {name: value for name, value in expected.items() if name != "elapsed_steps"}

@@ -90,7 +90,7 @@ class SimplerEnvironment(Environment):
     def observe(self) -> Observation:
         seen = self.simpler.observe()
         (picture,) = seen.images.values()
-        state = STATES[self.trial.start.task.robot.split("_")[0]](seen, self.simpler.scene)
+        state = STATES[self.trial.start.task.robot_kind](seen, self.simpler.scene)
         return {"images": {self.camera: picture}, "instruction": seen.instruction, "state": state}
 
     def step(self, action: Float[np.ndarray, "7"]) -> Step:

@@ -25,12 +25,13 @@ from defi.benchmarks.simpler.demonstrations import (
     plan,
 )
 from defi.benchmarks.simpler.episodes import TASKS
-from defi.collecting import MANIFEST, in_processes, start_folder, success_rates, success_table
+from defi.collecting import MANIFEST, check_same, in_processes, start_folder, success_rates, success_table
 from defi.config import entry, typed
 from defi.data.convert import writer_of
 from defi.data.episode import share_of
 from defi.engine.output import write_file
 from defi.errors import UserError, writing
+from defi.files import read_json
 
 Records = Mapping[Demonstration, list[dict[str, Any]]]  # every attempt at each
 
@@ -64,21 +65,25 @@ def split(config: CollectConfig, records: Records) -> tuple[list[Demonstration],
 
 
 def write_data(config: CollectConfig, output: Path, records: Records, console: Console) -> None:
-    """Anew, whatever a killed run has left of it."""
-    for left in (each for each in output.iterdir() if each.is_dir() and each.name != FOLDER):
-        shutil.rmtree(left)
+    """Anew, whatever a killed run has left of it; beside the demonstrations until all is there."""
     training, held_out = split(config, records)
-    data = Demonstrations(output, [*training, *held_out], config.robot)
-    writer = writer_of(config.format, data, output, config.pictures, name=Path(config.output).name)
+    data, folder = Demonstrations(output, [*training, *held_out], config.robot), output / FOLDER / "written"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    writer = writer_of(config.format, data, folder, config.pictures, name=Path(config.output).name)
     for number in track(range(len(data)), f"writing {config.format}", console=console):
         writer.add(data.episode(number), "train" if number < len(training) else "val")
     writer.close()
+    for made in folder.iterdir():
+        if (place := output / made.name).is_dir():  # of a run that was killed just here
+            shutil.rmtree(place)
+        os.replace(made, place)
 
 
 def write_manifest(output: Path, config: CollectConfig, records: Records) -> None:
     """What was collected, and how; written last."""
     attempts = [attempt for each in records.values() for attempt in each]
-    manifest: dict[str, Any] = {"version": __version__, "settings": config.identity()}
+    manifest: dict[str, Any] = {"version": __version__, "settings": config.settings()}
     if config.record:
         parts = zip(("train", "val"), split(config, records))
         steps = {demo: attempts[-1]["steps"] for demo, attempts in records.items()}
@@ -100,7 +105,8 @@ def main(cfg: DictConfig) -> None:
     if config.record:
         check.drawing()
     output, console = start_folder(config), Console()
-    if (output / MANIFEST).is_file():
+    if (told := output / MANIFEST).is_file():
+        check_same(told, read_json(told, "overwrite=true").get("settings", {}), config.settings())
         shutil.rmtree(output / FOLDER, ignore_errors=True)  # left by a run killed at its last step
         console.print(f"{output}: already complete")
         return
@@ -114,7 +120,9 @@ def main(cfg: DictConfig) -> None:
     attempts = [attempt for each in records.values() for attempt in each]
     console.print(success_table(success_rates(attempts, config.tasks)))
     if not config.record:
-        console.print(f"{output}: {len(attempts)} attempts in {seconds:.0f} s, nothing recorded")
+        disturbed = sum(attempt["disturbed"] for attempt in attempts)
+        said = f"{len(attempts)} attempts, {disturbed} of them disturbed (noise_probability)"
+        console.print(f"{output}: {said}, in {seconds:.0f} s, nothing recorded")
         return
     training, held_out = split(config, records)
     frames = sum(records[demo][-1]["steps"] for demo in (*training, *held_out))

@@ -23,8 +23,9 @@ from defi.benchmarks.simpler.episodes import TASKS, episodes
 from defi.benchmarks.simpler.episodes import Episode as Start
 from defi.benchmarks.simpler.scripted import scripted
 from defi.benchmarks.simpler.starts import random_start
-from defi.collecting import smooth_noise
-from defi.data.episode import Dataset, Episode, Frames
+from defi.collecting import NOISE, NOT_NEGATIVE, POSITIVE, check_ranges, smooth_noise
+from defi.data.convert import writer_class
+from defi.data.episode import Dataset, Episode, Frames, share_of
 from defi.data.motions import Motions
 from defi.engine.output import write_file
 from defi.errors import UserError, choose, reading
@@ -34,7 +35,9 @@ from defi.robot.spec import Robot
 FOLDER = ".demonstrations"
 UNITS = np.array([0.02] * 3 + [0.05] * 3 + [1.0])  # of the noise: m, rad
 BENCHMARKS = {"widowx": WidowX, "google": Google}
-FORMS = {"lerobot": ("images", "av1", "h264"), "rlds": ("images", "jpeg")}  # of the pictures, by data format
+COUNTS = ("workers", "demos_per_task", "attempts", "max_steps", "hold")
+RANGES = dict.fromkeys(COUNTS, POSITIVE) | {"seed": NOT_NEGATIVE} | NOISE
+DISTURBED = 0.6  # of the demonstrations, where no setting says
 FIX = "delete this file, then continue with resume=true"
 
 
@@ -60,7 +63,7 @@ class CollectConfig:
     attempts: int
     max_steps: int | None
     hold: int
-    noise_probability: float
+    noise_probability: float | None
     noise_position: float
     noise_rotation: float
     noise_correlation: float
@@ -70,21 +73,35 @@ class CollectConfig:
             choose("tasks", task, TASKS)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"tasks={self.tasks}: name one or more, none of them twice")
-        choose("format", self.format, FORMS)
-        choose("pictures", self.pictures, FORMS[self.format])
+        choose("format", self.format, ("lerobot", "rlds"))
         choose("starts", self.starts, ("random", "official"))
+        check_ranges(self, RANGES)
+        if self.noise_probability is None:
+            self.noise_probability = DISTURBED if self.starts == "random" else 0.0
         if self.record and self.starts == "official":
             why = "these are what policies are tried on, not trained"
             raise UserError(f"starts=official: {why}; only success rates are had from them: record=false")
-        if self.record and len({TASKS[task].robot.split("_")[0] for task in self.tasks}) > 1:
+        if self.record and len({TASKS[task].robot_kind for task in self.tasks}) > 1:
             raise UserError("tasks: of two robots, with other cameras and state; collect a data set of each")
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise UserError(f"image_size={self.image_size}: must be [width, height], or null for all pixels")
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out={self.held_out}: must be a share from 0 to less than 1")
-        for key in ("workers", "demos_per_task", "attempts", "max_steps", "hold"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise UserError(f"{key}={value}: must be 1 or more")
+        if self.record:
+            self._check_writing()
+
+    def _check_writing(self) -> None:
+        """What the writer would refuse in the end."""
+        choose("pictures", self.pictures, writer_class(self.format).forms)
+        if (
+            self.pictures not in ("images", "jpeg")
+            and self.image_size
+            and any(n % 2 for n in self.image_size)
+        ):
+            raise UserError(f"image_size={self.image_size}: videos need even sizes, or pictures=images")
+        if len(share_of([""] * self.demos_per_task, self.held_out)) == self.demos_per_task:
+            none = f"of demos_per_task={self.demos_per_task} none are left to train on"
+            raise UserError(f"held_out={self.held_out}: {none}; raise that, or give held_out=0")
 
     @property
     def processes(self) -> int:
@@ -92,12 +109,18 @@ class CollectConfig:
 
     @property
     def robot(self) -> Robot:
-        return BENCHMARKS[TASKS[self.tasks[0]].robot.split("_")[0]]().robot
+        return BENCHMARKS[TASKS[self.tasks[0]].robot_kind]().robot
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that the data depend on."""
+    def settings(self) -> dict[str, Any]:
+        """Those that the data depend on."""
         others = "output", "resume", "overwrite", "workers", "simpler_root"
         return {key: value for key, value in asdict(self).items() if key not in others}
+
+    def identity(self) -> dict[str, Any]:
+        """Those that each demonstration depends on; how many are written, and how, can change until then."""
+        others = ["tasks", "format", "pictures", "held_out"]
+        others += ["demos_per_task"] if self.starts == "random" else []  # else it says which starts
+        return {key: value for key, value in self.settings().items() if key not in others}
 
 
 @dataclass(frozen=True)
@@ -152,7 +175,7 @@ def play(simpler: Simpler, start: Start, config: CollectConfig, random: np.rando
     policy, noise = scripted(simpler, random), smooth_noise(config, random)
     played = Played([], [], [], None, bool(random.random() < config.noise_probability))
     limit, idle = config.max_steps or start.task.steps, 0
-    observed = STATES[start.task.robot.split("_")[0]]
+    observed = STATES[start.task.robot_kind]
     while True:
         played.moments.append(simpler.moment())
         played.states.append(observed(simpler.observe(pictures=False), simpler.scene))
@@ -177,7 +200,8 @@ def demonstrate(demo: Demonstration, config: CollectConfig, output: Path) -> lis
     """Every attempt at a demonstration, until one succeeds and is written; what is there is only read."""
     file = demo.file(output)
     if file.is_file():
-        return read_file(file)["attempts"]
+        with reading(file, FIX):
+            return json.loads(str(read_array(file, "attempts")))
     simpler, attempts, arrays = world(config.simpler_root, config.record), [], {}
     for attempt in range(config.attempts if config.starts == "random" else 1):
         random = np.random.default_rng([config.seed, *demo.task.encode(), demo.number, attempt])
@@ -220,36 +244,40 @@ def shrunk(
     return resize(pixels, (size[1], size[0]))[0].round().byte().permute(1, 2, 0).numpy()
 
 
-@lru_cache(2)  # the writers read one after the other, several pictures at a time
-def read_file(file: Path) -> dict[str, Any]:
+@lru_cache(4)  # the writers read one after the other, several pictures at a time
+def read_array(file: Path, name: str) -> np.ndarray:
+    """One of a file alone: most of it is pictures."""
     with reading(file, FIX), np.load(file) as arrays:
-        found = dict(arrays)
-        return found | {"attempts": json.loads(str(found["attempts"]))}
+        return arrays[name]
 
 
 class Demonstrations(Dataset):
     """Finished ones as a data set, for the writers of formats."""
 
     def __init__(self, output: Path, demos: Sequence[Demonstration], robot: Robot) -> None:
-        self.root, self.demos, self.scope = output, demos, f"{len(demos)} demonstrations"
+        self.root, self.demos, self._robot = output, demos, robot
+        self.scope = f"{len(demos)} demonstrations"
         self.cameras, self.fps = tuple(robot.cameras), robot.fps
         self.action_names, self.state_names = tuple(robot.actions.names), tuple(robot.state.names)
-        self.lengths = np.array([len(self._file(demo)["actions"]) for demo in demos], np.int64)
+        self.lengths = np.array([len(self._array(demo, "actions")) for demo in demos], np.int64)
         self.starts = self.lengths.cumsum() - self.lengths
 
-    def _file(self, demo: Demonstration) -> dict[str, Any]:
-        return read_file(demo.file(self.root))
+    def robot(self) -> Robot:
+        return self._robot
+
+    def _array(self, demo: Demonstration, name: str) -> np.ndarray:
+        return read_array(demo.file(self.root), name)
 
     def episode(self, number: int) -> Episode:
         demo = self.demos[number]
-        words = (str(self._file(demo)["instruction"]),)
+        words = (str(self._array(demo, "instruction")),)
         return Episode(demo.name, int(self.starts[number]), int(self.lengths[number]), words, demo.task)
 
     def read(self, episode: Episode, positions: Sequence[int], cameras: Sequence[str]) -> dict[str, Frames]:
         number = int(np.searchsorted(self.starts, episode.start, side="right")) - 1
-        found, where = self._file(self.demos[number]), self.demos[number].file(self.root)
-        bounds = np.append(0, found["ends"])
-        coded = [found["pictures"][bounds[place] : bounds[place + 1]].tobytes() for place in positions]
+        demo, where = self.demos[number], self.demos[number].file(self.root)
+        packed, bounds = self._array(demo, "pictures"), np.append(0, self._array(demo, "ends"))
+        coded = [packed[bounds[place] : bounds[place + 1]].tobytes() for place in positions]
         frames = stack_frames(
             [decode_picture(each, str(where), fix=FIX) for each in coded], [where] * len(coded)
         )
@@ -258,8 +286,9 @@ class Demonstrations(Dataset):
     @cached_property
     def motions(self) -> Motions:
         """In memory: they are read once."""
-        files = [self._file(demo) for demo in self.demos]
-        actions, state = (np.concatenate([each[key] for each in files]) for key in ("actions", "state"))
+        actions, state = (
+            np.concatenate([self._array(demo, name) for demo in self.demos]) for name in ("actions", "state")
+        )
         return Motions(np.arange(len(actions)), actions, state)
 
     def read_motions(self, frames: range) -> Float32[np.ndarray, "N A_S"]:

@@ -11,10 +11,19 @@ from defi.benchmarks.simpler.episodes import Episode, Placed
 from defi.benchmarks.simpler.judge import Info, Judge, Settled, State, judge_of, world_box
 from defi.benchmarks.simpler.picture import Eye
 from defi.benchmarks.simpler.poses import Pose
-from defi.benchmarks.simpler.scene import DROP, FREE, LOCKED, TABLE, UPRIGHT_ONLY, Scene, pose_of, sapien_pose
+from defi.benchmarks.simpler.scene import (
+    DROP,
+    FALL_ONLY,
+    FREE,
+    LOCKED,
+    TABLE,
+    UPRIGHT_ONLY,
+    Scene,
+    pose_of,
+    sapien_pose,
+)
 
 AWAY = (-10.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # where the robot waits while objects are dropped
-SINK_ONLY = [True, True, False, True, True, False]
 SINK = (-0.16, 0.13, 0.88, 1.0, 0.0, 0.0, 0.0)
 
 
@@ -110,7 +119,7 @@ class Simpler:
         """Distractors, one after another: two may come down at the same place."""
         scene, bodies = self.scene, [self.scene.objects[placed.model] for placed in objects]
         for body, placed in zip(bodies, objects):
-            scene.place(body, (*placed.xy, TABLE + DROP, *placed.turn), SINK_ONLY)
+            scene.place(body, (*placed.xy, TABLE + DROP, *placed.turn), FALL_ONLY)
             scene.rest(0.5)
         for body in bodies:
             scene.place(body, pose_of(body.entity.pose), FREE)

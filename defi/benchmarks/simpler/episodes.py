@@ -39,6 +39,11 @@ class Task:
         """top, middle or bottom."""
         return self.name.split("_")[-2]
 
+    @property
+    def robot_kind(self) -> str:
+        """widowx or google."""
+        return self.robot.split("_")[0]
+
 
 @dataclass(frozen=True)
 class Placed:

@@ -30,7 +30,9 @@ ROOMS = {  # where these stages are put, before their offset
     "modern_bedroom_no_roof": (0.178, -2.235, 1.669, 0.007, 0, 0, -1),
     "modern_office_no_roof": (-0.192, -1.728, 1.48, 0.709, 0, 0, -0.705),
 }
+# Along and about x, y, z: what a body may not do.
 FREE, UPRIGHT_ONLY, LOCKED = [False] * 6, [False] * 3 + [True, True, False], [True] * 6
+FALL_ONLY = [True, True, False, True, True, False]
 
 
 @cache
@@ -189,7 +191,7 @@ class Scene:
         if self.drawn:
             builder.add_visual_from_file(str(file), pose)
         arena = builder.build_static("arena")
-        offset = OFFSETS[self.task.robot.split("_")[0]]
+        offset = OFFSETS[self.task.robot_kind]
         arena.set_pose(sapien_pose((*(-np.array(offset)), 1, 0, 0, 0)))
 
     def _load_object(self, placed: Placed) -> Any:

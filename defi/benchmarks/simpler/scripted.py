@@ -1,8 +1,9 @@
 """Scripted policies (oracles) for SIMPLER's tasks: `scripted(simpler, random)` picks one by the task.
 
-They steer by the true state alone, and what the WidowX does next follows from the present state, never from
-a clock: a picture determines it, and a disturbed arm returns. Lengths in metres, angles in radians, in the
-frame of the robot's base.
+They know the true state. What the WidowX does next follows from it, never from a clock or a phase: a
+disturbed arm returns. A picture alone does not tell it all: it also depends on speeds of the fingers, on how
+far the controller's target is ahead of the tip, and on heights and a speed that each episode draws. Lengths
+in metres, angles in radians, in the frame of the robot's base.
 """
 
 from dataclasses import dataclass

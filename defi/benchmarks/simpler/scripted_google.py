@@ -1,10 +1,12 @@
 """Scripted policies for the Google robot: pick a can, move near, close and open drawers.
 
-They steer by the true state alone, as feedback: where noise moves the hand, the next action corrects it; an
-object or a drawer that is lost is taken again. World frame, metres; the cabinet's front is towards +x.
-Handles of the drawers have no collision: a drawer is closed by its front plate, and opened by the plate's
-upper edge, which stands free: between two plates, and under the table top, there are 10 cm of open space. A
-fingertip that reaches in there and presses down (about 20 N) pulls the drawer along by friction.
+They know the true state and go through phases (over it, down, close, lift), in each by feedback: where noise
+moves the hand, the next action corrects it; an object or a drawer that is lost is taken again. The phase is
+remembered, fingers get 4 steps by a counter, and each episode draws heights, tilts and a speed: a picture
+alone does not tell the next action. World frame, metres; the cabinet's front is towards +x. Handles of the
+drawers have no collision: a drawer is closed by its front plate, and opened by the plate's upper edge, which
+stands free: between two plates, and under the table top, there are 10 cm of open space. A fingertip that
+reaches in there and presses down (about 20 N) pulls the drawer along by friction.
 """
 
 from collections.abc import Callable, Iterator
@@ -245,7 +247,7 @@ class GoogleScripted:
         self._fingers = 0.0
 
     def action(self) -> Action:
-        """The next step's, from the state now: move (m), turn (rotation vector, rad), fingers (1 closes)."""
+        """The next step's, by phase and state: move (m), turn (rotation vector, rad), fingers (1 closes)."""
         action = next(self._script, None)
         if action is None:
             self.done = True

@@ -24,9 +24,10 @@ APART = {  # m between two objects' middles, for both and for a hand around one 
 def random_start(task: str, random: np.random.Generator, index: int = -1) -> Episode:
     """A start of a task of `TASKS`: an official one, drawn with equal chance, changed a little.
 
-    Objects stand anywhere in the rectangle that the official places span (the basket stays where it is),
-    turned from one of the official turns by up to `TURNED`. Before the cabinet the robot stands near one of
-    its nine places, and the photo is that place's. index: what the episode says of itself.
+    Objects stand anywhere in the rectangle that the official places span, turned from one of the official
+    turns by up to `TURNED`; what has one official place (the basket, by which is judged) stays as it is.
+    Before the cabinet the robot stands near one of its nine places, and the photo is that place's. index:
+    what the episode says of itself.
     """
     official = episodes(task)
     start = official[random.integers(len(official))]
@@ -40,7 +41,7 @@ def random_start(task: str, random: np.random.Generator, index: int = -1) -> Epi
         if all(dist(one, other) >= apart for one, other in combinations(places, 2)):
             break
     objects = tuple(
-        replace(placed, xy=place, turn=_turned(placed.turn, random) if np.ptp(each, 0).any() else placed.turn)
+        replace(placed, xy=place, turn=_turned(placed.turn, random)) if np.ptp(each, 0).any() else placed
         for placed, place, each in zip(start.objects, places, spots)
     )
     return replace(start, index=index, setting="", objects=objects)

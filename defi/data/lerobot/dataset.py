@@ -17,14 +17,25 @@ import numpy as np
 from jaxtyping import Float32
 from rich.progress import track
 
-from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, file_stamp, of_part
-from defi.data.lerobot.meta import Meta, download, find_root
+from defi.data.episode import (
+    Dataset,
+    DataSettings,
+    Episode,
+    Frames,
+    Part,
+    completed,
+    file_stamp,
+    of_part,
+)
+from defi.data.lerobot.meta import ROBOT, Meta, download, find_root
 from defi.data.lerobot.rows import FIX, columns_of, read_rows, read_table
 from defi.engine.output import index_place, take_turn, write_file
 from defi.errors import UserError, reading, writing
+from defi.files import read_json
 from defi.npy import map_npy
 from defi.picture import decode_picture, stack_frames
 from defi.processes import print_once
+from defi.robot.spec import Robot
 from defi.video import timed_video
 
 VERSION = 1  # of what is checked and how it is kept
@@ -79,6 +90,7 @@ class LeRobotData(Dataset):
         self._state, self.state_names = meta.vector(settings.state, "observation.state", "state")
         self._chosen = np.asarray(chosen, np.int64)
         self.lengths, self.starts = meta.lengths[self._chosen], meta.firsts[self._chosen]
+        self._robot = self._described()
         self._videos = [key for key in self._keys.values() if meta.features[key]["dtype"] == "video"]
         self._tasks = meta.tasks
         self.fingerprint = self._fingerprint()
@@ -114,6 +126,18 @@ class LeRobotData(Dataset):
                 digest.update(f"{file.relative_to(self.root)} {file.stat().st_size}\n".encode())
         self.stamp = file_stamp(sorted(data))
         return digest.hexdigest()[:16]
+
+    def _described(self) -> Robot:
+        """As info.json and, of the numbers that are usually taken, `ROBOT` say."""
+        robot, file = super().robot(), self.root / ROBOT
+        if not file.is_file():
+            return robot
+        written = {"actions": self._actions == "action", "state": self._state == "observation.state"}
+        parts = [part for part, own in written.items() if own]
+        return completed(robot, read_json(file, "correct it, or delete it"), file, parts)
+
+    def robot(self) -> Robot:
+        return self._robot
 
     # ------------------------------------------------------------ checked and indexed once
 

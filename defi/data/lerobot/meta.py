@@ -17,6 +17,7 @@ from defi.files import inside, read_json, read_text
 from defi.instructions import read_instruction
 
 VERSIONS = ("v2.1", "v3.0")
+ROBOT = "meta/robot.json"  # a file of ours: a `Robot`, whose action and observation.state the data hold
 TASK = "defi/task"  # a column of ours in the table of episodes: `Episode.task`
 PLACES = ("episode_index", "length", "data/", "videos/", TASK)  # columns of that table which are read
 FIELD = re.compile(r"\{(\w+)(?::(0?\d{1,2}d))?\}")  # of a path, "{chunk_index:03d}"

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from defi.data.episode import Dataset, Episode, Frames
-from defi.data.lerobot.meta import TASK
-from defi.errors import UserError
+from defi.data.lerobot.meta import ROBOT, TASK
+from defi.errors import UserError, choose
 from defi.picture import encode_picture
 
 os.environ.setdefault("SVT_LOG", "1")  # the encoder's errors alone
@@ -122,6 +122,8 @@ class LeRobotWriter:
         UserError: what cannot be written so, or read.
     """
 
+    forms = ("images", *CODECS)
+
     def __init__(
         self,
         dataset: Dataset,
@@ -131,8 +133,7 @@ class LeRobotWriter:
         video_most: int = 200 * 2**20,
         robot_type: str = "unknown",
     ) -> None:
-        if pictures not in ("images", *CODECS):
-            raise UserError(f"pictures={pictures}: choose from images, {', '.join(CODECS)}")
+        choose("pictures", pictures, self.forms)
         self.dataset, self.folder, self.pictures, self.robot_type = dataset, folder, pictures, robot_type
         self.fps = dataset.rate(dataset.episode(0))
         self.keys = {camera: f"observation.images.{camera}" for camera in dataset.cameras}
@@ -278,6 +279,7 @@ class LeRobotWriter:
             "features": self.features,
         }
         (meta / "info.json").write_text(json.dumps(info, indent=4))
+        (self.folder / ROBOT).write_text(json.dumps(asdict(self.dataset.robot()), indent=4))
         stats = {name: _statistics(np.concatenate(each)) for name, each in self.values.items()}
         stats |= {key: _picture_statistics(each, self.frames) for key, each in self.counts.items()}
         (meta / "stats.json").write_text(json.dumps(stats, indent=4))

@@ -14,9 +14,9 @@ from jaxtyping import Float32
 from omegaconf import OmegaConf
 
 from defi.config import typed
-from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part
+from defi.data.episode import Dataset, DataSettings, Episode, Frames, Part, completed
 from defi.data.rlds.dataset import RLDSDataset, default_splits
-from defi.data.rlds.spec import FEATURES, STEPS, choose_split, find_version, read_splits
+from defi.data.rlds.spec import FEATURES, METADATA, STEPS, choose_split, find_version, read_splits
 from defi.data.rlds.standardise import GRIPPERS, POSE, movements
 from defi.errors import UserError, choose
 from defi.processes import print_once
@@ -26,7 +26,7 @@ from defi.robot.spec import Robot
 # names), else all that lies below `action`; and the robot's state, the first of `STATES`.
 ACTION, ACTIONS = "action", ("world_vector", "rotation_delta", "gripper_closedness_action")
 ON_HAND = ("wrist", "hand", "gripper")  # in the names of cameras that move with the robot, and come last
-STATES = ("observation/state", "observation/proprio", "observation/base_pose_tool_reached")
+STATES = ["observation/state", "observation/proprio", "observation/base_pose_tool_reached"]
 LONGEST_TRIM = 10**6  # steps
 
 
@@ -203,8 +203,12 @@ class RLDSData(Dataset):
         return self._robot
 
     def _described(self, given: Mapping[str, Any]) -> Robot:
-        """As the data say, and beside them the setting `robot`."""
-        robot = super().robot()
+        """As the data say, and before them the setting `robot`."""
+        robot, said = super().robot(), self.data.metadata.robot
+        if said is not None:
+            written = {"actions": self._actions == [ACTION], "state": self._state == STATES[:1]}
+            parts = [part for part, own in written.items() if own]
+            robot = completed(robot, said, self.root / METADATA, parts)
         if robot.state is None:
             given = {key: value for key, value in given.items() if key != "state"}
         found = typed(Robot, OmegaConf.merge(asdict(robot), given), "data.robot")

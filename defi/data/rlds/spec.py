@@ -50,12 +50,14 @@ class Feature:
 class Metadata:
     """What a data set written here says besides. fps: frames per second; None: unknown, or recordings differ.
 
-    cameras: in order. names: of the numbers in a feature, by its path below `steps/`.
+    cameras: in order. names: of the numbers in a feature, by its path below `steps/`. robot: whose
+    `action` and `observation/state` they are (`defi.robot.spec`); None: nobody says.
     """
 
     fps: float | None = None
     cameras: list[str] = field(default_factory=list)
     names: dict[str, list[str]] = field(default_factory=dict)
+    robot: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def read_metadata(folder: Path) -> Metadata:
     if not (file := folder / METADATA).is_file():
         return Metadata()
     said = read_json(file, FIX)
-    if not isinstance(said, dict) or set(said) != {each.name for each in fields(Metadata)}:
+    if not isinstance(said, dict) or {*said, "robot"} != {each.name for each in fields(Metadata)}:
         return Metadata()
     found = typed(Metadata, said, str(file))
     if found.fps is not None and not 0 < found.fps < 1000:

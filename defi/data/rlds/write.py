@@ -4,7 +4,8 @@
 
 A record is one episode, a `tf.train.Example` whose features are named by their paths: those of `steps` hold
 the values of all steps, one after the other. The features have the names that `data=rlds`, and most users of
-Open X-Embodiment, look for.
+Open X-Embodiment, look for. `reward` is 1 at the last step and 0 before it, `is_terminal` is true there,
+whatever the data: episodes are taken for demonstrations that succeed.
 """
 
 import json
@@ -12,7 +13,7 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -168,6 +169,8 @@ class RLDSWriter:
         UserError: what cannot be written so, or read.
     """
 
+    forms = tuple(FORMS)
+
     def __init__(
         self,
         dataset: Dataset,
@@ -176,7 +179,7 @@ class RLDSWriter:
         pictures: str = "images",
         most: float = 100 * 2**20,
     ) -> None:
-        choose("pictures", pictures, FORMS)
+        choose("pictures", pictures, self.forms)
         self.dataset, self.form = dataset, FORMS[pictures]
         self.folder, self.name = folder / VERSION, re.sub(r"\W+", "_", name).strip("_").lower() or "data"
         self.most = most
@@ -191,7 +194,6 @@ class RLDSWriter:
         if not length:
             raise UserError(f"episode {episode.name}: has no frame; leave it out (data.split)")
         found: dict[str, Any] = {"episode_metadata/file_path": [episode.name.encode()]}
-        found |= {"episode_metadata/task": [episode.task.encode()]}
         texts = [episode.text(position).encode() for position in range(length)]
         found[f"{STEPS}language_instruction"] = texts
         found[f"{STEPS}is_first"] = np.arange(length) == 0
@@ -226,12 +228,12 @@ class RLDSWriter:
         if data.action_names:
             numbers["action"] = tensor("float32", len(data.action_names))
         features = features_dict(
-            episode_metadata=features_dict(file_path=text(), task=text()),
+            episode_metadata=features_dict(file_path=text()),
             steps=steps(observation=features_dict(**observation), language_instruction=text(), **numbers),
         )
         for shards in self.splits.values():
             shards.close(self.name)
         names = {"action": list(data.action_names), "observation/state": list(data.state_names)}
-        said = {"fps": data.fps, "cameras": list(data.cameras), "names": names}
+        said = {"fps": data.fps, "cameras": list(data.cameras), "names": names, "robot": asdict(data.robot())}
         (self.folder / METADATA).write_text(json.dumps(said, indent=4))
         describe(self.folder, self.name, features, list(self.splits.values()))
