@@ -115,6 +115,12 @@ def test_the_page_s_benchmark_from_the_command_to_the_comparison(
         compare(read_results(chance), read_results(tmp_path / "other"))
 
 
+def test_the_page_compares_what_can_be_compared(reach: type[Benchmark]) -> None:
+    runs = re.findall(r"step3_rollout.sh benchmark=reach:Reach (.*)", PAGE.read_text())
+    own = [{each for each in run.split() if each.partition("=")[0] in vars(reach())} for run in runs]
+    assert len(own) == 2 and own[0] == own[1]
+
+
 def test_a_policy_of_its_robot_runs_and_one_of_another_is_refused(
     reach: type[Benchmark], roll_out: Callable[..., str], tmp_path: Path
 ) -> None:
