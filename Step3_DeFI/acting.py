@@ -139,29 +139,7 @@ class Policy:
 
     def check(self, observation: Observation) -> None:
         """Raises UserError as `infer` does."""
-        images = observation.get("images", {})
-        for camera in self.robot.cameras:
-            if camera not in images:
-                seen = f"this policy sees {', '.join(self.robot.cameras)}"
-                raise UserError(f"observation: no picture of the camera {camera}; {seen}")
-            dtype, shape = getattr(images[camera], "dtype", None), np.shape(images[camera])
-            if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-                wrong = f"is {dtype or type(images[camera]).__name__} {list(shape)}"
-                raise UserError(f"observation: the picture of {camera} {wrong}; give uint8 [H, W, 3]")
-        if not isinstance(observation.get("instruction"), str):
-            raise UserError("observation: no instruction; give a sentence")
-        if wanted := self.model.config.state_dim:
-            state = np.asarray(observation.get("state", ()))
-            if "state" not in observation:
-                names = ", ".join(self.robot.state.names)
-                raise UserError(f"observation: no state; give {wanted} numbers: {names}")
-            finite = state.dtype.kind in "fiu"
-            with np.errstate(over="ignore"):  # as the policy reads it
-                finite = finite and bool(np.isfinite(state.astype(np.float32)).all())
-            if state.shape != (wanted,) or not finite:
-                names = ", ".join(self.robot.state.names)
-                wrong = f"state is {state.dtype} {list(state.shape)}"
-                raise UserError(f"observation: {wrong}; give {wanted} finite numbers: {names}")
+        self.robot.check(observation, state=self.model.config.state)
 
 
 @dataclass

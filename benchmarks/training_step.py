@@ -4,9 +4,11 @@
 
 Both sides get the same sizes (those of preset=released, smaller in the ways that the published code allows),
 random weights, batch, instructions, threads and gradient checkpointing. A training step is forward, backward
-and AdamW, as each code base builds it, on made-up inputs in memory. A look is one observation → a chunk of
-actions. Printed are medians of processor time (of the clock on a GPU) and memory: weights and optimizer, plus
-the most that a step takes beyond them. Not in it, on either side: reading data, averaged weights, clipping.
+and AdamW on made-up inputs in memory: ours as this project's training builds it, on the published side
+PyTorch's AdamW with its defaults over all that learns; the published optimizer set-up is not used. A look is
+one observation → a chunk of actions. Printed are medians of processor time (of the clock on a GPU) and
+memory: weights and, of a training step, AdamW's moments, plus the most that it takes beyond them. Not in it,
+on either side: reading data, averaged weights, clipping.
 
 The published modules are imported from the folder and run as they are, with stand-ins where they load weights
 from disk: this project's random towers, with T5 and CLIP encoding each text at each step, as there. A stage
@@ -65,7 +67,7 @@ BATCHES = {"small": (1, 4, 1), "middle": (2, 8, 4), "full": (1, 32, 8)}  # of st
 
 @dataclass
 class Side:
-    """run: one step. held: bytes of weights and optimizer state."""
+    """run: one step, or look. held: bytes of weights and, of a step, optimizer state."""
 
     run: Callable[[], Any]
     held: int
@@ -74,10 +76,10 @@ class Side:
 Pair = tuple[str, Side, Side]  # what it is; the published, ours
 
 
-def size_of(*modules: nn.Module) -> int:
+def size_of(*modules: nn.Module, learning: bool = True) -> int:
     """Bytes of weights, and of AdamW's two moments of those that learn; what several share counts once."""
     weights = {id(each): each for module in modules for each in (*module.parameters(), *module.buffers())}
-    moments = sum(2 * 4 * each.numel() for each in weights.values() if each.requires_grad)
+    moments = sum(2 * 4 * each.numel() for each in weights.values() if learning and each.requires_grad)
     return sum(each.numel() * each.element_size() for each in weights.values()) + moments
 
 
@@ -105,33 +107,38 @@ def theirs(module: nn.Module, loss: Callable[[], Tensor], device: str, *frozen: 
 
 
 @contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """Modules of a folder, whose names are too general to stay importable."""
+def importable(folder: Path) -> Iterator[Path]:
+    """Modules of a folder, which it gives; afterwards they are forgotten, for their names are too general."""
+    folder, before = folder.resolve(), set(sys.modules)
     if not folder.is_dir():
         raise UserError(f"{folder}: missing; give a clone of the published code as --published")
     sys.path.insert(0, str(folder))
     try:
-        yield
+        yield folder
     finally:
         sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            module = sys.modules[name]
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            if any(place and Path(place).is_relative_to(folder) for place in places):
+                del sys.modules[name]
 
 
 # ---------------------------------------------------------------- the stages
 
 
-def stage_1(published: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair]:
+def stage_1(folder: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair]:
     """UNet from stored latents."""
     model = GFDM.from_config(GFDMConfig.from_preset(cfg)).to(device)
     unet = copy.deepcopy(model.unet).train()
     for each in (model.unet, unet):  # in both
         each.enable_gradient_checkpointing()
-    with importable(published / "Step1_GFDM"):
-        # What draws pictures stays out: a step needs none of it, and imports what newer diffusers lack.
-        pictures = sys.modules["video_models.pipeline"] = ModuleType("video_models.pipeline")
-        vars(pictures)["MaskStableVideoDiffusionPipeline"] = None
-        file = published / "Step1_GFDM" / "scripts" / "train_svd.py"
-        spec: Any = importlib.util.spec_from_file_location("train_svd", file)
-        spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
+    file = folder / "scripts" / "train_svd.py"
+    # What draws pictures stays out: a step needs none of it, and imports what newer diffusers lack.
+    pictures = sys.modules["video_models.pipeline"] = ModuleType("video_models.pipeline")
+    vars(pictures).update(MaskStableVideoDiffusionPipeline=None, __file__=str(file))  # as if of the folder
+    spec: Any = importlib.util.spec_from_file_location("train_svd", file)
+    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
     sizes, edm = model.config, model.config.diffusion
     latents = torch.randn(batch, sizes.frames, 4, sizes.latent_size, sizes.latent_size, device=device)
     texts = (TEXTS * batch)[:batch]
@@ -182,10 +189,9 @@ def tokenizer_of(module: ModuleType, gidm: GIDM, **sizes: Any) -> nn.Module:
         torch.hub.load = hub
 
 
-def stage_2(published: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair]:
+def stage_2(folder: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair]:
     model = GIDM(GIDMConfig.from_preset(cfg)).to(device)
-    with importable(published / "Step2_GIDM"):
-        module = import_module("genie.modules.lam")
+    module = import_module("genie.modules.lam")
     lam = tokenizer_of(module, model).to(device).train()
     own = model.config.fake_batch(batch)
     own["frames"] = own["frames"].to(device)
@@ -272,11 +278,10 @@ def published_policy(module: ModuleType, policy: DeFI, gidm: GIDM) -> Any:
     return theirs.to(policy.device)
 
 
-def stage_3(published: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair]:
+def stage_3(folder: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair]:
     gfdm, gidm = GFDM.from_config(GFDMConfig.from_preset(cfg)), GIDM(GIDMConfig.from_preset(cfg))
     policy = DeFI(PolicyConfig.from_preset(cfg, calvin_robot()), gfdm=gfdm, **language_of(gidm)).to(device)
-    with importable(published / "Step3_DeFI"):
-        module = import_module("policy_models.VPP_policy")
+    module = import_module("policy_models.VPP_policy")
     other, side = published_policy(module, policy, gidm), policy.image_size
     pictures = torch.rand(batch, 2, 3, side, side, device=device) * 2 - 1
     texts, actions = (TEXTS * batch)[:batch], torch.rand(batch, 10, 7, device=device) * 2 - 1
@@ -299,7 +304,11 @@ def stage_3(published: Path, cfg: Any, batch: int, device: str) -> Iterator[Pair
     def own_look() -> Tensor:
         return policy.act(pictures[:1], texts[:1], noise=policy.noise(seeds[:1]))
 
-    yield "one look", Side(look, size_of(other, gfdm.unet, gfdm.vae)), Side(own_look, size_of(policy))
+    held = size_of(other, gfdm.unet, gfdm.vae, learning=False), size_of(policy, learning=False)
+    yield "one look", Side(look, held[0]), Side(own_look, held[1])
+
+
+STAGES = ((stage_1, "Step1_GFDM"), (stage_2, "Step2_GIDM"), (stage_3, "Step3_DeFI"))  # and their folders
 
 
 # ---------------------------------------------------------------- measuring
@@ -366,11 +375,11 @@ def main() -> None:
             precision = "fp16" if given.device == "cuda" else "no"  # of the frozen video model in stage 3
             cfg = compose_preset("released", *SIZES[size], f"policy.gfdm_precision={precision}")
             for number in given.stages:
-                stage, batch = (stage_1, stage_2, stage_3)[number - 1], BATCHES[size][number - 1]
+                (stage, name), batch = STAGES[number - 1], BATCHES[size][number - 1]
                 torch.manual_seed(0)
                 try:
-                    with redirect_stdout(StringIO()):  # theirs print
-                        pairs = stage(given.published, cfg, batch, given.device)
+                    with redirect_stdout(StringIO()), importable(given.published / name) as folder:
+                        pairs = stage(folder, cfg, batch, given.device)
                         found = [measure(pair, given.repeats, given.device) for pair in pairs]
                 except ImportError as error:
                     print(f"{size}: stage {number}: left out, its code cannot be imported: {error}")

@@ -18,7 +18,7 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from defi.errors import UserError, one_line
+from defi.errors import Fault, UserError, one_line
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -104,9 +104,13 @@ def entry(
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A user's mistake ends the program with one line on stderr and exit code 2, Ctrl-C with 130."""
+    """A user's mistake ends the program with one line on stderr and exit code 2, Ctrl-C with 130, a fault in
+    a user's own code with that one's traceback and 1."""
     try:
         yield
+    except Fault as error:
+        print(error.trace, f"error: {error.what}", sep="", file=sys.stderr)
+        sys.exit(1)
     except UserError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)  # what it quotes may have several
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard, and where it is made of a library's."""
+"""Exceptions that are meant for the person at the keyboard, and where they are made of a library's."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +10,20 @@ class UserError(ValueError):
 
     Entry points print it without a traceback and exit with code 2 (`defi.config.entry`).
     """
+
+
+class Fault(RuntimeError):
+    """A fault in code of the user's own that ran in another process.
+
+    Entry points print what went wrong below the traceback from there, not their own (exit code 1).
+    """
+
+    def __init__(self, trace: str, what: str) -> None:
+        super().__init__(trace, what)  # both, so that it can be pickled
+        self.trace, self.what = trace, what
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.trace}"
 
 
 def choose(key: str, value: str | None, choices: Iterable[str | None]) -> None:

@@ -10,6 +10,7 @@
 . "$(dirname "$0")/setup.sh"
 
 world=table size=short output= simpler_root=data/SimplerEnv
+clone=$simpler_root commit=4ab7178e83e84ee06894034ec6dbf9e7aad1e882 # its submodule's follows
 for setting in "$@"; do
     case $setting in
         world=table | world=simpler) world=${setting#world=} ;;
@@ -20,6 +21,11 @@ for setting in "$@"; do
             "simpler_root=DIR" >&2; exit 2 ;;
     esac
 done
+if [ $world = simpler ] && [ "$simpler_root" != "$clone" ] && [ ! -d "$simpler_root" ]; then
+    echo "error: simpler_root=$simpler_root: no such folder; leave it out, then its assets are fetched to $clone, or" \
+        "git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv $simpler_root" >&2
+    exit 2
+fi
 run=$([ $world = table ] && echo $size || echo $world-$size)
 output=${output:-outputs/quickstart$([ $world = table ] || echo -$world)$([ $size = short ] || echo -$size)}
 data=$output/data ckpts=$output/ckpts
@@ -67,7 +73,13 @@ if [ "$(cat "$output/size" 2>/dev/null || echo $run)" != $run ]; then
 fi
 echo $run > "$output/size"
 if [ $world = simpler ]; then
-    [ -d "$simpler_root" ] || git clone --quiet --recurse-submodules https://github.com/simpler-env/SimplerEnv "$simpler_root"
+    if [ ! -d "$simpler_root" ]; then # moved when complete, so what is there is whole
+        rm -rf "$clone.part"
+        git clone --quiet --no-checkout https://github.com/simpler-env/SimplerEnv "$clone.part"
+        git -C "$clone.part" checkout --quiet $commit
+        git -C "$clone.part" submodule --quiet update --init --recursive
+        mv "$clone.part" "$clone"
+    fi
     can_draw_simpler || { python -m defi.doctor "simpler_root=$simpler_root"; exit 1; }
 fi
 step() { # name, what it does, command …: runs once, its time goes to done/<name>

@@ -19,6 +19,8 @@ find_python() {
     return 1
 }
 
+pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+simpler_due=$venv/.simpler-due # SIMPLER's simulator is wanted and not installed yet
 stamp=$venv/.installed-$(cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
     python=$(find_python)
@@ -30,22 +32,33 @@ if [ ! -e "$stamp" ]; then
     else
         echo "Python 3.12 has no PyBullet wheel: training works, simulation needs Python 3.10 or 3.11."
     fi
-    install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" -e ".[$extras]"
-    if [ "$(uname -sm)" != "Linux x86_64" ]; then
+    pip_install -e ".[$extras]"
+    if [ "$(uname -sm)" = "Linux x86_64" ]; then
+        touch "$simpler_due"
+    else
         echo "SIMPLER's simulator is left out: SAPIEN 3 draws on Linux x86_64."
-    elif ! "${install[@]}" -e ".[simpler]"; then
-        echo "SIMPLER's simulator could not be installed; all else works. Later: pip install -e \".[simpler]\""
     fi
     rm -f "$venv"/.installed-*
     touch "$stamp"
 fi
+if [ -e "$simpler_due" ]; then
+    if pip_install -e ".[simpler]"; then
+        rm "$simpler_due"
+    else
+        echo "SIMPLER's simulator could not be installed; all else works. The next script tries again; not to: rm $simpler_due"
+    fi
+fi
 . "$venv/bin/activate"
 
 can_draw_simpler() { # SIMPLER needs a Vulkan driver; where none works, one that draws on the CPU is set up and used
-    python -c 'from defi.benchmarks.simpler.check import drawing; drawing()' 2> /dev/null && return
-    local variables
-    variables=$(bash scripts/vulkan_cpu.sh 2> >(tail -n 1 >&2)) && eval "$variables"
+    local draw='from defi.benchmarks.simpler.check import drawing; drawing()' variables
+    if ! python -c 'import sapien' 2> /dev/null; then
+        echo "SAPIEN is not installed: pip install -e \".[simpler]\"" >&2
+        return 1
+    fi
+    python -c "$draw" 2> /dev/null && return
+    variables=$(bash scripts/vulkan_cpu.sh 2> >(tail -n 1 >&2)) && eval "$variables" &&
+        python -c "$draw" 2> >(tail -n 1 | sed 's/^[^ ]*Error: //' >&2)
 }
 
 launch() { # module, settings …: `accelerate launch` with the user's configuration; without one, on all visible GPUs

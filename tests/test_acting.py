@@ -67,6 +67,14 @@ def test_normalisation_goes_in_and_out(kind: str) -> None:
         np.testing.assert_allclose([low, high], [[-1, -1], [1, 1]], atol=1e-4)
 
 
+def test_a_plain_vector_takes_what_is_known() -> None:
+    known = Vector.plain(["x", "y"], low=[0, -1], high=[2, 1], units=["m", "rad"])
+    assert (known.low, known.high, known.units) == ([0, -1], [2, 1], ["m", "rad"])
+    for wrong in ({"low": [0], "high": [1]}, {"low": [0, 0]}, {"units": ["m"]}):
+        with pytest.raises(UserError, match="^robot: 2 names, but"):
+            Vector.plain(["x", "y"], **wrong)
+
+
 def test_the_gripper_is_not_normalised_and_snaps() -> None:
     robot = other_robot()
     assert robot.actions.normalisation == ["bounds", "bounds", "none"]

@@ -91,7 +91,7 @@ def test_the_page_s_benchmark_from_the_command_to_the_comparison(
     assert results.baseline["scores"]["success"]["average"] < 0.5
     assert results.protocol["limit"] == 40 and results.run["settings"]["trials"] == 24
     page = (output / "report.html").read_text()
-    assert page.count("data:video/mp4;base64,") == 2 and "no published figures" in page
+    assert page.count("data:video/mp4;base64,") == 2 and "published" not in page
 
     # As if it had been killed: what is there is not run again, what is missing is.
     log = output / "episodes.jsonl"
@@ -113,6 +113,12 @@ def test_the_page_s_benchmark_from_the_command_to_the_comparison(
     roll_out(*given, "agent=random", "limit=30", f"output={tmp_path / 'other'}")
     with pytest.raises(UserError, match="limit: 40 in the first result, 30 in the second"):
         compare(read_results(chance), read_results(tmp_path / "other"))
+
+
+def test_the_page_compares_what_can_be_compared(reach: type[Benchmark]) -> None:
+    runs = re.findall(r"step3_rollout.sh benchmark=reach:Reach (.*)", PAGE.read_text())
+    own = [{each for each in run.split() if each.partition("=")[0] in vars(reach())} for run in runs]
+    assert len(own) == 2 and own[0] == own[1]
 
 
 def test_a_policy_of_its_robot_runs_and_one_of_another_is_refused(
@@ -142,6 +148,79 @@ def test_a_policy_of_its_robot_runs_and_one_of_another_is_refused(
     assert (tmp_path / "while_training" / "episodes.jsonl").read_text().count("\n") == 3
     with pytest.raises(UserError, match="actions of 3 numbers, not 7"):
         rollouts(cfg, policy_config())
+
+
+def variant(package: Path, name: str, before: str, after: str) -> str:
+    """The page's module, one thing in it otherwise, under a name of its own."""
+    code = (package / "reach.py").read_text()
+    assert code.count(before) == 1
+    (package / f"{name}.py").write_text(code.replace(before, after))
+    return f"{name}:Reach"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('{"above": pic', '{"abov": pic', ":World: observation: no picture of the camera above; the robot"),
+        (
+            ", np.uint8)",
+            ")",
+            r":World: observation: the picture of above is float64 \[32, 32, 3\]; give uint8",
+        ),
+        (
+            "(32, 32, 3)",
+            "(32, 32)",
+            r":World: observation: the picture of above is uint8 \[32, 32\]; give uint8",
+        ),
+        (
+            "self.place}",
+            "self.place[:2]}",
+            r":World: observation: state is float64 \[2\]; give 3 .*: x, y, z",
+        ),
+        ('f"go to {self.color}"', "None", ":World: observation: no instruction"),
+        ("))[None]", "))", r"agent=scripted: gave actions \[3\]; .* robot takes \[K, 3\] \(dx, dy, dz\)$"),
+        ("return Step(", "Step(", ":World: step returned NoneType; give a Step"),
+        (
+            '"success": self.near, ',
+            "",
+            ":Reach: the outcome .* cannot be read .no 'success' in it.; give all",
+        ),
+    ],
+)
+def test_what_a_module_gives_is_checked_in_one_line(
+    package: Path, roll_out: Callable[..., str], tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    name = tmp_path.name
+    given = [f"benchmark={variant(package, name, before, after)}", "trials=1", "processes=1"]
+    told = roll_out(*given, "agent=scripted", f"output={tmp_path / 'out'}")
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(message, errors[0]), told
+    assert message[0] != ":" or errors[0].startswith(f"error: {name}:")
+    assert "Traceback" not in told
+
+
+def test_a_fault_in_a_module_is_shown_from_there(
+    package: Path, roll_out: Callable[..., str], tmp_path: Path
+) -> None:
+    name = variant(package, "reach_fault", "episode.goal)", "episode.gaol)")
+    told = roll_out(f"benchmark={name}", "agent=scripted", "processes=1", f"output={tmp_path / 'out'}")
+    assert told.count("Traceback") == 1 and re.findall(r'File ".*/(\w+).py"', told) == ["reach_fault"]
+    assert told.endswith("error: episode 0, reset: AttributeError: 'Trial' object has no attribute 'gaol'\n")
+
+
+def test_who_looks_is_checked_and_who_does_not_draws_nothing(reach: type[Benchmark], package: Path) -> None:
+    class Still:
+        robot = reach().robot
+
+        def infer_batch(self, observations, seeds):
+            return np.zeros((len(observations), 1, 3))
+
+    kind = find_benchmark(variant(package, "reach_blind", '{"above": picture}', "{}"))
+    evaluation = Evaluation.prepare(kind(trials=1, limit=3), RolloutConfig(processes=1))
+    with pytest.raises(UserError, match="^reach_blind:World: observation: no picture of the camera above"):
+        run_episodes(evaluation, "policy", Still(), show=False)
+    (episode,) = run_episodes(evaluation, "random", show=False)
+    assert episode.control_steps == 3
 
 
 def test_results_do_not_depend_on_processes(reach: type[Benchmark]) -> None:

@@ -16,13 +16,13 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
-from defi.benchmarks.benchmark import About, Benchmark, Episode, Outcome, Simulation
+from defi.benchmarks.benchmark import About, Benchmark, Episode, Outcome, Simulation, name_of
 from defi.benchmarks.find import FIRST, offer
 from defi.benchmarks.statistics import Summary
 from defi.config import entry
 from defi.engine.log import ProgressDisplay
 from defi.engine.output import check_output, is_leftover, prepare_output, write_file
-from defi.errors import UserError, writing
+from defi.errors import UserError, reading, writing
 from defi.files import read_json
 from defi.processes import print_once, processes
 from Step3_DeFI.acting import Policy, identify, policy_threads, trained_precision
@@ -50,6 +50,7 @@ from Step3_DeFI.rollout.results import (
 )
 from Step3_DeFI.rollout.simulator import Clip, EpisodeResult, Setup
 
+FIX_OUTCOME = "give all that the benchmark's value() and attempts() take from it"
 CLIP_RATE = 10  # control steps per second of clips, where the benchmark's robot does not say
 
 
@@ -89,6 +90,8 @@ class Evaluation:
         return Setup(
             self.simulation.make,
             self.config.seed,
+            self.benchmark.robot,
+            name=agent,
             agent=None if agent == "policy" else self.benchmark.agent(agent),
             adapters=(self.config.adapters or ()) if agent == "policy" else (),
             filmed=filmed,
@@ -146,6 +149,8 @@ def run_episodes(
                 with writing(output, "a clip"):
                     write_clip(output / "videos", event, (about.fps or CLIP_RATE) / config.videos.every)
                 continue
+            with reading(f"{name_of(type(benchmark))}: the outcome {event.outcome}", FIX_OUTCOME):
+                evaluation.check(event.outcome)
             found[event.index] = event
             if log:
                 with writing(output, log.path.name):

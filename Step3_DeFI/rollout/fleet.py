@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from defi.benchmarks.benchmark import Episode
 from defi.engine.data import seed_of
-from defi.errors import UserError
+from defi.errors import Fault, UserError
 from Step3_DeFI.acting import Policy
 from Step3_DeFI.batching import Batcher, Question
 from Step3_DeFI.rollout.simulator import GONE, Clip, EpisodeResult, Look, Setup
@@ -177,8 +177,8 @@ class Fleet:
             return
         if isinstance(message, UserError):
             raise message
-        if isinstance(message, Exception):
-            raise RuntimeError(f"{self.noun} {simulator.episode.index}: {message}")
+        if isinstance(message, Fault):
+            raise Fault(message.trace, f"{self.noun} {simulator.episode.index}, {message.what}")
         if isinstance(message, Look):
             simulator.look = message
             row, seed = message.seed[1] % self.batcher.batch, seed_of("rollout", *message.seed)

@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from defi.benchmarks.adapters import Action, adapt
-from defi.benchmarks.benchmark import Actions, Agent, Environment, Episode, Observation, Seed, Step
-from defi.errors import UserError
+from defi.benchmarks.benchmark import Actions, Agent, Environment, Episode, Observation, Seed, Step, name_of
+from defi.errors import Fault, UserError, one_line
+from defi.robot.spec import Robot
 
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # the other side of a connection
 
@@ -65,6 +66,8 @@ class Setup:
 
     make: Callable[[], Environment]
     seed: int
+    robot: Robot  # the benchmark's
+    name: str = "policy"  # of the agent
     agent: Agent | None = None  # acts in this process; None: the policy is asked over the connection
     adapters: Sequence[str] = ()  # what is done to its actions
     filmed: int = 0  # so many episodes, the first, are filmed, a picture every `film_every` control steps
@@ -81,9 +84,18 @@ def run_episode(
     film = setup.film_every if episode.index < setup.filmed else 0
     environment.reset(episode)
     act = adapt(setup.adapters)
+
+    def chunk(seed: Seed) -> Iterator[Action]:
+        actions, names = agent(environment, seed), setup.robot.actions.names
+        shape = np.shape(actions)
+        if len(shape) != 2 or shape[1] != len(names) or not shape[0]:
+            takes = f"the benchmark's robot takes [K, {len(names)}] ({', '.join(names)})"
+            raise UserError(f"agent={setup.name}: gave actions {list(shape)}; {takes}")
+        return act(actions)
+
     for position in itertools.count():
-        task, seen = environment.task, environment.observe() if film else {}
-        step, steps, frames = attempt(environment, lambda seed: act(agent(environment, seed)), seeds, film)
+        task, seen = environment.task, observe(environment, setup, first=not position) if film else {}
+        step, steps, frames = attempt(environment, chunk, seeds, film)
         taken += steps
         if film:
             frames = [seen["images"], *frames]
@@ -100,6 +112,17 @@ def run_episode(
     )
 
 
+def observe(environment: Environment, setup: Setup, *, first: bool) -> Observation:
+    """What it shows; the first one of an episode is held to the benchmark's robot."""
+    seen = environment.observe()
+    if first:
+        try:
+            setup.robot.check(seen, state=True)
+        except UserError as error:
+            raise UserError(f"{name_of(type(environment))}: {error}") from None
+    return seen
+
+
 def attempt(
     environment: Environment, act: Callable[[Seed], Iterable[Action]], seeds: Iterator[Seed], film: int = 0
 ) -> tuple[Step, int, list[Mapping[str, UInt8[np.ndarray, "H W 3"]]]]:
@@ -112,12 +135,28 @@ def attempt(
     while True:
         for action in act(next(seeds)):
             step = environment.step(action)
+            if not isinstance(step, Step):
+                returned = f"step returned {type(step).__name__}"
+                raise UserError(
+                    f"{name_of(type(environment))}: {returned}; give a Step, also while it goes on"
+                )
             taken += 1
             ended = step.over or step.look
             if film and (ended or taken % film == 0):
                 frames.append(environment.observe()["images"])
             if ended:
                 return step, taken, frames
+
+
+def describe(error: Exception) -> Fault:
+    """A fault with its traceback from the call on: what is above it is not the benchmark's."""
+    trace: Any = error.__traceback__
+    while trace.tb_next and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    lines = traceback.format_exception(type(error), error, trace)
+    return Fault(
+        "".join(lines), f"{trace.tb_frame.f_code.co_name}: {type(error).__name__}: {one_line(error)}"
+    )
 
 
 def main() -> None:
@@ -128,7 +167,8 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
 
     def ask_policy(environment: Environment, seed: Seed) -> Actions:
-        connection.send(Look(seed, environment.task, environment.observe()))
+        seen = observe(environment, setup, first=seed[2] == 0)
+        connection.send(Look(seed, environment.task, seen))
         return connection.recv()
 
     try:
@@ -142,5 +182,5 @@ def main() -> None:
         return
     except UserError as error:
         connection.send(error)
-    except Exception:
-        connection.send(RuntimeError(f"fault in a simulator process\n{traceback.format_exc()}"))
+    except Exception as error:
+        connection.send(describe(error))

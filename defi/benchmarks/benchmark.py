@@ -116,6 +116,7 @@ class About:
     several: key of the protocol that lists scores; to be compared, two results need one in common.
     note, tasks_note: what the tables mean. fps: control steps per second, for clips.
     incomparable: why no published figure may stand beside; else `published` may, as published_note says.
+        Without both, reports say nothing of published figures.
     agents: names → words.
     """
 
@@ -135,7 +136,7 @@ class About:
     note: str = "The intervals are 95 %: Wilson's for rates, bootstrap over episodes for other averages."
     tasks_title: str = "Per task"
     tasks_note: str = "Solved of tried."
-    incomparable: str = "There are no published figures for this."
+    incomparable: str = ""
     published: list[Published] = field(default_factory=list)
     published_note: str = ""
     agents: dict[str, str] = field(default_factory=dict)
@@ -237,5 +238,5 @@ class Benchmark(ABC):
         return About(name_of(type(self)), title, agents=dict(self.agents), fps=self.robot.fps)
 
 
-def name_of(benchmark: type[Benchmark]) -> str:
-    return f"{benchmark.__module__}:{benchmark.__qualname__}"
+def name_of(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

@@ -80,9 +80,9 @@ class Gym(Benchmark):
             env.close()
         if len(getattr(space, "shape", None) or ()) != 1 or not np.issubdtype(space.dtype, np.floating):
             raise UserError(f"env={self.env}: its actions are {space}; a list of real numbers is needed")
-        actions = Vector.plain([f"action_{i}" for i in range(space.shape[0])])
-        if np.isfinite(space.low).all() and np.isfinite(space.high).all():
-            actions.low, actions.high = space.low.tolist(), space.high.tolist()
+        limited = np.isfinite(space.low).all() and np.isfinite(space.high).all()
+        ends = {"low": space.low.tolist(), "high": space.high.tolist()} if limited else {}
+        actions = Vector.plain([f"action_{i}" for i in range(space.shape[0])], **ends)
         names = [f"state_{i}" for i in range(0 if state is None else len(state))]
         return Robot(list(pictures), actions, Vector.plain(names) if names else None, fps=self.fps)
 

@@ -1,7 +1,7 @@
 """What a robot sees and does: made from its data, kept in policy checkpoints, checked where both meet."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,15 +39,25 @@ class Vector:
     high: list[float] = field(default_factory=list)
 
     @classmethod
-    def plain(cls, names: Sequence[str]) -> "Vector":
-        """Of these numbers nothing is known, and nothing is done to them."""
+    def plain(
+        cls,
+        names: Sequence[str],
+        *,
+        low: Sequence[float] = (),
+        high: Sequence[float] = (),
+        units: Sequence[str] = (),
+    ) -> "Vector":
+        """Of these numbers nothing else is known, and nothing is done to them."""
         size = len(names)
-        return cls(list(names), [""] * size, [False] * size, ["none"] * size, [0.0] * size, [1.0] * size)
+        lists = list(units) or [""] * size, [False] * size, ["none"] * size, [0.0] * size, [1.0] * size
+        return cls(list(names), *lists, low=list(low), high=list(high))
 
     def __post_init__(self) -> None:
         lists = (self.units, self.relative, self.normalisation, self.offset, self.scale)
         if {len(each) for each in lists} != {len(self)}:
             raise UserError(f"robot: {len(self)} names, but lists of {[len(each) for each in lists]} values")
+        if (ends := (len(self.low), len(self.high))) not in ((0, 0), (len(self), len(self))):
+            raise UserError(f"robot: {len(self)} names, but {ends[0]} values of low and {ends[1]} of high")
         if unknown := set(self.normalisation) - set(NORMALISATIONS):
             raise UserError(f"robot: normalisation={min(unknown)}: choose from {', '.join(NORMALISATIONS)}")
         if not all(map(math.isfinite, self.offset)) or not all(0 < scale < math.inf for scale in self.scale):
@@ -173,6 +183,36 @@ class Robot:
         if state is not None:
             state = state.fitted(Statistics.of(motions.state), [normalisation] * len(state))
         return replace(self, actions=actions, state=state)
+
+    def check(self, observation: Any, *, state: bool) -> None:
+        """Whether it is what this robot sees; of the state only where it is read.
+
+        Raises:
+            UserError: a camera is missing, or something in it has another type or size.
+        """
+        seen = observation if isinstance(observation, Mapping) else {}
+        images = seen.get("images")
+        for camera in self.cameras:
+            if not isinstance(images, Mapping) or camera not in images:
+                has = f"the robot sees {', '.join(self.cameras)}"
+                raise UserError(f"observation: no picture of the camera {camera}; {has}")
+            dtype, shape = getattr(images[camera], "dtype", None), np.shape(images[camera])
+            if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+                wrong = f"is {dtype or type(images[camera]).__name__} {list(shape)}"
+                raise UserError(f"observation: the picture of {camera} {wrong}; give uint8 [H, W, 3]")
+        if not isinstance(seen.get("instruction"), str):
+            raise UserError("observation: no instruction; give a sentence")
+        if state and self.state:
+            wanted, names = len(self.state), ", ".join(self.state.names)
+            if "state" not in seen:
+                raise UserError(f"observation: no state; give {wanted} numbers: {names}")
+            found = np.asarray(seen["state"])
+            finite = found.dtype.kind in "fiu"
+            with np.errstate(over="ignore"):  # as a policy reads it
+                finite = finite and bool(np.isfinite(found.astype(np.float32)).all())
+            if found.shape != (wanted,) or not finite:
+                wrong = f"state is {found.dtype} {list(found.shape)}"
+                raise UserError(f"observation: {wrong}; give {wanted} finite numbers: {names}")
 
     def rows(self, *, state: bool) -> Iterator[tuple[str, str, str, str, str]]:
         """Cameras, actions and, if it is read, state, for people: what, name, unit, normalisation, range."""

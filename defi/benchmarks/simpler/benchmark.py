@@ -4,7 +4,7 @@ configs/benchmark/simpler_widowx.yaml and simpler_google.yaml say what each sett
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -153,9 +153,7 @@ def _group(outcome: Outcome) -> tuple[str, str, str]:
 
 
 def _vector(names: Sequence[str], units: Sequence[str], relative: Sequence[bool]) -> Vector:
-    vector = Vector.plain(names)
-    vector.units, vector.relative = list(units), list(relative)
-    return vector
+    return replace(Vector.plain(names, units=units), relative=list(relative))
 
 
 @dataclass
