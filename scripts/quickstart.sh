@@ -67,7 +67,8 @@ esac
 
 mkdir -p "$output/done"
 if [ "$(cat "$output/size" 2>/dev/null || echo $run)" != $run ]; then
-    echo "error: $output: holds a quickstart of $(cat "$output/size"); choose another output=, or delete it" >&2
+    held=$(sed 's/^simpler-/world=simpler size=/; t; s/^/size=/' "$output/size")
+    echo "error: $output: holds a quickstart of $held; choose another output=, or delete it" >&2
     exit 2
 fi
 echo $run > "$output/size"
