@@ -61,7 +61,7 @@ case $world in
         pairs=(data.distance=[3,3]) samples=(policy.chunk=6 data.stride=2)
         # Without the state a small policy learns much more slowly where the hand is and whether it holds something.
         policy=(policy.chunk=6 policy.robot.executed=3 policy.state=true policy.merge=12)
-        rollout=(benchmark=simpler_widowx simpler_root=$simpler_root "tasks=[$tasks]" starts=$starts)
+        rollout=(benchmark=simpler_widowx simpler_root=$simpler_root "tasks=[$tasks]" starts=$starts repeats=1)
         ;;
 esac
 
