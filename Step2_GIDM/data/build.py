@@ -51,7 +51,7 @@ def build_pairs(
             data,
             data.cameras if settings.cameras else data.cameras[:1],
             image_size=image_size,
-            distance=pairs.distance or data.pair_distance,
+            distance=pairs.distance or list(data.pair_distance),
             stride=pairs.stride,
             words=pairs.words,
             augmentation=pairs.augmentation if augment and part == "training" else None,
